@@ -1,0 +1,206 @@
+"""The `neobert` command: parse, call, exit code. Heavy imports happen inside the commands, so `--help` is instant.
+
+Exit codes: 0 done, 2 something the user can repair (one line per problem on stderr), 128 + n stopped by signal n.
+"""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from neobert.errors import UserError
+
+app = typer.Typer(
+    name="neobert",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train your own text encoder: raw text in; tokenizer, masked-LM pretraining, a checkpoint that transformers loads.",
+    epilog="First steps:  neobert tokenizer train TEXT... -o tokenizer   |   neobert pretrain CONFIG   |   "
+    'neobert fill-mask CHECKPOINT "some [MASK] text"',
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at and check configurations, without training.")
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
+app.add_typer(config_app, name="config")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; every key: neobert config keys.")]
+DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only"}
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def run(context: typer.Context, config: ConfigFile) -> None:
+    """Run what the file's `task` says.
+
+    Keys can be set behind the file, as --section.key value or section.key=value:
+
+    neobert run configs/pretraining/quickstart.yaml --trainer.max_steps 100 optimizer.lr=3e-4
+
+    neobert run my.yaml --trainer.resume_from_checkpoint latest
+    """
+    _pretrain(config, context.args, task=None)
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def pretrain(context: typer.Context, config: ConfigFile) -> None:
+    """Masked-LM pretraining on your text.
+
+    neobert pretrain configs/pretraining/quickstart.yaml
+
+    neobert pretrain my.yaml --dataset.path corpus/ --tokenizer.path tokenizer/ --trainer.output_dir runs/first
+
+    Stop with Ctrl-C at any time (a checkpoint is written) and go on with --trainer.resume_from_checkpoint latest.
+    """
+    _pretrain(config, context.args, task="pretraining")
+
+
+def _pretrain(config: Path, overrides: list[str], task: str | None) -> None:
+    from neobert.config.load import load_config
+
+    loaded = load_config([str(config)], overrides, task)
+    _quiet_libraries()
+    from neobert.insight.report import write_report
+    from neobert.tasks import pretraining
+
+    finished = pretraining.run(loaded)
+    write_report(finished.folder)
+    if finished.exit_code:
+        raise typer.Exit(finished.exit_code)
+
+
+@app.command("fill-mask")
+def fill_mask(
+    checkpoint: Annotated[str, typer.Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Sentences with [MASK].")],
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Candidates per mask.")] = 5,
+) -> None:
+    """What a trained model expects in place of [MASK].
+
+    neobert fill-mask outputs/quickstart "The President of the United [MASK] spoke to Congress."
+    """
+    _quiet_libraries()
+    from neobert.inference.fill_mask import fill_masks, format_guesses
+
+    for guesses in fill_masks(checkpoint, texts, top):
+        print(format_guesses(guesses))
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write [RUN/report.html].")] = None,
+) -> None:
+    """A run as one self-contained HTML page: loss, learning rate, throughput, step times.
+
+    neobert report outputs/quickstart
+    """
+    from neobert.insight.report import write_report
+
+    print(write_report(run_folder, output))
+
+
+@config_app.command("check", context_settings=WITH_OVERRIDES)
+def config_check(context: typer.Context, config: ConfigFile) -> None:
+    """Check a file: all problems at once, each with its line. Does not need torch and takes a moment.
+
+    neobert config check my.yaml
+    """
+    from neobert.config.load import load_config
+
+    loaded = load_config([str(config)], context.args)
+    for warning in loaded.warnings:
+        print(f"note: {warning}")
+    print(f"{config}: ok ({loaded.config.task}, {len(loaded.keys_set)} keys set)")
+
+
+@config_app.command("show", context_settings=WITH_OVERRIDES)
+def config_show(context: typer.Context, config: ConfigFile) -> None:
+    """The whole configuration that a file comes to, defaults included.
+
+    neobert config show my.yaml --trainer.max_steps 100
+    """
+    from neobert.config.load import dump_config, load_config
+
+    print(dump_config(load_config([str(config)], context.args).config), end="")
+
+
+@config_app.command("keys")
+def config_keys(
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list with type, default, bounds and help.")] = False,
+) -> None:
+    """Every key with its type, default and meaning.
+
+    neobert config keys | grep warmup
+    """
+    from neobert.config.reference import known_keys
+
+    keys = known_keys().values()
+    if as_json:
+        defaults = {"default": _plain}
+        print(json.dumps([info.as_json() for info in keys], indent=1, **defaults))
+        return
+    for info in keys:
+        choices = f" ({', '.join(info.choices)})" if info.choices else ""
+        print(f"{info.key}: {info.type} = {json.dumps(info.default, default=_plain)}{choices}\n    {info.help}")
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump()
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    files: Annotated[list[str], typer.Argument(metavar="TEXT...", help=".txt, .jsonl or .parquet files, folders or globs.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(min=64, max=1_000_000, help="Tokens in the vocabulary.")] = 8192,
+    cased: Annotated[bool, typer.Option("--cased", help="Keep upper and lower case apart.")] = False,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text, if there are several.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest input of the model.")] = 512,
+) -> None:
+    """Train a WordPiece tokenizer on your text, with the special tokens that a masked LM needs.
+
+    neobert tokenizer train corpus/*.txt -o tokenizer --vocab-size 16384
+    """
+    _quiet_libraries()
+    from neobert.data.tokenizer import train_from_files
+
+    size = train_from_files(files, text_column, output, vocab_size, not cased, max_length)
+    print(f"{output}: {size:,} tokens\nnext: neobert pretrain CONFIG --tokenizer.path {output}")
+
+
+def _quiet_libraries() -> None:
+    """Libraries that print progress and advice of their own would garble our output."""
+    import os
+
+    for name, value in {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Entry point: user errors become plain lines and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'cannot write'}: {DISK_ERRORS[error.errno]}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The one way in: YAML files, layered left to right -> overrides -> strict build -> rules -> a frozen `Config`.
+
+Precedence, lowest first: defaults, the first file, further files, overrides from left to right. All problems are
+reported at once, each with its dotted path and the line it was written on.
+"""
+
+import difflib
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from neobert.config.reference import known_keys
+from neobert.config.rules import check_rules
+from neobert.config.schema import Config
+from neobert.config.yaml_file import YamlFile, parse_scalar, read_yaml
+from neobert.errors import ConfigError, Problem
+
+# Fields of the reference that are older names of others: they act when the newer one is not set.
+OLDER_FIELDS = {
+    "trainer.max_ckpt": "trainer.save_total_limit",
+    "trainer.train_batch_size": "trainer.per_device_train_batch_size",
+    "trainer.eval_batch_size": "trainer.per_device_eval_batch_size",
+    "trainer.dataloader_num_workers": "dataset.num_workers",
+    "wandb.log_interval": "trainer.logging_steps",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, what to tell its author, and which keys were set (the others are defaults)."""
+
+    config: Config
+    warnings: list[str]
+    keys_set: frozenset[str]
+
+
+def load_config(files: list[str], overrides: list[str] | None = None, task: str | None = None) -> Loaded:
+    """Build a configuration from YAML files and overrides (`a.b=v`, `--a.b=v`, or `--a.b`, `v`).
+
+    `task`, when given, is what the command runs: a file that says otherwise is an error. Raises ConfigError.
+    """
+    parsed = [read_yaml(file) for file in files]
+    values: dict[str, Any] = {}
+    for one in parsed:
+        _merge(values, one.values)
+    for dotted, value in parse_overrides(overrides or []):
+        _assign(values, dotted, value)
+    if task and values.setdefault("task", task) != task:
+        raise ConfigError(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
+    if files and "config_path" not in values:
+        values["config_path"] = str(files[-1])
+    warnings = _apply_older_fields(values)
+    config = _build(values, parsed)
+    keys_set = frozenset(_flat_keys(config))
+    problems, notes = check_rules(config, keys_set)
+    if problems:
+        raise ConfigError(*[Problem(p.path, p.message, _where(p.path, parsed)) for p in problems])
+    return Loaded(config, warnings + notes, keys_set)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that loads to the same `Config`."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+    """`["--a.b", "3", "c.d=x"]` -> `[("a.b", 3), ("c.d", "x")]`. Raises ConfigError for a word that fits neither form."""
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--"):
+                raise ConfigError(Problem("", f"{word!r}: expected section.key=value or --section.key value"))
+            if not rest:
+                raise ConfigError(Problem(name, "no value given"))
+            text = rest.pop(0)
+        pairs.append((name, _override_value(name, text)))
+    return pairs
+
+
+def _override_value(name: str, text: str) -> Any:
+    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it."""
+    value = parse_scalar(text)
+    info = known_keys().get(name)
+    if info and not isinstance(value, str) and str in info.kinds and type(value) not in info.kinds:
+        return text
+    return value
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for depth, section in enumerate(sections):
+        inner = values.get(section)
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(Problem(".".join(sections[: depth + 1]), f"is a value, so {dotted} cannot be set in it"))
+        values = inner
+    values[last] = value
+
+
+def _lookup(values: dict[str, Any], dotted: str) -> Any:
+    section, _, name = dotted.rpartition(".")
+    inner = values.get(section)
+    return inner.get(name) if isinstance(inner, dict) else None
+
+
+def _apply_older_fields(values: dict[str, Any]) -> list[str]:
+    warnings = []
+    for old, new in OLDER_FIELDS.items():
+        old_value, new_value = _lookup(values, old), _lookup(values, new)
+        if old_value is None:
+            continue
+        if new_value is not None and new_value != old_value:
+            raise ConfigError(Problem(old, f"{old_value!r} contradicts {new}: {new_value!r}; keep only {new}"))
+        _assign(values, new, old_value)
+        warnings.append(f"{old} is an older name: acting as {new}: {old_value!r}")
+    return warnings
+
+
+def _build(values: dict[str, Any], parsed: list[YamlFile]) -> Config:
+    try:
+        return Config.model_validate(_drop_empty_sections(values))
+    except ValidationError as error:
+        problems = [_problem(details, parsed) for details in error.errors(include_url=False, include_context=False)]
+        raise ConfigError(*problems) from None
+
+
+def _drop_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """`trainer:` with nothing below it is YAML for null; it means an empty section."""
+    sections = {name for name, info in Config.model_fields.items() if _is_section(info.annotation)}
+    return {name: value for name, value in values.items() if not (name in sections and value is None)}
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _where(dotted: str, parsed: list[YamlFile]) -> str:
+    return next((place for one in reversed(parsed) if (place := one.where(dotted))), "")
+
+
+def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
+    location = [str(part) for part in details["loc"]]
+    dotted = _dotted(location)
+    value, kind = details["input"], details["type"]
+    where = _where(dotted, parsed)
+    if kind == "extra_forbidden":
+        return Problem(dotted, f"unknown key{_suggestion(dotted)}", where)
+    info = known_keys().get(dotted)
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    if info is None:
+        return Problem(dotted, f"{details['msg'].lower()}, got {shown}", where)
+    if info.choices and (isinstance(value, str) or kind == "literal_error"):
+        near = difflib.get_close_matches(str(value), info.choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return Problem(dotted, f"must be one of {', '.join(info.choices)}, got {shown}{hint}", where)
+    if kind.endswith("_type") or kind.startswith(("is_", "int_from", "finite")):
+        return Problem(dotted, f"must be {info.type}, got {shown} ({type(value).__name__})", where)
+    message = details["msg"].lower().removeprefix("input ").replace("should be", "must be").replace("should", "must")
+    return Problem(dotted, f"{message}, got {shown}", where)
+
+
+def _dotted(location: list[str]) -> str:
+    """pydantic names union members, list items and validators in its locations; keep the part that is a key."""
+    keys = known_keys()
+    for end in range(len(location), 0, -1):
+        if ".".join(location[:end]) in keys:
+            return ".".join(location[:end])
+    return ".".join(part for part in location if part not in ("MuonConfig", "none"))
+
+
+def _suggestion(dotted: str) -> str:
+    keys = list(known_keys())
+    section, _, name = dotted.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
+    if near:
+        return f"; did you mean {siblings[near[0]]}?"
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
+    near = elsewhere or difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return "; `neobert config keys` lists all keys"
+
+
+def _flat_keys(section: BaseModel, prefix: str = "") -> typing.Iterator[str]:
+    for name in sorted(section.model_fields_set):
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _flat_keys(value, f"{prefix}{name}.")
+        yield prefix + name

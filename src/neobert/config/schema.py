@@ -1,0 +1,98 @@
+"""The whole configuration. What a key means stands at its field; `load.py` turns YAML into a frozen `Config`."""
+
+from typing import Any, Literal
+
+from neobert.config.data_sections import DataCollatorConfig, DatasetConfig, TokenizerConfig
+from neobert.config.field import Section, key
+from neobert.config.training_sections import OptimizerConfig, SchedulerConfig, TrainerConfig, WandbConfig
+
+
+class ModelConfig(Section):
+    """`model`: the architecture."""
+
+    name: str | None = key(None, "Name of the model, kept in its config.json.", "config.json of a checkpoint")
+    hidden_size: int = key(768, "Width of embeddings, attention and residual stream.", "shape of the model", ge=8)
+    num_hidden_layers: int = key(12, "Encoder blocks.", "shape of the model", ge=1, le=1024)
+    num_attention_heads: int = key(12, "Attention heads per block; must divide `hidden_size`.", "shape of the model", ge=1)
+    intermediate_size: int = key(
+        3072,
+        "Width of the feed-forward block; SwiGLU uses two thirds of it, rounded up to a multiple of 8.",
+        "shape of the model",
+        ge=8,
+    )
+    max_position_embeddings: int = key(512, "Longest sequence the model is built for, in tokens.", "longest input", ge=8)
+    vocab_size: int = key(
+        30522,
+        "Size of the vocabulary. Follows the tokenizer, rounded up; a larger value set here is honoured.",
+        "shape of the model; len(tokenizer)",
+        ge=8,
+    )
+    hidden_act: Literal["swiglu", "gelu"] = key("swiglu", "Activation of the feed-forward block.", "shape of the model")
+    dropout_prob: float = key(0.0, "Dropout in embeddings, attention and feed-forward output.", "training noise", ge=0, lt=1)
+    norm_eps: float = key(1e-5, "Term that keeps the norms stable.", "outputs", gt=0, lt=1)
+    rms_norm: bool = key(True, "RMSNorm; `false`: LayerNorm.", "shape of the model")
+    attn_backend: Literal["sdpa", "flash_attn_varlen"] = key(
+        "sdpa", "Attention kernel; `flash_attn_varlen` needs CUDA and falls back with a message.", "speed"
+    )
+    kernel_backend: Literal["auto", "liger", "torch"] = key("auto", "Kernels of norms, SwiGLU and loss.", "speed")
+    rope: bool = key(True, "Rotary positions; `false`: learned positions.", "shape of the model")
+    ngpt: bool = key(False, "The normalised transformer (arXiv 2410.01131).", "shape of the model")
+    base_scale: float = key(1.0 / (960.0**0.5), "Scale constant of nGPT.", "outputs with `ngpt`", gt=0)
+    pad_token_id: int = key(0, "Id of the padding token; follows the tokenizer.", "config.json of a checkpoint", ge=0)
+    embedding_init_range: float = key(0.02, "Embeddings start uniform within plus or minus this.", "initial weights", gt=0)
+    decoder_init_range: float = key(0.02, "Matrices start uniform within plus or minus this.", "initial weights", gt=0)
+    classifier_init_range: float = key(0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0)
+    from_hub: bool = key(False, "Start from the weights of `model.name`.", "initial weights")
+
+
+class GlueConfig(Section):
+    """`glue`: fine-tuning on a GLUE task."""
+
+    task_name: str = key("cola", "GLUE task.", "data, head and metrics", min_length=1)
+    num_labels: int = key(2, "Number of labels; 1 is regression.", "shape of the head", ge=1)
+    max_seq_length: int = key(128, "Longest pair of sentences, in tokens.", "length of rows", ge=8)
+    pretrained_model_path: str | None = key(None, "Pretrained model's folder or config.", "initial weights")
+    pretrained_checkpoint_dir: str | None = key(None, "Folder that holds checkpoints.", "initial weights")
+    pretrained_checkpoint: str | int | None = key(None, "Which of them: `latest`, a step, a path.", "initial weights")
+    allow_random_weights: bool = key(False, "Train without pretrained weights.", "an error, or not")
+    classifier_dropout: float = key(0.1, "Dropout before the classifier.", "training noise", ge=0, lt=1)
+    classifier_init_range: float = key(0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0)
+    transfer_from_task: bool = key(False, "Start from a checkpoint of another GLUE task.", "initial weights")
+    num_workers: int = key(4, "Data processes.", "processes", ge=0, le=1024)
+    preprocessing_num_proc: int = key(4, "Processes for tokenising the task.", "processes", ge=1, le=1024)
+
+
+class ContrastiveConfig(Section):
+    """`contrastive`: training sentence embeddings."""
+
+    temperature: float = key(0.05, "Temperature of the similarities.", "loss", gt=0)
+    pooling: Literal["avg", "cls", "max"] = key("avg", "How token vectors become one.", "embeddings")
+    loss_type: Literal["simcse", "supcon"] = key("simcse", "Loss.", "loss")
+    hard_negative_weight: float = key(0.0, "Extra weight of hard negatives.", "loss", ge=0)
+
+
+class Config(Section):
+    """A run. Built by `neobert.config.load.load_config`; never changed afterwards."""
+
+    task: Literal["pretraining", "glue", "mteb", "contrastive"] = key("pretraining", "What the run does.", "the run")
+    model: ModelConfig = key(None, "The architecture.", "", factory=ModelConfig)
+    tokenizer: TokenizerConfig = key(None, "How text becomes token ids.", "", factory=TokenizerConfig)
+    dataset: DatasetConfig = key(None, "Where text comes from.", "", factory=DatasetConfig)
+    trainer: TrainerConfig = key(None, "The loop.", "", factory=TrainerConfig)
+    scheduler: SchedulerConfig = key(None, "The learning rate.", "", factory=SchedulerConfig)
+    optimizer: OptimizerConfig = key(None, "How gradients become updates.", "", factory=OptimizerConfig)
+    datacollator: DataCollatorConfig = key(None, "Rows and their masks.", "", factory=DataCollatorConfig)
+    wandb: WandbConfig = key(None, "The Weights & Biases tracker.", "", factory=WandbConfig)
+    glue: GlueConfig = key(None, "Fine-tuning on a GLUE task.", "", factory=GlueConfig)
+    contrastive: ContrastiveConfig = key(None, "Training sentence embeddings.", "", factory=ContrastiveConfig)
+    pretrained_checkpoint: str = key("latest", "Checkpoint that a downstream task starts from.", "initial weights")
+    mteb_task_type: str = key("all", "Which MTEB tasks to run.", "results", min_length=1)
+    mteb_batch_size: int = key(32, "Texts per MTEB batch.", "speed", ge=1)
+    mteb_pooling: Literal["mean", "avg", "cls", "max"] = key("mean", "How token vectors become one.", "results")
+    mteb_overwrite_results: bool = key(False, "Run tasks again that have results.", "results")
+    seed: int = key(0, "Seed of weights, order, masks and dropout.", "all that is random", ge=0, lt=2**63)
+    debug: bool = key(False, "Print more: the resolved configuration, versions, and every step.", "the console")
+    use_deepspeed: bool = key(True, "Use DeepSpeed when launched by it.", "the engine")
+    accelerate_config_file: str | None = key(None, "Accelerate launch configuration.", "the engine")
+    pretraining_metadata: dict[str, Any] = key(None, "Notes kept with every checkpoint.", "state.json", factory=dict)
+    config_path: str | None = key(None, "File that this configuration was read from.", "config.yaml of a run")

@@ -1,0 +1,107 @@
+"""Reads YAML safely into plain dictionaries, and remembers on which line each key stands.
+
+Differences from plain PyYAML: `1e-4` is a number (YAML 1.2), dates stay text, a key written twice is an error.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neobert.errors import ConfigError, Problem
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+@dataclass
+class YamlFile:
+    """A parsed file: nested values, and the line of every dotted path."""
+
+    path: str
+    values: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def where(self, dotted: str) -> str:
+        """`file:line` of a key, or of the section that would hold it; empty when it is not in this file."""
+        while dotted:
+            if dotted in self.lines:
+                return f"{self.path}:{self.lines[dotted]}"
+            dotted = dotted.rpartition(".")[0]
+        return ""
+
+
+def parse_scalar(text: str) -> Any:
+    """The value that YAML reads in `text`, as on the command line: `3`, `true`, `[a, b]`, `null`, words."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return text
+
+
+def read_yaml(path: str | Path) -> YamlFile:
+    """Read one mapping from a file. Raises ConfigError naming file and line for anything that is not one."""
+    name = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(Problem("", f"{name}: no such file")) from None
+    except OSError as error:
+        raise ConfigError(Problem("", f"{name}: cannot be read: {error.strerror}")) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(Problem("", f"{name}: not UTF-8 text (byte {error.start})")) from None
+    return parse_yaml(text, name)
+
+
+def parse_yaml(text: str, name: str) -> YamlFile:
+    """The mapping in `text`; `name` is used in messages."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            parsed = YamlFile(name, {})
+            if node is None:
+                return parsed
+            if not isinstance(node, yaml.MappingNode):
+                raise ConfigError(Problem("", f"{name}: expected sections such as `trainer:`, found a single value"))
+            _record_lines(node, "", parsed)
+            parsed.values = loader.construct_document(node)
+            return parsed
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(Problem("", f"{name}{line}: not valid YAML: {reason}")) from None
+    except (RecursionError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(Problem("", f"{name}: not a usable YAML document: {error}")) from None
+
+
+def _record_lines(node: yaml.MappingNode, prefix: str, parsed: YamlFile) -> None:
+    for key_node, value_node in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+            raise ConfigError(Problem(prefix.rstrip("."), "keys must be words", f"{parsed.path}:{line}"))
+        dotted = prefix + key_node.value
+        if dotted in parsed.lines:
+            first = parsed.lines[dotted]
+            raise ConfigError(Problem(dotted, f"written twice, first on line {first}", f"{parsed.path}:{line}"))
+        parsed.lines[dotted] = line
+        if isinstance(value_node, yaml.MappingNode):
+            _record_lines(value_node, dotted + ".", parsed)

@@ -1,0 +1,75 @@
+"""Masked-LM corruption as a pure function of (seed, epoch, row index).
+
+No generator is kept: every token's random number is a hash of its row's key and its place in the row, so a replayed or
+resumed row is masked exactly as before, on any number of ranks. All rows of a batch are hashed at once (about 10 ns per
+token). The hash is splitmix64 (Steele, Lea, Flood 2014), which passes BigCrush as a counter-based generator.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORED = -100
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: uint64 -> uint64, every output bit depends on every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_key(*parts: int | np.ndarray) -> np.ndarray:
+    """64-bit keys from several integers (or arrays of them, broadcast); their order matters. Shape (1,) for integers."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        number = part.astype(np.uint64) if isinstance(part, np.ndarray) else np.uint64(int(part) % 2**64)
+        key = mix(key * _GOLDEN + number + _GOLDEN)
+    return key
+
+
+@dataclass(frozen=True)
+class Masker:
+    """How rows are corrupted. `replacements` are the ids that a random token is drawn from."""
+
+    seed: int
+    probability: float
+    mask_all: bool
+    mask_id: int
+    special_ids: frozenset[int]
+    num_real: int
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """(which ids may be selected, by id; ids for random replacement)."""
+        maskable = np.ones(max([self.num_real, *self.special_ids]) + 1, dtype=bool)
+        maskable[list(self.special_ids)] = False
+        return maskable, np.flatnonzero(maskable[: self.num_real])
+
+    def __post_init__(self) -> None:
+        maskable, replacements = self.tables()
+        object.__setattr__(self, "_maskable", maskable)
+        object.__setattr__(self, "_replacements", replacements)
+
+    def __call__(self, ids_BT: np.ndarray, epochs_B: np.ndarray, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Corrupted ids and labels (-100: not selected), both int64, B x T.
+
+        Each token that is not special is selected with `probability`; of the selected, 80 % become [MASK], 10 % a random
+        token, 10 % stay (arXiv 1810.04805), or all become [MASK] with `mask_all`.
+        """
+        keys_B = hash_key(self.seed, epochs_B, rows_B)
+        places_T = np.arange(1, ids_BT.shape[1] + 1, dtype=np.uint64) * _GOLDEN
+        bits = mix(keys_B[:, None] + places_T[None, :])
+        # 32 bits choose whether a token is selected, 16 what becomes of it, and a second hash the random replacement.
+        threshold = np.uint64(round(self.probability * 2**32))
+        selected = ((bits >> np.uint64(32)) < threshold) & self._maskable[ids_BT]  # type: ignore[attr-defined]
+        labels = np.where(selected, ids_BT, IGNORED).astype(np.int64)
+        inputs = ids_BT.astype(np.int64)
+        if self.mask_all:
+            inputs[selected] = self.mask_id
+            return inputs, labels
+        choice = (bits[selected] & np.uint64(0xFFFF)).astype(np.float64) / 2**16
+        replacements = self._replacements  # type: ignore[attr-defined]
+        random_ids = replacements[mix(bits[selected]) % np.uint64(len(replacements))]
+        inputs[selected] = np.select([choice < 0.8, choice < 0.9], [self.mask_id, random_ids], labels[selected])
+        return inputs, labels

@@ -1,0 +1,159 @@
+"""Tokenizers: load one, train one, fit its size to the model, and turn batches of text into token ids."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neobert.errors import DataError
+
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+INERT = "[inert{}]"  # fills the vocabulary up to the model's size; never an input, a target or a prediction
+
+Ids = np.ndarray  # token ids of one document, uint16 or uint32, without special tokens
+
+
+@dataclass
+class TextTokenizer:
+    """What the data pipeline needs of a tokenizer; cheap to send to another process.
+
+    `json` is the serialised fast tokenizer. `special_ids` are never masked; `num_real` counts the ids below the inert
+    ones. Raises nothing itself: `load_tokenizer` checks that all special tokens exist.
+    """
+
+    json: str
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    special_ids: frozenset[int]
+    num_real: int
+    _backend: Any = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_backend": None}
+
+    @property
+    def dtype(self) -> type:
+        """The smallest unsigned type that holds every id."""
+        return np.uint16 if self.num_real <= 2**16 else np.uint32
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the mapping from text to ids; two tokenizers with equal fingerprints give equal ids."""
+        return hashlib.sha256(self.json.encode()).hexdigest()[:16]
+
+    def encode(self, texts: list[str]) -> list[Ids]:
+        """Token ids of each text, without special tokens; special tokens written in the text are not interpreted."""
+        if self._backend is None:
+            from tokenizers import Tokenizer
+
+            self._backend = Tokenizer.from_str(self.json)
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+
+def load_tokenizer(name: str, path: str | None) -> Any:
+    """The Hugging Face tokenizer of a folder (`path`) or the hub (`name`). Raises DataError with what to do."""
+    from transformers import AutoTokenizer
+
+    source = path or name
+    if path and not Path(path).is_dir():
+        raise DataError(f"tokenizer.path: no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = "tokenizer.path" if path else "tokenizer.name"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{where}: {source!r} cannot be loaded: {reason}") from None
+    missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise DataError(
+            f"tokenizer {source!r} has no {', '.join(missing)}; masked-LM training needs them. "
+            "`neobert tokenizer train` makes a tokenizer that has them"
+        )
+    return tokenizer
+
+
+def fit_vocabulary(tokenizer: Any, wanted: int | None, multiple: int = 64) -> int:
+    """Add inert tokens until `len(tokenizer)` is the model's vocabulary size, and return that size.
+
+    The size is `wanted` where that is at least the tokenizer's own, else the tokenizer's own rounded up to `multiple`
+    (matrix products run faster on round shapes).
+    """
+    real = len(tokenizer)
+    size = wanted if wanted and wanted >= real else -(-real // multiple) * multiple
+    if size > real:
+        tokenizer.add_tokens([INERT.format(number) for number in range(size - real)], special_tokens=True)
+    assert len(tokenizer) == size
+    return size
+
+
+def text_tokenizer(tokenizer: Any) -> TextTokenizer:
+    """The pipeline's view of a Hugging Face tokenizer."""
+    inert = INERT.partition("{")[0]
+    special = {i for i in tokenizer.all_special_ids if not tokenizer.convert_ids_to_tokens(i).startswith(inert)}
+    added = {i for token, i in tokenizer.get_added_vocab().items() if token.startswith(inert)}
+    return TextTokenizer(
+        json=tokenizer.backend_tokenizer.to_str(),
+        pad_id=tokenizer.pad_token_id,
+        cls_id=tokenizer.cls_token_id,
+        sep_id=tokenizer.sep_token_id,
+        mask_id=tokenizer.mask_token_id,
+        special_ids=frozenset(special | added),
+        num_real=len(tokenizer) - len(added),
+    )
+
+
+def train_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int, lowercase: bool, max_length: int) -> int:
+    """Train a WordPiece tokenizer and save it as a Hugging Face folder. Returns its size.
+
+    Raises DataError when there is no text.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    first = next(iter_texts := iter(texts), None)
+    if first is None:
+        raise DataError("no text to train a tokenizer on")
+    trainer = BertWordPieceTokenizer(lowercase=lowercase)
+    trainer.train_from_iterator(
+        _chain(first, iter_texts), vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    )
+    vocabulary = {token: i for token, i in sorted(trainer.get_vocab().items(), key=lambda item: item[1])}
+    fast = BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase, model_max_length=max_length, **SPECIAL_TOKENS)
+    save_tokenizer(fast, output)
+    return len(fast)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write the tokenizer so that any fast-tokenizer loader reads it, on any version of transformers."""
+    tokenizer.save_pretrained(str(folder))
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    for private in ("name_or_path", "is_local", "local_files_only"):
+        settings.pop(private, None)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def train_from_files(
+    paths: list[str], text_column: str | None, output: str | Path, vocab_size: int, lowercase: bool, max_length: int
+) -> int:
+    """`train_tokenizer` on files, folders or globs. Returns the size. Raises DataError naming what cannot be read."""
+    from neobert.data.sources import Position, find_splits, stream
+
+    files = [find_splits(path, text_column, None, None)[0] for path in paths]
+    texts = (text for one in files for text, _ in stream(one, Position()) if text)
+    return train_tokenizer(texts, output, vocab_size, lowercase, max_length)

@@ -1,0 +1,37 @@
+"""What a user can get wrong. Each of these prints as plain lines and ends the command with exit code 2;
+any other exception is a bug of ours and keeps its traceback."""
+
+from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """Base of all errors that a user can repair. The message says what, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a configuration: dotted path, what is wrong, and where it was written (file:line)."""
+
+    path: str
+    message: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = f" ({self.where})" if self.where else ""
+        return f"{self.path}: {self.message}{place}" if self.path else f"{self.message}{place}"
+
+
+class ConfigError(UserError):
+    """A configuration that cannot run; carries every problem found, not only the first."""
+
+    def __init__(self, *problems: Problem):
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+
+
+class DataError(UserError):
+    """Text, a tokenizer or a data folder that cannot be used; names the file and, where known, the row."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or does not fit what is asked of it; or one that could not be written."""

@@ -1,0 +1,29 @@
+"""A trained model and its tokenizer, from a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from neobert.data.tokenizer import load_tokenizer
+from neobert.errors import CheckpointError
+from neobert.model.layouts import from_eurobert, is_eurobert
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
+from neobert.training.checkpoint import find_checkpoint, load_weights, verify_checkpoint
+
+
+def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
+    """(model in evaluation mode, tokenizer). `checkpoint` is a run's folder or one step. Raises CheckpointError."""
+    folder = find_checkpoint(checkpoint)
+    verify_checkpoint(folder)
+    model = NeoBERTForMaskedLM(load_model_config(folder))
+    weights = load_weights(folder)
+    model.load_state_dict(from_eurobert(weights) if is_eurobert(model.config) else weights)
+    return model.eval(), load_tokenizer("", str(folder / "tokenizer"))
+
+
+def load_model_config(folder: Path) -> NeoBERTConfig:
+    """The architecture in a checkpoint's config.json."""
+    fields = json.loads((folder / "config.json").read_text()).get("neobert")
+    if fields is None:
+        raise CheckpointError(f"{folder / 'config.json'}: no `neobert` section; this is not one of our checkpoints")
+    return NeoBERTConfig(**{name: value for name, value in fields.items() if name != "name"})

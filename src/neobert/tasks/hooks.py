@@ -1,0 +1,189 @@
+"""What happens between steps: logging, evaluation, checkpoints. Plain functions made from what they need."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neobert.config.schema import TrainerConfig
+from neobert.errors import ConfigError, DataError, Problem
+from neobert.training.checkpoint import Content, prune, save_checkpoint, write_pointer
+from neobert.training.loop import Hook, StepResult, TrainState, evaluate
+from neobert.training.metrics import Console, MetricsFile, Stopwatch, duration, perplexity
+from neobert.training.runtime import Runtime
+
+SMALLER_IS_BETTER = ("loss", "perplexity")
+
+
+@dataclass
+class Log:
+    """Sums of the steps since the last line, and the line."""
+
+    trainer: TrainerConfig
+    model: nn.Module
+    metrics: MetricsFile
+    console: Console
+    stopwatch: Stopwatch
+    max_steps: int
+    debug: bool
+    window: list[StepResult] = field(default_factory=list)
+    last_rate: float | None = None
+
+    def __call__(self, state: TrainState, result: StepResult) -> None:
+        self.window.append(result)
+        if state.step % self.trainer.logging_steps == 0 or state.step == self.max_steps or self.debug:
+            self._write(state)
+        self.console.step(result.loss, self.last_rate)
+
+    def _write(self, state: TrainState) -> None:
+        window, self.window = self.window, []
+        seconds = self.stopwatch.lap()
+        step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
+        state.train_seconds += step_seconds
+        targets = sum(one.num_targets for one in window)
+        loss = sum(one.loss * one.num_targets for one in window) / max(1, targets)
+        self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": window[-1].lr,
+            "num_tokens": state.num_tokens,
+            "tokens_per_second": self.last_rate,
+            "step_seconds": step_seconds / len(window),
+            **{f"{name}_seconds": value for name, value in seconds.items()},
+        }
+        if self.trainer.log_grad_norm:
+            row["grad_norm"] = window[-1].grad_norm
+        if self.trainer.log_weight_norms:
+            row["weight_norm"] = weight_norm(self.model)
+        if self.trainer.log_train_accuracy:
+            row["accuracy"] = sum(one.num_correct for one in window) / max(1, targets)
+        self.metrics.write(row)
+        if not self.console.has_bar or self.debug:
+            left = (self.max_steps - state.step) * step_seconds / len(window)
+            extras = "".join(f"  {name} {row[name]:.3f}" for name in ("grad_norm", "weight_norm", "accuracy") if name in row)
+            self.console.line(
+                f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
+                f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
+            )
+
+
+@torch.no_grad()
+def weight_norm(model: nn.Module) -> float:
+    """Euclidean norm of all weights."""
+    return float(torch.nn.utils.get_total_norm(list(model.parameters())))
+
+
+@dataclass
+class Evaluate:
+    """Runs the evaluation when it is due, keeps track of the best, and asks for a stop when it no longer improves."""
+
+    trainer: TrainerConfig
+    model: nn.Module
+    batches: Callable[[], Iterable[Any]]
+    runtime: Runtime
+    metrics: MetricsFile
+    console: Console
+    stopwatch: Stopwatch
+    best_pointer: Path
+    last_step: int = -1
+    improved: bool = False
+
+    def __call__(self, state: TrainState, due: bool) -> None:
+        self.improved = False
+        if due and self.last_step != state.step:
+            self.run(state)
+
+    def run(self, state: TrainState) -> dict[str, float]:
+        self.last_step = state.step
+        with self.stopwatch.phase("evaluate"):
+            values = evaluate(self.model, self.batches(), self.runtime, self.trainer.eval_max_batches)
+        if not values:
+            raise DataError("dataset.eval_split: the evaluation data has no text")
+        values["perplexity"] = perplexity(values["loss"])
+        self._compare(state, values)
+        self.metrics.write({"kind": "eval", "step": state.step, **{f"eval_{name}": value for name, value in values.items()}})
+        best = "  best so far" if self.improved else ""
+        self.console.line(
+            f"evaluation at step {state.step:,}: loss {values['loss']:.4f}  perplexity {values['perplexity']:,.1f}  "
+            f"accuracy {values['accuracy']:.1%}{best}"
+        )
+        return values
+
+    def _compare(self, state: TrainState, values: dict[str, float]) -> None:
+        name = (self.trainer.metric_for_best_model or "loss").removeprefix("eval_")
+        if name not in values:
+            raise ConfigError(Problem("trainer.metric_for_best_model", f"no metric {name!r}; there are: {', '.join(values)}"))
+        larger = self.trainer.greater_is_better and name not in SMALLER_IS_BETTER
+        value, best = values[name], state.best_metric
+        self.improved = best is None or (value > best if larger else value < best)
+        if self.improved:
+            state.best_metric, state.best_step, state.num_evaluations_without_gain = value, state.step, 0
+        else:
+            state.num_evaluations_without_gain += 1
+        patience = self.trainer.early_stopping
+        if patience and state.num_evaluations_without_gain >= patience:
+            state.stop_reason = f"no better {name} in {patience} evaluations"
+
+
+@dataclass
+class Save:
+    """Writes checkpoints when they are due and removes the oldest beyond the limit."""
+
+    trainer: TrainerConfig
+    root: Path
+    content: Callable[[TrainState], Content]
+    metrics: MetricsFile
+    console: Console
+    stopwatch: Stopwatch
+    last_step: int = -1
+
+    def run(self, state: TrainState) -> None:
+        if self.last_step == state.step:
+            return
+        with self.stopwatch.phase("save"):
+            save_checkpoint(self.root, self.content(state))
+            self.last_step = state.step
+            if state.best_step is not None and (self.root / str(state.best_step)).is_dir():
+                write_pointer(self.root / "best", str(state.best_step))
+            prune(self.root, self.trainer.save_total_limit, {state.best_step} if state.best_step else set())
+
+
+def step_hooks(trainer: TrainerConfig, log: Log, evaluation: Evaluate | None, save: Save, max_steps: int) -> list[Hook]:
+    """The hooks of a run in their order: log, evaluate, save."""
+    epoch = EpochEdge()
+
+    def evaluate_and_save(state: TrainState, result: StepResult) -> None:
+        new_epoch = epoch.crossed(state)
+        if evaluation is not None:
+            by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
+            evaluation(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or state.step == max_steps)
+        due = {
+            "steps": state.step % trainer.save_steps == 0,
+            "epoch": new_epoch,
+            "best": evaluation is not None and evaluation.improved,
+            "no": False,
+        }
+        keep_best = trainer.load_best_model_at_end and evaluation is not None and evaluation.improved
+        if due[trainer.save_strategy] or keep_best:
+            save.run(state)
+
+    return [log, evaluate_and_save]
+
+
+@dataclass
+class EpochEdge:
+    """Says once per epoch that its first batch has been used."""
+
+    last: int | None = None
+
+    def crossed(self, state: TrainState) -> bool:
+        crossed = self.last is not None and state.epoch > self.last
+        self.last = state.epoch
+        return crossed
+

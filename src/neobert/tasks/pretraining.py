@@ -1,0 +1,348 @@
+"""`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
+
+import math
+import signal
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+
+from neobert.config.load import Loaded, dump_config
+from neobert.config.schema import Config
+from neobert.data.loader import Loader, build_steps
+from neobert.data.order import Rank
+from neobert.data.tokenizer import fit_vocabulary, load_tokenizer, save_tokenizer, text_tokenizer
+from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.model.layouts import eurobert_config, from_eurobert, is_eurobert, to_eurobert
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
+from neobert.optim.build import build_optimizer, load_optimizer_state, optimizer_state
+from neobert.optim.schedule import Schedule, build_schedule, lr_scale
+from neobert.tasks.hooks import Evaluate, Log, Save, step_hooks
+from neobert.tasks.pretraining_data import PretrainingData, build_data
+from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.training.checkpoint import Content, load_data, load_optimizer, load_weights, verify_checkpoint
+from neobert.training.loop import StepSettings, TrainState, train
+from neobert.training.metrics import Console, MetricsFile, Stopwatch, duration
+from neobert.training.runtime import Runtime, build_runtime, choose_attention
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run came to."""
+
+    folder: Path
+    state: TrainState
+    data_fraction: float
+    exit_code: int = 0
+
+
+def run(loaded: Loaded) -> Finished:
+    """Pretrain as configured. Raises UserError (and its kinds) for what a user can repair."""
+    config = loaded.config
+    runtime = build_runtime(
+        use_cpu=config.trainer.use_cpu, mixed_precision=config.trainer.mixed_precision, tf32=config.trainer.tf32
+    )
+    for warning in loaded.warnings:
+        print(f"note: {warning}")
+    hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
+    vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
+    tokenizer = text_tokenizer(hf_tokenizer)
+    folder, resume, told = prepare_run_folder(
+        config.trainer.output_dir, config.trainer.resume_from_checkpoint, config.trainer.overwrite_output_dir
+    )
+    data = build_data(config, tokenizer, Rank(runtime.rank, runtime.world_size), folder, runtime.device.type == "cuda")
+    model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
+    optimizer = build_pretraining_optimizer(config, model)
+    schedule = build_pretraining_schedule(config, data.num_steps)
+    state = TrainState()
+    if resume is not None:
+        load_training_state(resume, model, optimizer, data.train, state)
+        told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
+    facts = describe_run(config, model, runtime, data, schedule, hf_tokenizer)
+    write_run_files(folder, dump_config(config), facts)
+    print_summary(facts, [*notes, *told], folder)
+    job = Job(config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None)
+    return job.run()
+
+
+@dataclass
+class Job:
+    """The parts of a run, put together; `run` trains."""
+
+    config: Config
+    runtime: Runtime
+    hf_tokenizer: Any
+    model: NeoBERTForMaskedLM
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    data: PretrainingData
+    folder: Path
+    state: TrainState
+    resumed: bool
+
+    def run(self) -> Finished:
+        trainer, max_steps = self.config.trainer, self.data.num_steps
+        stopwatch = Stopwatch()
+        metrics = MetricsFile(self.folder / "metrics.jsonl", self.state.step if self.resumed else None)
+        console = Console(max_steps, self.state.step, not trainer.disable_tqdm)
+        log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug)
+        root = self.folder / "checkpoints"
+        evaluation = None
+        if self.data.evaluation is not None:
+            evaluation = Evaluate(
+                trainer, self.model, self.data.evaluation, self.runtime, metrics, console, stopwatch, root / "best"
+            )
+        save = Save(trainer, root, self.checkpoint_content, metrics, console, stopwatch)
+        settings = StepSettings(
+            seed=self.config.seed,
+            lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
+            gradient_clipping=trainer.gradient_clipping,
+            needs_grad_norm=trainer.log_grad_norm,
+            model_inputs={"masked_only": trainer.masked_logits_only_loss},
+        )
+        fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
+        hooks = step_hooks(trainer, log, evaluation, save, max_steps)
+        try:
+            with stop_signals(self.state) as received:
+                train(
+                    self.model, self.optimizer, fetch, self.runtime, settings, self.state, max_steps, hooks, stopwatch
+                )
+                if trainer.save_model or received:
+                    save.run(self.state)
+                self.load_best(root, evaluation)
+        finally:
+            console.close()
+            metrics.close()
+            self.data.train.close()
+        self.print_end(root, stopwatch, save)
+        return Finished(self.folder, self.state, stopwatch.data_fraction, 128 + received[0] if received else 0)
+
+    def checkpoint_content(self, state: TrainState) -> Content:
+        """Everything a checkpoint of this moment holds."""
+        weights = self.model.state_dict()
+        model_config = checkpoint_config(self.model.config, self.hf_tokenizer, self.config.model.name)
+        return Content(
+            step=state.step,
+            weights=to_eurobert(weights) if is_eurobert(self.model.config) else weights,
+            model_config=model_config,
+            save_tokenizer=lambda path: save_tokenizer(self.hf_tokenizer, path),
+            config_yaml=dump_config(self.config),
+            optimizer=optimizer_state(self.optimizer),
+            data=self.data.train.state_dict(),
+            state={
+                **state.state_dict(),
+                "world_size": self.runtime.world_size,
+                "metadata": self.config.pretraining_metadata,
+            },
+        )
+
+    def load_best(self, root: Path, evaluation: Evaluate | None) -> None:
+        """`load_best_model_at_end`: go back to the weights of the best evaluation, and say so."""
+        best = self.state.best_step
+        if not self.config.trainer.load_best_model_at_end or evaluation is None or best in (None, self.state.step):
+            return
+        load_model_weights(root / str(best), self.model)
+        evaluation.console.line(f"loading the best checkpoint, step {best:,}")
+        evaluation.run(self.state)
+
+    def print_end(self, root: Path, stopwatch: Stopwatch, save: Save) -> None:
+        """Where things are and what to type next."""
+        seconds = stopwatch.total_seconds
+        trained = sum(seconds[name] for name in ("data", "compute", "optimizer"))
+        print()
+        if self.state.stop_reason:
+            print(f"stopped at step {self.state.step:,}: {self.state.stop_reason}")
+        print(
+            f"trained {self.state.step:,} steps, {self.state.num_tokens:,} tokens; this time {duration(trained)} of training, "
+            f"{duration(seconds['evaluate'])} of evaluation, {duration(seconds['save'])} of saving"
+        )
+        print(f"waiting for data: {stopwatch.data_fraction:.2%} of the step time")
+        last = root / str(save.last_step)
+        if save.last_step >= 0:
+            best = f" (best: step {self.state.best_step:,})" if self.state.best_step is not None else ""
+            print(f"checkpoint  {last}{best}")
+        print(f"metrics     {self.folder / 'metrics.jsonl'}")
+        print(f"report      {self.folder / 'report.html'}")
+        if save.last_step >= 0:
+            print(f'next        neobert fill-mask {last} "The capital of France is [MASK]."')
+            print(f"            neobert run {self.config.config_path or 'CONFIG'} --trainer.resume_from_checkpoint latest")
+
+
+# --- building the parts ------------------------------------------------------------------------------------------------
+
+
+def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any) -> tuple[int, list[str]]:
+    """Make `len(tokenizer)` the model's vocabulary size; returns it with notes where it differs from the YAML."""
+    real = len(hf_tokenizer)
+    wanted = config.model.vocab_size if "model.vocab_size" in keys_set else None
+    size = fit_vocabulary(hf_tokenizer, wanted)
+    expected = config.tokenizer.vocab_size
+    if expected is not None and expected not in (real, size):
+        raise ConfigError(Problem("tokenizer.vocab_size", f"expected {expected}, but the tokenizer has {real} tokens"))
+    notes = []
+    if wanted is not None and wanted != size:
+        notes.append(f"model.vocab_size is {size:,}, not {wanted:,}: it follows the tokenizer ({real:,} tokens, rounded up)")
+    if "model.pad_token_id" in keys_set and config.model.pad_token_id != hf_tokenizer.pad_token_id:
+        notes.append(f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer")
+    return size, notes
+
+
+def build_model(config: Config, vocab_size: int, pad_token_id: int) -> NeoBERTForMaskedLM:
+    """The model with fresh weights drawn by `seed`."""
+    torch.manual_seed(config.seed)
+    names = set(NeoBERTConfig.__annotations__) & set(type(config.model).model_fields)
+    fields = {name: getattr(config.model, name) for name in names} | {"vocab_size": vocab_size, "pad_token_id": pad_token_id}
+    model = NeoBERTForMaskedLM(NeoBERTConfig(**fields))
+    model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    return model
+
+
+def build_pretraining_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer with its groups."""
+    optimizer = config.optimizer
+    return build_optimizer(
+        optimizer.name,
+        model.named_parameters(),
+        lr=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        betas=(optimizer.betas[0], optimizer.betas[1]),
+        eps=optimizer.eps,
+    )
+
+
+def build_pretraining_schedule(config: Config, num_steps: int) -> Schedule:
+    """The learning-rate schedule of `num_steps`. Raises ConfigError."""
+    s = config.scheduler
+    try:
+        return build_schedule(
+            s.name,
+            num_steps,
+            warmup_steps=s.warmup_steps,
+            warmup_percent=s.warmup_percent,
+            total_steps=s.total_steps,
+            decay_steps=s.decay_steps,
+            decay_percent=s.decay_percent,
+            final_lr_ratio=s.final_lr_ratio,
+            num_cycles=s.num_cycles,
+        )
+    except ValueError as error:
+        raise ConfigError(Problem("scheduler", str(error))) from None
+
+
+def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
+    """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
+    own = {field: getattr(model_config, field) for field in NeoBERTConfig.__annotations__ if hasattr(model_config, field)}
+    if name is not None:
+        own["name"] = name
+    if not is_eurobert(model_config):
+        return {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32", **own, "neobert": own}
+    special = {
+        "bos_token_id": hf_tokenizer.cls_token_id,
+        "eos_token_id": hf_tokenizer.sep_token_id,
+        "mask_token_id": hf_tokenizer.mask_token_id,
+    }
+    return {**eurobert_config(model_config, special), "neobert": own}
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def load_model_weights(folder: Path, model: NeoBERTForMaskedLM) -> None:
+    """Load a checkpoint's weights. Raises CheckpointError listing the first mismatches."""
+    weights = load_weights(folder)
+    if is_eurobert(model.config):
+        weights = from_eurobert(weights)
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(weights)
+
+
+def load_training_state(
+    folder: Path, model: NeoBERTForMaskedLM, optimizer: torch.optim.Optimizer, loader: Loader, state: TrainState
+) -> None:
+    """Continue exactly where `folder` was saved. Raises CheckpointError where that cannot be exact."""
+    saved = verify_checkpoint(folder)
+    if saved["world_size"] != 1:
+        raise CheckpointError(f"{folder}: saved by {saved['world_size']} processes; this version resumes with one")
+    load_model_weights(folder, model)
+    try:
+        load_optimizer_state(optimizer, load_optimizer(folder))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
+    loader.load_state_dict(*load_data(folder))
+    state.load_state_dict(saved)
+
+
+@contextmanager
+def stop_signals(state: TrainState) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        received.append(number)
+        state.stop_reason = f"received {signal.Signals(number).name}"
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --- what the user sees ------------------------------------------------------------------------------------------------
+
+
+def describe_run(
+    config: Config, model: NeoBERTForMaskedLM, runtime: Runtime, data: PretrainingData, schedule: Schedule, hf_tokenizer: Any
+) -> dict[str, Any]:
+    """What runs, as it was derived from the configuration and the machine."""
+    trainer, m = config.trainer, model.config
+    backend, why = choose_attention(config.model.attn_backend, runtime.device.type)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
+    length = data.train.pipeline.collator.row_length or data.train.pipeline.segmenter.max_length
+    rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
+    kinds = f"{'RoPE' if m.rope else 'learned positions'}, {'RMSNorm' if m.rms_norm else 'LayerNorm'}, {m.hidden_act}"
+    shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
+    span = f"warmup {schedule.warmup_steps:,}, floor from step {schedule.decay_end:,}"
+    masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
+    return {
+        "model": f"{shape}, {kinds}",
+        "parameters": f"{num_parameters:,} ({num_parameters - in_vocabulary:,} without embeddings and decoder)",
+        "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
+        "data": data.describe,
+        "masking": f"{config.datacollator.mlm_probability:.0%} of the tokens, {masks}",
+        "step": f"{rows} rows x {length} = {rows * length:,} tokens"
+        + (f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""),
+        "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
+        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
+        "device": runtime.describe,
+        "attention": f"{backend}: {why}",
+        "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
+        "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",
+    }
+
+
+def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None:
+    """One block at the start: what runs, on what, and why."""
+    for note in notes:
+        print(f"note: {note}")
+    for name, value in {**facts, "output": str(folder)}.items():
+        lines = value if isinstance(value, list) else [value]
+        print(f"{name:<15} {lines[0]}")
+        for line in lines[1:]:
+            print(f"{'':<15} {line}")
+    print(flush=True)

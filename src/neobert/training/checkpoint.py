@@ -1,0 +1,224 @@
+"""The on-disk contract of a run's checkpoints.
+
+    <output_dir>/checkpoints/
+      latest                          text: the newest complete step
+      best                            text: the step of the best evaluation so far
+      <step>/
+        model.safetensors  config.json  tokenizer/     enough for evaluation, fine-tuning, export; transformers loads it
+        config.yaml                                    what produced it
+        optimizer/rank00000.safetensors                resume only
+        data_rank00000.json  data_rank00000.safetensors    resume only: position behind the last batch used
+        state.json                                     written last: counters, format version, checksums of all the rest
+
+A checkpoint is written to `.<step>.tmp`, flushed to disk, and renamed: a folder whose name is a number is whole. Loading
+verifies the checksums. JSON and safetensors only; nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+from neobert.errors import CheckpointError
+
+FORMAT = 1
+WEIGHTS, STATE = "model.safetensors", "state.json"
+OPTIMIZER = "optimizer/rank{:05d}.safetensors"
+DATA = "data_rank{:05d}"
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds. `state` is plain data: step, tokens seen, and what else the loop counts."""
+
+    step: int
+    weights: Tensors
+    model_config: dict[str, Any]
+    save_tokenizer: Callable[[Path], None]
+    config_yaml: str
+    optimizer: Tensors
+    data: tuple[dict[str, Any], dict[str, np.ndarray]]
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(root: Path, content: Content) -> Path:
+    """Write `<root>/<step>` atomically and point `latest` at it.
+
+    Raises CheckpointError when the disk is full or a write fails; what was there before is then untouched.
+    """
+    final, scratch = root / str(content.step), root / f".{content.step}.tmp"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write_content(scratch, content)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(scratch, final)
+        _sync(root)
+        write_pointer(root / "latest", str(content.step))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        steps = list_steps(root)
+        kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written before"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"{final}: cannot save step {content.step}: {reason}; {kept}") from None
+    return final
+
+
+def _write_content(folder: Path, content: Content) -> None:
+    (folder / "optimizer").mkdir()
+    save_file(_contiguous(content.weights), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(_contiguous(content.optimizer), folder / OPTIMIZER.format(0))
+    data, arrays = content.data
+    save_arrays(arrays, folder / f"{DATA.format(0)}.safetensors")
+    write_json(folder / f"{DATA.format(0)}.json", data)
+    write_json(folder / "config.json", content.model_config)
+    (folder / "config.yaml").write_text(content.config_yaml)
+    content.save_tokenizer(folder / "tokenizer")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    write_json(folder / STATE, {"format": FORMAT, "step": content.step, **content.state, "sha256": sums})
+    _sync(folder / STATE)
+    _sync(folder)
+
+
+def _contiguous(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    return sorted(int(path.name) for path in root.glob("[0-9]*") if path.name.isdigit() and (path / STATE).is_file())
+
+
+def write_pointer(path: Path, text: str) -> None:
+    """Replace a small text file atomically."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    with open(scratch, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    _sync(path.parent)
+
+
+def read_pointer(path: Path) -> str | None:
+    """What `write_pointer` wrote, or None."""
+    return path.read_text().strip() if path.is_file() else None
+
+
+def find_checkpoint(selector: str, root: Path | None = None) -> Path:
+    """The folder that `selector` names: `latest`, `best`, a step below `root`; or a path to a step, to `checkpoints/`, or
+    to a run's output folder. Raises CheckpointError saying what is there instead.
+    """
+    if root is not None and (selector in ("latest", "best") or selector.isdigit()):
+        steps = list_steps(root)
+        name = selector if selector.isdigit() else read_pointer(root / selector)
+        if selector == "latest" and (name is None or not (root / name / STATE).is_file()):
+            name = str(steps[-1]) if steps else None
+        if name is None or not (root / name / STATE).is_file():
+            there = f"there are: {', '.join(map(str, steps))}" if steps else "there is none"
+            raise CheckpointError(f"{root}: no checkpoint {selector!r}; {there}")
+        return root / name
+    path = Path(selector)
+    for candidate in (path / "checkpoints", path):
+        if list_steps(candidate):
+            return find_checkpoint("latest", candidate)
+    if not (path / STATE).is_file():
+        what = "not a checkpoint (it has no state.json)" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {what}; expected a run's output folder or <output_dir>/checkpoints/<step>")
+    return path
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after comparing all checksums. Raises CheckpointError naming the first damaged file."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        version, sums = state["format"], state["sha256"]
+    except (ValueError, KeyError, OSError):
+        raise CheckpointError(f"{folder / STATE}: missing or damaged{_alternative(folder)}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {version}; this version reads format {FORMAT}")
+    for name, wanted in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing{_alternative(folder)}")
+        if _sha256(path) != wanted:
+            raise CheckpointError(f"{path}: damaged (its checksum differs){_alternative(folder)}")
+    return state
+
+
+def _alternative(folder: Path) -> str:
+    if not folder.name.isdigit():
+        return ""
+    earlier = [step for step in list_steps(folder.parent) if step < int(folder.name)]
+    return f"; the checkpoint before it is step {earlier[-1]}" if earlier else "; there is no earlier checkpoint"
+
+
+def load_weights(folder: Path) -> Tensors:
+    """The model's tensors. Verify first."""
+    return load_file(folder / WEIGHTS)
+
+
+def load_optimizer(folder: Path) -> Tensors:
+    """The optimizer's tensors."""
+    return load_file(folder / OPTIMIZER.format(0))
+
+
+def load_data(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The data position: JSON and arrays."""
+    name = DATA.format(0)
+    return json.loads((folder / f"{name}.json").read_text()), load_arrays(folder / f"{name}.safetensors")
+
+
+def prune(root: Path, keep: int | None, protected: set[int]) -> list[int]:
+    """Delete the oldest checkpoints beyond `keep`, never a protected one nor the newest; returns the steps deleted."""
+    if keep is None:
+        return []
+    steps = list_steps(root)
+    spare = max(0, len(steps) - keep)
+    doomed = [step for step in steps[:-1] if step not in protected][:spare]
+    for step in doomed:
+        hidden = root / f".{step}.tmp"  # a half-deleted folder must not look whole
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(root / str(step), hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return doomed
+
+
+def clean_leftovers(root: Path) -> None:
+    """Remove what a crash in the middle of a save left behind."""
+    for path in root.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,87 @@
+"""Where and how a step is computed: device, precision, compilation, processes. The only file that knows engines."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neobert.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run. `dtype` None: float32 throughout; else autocast to it, weights stay float32."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def describe(self) -> str:
+        """Device and arithmetic in words, for the summary."""
+        kind = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
+        arithmetic = "float32" if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')} autocast, float32 weights"
+        return f"{kind}{threads}, {arithmetic}"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context of the forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def all_sum(self, value: int) -> int:
+        """The sum over all processes."""
+        return value
+
+    @contextmanager
+    def sync_gradients(self, on: bool) -> Iterator[None]:
+        """Gradients are reduced over processes at the end of a backward pass inside `sync_gradients(on=True)`."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
+        """Norm of the whole gradient; scales it down to `max_norm` where that is given."""
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+
+def build_runtime(*, use_cpu: bool, mixed_precision: str, tf32: bool) -> Runtime:
+    """The runtime of this process, from what the machine has. Raises UserError when started by a parallel launcher."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("started as one of several processes (WORLD_SIZE > 1); this version trains in one process")
+    device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    return Runtime(device, torch.bfloat16 if mixed_precision == "bf16" else None)
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed torch from (seed, step, microbatch, ...), so that randomness depends on where we are, not on history."""
+    torch.manual_seed(random.Random(repr(parts)).getrandbits(63))
+
+
+def choose_attention(requested: str, device_type: str) -> tuple[str, str]:
+    """(what the model runs, why), as the summary prints it."""
+    if device_type == "cpu":
+        why = "flash_attn_varlen needs CUDA; " if requested == "flash_attn_varlen" else ""
+        return "ragged", f"{why}on the CPU every document is attended to by itself, and padding is left out"
+    if requested == "flash_attn_varlen":
+        return "ragged", "flash_attn_varlen is not built yet; documents are attended to one by one"
+    return "sdpa", "torch's scaled_dot_product_attention"
