@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Layout, attend
+from .elementwise import FusedRMSNorm, FusedSwiGLU
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +20,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_ND: Tensor) -> Tensor:
+        if x_ND.device.type == "cpu":
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_ND.dtype
+            return FusedRMSNorm.apply(x_ND, self.weight, self.eps, dtype)
         return F.rms_norm(x_ND.float(), self.weight.shape, self.weight, self.eps)
 
 
@@ -39,13 +43,6 @@ def rotary_table(positions_N: Tensor, head_width: int, base: float = 10_000.0) -
     return angles.cos(), angles.sin()
 
 
-def rotate(x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + K/2) of every head: the half-rotation form that Hugging Face models use."""
-    first, second = x_NHK.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x_NHK.dtype), sin[:, None].to(x_NHK.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class Attention(nn.Module):
     """Self-attention within documents. `qkv` holds the three projections one below the other."""
 
@@ -57,10 +54,7 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: Layout) -> Tensor:
         qkv = self.qkv(x_ND).view(x_ND.shape[0], 3, self.num_heads, -1)
-        q, k, v = qkv.unbind(1)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return self.out(attend(q, k, v, layout).flatten(1))
+        return self.out(attend(qkv, rotary, layout).flatten(1))
 
 
 def swiglu_width(intermediate_size: int) -> int:
@@ -78,7 +72,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_ND).chunk(2, dim=-1)
+        gate_up = self.gate_up(x_ND)
+        if gate_up.device.type == "cpu":
+            return self.down(FusedSwiGLU.apply(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 

@@ -217,11 +217,13 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         document_lengths: Tensor | None = None,
         labels: Tensor | None = None,
         masked_only: bool = True,
+        count_correct: bool = False,
         **_: Any,
     ) -> MaskedLMLossOutput:
         """Without `labels`: logits B x T x V. With `labels` B x T (-100: no target): losses, and no logits.
 
         `masked_only=False` computes logits at every position first; same loss and gradients, more memory.
+        `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
         flat = flatten(input_ids, attention_mask, document_lengths, self.config.dropout_prob * self.training)
         hidden_ND = self.model.encode(flat.ids_N, flat.positions_N, flat.layout)
@@ -231,11 +233,11 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         if masked_only:
             targets = (labels_N != IGNORED).nonzero().squeeze(1)
             hidden_ND, labels_N = hidden_ND.index_select(0, targets), labels_N[targets]
-        loss_sum, num_correct = self._loss(hidden_ND, labels_N)
+        loss_sum, num_correct = self._loss(hidden_ND, labels_N, count_correct)
         num_targets = (labels_N != IGNORED).sum().clamp_min(1)
         return MaskedLMLossOutput(loss=loss_sum / num_targets, loss_sum=loss_sum, num_correct=num_correct)
 
-    def _loss(self, hidden_MD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, hidden_MD: Tensor, labels_M: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropies in float32, and how many targets were the likeliest token."""
         loss_sum = hidden_MD.new_zeros((), dtype=torch.float32) + 0.0 * hidden_MD.sum()
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden_MD.device)
@@ -243,6 +245,6 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         for hidden, labels in zip(hidden_MD.split(rows), labels_M.split(rows), strict=True):
             logits = self.lm_head(hidden).float()
             loss_sum = loss_sum + F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            with torch.no_grad():
-                num_correct += (logits.argmax(-1) == labels).sum()
+            if count_correct:
+                num_correct += (logits.detach().argmax(-1) == labels).sum()
         return loss_sum, num_correct

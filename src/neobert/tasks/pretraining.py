@@ -100,7 +100,7 @@ class Job:
             lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
             gradient_clipping=trainer.gradient_clipping,
             needs_grad_norm=trainer.log_grad_norm,
-            model_inputs={"masked_only": trainer.masked_logits_only_loss},
+            model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
         )
         fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
         hooks = step_hooks(trainer, log, evaluation, save, max_steps)

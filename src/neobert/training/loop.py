@@ -160,7 +160,7 @@ def evaluate(model: nn.Module, batches: Iterable[MicroBatch], runtime: Runtime, 
         if max_batches is not None and number >= max_batches:
             break
         with runtime.autocast():
-            output = model(**batch.to(runtime.device).inputs())
+            output = model(**batch.to(runtime.device).inputs(), count_correct=True)
         total += float(output.loss_sum)
         num_correct += int(output.num_correct)
         num_targets += batch.num_targets
