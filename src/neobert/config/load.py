@@ -62,8 +62,12 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that loads to the same `Config`."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML that loads to the same `Config`; older names are left out, they have acted."""
+    values = config.model_dump()
+    for old in OLDER_FIELDS:
+        section, _, name = old.partition(".")
+        del values[section][name]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
@@ -154,8 +158,8 @@ def _where(dotted: str, parsed: list[YamlFile]) -> str:
 
 def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
     location = [str(part) for part in details["loc"]]
-    dotted = _dotted(location)
     value, kind = details["input"], details["type"]
+    dotted = ".".join(location) if kind == "extra_forbidden" else _dotted(location)
     where = _where(dotted, parsed)
     if kind == "extra_forbidden":
         return Problem(dotted, f"unknown key{_suggestion(dotted)}", where)
@@ -179,7 +183,7 @@ def _dotted(location: list[str]) -> str:
     for end in range(len(location), 0, -1):
         if ".".join(location[:end]) in keys:
             return ".".join(location[:end])
-    return ".".join(part for part in location if part not in ("MuonConfig", "none"))
+    return ".".join(location)
 
 
 def _suggestion(dotted: str) -> str:

@@ -23,7 +23,7 @@ class ModelConfig(Section):
     max_position_embeddings: int = key(512, "Longest sequence the model is built for, in tokens.", "longest input", ge=8)
     vocab_size: int = key(
         30522,
-        "Size of the vocabulary. Follows the tokenizer, rounded up; a larger value set here is honoured.",
+        "Size of the vocabulary. Follows the tokenizer, rounded up to a multiple of 64; a larger value than that is honoured.",
         "shape of the model; len(tokenizer)",
         ge=8,
     )

@@ -14,7 +14,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
@@ -286,8 +286,9 @@ class Loader:
         self.pipeline = pipeline
         self._pin = pin_memory
         self._snapshot = pipeline.snapshot()
-        self._queue: queue.Queue[Any] = queue.Queue(QUEUE_BATCHES)
-        self._thread: threading.Thread | None = None
+        self._queue: queue.Queue[tuple[Batch, Snapshot] | None] = queue.Queue(QUEUE_BATCHES)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._running: Future[None] | None = None
         self._stop = threading.Event()
 
     def __iter__(self) -> "Loader":
@@ -295,27 +296,25 @@ class Loader:
 
     def __next__(self) -> Batch:
         """The next batch. Raises StopIteration behind the last epoch, and what the pipeline raised."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="data", daemon=True)
-            self._thread.start()
+        if self._running is None:
+            self._running = self._thread.submit(self._run)
         item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # asked again, it says the same
-            raise item
+        if item is None:
+            self._queue.put(None)  # asked again, it says the same
+            self._running.result()
+            raise StopIteration
         batch, self._snapshot = item
         return batch
 
     def _run(self) -> None:
-        end: BaseException = StopIteration()
         try:
             for batch, snapshot in self.pipeline.batches():
                 if not self._put((batch.pin_memory() if self._pin else batch, snapshot)):
                     return
-        except Exception as error:  # travels to the training thread, which raises it
-            end = error
-        self._put(end)
+        finally:
+            self._put(None)
 
-    def _put(self, item: Any) -> bool:
+    def _put(self, item: tuple[Batch, Snapshot] | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
@@ -327,8 +326,7 @@ class Loader:
     def close(self) -> None:
         """Stop the thread and its processes."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.shutdown()
         self.pipeline.close()
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -350,7 +348,7 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Continue behind a saved position. Raises CheckpointError when the data is not the same."""
-        assert self._thread is None, "restore before the first batch"
+        assert self._running is None, "restore before the first batch"
         check_fingerprint(state["fingerprint"], self.pipeline.fingerprint())
         rows = {name: _read_rows(arrays, name, state[name]) for name in ("open_rows", "ready")}
         self._snapshot = Snapshot(

@@ -9,7 +9,6 @@ written by `datasets`' `save_to_disk`.
 
 import hashlib
 import json
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
@@ -295,7 +294,7 @@ class _LineCorpus:
     def __init__(self, files: Files):
         self.fingerprint, self.column = files.fingerprint, files.column
         self.paths = [path for path in files.paths if Path(path).stat().st_size]
-        self.maps = [mmap.mmap(open(path, "rb").fileno(), 0, access=mmap.ACCESS_READ) for path in self.paths]
+        self.maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in self.paths]
         self.spans = [_line_spans(data) for data in self.maps]
         self.first = np.cumsum([0, *map(len, self.spans)])
 
@@ -308,7 +307,7 @@ class _LineCorpus:
     def _text(self, index: int) -> str:
         number = int(np.searchsorted(self.first, index, side="right")) - 1
         begin, end = self.spans[number][index - self.first[number]]
-        path, line = self.paths[number], self.maps[number][begin:end]
+        path, line = self.paths[number], self.maps[number][begin:end].tobytes()
         text = _decode(line, path, int(begin))
         if self.column is None:
             return text.strip()
@@ -320,16 +319,15 @@ class _LineCorpus:
             raise DataError(f"{path}: byte {begin}: not JSON: {error}") from None
 
 
-def _line_spans(data: mmap.mmap) -> np.ndarray:
+def _line_spans(raw: np.ndarray) -> np.ndarray:
     """Begin and end of every line that is more than white space: int64, lines x 2."""
-    raw = np.frombuffer(data, dtype=np.uint8)
     ends = np.flatnonzero(raw == ord("\n")) + 1
     if not len(ends) or ends[-1] != len(raw):
         ends = np.append(ends, len(raw))
     spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
     short = spans[:, 1] - spans[:, 0] < 64  # only these can be blank, and looking is cheap
     blank = np.zeros(len(spans), dtype=bool)
-    blank[short] = [not data[begin:end].strip() for begin, end in spans[short]]
+    blank[short] = [not raw[begin:end].tobytes().strip() for begin, end in spans[short]]
     return spans[~blank]
 
 

@@ -176,7 +176,8 @@ class Job:
 def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any) -> tuple[int, list[str]]:
     """Make `len(tokenizer)` the model's vocabulary size; returns it with notes where it differs from the YAML."""
     real = len(hf_tokenizer)
-    wanted = config.model.vocab_size if "model.vocab_size" in keys_set else None
+    follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
+    wanted = None if follows else config.model.vocab_size
     size = fit_vocabulary(hf_tokenizer, wanted)
     expected = config.tokenizer.vocab_size
     if expected is not None and expected not in (real, size):

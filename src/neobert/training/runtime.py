@@ -18,6 +18,7 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype | None
+    note: str = ""  # why the arithmetic is not what was asked for
     rank: int = 0
     world_size: int = 1
 
@@ -31,7 +32,7 @@ class Runtime:
         kind = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
         arithmetic = "float32" if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')} autocast, float32 weights"
-        return f"{kind}{threads}, {arithmetic}"
+        return f"{kind}{threads}, {arithmetic}" + (f" ({self.note})" if self.note else "")
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context of the forward pass."""
@@ -69,7 +70,17 @@ def build_runtime(*, use_cpu: bool, mixed_precision: str, tf32: bool) -> Runtime
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-    return Runtime(device, torch.bfloat16 if mixed_precision == "bf16" else None)
+    dtype, note = choose_precision(mixed_precision, device.type, torch.cpu._is_amx_tile_supported())
+    return Runtime(device, dtype, note)
+
+
+def choose_precision(requested: str, device_type: str, cpu_has_amx: bool) -> tuple[torch.dtype | None, str]:
+    """(autocast type or None for float32, note). bfloat16 on a CPU without AMX is emulated: 3 to 50 times slower."""
+    if requested != "bf16":
+        return None, ""
+    if device_type == "cpu" and not cpu_has_amx:
+        return None, "bf16 was asked for, but this CPU has no AMX and would emulate it many times slower"
+    return torch.bfloat16, ""
 
 
 def seed_everything(*parts: int) -> None:

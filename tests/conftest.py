@@ -1,0 +1,78 @@
+"""Shared by all tests: no network, a small corpus, and ways to run the command."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TEXT = ROOT / "examples/quickstart/text"
+TOKENIZER = ROOT / "examples/quickstart/tokenizer"
+SHARED = ROOT.parent / "shared"
+
+torch.set_num_threads(1)  # the tests run in two processes
+
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=48",
+    "model.max_position_embeddings=128",
+    f"tokenizer.path={TOKENIZER}",
+    "dataset.max_seq_length=64",
+    "dataset.num_workers=0",
+    f"dataset.path={TEXT}",
+    "dataset.streaming=false",
+    "trainer.per_device_train_batch_size=4",
+    "trainer.max_steps=6",
+    "trainer.logging_steps=1",
+    "trainer.eval_max_batches=2",
+    "trainer.mixed_precision=no",
+    "optimizer.lr=1e-3",
+    "scheduler.warmup_steps=2",
+]
+
+
+def run_neobert(*arguments, timeout=120, env=None):
+    """Run the command in a process of its own, output to pipes."""
+    return subprocess.run(
+        [sys.executable, "-m", "neobert", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture
+def empty_config(tmp_path):
+    """A YAML file without any key; everything comes from overrides."""
+    path = tmp_path / "config.yaml"
+    path.write_text("task: pretraining\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer that ships with the project, as the data pipeline sees it."""
+    from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+
+    return text_tokenizer(load_tokenizer("", str(TOKENIZER)))
+
+
+@pytest.fixture(scope="session")
+def reference_keys():
+    """The configuration reference as data."""
+    path = SHARED / "spec/keys.json"
+    if not path.is_file():
+        pytest.skip(f"the configuration reference is not at {path}")
+    return json.loads(path.read_text())

@@ -1,0 +1,54 @@
+"""The house holds: imports go one way, and files and functions stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src/neobert"
+FILES = sorted(SOURCE.rglob("*.py"))
+MAY_IMPORT = {
+    "config": set(),
+    "model": set(),
+    "data": set(),
+    "optim": set(),
+    "training": set(),
+    "inference": {"model", "data", "training", "config"},
+    "insight": {"model", "data", "training", "config"},
+    "tasks": {"training", "data", "optim", "model", "config", "inference"},
+}
+
+
+def folder(path):
+    parts = path.relative_to(SOURCE).parts
+    return parts[0] if len(parts) > 1 else "(top)"
+
+
+def our_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("neobert."):
+            yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_one_way(path):
+    here = folder(path)
+    if here in MAY_IMPORT:
+        assert set(our_imports(path)) <= MAY_IMPORT[here] | {here, "errors"}
+
+
+def test_model_folder_is_self_contained():
+    """Export ships these files as they are, so they import torch, transformers and each other, relatively."""
+    for path in (SOURCE / "model").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                allowed = ("torch", "transformers", "dataclasses", "typing", "collections", "functools")
+                assert node.module.split(".")[0] in allowed, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_sizes(path):
+    assert path.read_text().count("\n") <= 400
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name

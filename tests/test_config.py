@@ -1,0 +1,166 @@
+"""The configuration: names, types, defaults, errors with their place, overrides, and speed of the check."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run_neobert
+
+from neobert.config.load import dump_config, load_config, parse_overrides
+from neobert.config.reference import known_keys
+from neobert.config.schema import Config
+from neobert.errors import ConfigError
+
+LOCAL = ["dataset.path=x"]
+
+
+def problems(tmp_path, text, overrides=()):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config([str(path)], [*LOCAL, *overrides])
+    return {problem.path: problem for problem in error.value.problems}
+
+
+def test_every_key_of_the_reference(reference_keys):
+    ours = known_keys()
+    for wanted in reference_keys:
+        info = ours[wanted["key"]]
+        assert info.type == wanted["type"], wanted["key"]
+        assert info.default == (pytest.approx(wanted["default"]) if isinstance(wanted["default"], float) else wanted["default"])
+
+
+def test_every_key_is_described():
+    for info in known_keys().values():
+        assert info.help.endswith("."), info.key
+        assert info.effect, info.key
+
+
+def test_all_problems_at_once_with_their_lines(tmp_path):
+    found = problems(
+        tmp_path,
+        "trainer:\n  stpes: 3\n  max_step: 5\n  save_steps: '7'\nmodel:\n  hidden_act: gleu\n  dropout_prob: 1.5\noptimzer:\n  lr: 1\n",
+    )
+    assert "did you mean trainer.max_steps?" in found["trainer.max_step"].message
+    assert found["trainer.max_step"].where.endswith("c.yaml:3")
+    assert "unknown key" in found["trainer.stpes"].message
+    assert "must be int, got '7' (str)" in found["trainer.save_steps"].message
+    assert "did you mean gelu?" in found["model.hidden_act"].message
+    assert "less than 1" in found["model.dropout_prob"].message
+    assert "did you mean optimizer" in found["optimzer"].message
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "words"),
+    [
+        ("model: {hidden_size: 100, num_attention_heads: 3}", "model.hidden_size", "not divisible"),
+        ("model: {hidden_size: 30, num_attention_heads: 2}", "model.num_attention_heads", "even head width"),
+        ("trainer: {mixed_precision: fp16}", "trainer.mixed_precision", "fp16"),
+        ("dataset: {max_seq_length: 1024}", "dataset.max_seq_length", "max_position_embeddings"),
+        ("datacollator: {max_length: 64}", "datacollator.max_length", "pack_sequences"),
+        ("dataset: {pre_tokenize: true}", "dataset.pre_tokenize", "streaming: false"),
+        ("optimizer: {muon_config: {ns_steps: 4}}", "optimizer.muon_config", "no effect"),
+        ("optimizer: {muon_config: {ns_stps: 4}}", "optimizer.muon_config.ns_stps", "ns_steps"),
+        ("trainer: {max_ckpt: 2, save_total_limit: 5}", "trainer.max_ckpt", "contradicts"),
+        ("trainer: 3", "trainer", "valid dictionary"),
+        ("task: glue", "task", "not part of this version"),
+    ],
+)
+def test_rules_say_what_is_wrong(tmp_path, text, path, words):
+    assert words in str(problems(tmp_path, text)[path])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\na: 2", "written twice"),
+        ("- 1", "expected sections"),
+        ("a: [1", "not valid YAML"),
+        ("x: !!python/object:os.system {}", "not valid YAML"),
+        ("{1: 2}", "keys must be words"),
+        ("a: " + "[" * 5000 + "]" * 5000, "not a usable YAML"),
+    ],
+)
+def test_yaml_that_is_no_configuration(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config([str(path)])
+
+
+def test_values_mean_what_they_say(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optimizer: {lr: 1e-4}\ntrainer: {mixed_precision: no, resume_from_checkpoint: 500}\nscheduler:\n")
+    config = load_config([str(path)], LOCAL).config
+    assert config.optimizer.lr == 1e-4
+    assert config.trainer.mixed_precision == "no"
+    assert config.trainer.resume_from_checkpoint == "500"
+
+
+def test_overrides_win_from_left_to_right(empty_config):
+    words = ["--trainer.max_steps", "5", "trainer.max_steps=6", "--wandb.tags=[a, b]", "--trainer.output_dir", "2024"]
+    config = load_config([str(empty_config)], [*LOCAL, *words, "optimizer.muon_config=null"]).config
+    assert config.trainer.max_steps == 6
+    assert config.wandb.tags == ["a", "b"]
+    assert config.trainer.output_dir == "2024"
+    with pytest.raises(ConfigError, match="expected section.key=value"):
+        parse_overrides(["max_steps"])
+    with pytest.raises(ConfigError, match="no value"):
+        parse_overrides(["--trainer.max_steps"])
+
+
+def test_files_are_layered_left_to_right(tmp_path):
+    for name, steps in (("a", 1), ("b", 2)):
+        (tmp_path / name).write_text(f"trainer: {{max_steps: {steps}, output_dir: {name}}}" if name == "a" else "trainer: {max_steps: 2}")
+    config = load_config([str(tmp_path / "a"), str(tmp_path / "b")], LOCAL).config
+    assert (config.trainer.max_steps, config.trainer.output_dir) == (2, "a")
+
+
+def test_older_fields_act(empty_config):
+    loaded = load_config([str(empty_config)], [*LOCAL, "trainer.train_batch_size=3", "trainer.max_ckpt=7"])
+    assert loaded.config.trainer.per_device_train_batch_size == 3
+    assert loaded.config.trainer.save_total_limit == 7
+    assert len(loaded.warnings) == 2
+
+
+def test_dump_loads_to_the_same(tmp_path, empty_config):
+    config = load_config([str(empty_config)], [*LOCAL, "optimizer.lr=0.003"]).config
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config([str(tmp_path / "dumped.yaml")]).config == config
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().trainer.max_steps = 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configurations_load(path):
+    load_config([str(path)])
+
+
+def test_check_needs_no_torch(empty_config):
+    import subprocess
+
+    code = (
+        "import sys; from neobert.cli import app\n"
+        f"try: app(['config', 'check', {str(empty_config)!r}, 'dataset.path=x'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors_are_lines_and_exit_code_2(tmp_path):
+    (tmp_path / "c.yaml").write_text("trainer:\n  max_step: 5\ndataset: {path: x}\n")
+    result = run_neobert("config", "check", tmp_path / "c.yaml")
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: trainer.max_step: unknown key; did you mean trainer.max_steps? ({tmp_path}/c.yaml:2)\n"
+    )
+    assert run_neobert("run", tmp_path / "absent.yaml").returncode == 2
+
+
+def test_keys_as_json():
+    keys = json.loads(run_neobert("config", "keys", "--json").stdout)
+    assert {"key", "type", "default", "section", "help", "choices", "effect"} <= set(keys[0])

@@ -1,0 +1,146 @@
+"""The position of the data: a resumed loader gives exactly the batches that an uninterrupted one does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT
+
+from neobert.data.batch import Collator
+from neobert.data.loader import Loader, Pipeline
+from neobert.data.masking import Masker
+from neobert.data.order import CorpusReader, Pieces, Rank, StreamReader
+from neobert.data.packing import OnePerRow, Packer, Segmenter
+from neobert.data.prepare import tokenize_files
+from neobert.data.sources import find_splits, open_corpus
+from neobert.errors import CheckpointError, DataError
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer):
+    files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
+    return tokenize_files(files, tokenizer, tmp_path_factory.mktemp("store") / "tokens", 1, False)[0]
+
+
+def reader(kind, store, rank, path=TEXT / "validation.txt"):
+    files, _ = find_splits(str(path), None, None, None)
+    if kind == "stream":
+        return StreamReader(files, rank)
+    return CorpusReader(Pieces(store, LENGTH - 2) if kind == "tokens" else open_corpus(files, False, None), 3, rank)
+
+
+def make_loader(kind, store, tokenizer, packed=True, workers=0, rank=None, path=TEXT / "validation.txt", **changed):
+    masker = Masker(1, 0.15, False, tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
+    settings = {"shuffle_size": 50 if kind == "stream" else 0, "seed": 3, "num_workers": workers, "batch_size": 4, **changed}
+    return Loader(
+        Pipeline(
+            reader(kind, store, rank or Rank(), path),
+            tokenizer,
+            Segmenter(LENGTH, "split", tokenizer.cls_id, tokenizer.sep_id),
+            Packer(LENGTH) if packed else OnePerRow(),
+            Collator(masker, tokenizer.pad_id, packed, LENGTH),
+            **settings,
+        )
+    )
+
+
+def take(loader, count):
+    return [next(loader) for _ in range(count)]
+
+
+def assert_equal(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.input_ids, y.input_ids)
+        assert torch.equal(x.labels, y.labels)
+        assert (x.epoch, x.num_targets, x.num_tokens) == (y.epoch, y.num_targets, y.num_tokens)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
+def test_resume_is_exact_at_any_position(kind, packed, store, tokenizer):
+    whole = make_loader(kind, store, tokenizer, packed)
+    expected = take(whole, 260)  # more than two epochs
+    whole.close()
+    assert expected[-1].epoch >= 1
+    for position in np.random.default_rng(0).integers(0, 250, 6).tolist():
+        first = make_loader(kind, store, tokenizer, packed)
+        take(first, position)
+        state, arrays = first.state_dict()
+        first.close()
+        second = make_loader(kind, store, tokenizer, packed)
+        second.load_state_dict(json.loads(json.dumps(state)), arrays)
+        assert_equal(take(second, 10), expected[position : position + 10])
+        second.close()
+
+
+def test_tokenising_processes_change_nothing(store, tokenizer):
+    plain, parallel = (make_loader("stream", store, tokenizer, workers=n, persistent_workers=False) for n in (0, 2))
+    assert_equal(take(plain, 150), take(parallel, 150))
+    state, arrays = parallel.state_dict()
+    resumed = make_loader("stream", store, tokenizer)
+    resumed.load_state_dict(state, arrays)
+    assert_equal(take(resumed, 10), take(plain, 10))
+    for loader in (plain, parallel, resumed):
+        loader.close()
+
+
+@pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
+def test_an_epoch_is_every_token_once(kind, store, tokenizer):
+    loader = make_loader(kind, store, tokenizer, num_epochs=1)
+    tokens = torch.cat([torch.where(b.labels == -100, b.input_ids, b.labels).flatten() for b in loader])
+    loader.close()
+    found = np.bincount(tokens[~torch.isin(tokens, torch.tensor([0, 2, 3]))], minlength=tokenizer.num_real)
+    expected = np.bincount(np.concatenate(store.fetch(np.arange(len(store)))), minlength=tokenizer.num_real)
+    assert np.array_equal(found, expected)
+
+
+def test_microbatches_are_full_and_lengths_sum(store, tokenizer):
+    loader = make_loader("text", store, tokenizer)
+    for batch in take(loader, 50):
+        assert batch.input_ids.shape == (4, LENGTH)
+        assert batch.document_lengths.sum() == 4 * LENGTH
+    loader.close()
+
+
+def test_two_ranks_share_the_rows(store, tokenizer):
+    loaders = [make_loader("tokens", store, tokenizer, packed=False, rank=Rank(r, 2)) for r in (0, 1)]
+    a, b = (take(loader, 5) for loader in loaders)
+    rows = [tuple(row.tolist()) for batch in a + b for row in batch.input_ids]
+    assert len(set(rows)) == len(rows)
+    for loader in loaders:
+        loader.close()
+
+
+def test_other_data_is_refused(store, tokenizer):
+    loader = make_loader("stream", store, tokenizer)
+    state, arrays = loader.state_dict()
+    for other in (make_loader("text", store, tokenizer), make_loader("stream", store, tokenizer, path=TEXT / "train.txt")):
+        with pytest.raises(CheckpointError, match="changed"):
+            other.load_state_dict(state, arrays)
+
+
+def test_a_corpus_that_is_too_small_is_an_error(tmp_path, store, tokenizer):
+    (tmp_path / "small.txt").write_text("two\nlines\n")
+    with pytest.raises(DataError, match="fills 2 rows, fewer than one microbatch of 4"):
+        take(make_loader("stream", store, tokenizer, packed=False, path=tmp_path / "small.txt"), 1)
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    with pytest.raises(DataError, match="no document has any text"):
+        take(make_loader("stream", store, tokenizer, path=tmp_path / "blank.jsonl"), 1)
+
+
+def test_a_token_store_fits_one_tokenizer(tmp_path, store, tokenizer):
+    from dataclasses import replace
+
+    files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
+    with pytest.raises(DataError, match="another tokenizer"):
+        tokenize_files(files, replace(tokenizer, json=tokenizer.json + " "), store.folder, 1, False)
+    other, _ = find_splits(str(TEXT / "train.txt"), None, None, None)
+    with pytest.raises(DataError, match="another text"):
+        tokenize_files(other, tokenizer, store.folder, 1, False)
+    parallel, made = tokenize_files(files, tokenizer, tmp_path / "parallel", 2, False)
+    assert made
+    assert np.array_equal(parallel.tokens, store.tokens)

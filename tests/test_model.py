@@ -1,0 +1,185 @@
+"""The model against what we did not write, and against itself in another form."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import EuroBertConfig, EuroBertForMaskedLM
+
+from neobert.model.attention import Layout, _attend_documents, attend, rotate
+from neobert.model.elementwise import FusedRMSNorm, FusedSwiGLU
+from neobert.model.layers import rotary_table
+from neobert.model.layouts import eurobert_config, from_eurobert, to_eurobert
+from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM
+
+VOCABULARY = 120
+LENGTHS = [(5, 30, 29), (64,), (1, 62, 1), (40, 24)]  # 4 packed rows of 64 tokens
+VARIANTS = [
+    {"rope": rope, "rms_norm": rms, "hidden_act": act}
+    for rope, rms, act in itertools.product((True, False), (True, False), ("swiglu", "gelu"))
+]
+
+
+def build(seed=0, **fields):
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
+    ranges = {"decoder_init_range": 0.2, "embedding_init_range": 0.5}
+    return NeoBERTForMaskedLM(NeoBERTConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **shape, **ranges, **fields))
+
+
+def packed_batch(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (len(LENGTHS), 64), generator=generator)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, ids, IGNORED)
+    return ids, labels, torch.tensor([n for row in LENGTHS for n in row])
+
+
+def unpacked(x_BT, fill):
+    """The documents of a packed batch as padded rows of their own."""
+    documents = x_BT.flatten().split([n for row in LENGTHS for n in row])
+    return torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True, padding_value=fill)
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss_sum.backward()
+    return output.loss_sum.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b, tolerance=1e-5):
+    assert a[0] == pytest.approx(b[0].item(), rel=tolerance)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_packed_equals_unpacked(variant):
+    model = build(**variant)
+    ids, labels, lengths = packed_batch()
+    padded, mask = unpacked(ids, 0), unpacked(torch.ones_like(ids), 0)
+    packed_loss = gradients(model, input_ids=ids, labels=labels, document_lengths=lengths)
+    padded_loss = gradients(model, input_ids=padded, labels=unpacked(labels, IGNORED), attention_mask=mask)
+    assert_same(packed_loss, padded_loss)
+    hidden = model.model(ids, document_lengths=lengths).last_hidden_state
+    alone = [model.model(row[None, : int(m.sum())]).last_hidden_state[0] for row, m in zip(padded, mask, strict=True)]
+    torch.testing.assert_close(hidden.flatten(0, 1), torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_documents_never_see_each_other(variant):
+    """Changing every token of one document leaves all others identical to the bit."""
+    model = build(**variant).eval()
+    ids, _, lengths = packed_batch()
+    before = model.model(ids, document_lengths=lengths).last_hidden_state
+    changed = ids.clone()
+    changed[0, 5:35] = (changed[0, 5:35] + 1) % VOCABULARY
+    after = model.model(changed, document_lengths=lengths).last_hidden_state
+    others = torch.ones(ids.shape, dtype=torch.bool)
+    others[0, 5:35] = False
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[~others], after[~others])
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_equals_eurobert(width):
+    """transformers' EuroBERT with the same weights computes the same logits, on padded batches."""
+    torch.manual_seed(0)
+    config = NeoBERTConfig(vocab_size=200, hidden_size=width, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * width)
+    ours = NeoBERTForMaskedLM(config).eval()
+    theirs = EuroBertForMaskedLM(EuroBertConfig(**eurobert_config(config, {"bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4}))).eval()
+    theirs.load_state_dict(to_eurobert(ours.state_dict()))
+    ids, mask = torch.randint(5, 200, (6, 50)), torch.ones(6, 50, dtype=torch.long)
+    for row, length in enumerate((50, 1, 49, 20, 33, 7)):
+        mask[row, length:] = 0
+    with torch.no_grad():
+        difference = (ours(ids, attention_mask=mask).logits - theirs(ids, attention_mask=mask).logits)[mask.bool()]
+    assert difference.abs().max() <= 1e-5
+
+
+def test_layouts_are_inverse():
+    weights = build().state_dict()
+    back = from_eurobert(to_eurobert(weights))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("changed", [{"masked_only": False}, {"gradient_checkpointing": True}, {"chunks": 7}])
+def test_paths_agree(changed, monkeypatch):
+    """Masked-only logits = full logits; recomputed activations = kept ones; chunked loss = whole loss."""
+    ids, labels, lengths = packed_batch()
+    inputs = {"input_ids": ids, "labels": labels, "document_lengths": lengths}
+    expected = gradients(build(), **inputs)
+    model = build()
+    model.model.gradient_checkpointing = changed.get("gradient_checkpointing", False)
+    if "chunks" in changed:
+        monkeypatch.setattr("neobert.model.modeling_neobert.LOGIT_BUDGET", changed["chunks"] * VOCABULARY)
+    assert_same(expected, gradients(model, **inputs, masked_only=changed.get("masked_only", True)))
+
+
+def test_no_targets_is_a_loss_of_zero():
+    ids, labels, lengths = packed_batch()
+    loss, grads = gradients(build(), input_ids=ids, labels=torch.full_like(labels, IGNORED), document_lengths=lengths)
+    assert loss == 0
+    assert all(torch.all(g == 0) for g in grads.values())
+
+
+def test_lengths_must_sum_to_the_batch():
+    ids, _, lengths = packed_batch()
+    with pytest.raises(ValueError, match="sum to 255"):
+        build()(ids, document_lengths=lengths - torch.tensor([1] + [0] * (len(lengths) - 1)))
+
+
+def test_count_correct():
+    model = build().eval()
+    ids, labels, lengths = packed_batch()
+    logits = model(ids, document_lengths=lengths).logits
+    expected = (logits.argmax(-1) == labels).sum()
+    assert model(ids, document_lengths=lengths, labels=labels, count_correct=True).num_correct == expected
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("budget", [2**21, 1])
+def test_bucket_attention_equals_sdpa(dtype, tolerance, budget, monkeypatch):
+    monkeypatch.setattr("neobert.model.attention.SCORE_BUDGET", budget)
+    lengths = (5, 64, 3, 130, 64, 200, 1, 77)
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 4, 64).to(dtype).requires_grad_()
+    rotary = rotary_table(torch.cat([torch.arange(n) for n in lengths]), 64)
+    layout = Layout(lengths=lengths)
+    out = attend(qkv, rotary, layout)
+    direction = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, qkv, direction)
+    reference = qkv.detach().float().requires_grad_()
+    q, k, v = reference.unbind(1)
+    expected = _attend_documents(rotate(q, *rotary), rotate(k, *rotary), v, layout)
+    (expected_grad,) = torch.autograd.grad(expected, reference, direction.float())
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.float(), expected_grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["norm", "swiglu"])
+def test_fused_functions_equal_torch(kind):
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    if kind == "norm":
+        ours, theirs, inputs = FusedRMSNorm.apply(x, weight, 1e-5, torch.float32), F.rms_norm(x, (64,), weight, 1e-5), (x, weight)
+    else:
+        gate, up = x.chunk(2, dim=-1)
+        ours, theirs, inputs = FusedSwiGLU.apply(x), F.silu(gate) * up, (x,)
+    direction = torch.randn_like(ours)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_is_active_in_training_only():
+    model = build(dropout_prob=0.5)
+    ids, labels, lengths = packed_batch()
+    first, second = (model(ids, document_lengths=lengths, labels=labels).loss_sum for _ in range(2))
+    assert first != second
+    model.eval()
+    first, second = (model(ids, document_lengths=lengths, labels=labels).loss_sum for _ in range(2))
+    assert first == second
