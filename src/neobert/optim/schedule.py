@@ -45,14 +45,12 @@ def build_schedule(
 ) -> Schedule:
     """The schedule of a run of `num_steps`. Percentages are of `total_steps` and win over absolute steps.
 
-    Raises ValueError when the warmup does not end before the decay does.
+    A warmup longer than the run is allowed: the rate then never gets to its peak. Raises ValueError when a decay that was
+    asked for ends before the warmup does.
     """
     total = total_steps or num_steps
     warmup = round(total * warmup_percent / 100) if warmup_percent is not None else warmup_steps
     end = round(total * decay_percent / 100) if decay_percent is not None else decay_steps or total
-    if warmup >= end and name != "constant":
-        raise ValueError(
-            f"the warmup of {warmup} steps is not over before the decay ends at step {end}; "
-            "set scheduler.warmup_steps or scheduler.warmup_percent lower"
-        )
+    if warmup >= end and (decay_steps or decay_percent):
+        raise ValueError(f"the decay ends at step {end}, before the warmup of {warmup} steps is over; lower the warmup")
     return Schedule(name, warmup, end, final_lr_ratio, num_cycles)

@@ -91,7 +91,8 @@ def _write_content(folder: Path, content: Content) -> None:
     for path in files:
         _sync(path)
     sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
-    write_json(folder / STATE, {"format": FORMAT, "step": content.step, **content.state, "sha256": sums})
+    state = {"format": FORMAT, "step": content.step, **content.state, "sha256": sums}
+    write_json(folder / STATE, {**state, "checksum": _checksum(state)})
     _sync(folder / STATE)
     _sync(folder)
 
@@ -148,8 +149,10 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, after comparing all checksums. Raises CheckpointError naming the first damaged file."""
     try:
         state = json.loads((folder / STATE).read_text())
+        if state.pop("checksum") != _checksum(state):
+            raise ValueError
         version, sums = state["format"], state["sha256"]
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, AttributeError, OSError):
         raise CheckpointError(f"{folder / STATE}: missing or damaged{_alternative(folder)}") from None
     if version != FORMAT:
         raise CheckpointError(f"{folder}: checkpoint format {version}; this version reads format {FORMAT}")
@@ -217,6 +220,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    """Of state.json itself, which holds the checksums of the other files."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,191 @@
+"""The loop is exact over accumulation, stops before a bad update, and checkpoints are whole or absent."""
+
+import json
+import resource
+import signal
+
+import pytest
+import torch
+from test_model import VOCABULARY, build
+
+from neobert.data.batch import Batch
+from neobert.errors import CheckpointError, UserError
+from neobert.optim.build import build_optimizer
+from neobert.training.checkpoint import (
+    Content,
+    clean_leftovers,
+    find_checkpoint,
+    list_steps,
+    load_weights,
+    prune,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from neobert.training.loop import StepSettings, TrainState, train, train_step
+from neobert.training.metrics import Stopwatch
+from neobert.training.runtime import Runtime, choose_attention, choose_precision
+
+RUNTIME = Runtime(torch.device("cpu"), None)
+SETTINGS = StepSettings(seed=0, lr=lambda step: 0.01, needs_grad_norm=True)
+
+
+def batches(count, rows, seed=0):
+    """`count` batches of packed rows; the number of targets differs from batch to batch."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        ids = torch.randint(5, VOCABULARY, (rows, 32), generator=generator)
+        labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.1 * (number % 4), ids, -100)
+        targets = int((labels != -100).sum())
+        made.append(Batch(ids, labels, None, torch.full((rows,), 32), targets, ids.numel(), 0))
+    return made
+
+
+def optimizer_of(model):
+    return build_optimizer("adamw", model.named_parameters(), lr=0.01, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
+
+
+def test_accumulation_is_exact():
+    """8 microbatches of one row = one microbatch of 8 rows, though their target counts differ, and some have none."""
+    small = batches(8, 1)
+    joined = Batch(
+        torch.cat([b.input_ids for b in small]), torch.cat([b.labels for b in small]), None, torch.full((8,), 32),
+        sum(b.num_targets for b in small), 256, 0,
+    )  # fmt: skip
+    results, weights = [], []
+    for micro in (small, [joined]):
+        model = build()
+        results.append(train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), micro, RUNTIME, SETTINGS, 0, Stopwatch()))
+        weights.append(model.state_dict())
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_gradient():
+    model, settings = build(), StepSettings(seed=0, lr=lambda step: 1.0, gradient_clipping=1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), batches(2, 2), RUNTIME, settings, 0, Stopwatch())
+    moved = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
+    assert result.grad_norm > 1e-3
+    assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_bad_loss_stops_before_the_update():
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state, data = TrainState(), iter([batches(2, 2)[1:]])
+    with pytest.raises(UserError, match="loss became nan at step 1, microbatch 0"):
+        train(model, optimizer_of(model), lambda: next(data), RUNTIME, SETTINGS, state, 5, [], Stopwatch())
+    assert state.step == 0
+    assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in model.named_parameters())
+
+
+def test_decisions_of_the_runtime():
+    assert choose_precision("bf16", "cuda", False) == (torch.bfloat16, "")
+    assert choose_precision("bf16", "cpu", True) == (torch.bfloat16, "")
+    assert choose_precision("no", "cuda", True) == (None, "")
+    dtype, why = choose_precision("bf16", "cpu", False)
+    assert dtype is None
+    assert "no AMX" in why
+    assert choose_attention("sdpa", "cuda")[0] == "sdpa"
+    assert "needs CUDA" in choose_attention("flash_attn_varlen", "cpu")[1]
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def content(step, size=100):
+    return Content(
+        step=step,
+        weights={"w": torch.arange(size).float() + step},
+        model_config={"model_type": "x"},
+        save_tokenizer=lambda path: (path.mkdir(), (path / "tokenizer.json").write_text("{}")),
+        config_yaml="task: pretraining\n",
+        optimizer={"w/exp_avg": torch.ones(size)},
+        data=({"reader": {}}, {"buffer.ids": torch.zeros(3).numpy()}),
+        state={"num_tokens": 7},
+    )
+
+
+def test_a_checkpoint_is_verified(tmp_path):
+    save_checkpoint(tmp_path, content(5))
+    folder = save_checkpoint(tmp_path, content(10))
+    state = verify_checkpoint(folder)
+    assert (state["step"], state["num_tokens"]) == (10, 7)
+    assert load_weights(folder)["w"][0] == 10
+    assert (tmp_path / "latest").read_text() == "10\n"
+    for name in [*state["sha256"], "state.json"]:
+        path, original = folder / name, (folder / name).read_bytes()
+        middle = len(original) // 2
+        for damaged in (original[:middle], original[:middle] + b"\x07" + original[middle + 1 :], None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match="damaged|missing") as error:
+                verify_checkpoint(folder)
+            assert name.rpartition("/")[2] in str(error.value)
+            assert "the checkpoint before it is step 5" in str(error.value)
+            path.write_bytes(original)
+    verify_checkpoint(folder)
+
+
+def test_selectors(tmp_path):
+    root = tmp_path / "checkpoints"
+    with pytest.raises(CheckpointError, match="there is none"):
+        find_checkpoint("latest", root)
+    for step in (5, 10):
+        save_checkpoint(root, content(step))
+    assert find_checkpoint("latest", root).name == "10"
+    assert find_checkpoint("5", root).name == "5"
+    assert find_checkpoint(str(tmp_path)).name == find_checkpoint(str(root)).name == "10"
+    assert find_checkpoint(str(root / "5")).name == "5"
+    (root / "latest").unlink()
+    assert find_checkpoint("latest", root).name == "10"
+    with pytest.raises(CheckpointError, match="there are: 5, 10"):
+        find_checkpoint("7", root)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_checkpoint(str(tmp_path / "absent"))
+
+
+def test_retention_keeps_the_best_and_the_newest(tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, content(step))
+    assert prune(tmp_path, None, set()) == []
+    assert prune(tmp_path, 2, {2}) == [1, 3, 4]
+    assert list_steps(tmp_path) == [2, 5]
+    assert prune(tmp_path, 1, {2}) == []
+
+
+def test_a_failing_write_keeps_the_last_good_checkpoint(tmp_path):
+    """Every write beyond a size limit fails, as on a full disk."""
+    save_checkpoint(tmp_path, content(1))
+    old_limit, old_handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old_limit[1]))
+        with pytest.raises(CheckpointError, match="cannot save step 2: .*the checkpoint of step 1 is intact"):
+            save_checkpoint(tmp_path, content(2, size=100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "latest"]
+    verify_checkpoint(find_checkpoint("latest", tmp_path))
+
+
+def test_leftovers_of_a_crash_are_removed(tmp_path):
+    save_checkpoint(tmp_path, content(1))
+    (tmp_path / ".2.tmp").mkdir()
+    (tmp_path / ".2.tmp/model.safetensors").write_text("half")
+    clean_leftovers(tmp_path)
+    assert list_steps(tmp_path) == [1]
+    assert not (tmp_path / ".2.tmp").exists()
+
+
+def test_state_round_trip():
+    state = TrainState(step=3, num_tokens=9, best_metric=1.5, best_step=2, stop_reason="x")
+    other = TrainState()
+    other.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert other == TrainState(step=3, num_tokens=9, best_metric=1.5, best_step=2)
