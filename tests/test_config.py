@@ -27,7 +27,9 @@ def test_every_key_of_the_reference(reference_keys):
     for wanted in reference_keys:
         info = ours[wanted["key"]]
         assert info.type == wanted["type"], wanted["key"]
-        assert info.default == (pytest.approx(wanted["default"]) if isinstance(wanted["default"], float) else wanted["default"])
+        assert info.default == (
+            pytest.approx(wanted["default"]) if isinstance(wanted["default"], float) else wanted["default"]
+        )
 
 
 def test_every_key_is_described():
@@ -39,7 +41,8 @@ def test_every_key_is_described():
 def test_all_problems_at_once_with_their_lines(tmp_path):
     found = problems(
         tmp_path,
-        "trainer:\n  stpes: 3\n  max_step: 5\n  save_steps: '7'\nmodel:\n  hidden_act: gleu\n  dropout_prob: 1.5\noptimzer:\n  lr: 1\n",
+        "trainer:\n  stpes: 3\n  max_step: 5\n  save_steps: '7'\n"
+        "model:\n  hidden_act: gleu\n  dropout_prob: 1.5\noptimzer:\n  lr: 1\n",
     )
     assert "did you mean trainer.max_steps?" in found["trainer.max_step"].message
     assert found["trainer.max_step"].where.endswith("c.yaml:3")
@@ -111,7 +114,9 @@ def test_overrides_win_from_left_to_right(empty_config):
 
 def test_files_are_layered_left_to_right(tmp_path):
     for name, steps in (("a", 1), ("b", 2)):
-        (tmp_path / name).write_text(f"trainer: {{max_steps: {steps}, output_dir: {name}}}" if name == "a" else "trainer: {max_steps: 2}")
+        (tmp_path / name).write_text(
+            f"trainer: {{max_steps: {steps}, output_dir: {name}}}" if name == "a" else "trainer: {max_steps: 2}"
+        )
     config = load_config([str(tmp_path / "a"), str(tmp_path / "b")], LOCAL).config
     assert (config.trainer.max_steps, config.trainer.output_dir) == (2, "a")
 

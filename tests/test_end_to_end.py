@@ -24,7 +24,12 @@ def run(tmp_path_factory):
     """One finished run: (folder, what it printed)."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("task: pretraining\n")
-    extra = ["trainer.save_steps=3", "trainer.eval_steps=3", "datacollator.pack_sequences=true", "trainer.log_train_accuracy=true"]
+    extra = [
+        "trainer.save_steps=3",
+        "trainer.eval_steps=3",
+        "datacollator.pack_sequences=true",
+        "trainer.log_train_accuracy=true",
+    ]
     result = run_neobert("pretrain", folder / "config.yaml", *TINY, *extra, f"trainer.output_dir={folder / 'out'}")
     assert result.returncode == 0, result.stderr
     return folder / "out", result
@@ -60,7 +65,14 @@ def test_output_to_a_pipe_is_readable(run):
     _, result = run
     assert result.stderr == ""
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", result.stdout) is None
-    for words in ("parameters", "step ", "evaluation at step 3", "attention       ragged", "waiting for data", "fill-mask"):
+    for words in (
+        "parameters",
+        "step ",
+        "evaluation at step 3",
+        "attention       ragged",
+        "waiting for data",
+        "fill-mask",
+    ):
         assert words in result.stdout
 
 
@@ -118,7 +130,9 @@ def test_killed_and_resumed_equals_uninterrupted(variant, tmp_path, empty_config
     process.kill()
     process.wait()
     assert list_steps(broken / "checkpoints")[-1] < steps
-    result = run_neobert("run", empty_config, *words, f"trainer.output_dir={broken}", "trainer.resume_from_checkpoint=latest")
+    result = run_neobert(
+        "run", empty_config, *words, f"trainer.output_dir={broken}", "trainer.resume_from_checkpoint=latest"
+    )
     assert result.returncode == 0, result.stderr
     assert "resuming from" in result.stdout
     assert_same_weights(weights_of(whole, steps), weights_of(broken, steps))
@@ -132,7 +146,10 @@ def test_killed_and_resumed_equals_uninterrupted(variant, tmp_path, empty_config
 def test_the_seed_decides_everything(tmp_path, empty_config):
     words = [*TINY, "model.dropout_prob=0.1", "trainer.save_steps=6"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run_neobert("run", empty_config, *words, f"seed={seed}", f"trainer.output_dir={tmp_path / name}").returncode == 0
+        assert (
+            run_neobert("run", empty_config, *words, f"seed={seed}", f"trainer.output_dir={tmp_path / name}").returncode
+            == 0
+        )
     assert_same_weights(weights_of(tmp_path / "a", 6), weights_of(tmp_path / "b", 6))
     a, c = weights_of(tmp_path / "a", 6), weights_of(tmp_path / "c", 6)
     assert not any(torch.equal(a[name], c[name]) for name in a if a[name].ndim == 2)
@@ -140,7 +157,9 @@ def test_the_seed_decides_everything(tmp_path, empty_config):
 
 def test_a_signal_saves_and_says_so(tmp_path, empty_config):
     command = [sys.executable, "-u", "-m", "neobert", "run", str(empty_config), *TINY, "trainer.max_steps=100000"]
-    process = subprocess.Popen([*command, f"trainer.output_dir={tmp_path}"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [*command, f"trainer.output_dir={tmp_path}"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     for line in process.stdout:
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
@@ -167,7 +186,9 @@ def made_tokenizer(folder):
     from transformers import BertTokenizerFast
 
     AutoTokenizer.from_pretrained(TOKENIZER)
-    BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, mask_token=None).save_pretrained(folder)
+    BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, mask_token=None).save_pretrained(
+        folder
+    )
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("mask_token", None)
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "mask_token": None}))
@@ -199,7 +220,11 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, empty_config):
         made_tokenizer(tmp_path / "maskless")
     words, message = BAD_INPUT[case]
     result = run_neobert(
-        "run", empty_config, *TINY, f"trainer.output_dir={tmp_path / 'out'}", *(word.format(tmp=tmp_path) for word in words)
+        "run",
+        empty_config,
+        *TINY,
+        f"trainer.output_dir={tmp_path / 'out'}",
+        *(word.format(tmp=tmp_path) for word in words),
     )
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -218,7 +243,10 @@ def test_a_full_disk_while_saving(tmp_path, empty_config):
 
 
 def test_help_teaches_without_torch():
-    code = "import sys; from neobert.cli import app\ntry: app(['pretrain', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys; from neobert.cli import app\n"
+        "try: app(['pretrain', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "neobert pretrain configs/pretraining/quickstart.yaml" in result.stdout
 
@@ -227,7 +255,9 @@ def test_tokenizer_train_makes_the_shipped_tokenizer(tmp_path):
     """Up to a few rare tokens: the trainer of `tokenizers` breaks ties by hash order."""
     result = run_neobert("tokenizer", "train", TEXT / "train.txt", "-o", tmp_path / "tokenizer", "--vocab-size", "8192")
     assert result.returncode == 0, result.stderr
-    ours, shipped = (set(AutoTokenizer.from_pretrained(path).get_vocab()) for path in (tmp_path / "tokenizer", TOKENIZER))
+    ours, shipped = (
+        set(AutoTokenizer.from_pretrained(path).get_vocab()) for path in (tmp_path / "tokenizer", TOKENIZER)
+    )
     assert len(ours) == len(shipped) == 8192
     assert len(ours - shipped) < 40
     assert "no text" in run_neobert("tokenizer", "train", write(tmp_path / "e.txt", "\n"), "-o", tmp_path / "t").stderr

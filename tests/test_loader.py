@@ -34,7 +34,13 @@ def reader(kind, store, rank, path=TEXT / "validation.txt"):
 
 def make_loader(kind, store, tokenizer, packed=True, workers=0, rank=None, path=TEXT / "validation.txt", **changed):
     masker = Masker(1, 0.15, False, tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
-    settings = {"shuffle_size": 50 if kind == "stream" else 0, "seed": 3, "num_workers": workers, "batch_size": 4, **changed}
+    settings = {
+        "shuffle_size": 50 if kind == "stream" else 0,
+        "seed": 3,
+        "num_workers": workers,
+        "batch_size": 4,
+        **changed,
+    }
     return Loader(
         Pipeline(
             reader(kind, store, rank or Rank(), path),
@@ -118,7 +124,10 @@ def test_two_ranks_share_the_rows(store, tokenizer):
 def test_other_data_is_refused(store, tokenizer):
     loader = make_loader("stream", store, tokenizer)
     state, arrays = loader.state_dict()
-    for other in (make_loader("text", store, tokenizer), make_loader("stream", store, tokenizer, path=TEXT / "train.txt")):
+    for other in (
+        make_loader("text", store, tokenizer),
+        make_loader("stream", store, tokenizer, path=TEXT / "train.txt"),
+    ):
         with pytest.raises(CheckpointError, match="changed"):
             other.load_state_dict(state, arrays)
 

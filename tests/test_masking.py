@@ -9,7 +9,17 @@ SPECIAL = frozenset({0, 1, 2, 3, 4, 1000})  # 1000 is inert: beyond the real voc
 
 
 def masker(**changed):
-    return Masker(**{"seed": 3, "probability": 0.15, "mask_all": False, "mask_id": 4, "special_ids": SPECIAL, "num_real": 1000, **changed})
+    return Masker(
+        **{
+            "seed": 3,
+            "probability": 0.15,
+            "mask_all": False,
+            "mask_id": 4,
+            "special_ids": SPECIAL,
+            "num_real": 1000,
+            **changed,
+        }
+    )
 
 
 def rows(count=64, length=256, seed=0):

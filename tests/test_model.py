@@ -25,7 +25,9 @@ def build(seed=0, **fields):
     torch.manual_seed(seed)
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
     ranges = {"decoder_init_range": 0.2, "embedding_init_range": 0.5}
-    return NeoBERTForMaskedLM(NeoBERTConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **shape, **ranges, **fields))
+    return NeoBERTForMaskedLM(
+        NeoBERTConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **shape, **ranges, **fields)
+    )
 
 
 def packed_batch(seed=1):
@@ -45,7 +47,9 @@ def gradients(model, **inputs):
     model.zero_grad()
     output = model(**inputs)
     output.loss_sum.backward()
-    return output.loss_sum.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.loss_sum.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(a, b, tolerance=1e-5):
@@ -87,9 +91,13 @@ def test_documents_never_see_each_other(variant):
 def test_equals_eurobert(width):
     """transformers' EuroBERT with the same weights computes the same logits, on padded batches."""
     torch.manual_seed(0)
-    config = NeoBERTConfig(vocab_size=200, hidden_size=width, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * width)
+    config = NeoBERTConfig(
+        vocab_size=200, hidden_size=width, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * width
+    )
     ours = NeoBERTForMaskedLM(config).eval()
-    theirs = EuroBertForMaskedLM(EuroBertConfig(**eurobert_config(config, {"bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4}))).eval()
+    theirs = EuroBertForMaskedLM(
+        EuroBertConfig(**eurobert_config(config, {"bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4}))
+    ).eval()
     theirs.load_state_dict(to_eurobert(ours.state_dict()))
     ids, mask = torch.randint(5, 200, (6, 50)), torch.ones(6, 50, dtype=torch.long)
     for row, length in enumerate((50, 1, 49, 20, 33, 7)):
@@ -165,13 +173,19 @@ def test_fused_functions_equal_torch(kind):
     torch.manual_seed(0)
     x, weight = torch.randn(50, 64, requires_grad=True), torch.randn(64, requires_grad=True)
     if kind == "norm":
-        ours, theirs, inputs = FusedRMSNorm.apply(x, weight, 1e-5, torch.float32), F.rms_norm(x, (64,), weight, 1e-5), (x, weight)
+        ours, theirs, inputs = (
+            FusedRMSNorm.apply(x, weight, 1e-5, torch.float32),
+            F.rms_norm(x, (64,), weight, 1e-5),
+            (x, weight),
+        )
     else:
         gate, up = x.chunk(2, dim=-1)
         ours, theirs, inputs = FusedSwiGLU.apply(x), F.silu(gate) * up, (x,)
     direction = torch.randn_like(ours)
     torch.testing.assert_close(ours, theirs)
-    for a, b in zip(torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

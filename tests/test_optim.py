@@ -11,7 +11,12 @@ from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 
 def parameters():
     torch.manual_seed(0)
-    shapes = {"embed_tokens.weight": (9, 4), "layers.0.qkv.weight": (12, 4), "norm.weight": (4,), "lm_head.weight": (9, 4)}
+    shapes = {
+        "embed_tokens.weight": (9, 4),
+        "layers.0.qkv.weight": (12, 4),
+        "norm.weight": (4,),
+        "lm_head.weight": (9, 4),
+    }
     return [(name, torch.nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
 
 
@@ -27,7 +32,10 @@ def test_only_matrices_decay():
 def test_equals_torch(name, kind):
     ours, theirs = parameters(), parameters()
     a = build_optimizer(name, ours, lr=0.1, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
-    b = [kind([p], lr=0.1, weight_decay=0.1 if i in (1, 3) else 0, betas=(0.8, 0.9), eps=1e-6) for i, (_, p) in enumerate(theirs)]
+    b = [
+        kind([p], lr=0.1, weight_decay=0.1 if i in (1, 3) else 0, betas=(0.8, 0.9), eps=1e-6)
+        for i, (_, p) in enumerate(theirs)
+    ]
     for step in range(5):
         for (_, x), (_, y) in zip(ours, theirs, strict=True):
             x.grad = torch.full_like(x, 0.1 * step) + x.detach()

@@ -15,7 +15,9 @@ def documents(lengths):
 
 def pack(lengths, row_length, policy="split"):
     segmenter, packer, cut = Segmenter(row_length, policy, 1, 2), Packer(row_length), Cut()
-    rows = [row for document in documents(lengths) for piece in segmenter(document, cut) for row in packer.add(piece, 0)]
+    rows = [
+        row for document in documents(lengths) for piece in segmenter(document, cut) for row in packer.add(piece, 0)
+    ]
     return rows + packer.flush(), cut
 
 
@@ -53,4 +55,6 @@ def test_open_rows_are_its_state():
         a.add(piece, 0)
     b.restore(a.snapshot())
     for piece in pieces[100:]:
-        assert [[len(p) for p in row.pieces] for row in a.add(piece, 1)] == [[len(p) for p in row.pieces] for row in b.add(piece, 1)]
+        assert [[len(p) for p in row.pieces] for row in a.add(piece, 1)] == [
+            [len(p) for p in row.pieces] for row in b.add(piece, 1)
+        ]

@@ -21,9 +21,13 @@ def write(folder, kind, texts=TEXTS):
     if kind == "txt":
         (folder / "train.txt").write_text("\n".join([*texts[:20], "", "   ", *texts[20:]]))
     elif kind == "jsonl":
-        (folder / "train.jsonl").write_text("".join(json.dumps({"text": t, "n": 1, "title": "x"}) + "\n" for t in texts))
+        (folder / "train.jsonl").write_text(
+            "".join(json.dumps({"text": t, "n": 1, "title": "x"}) + "\n" for t in texts)
+        )
     elif kind == "parquet":
-        pa.parquet.write_table(pa.table({"body": texts, "n": list(range(len(texts)))}), folder / "train.parquet", row_group_size=8)
+        pa.parquet.write_table(
+            pa.table({"body": texts, "n": list(range(len(texts)))}), folder / "train.parquet", row_group_size=8
+        )
     else:
         Dataset.from_dict({"text": texts}).save_to_disk(folder)
     return folder
@@ -52,7 +56,9 @@ def test_splits_are_found_by_name(tmp_path):
     assert evaluation.paths[0].endswith("validation.txt")
     assert find_splits(str(tmp_path), None, None, "test")[1].paths[0].endswith("test.txt")
     assert len(find_splits(str(tmp_path / "*.txt"), None, None, None)[0].paths) == 2
-    DatasetDict({"train": Dataset.from_dict({"text": TEXTS}), "dev": Dataset.from_dict({"text": TEXTS[:3]})}).save_to_disk(tmp_path / "d")
+    DatasetDict(
+        {"train": Dataset.from_dict({"text": TEXTS}), "dev": Dataset.from_dict({"text": TEXTS[:3]})}
+    ).save_to_disk(tmp_path / "d")
     train, evaluation = find_splits(str(tmp_path / "d"), None, None, None)
     assert len(open_corpus(evaluation, False, None)) == 3
 
@@ -78,7 +84,11 @@ def test_broken_files_are_named(tmp_path, name, content, column, words):
 
 
 def test_missing_paths_are_named(tmp_path):
-    for path, words in (("", "not set"), (str(tmp_path / "absent"), "nothing at"), (str(tmp_path / "*.txt"), "nothing at")):
+    for path, words in (
+        ("", "not set"),
+        (str(tmp_path / "absent"), "nothing at"),
+        (str(tmp_path / "*.txt"), "nothing at"),
+    ):
         with pytest.raises(DataError, match=words):
             find_splits(path, None, None, None)
 
@@ -112,7 +122,9 @@ def test_ranks_read_each_document_once(tmp_path, kind, world):
     corpus = open_corpus(files, True, None)
     seen = []
     for rank in range(world):
-        reader = StreamReader(files, Rank(rank, world)) if kind == "stream" else CorpusReader(corpus, 5, Rank(rank, world))
+        reader = (
+            StreamReader(files, Rank(rank, world)) if kind == "stream" else CorpusReader(corpus, 5, Rank(rank, world))
+        )
         while block := reader.read():
             seen += block
     assert sorted(seen) == sorted(TEXTS)

@@ -55,7 +55,9 @@ def test_accumulation_is_exact():
     results, weights = [], []
     for micro in (small, [joined]):
         model = build()
-        results.append(train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), micro, RUNTIME, SETTINGS, 0, Stopwatch()))
+        results.append(
+            train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), micro, RUNTIME, SETTINGS, 0, Stopwatch())
+        )
         weights.append(model.state_dict())
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
@@ -66,7 +68,9 @@ def test_accumulation_is_exact():
 def test_clipping_bounds_the_gradient():
     model, settings = build(), StepSettings(seed=0, lr=lambda step: 1.0, gradient_clipping=1e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    result = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), batches(2, 2), RUNTIME, settings, 0, Stopwatch())
+    result = train_step(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), batches(2, 2), RUNTIME, settings, 0, Stopwatch()
+    )
     moved = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
     assert result.grad_norm > 1e-3
     assert moved == pytest.approx(1e-3, rel=1e-2)
@@ -95,7 +99,7 @@ def test_decisions_of_the_runtime():
     assert "needs CUDA" in choose_attention("flash_attn_varlen", "cpu")[1]
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints -----------
 
 
 def content(step, size=100):

@@ -156,7 +156,9 @@ def _plain(value: Any) -> Any:
 
 @tokenizer_app.command("train")
 def tokenizer_train(
-    files: Annotated[list[str], typer.Argument(metavar="TEXT...", help=".txt, .jsonl or .parquet files, folders or globs.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="TEXT...", help=".txt, .jsonl or .parquet files, folders or globs.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new tokenizer.")],
     vocab_size: Annotated[int, typer.Option(min=64, max=1_000_000, help="Tokens in the vocabulary.")] = 8192,
     cased: Annotated[bool, typer.Option("--cased", help="Keep upper and lower case apart.")] = False,

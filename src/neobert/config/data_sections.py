@@ -15,7 +15,9 @@ class TokenizerConfig(Section):
         min_length=1,
     )
     path: str | None = key(
-        None, "Folder of a saved tokenizer; wins over `tokenizer.name`.", "token ids; the tokenizer saved in checkpoints"
+        None,
+        "Folder of a saved tokenizer; wins over `tokenizer.name`.",
+        "token ids; the tokenizer saved in checkpoints",
     )
     max_length: int = key(
         512, "Longest piece of a document, in tokens, special tokens included.", "length of rows", ge=8
@@ -41,7 +43,9 @@ class TokenizerConfig(Section):
 class DatasetConfig(Section):
     """`dataset`: where text comes from and how it is read."""
 
-    name: str = key("refinedweb", "Dataset on the Hugging Face hub; used when `dataset.path` is empty.", "the source of text")
+    name: str = key(
+        "refinedweb", "Dataset on the Hugging Face hub; used when `dataset.path` is empty.", "the source of text"
+    )
     config: str | None = key(None, "Configuration (variant) of the hub dataset.", "the source of text")
     path: str = key(
         "",
@@ -58,7 +62,9 @@ class DatasetConfig(Section):
     text_column: str | None = key(
         None, "Column that holds the text; needed when there is more than one candidate.", "the text that is read"
     )
-    train_split: str | None = key(None, "Split to train on (default: `train`, or the only one).", "the text that is read")
+    train_split: str | None = key(
+        None, "Split to train on (default: `train`, or the only one).", "the text that is read"
+    )
     eval_split: str | None = key(
         None,
         "Split to evaluate on (default: validation, valid, dev, eval or test, whichever exists first).",
@@ -78,16 +84,25 @@ class DatasetConfig(Section):
         ge=0,
         le=1024,
     )
-    pin_memory: bool = key(False, "Page-locked host memory for batches; always on when training on CUDA.", "batch memory")
+    pin_memory: bool = key(
+        False, "Page-locked host memory for batches; always on when training on CUDA.", "batch memory"
+    )
     persistent_workers: bool = key(
         True, "Keep the tokenising processes from one epoch to the next; `false` starts new ones.", "process ids"
     )
     prefetch_factor: int | None = key(
-        None, "Blocks of documents in flight per tokenising process (default: 2).", "memory; time waiting for data", ge=1, le=1024
+        None,
+        "Blocks of documents in flight per tokenising process (default: 2).",
+        "memory; time waiting for data",
+        ge=1,
+        le=1024,
     )
     num_proc: int = key(4, "Processes for `pre_tokenize`.", "processes while preparing", ge=1, le=1024)
     shuffle_buffer_size: int = key(
-        10000, "Documents in the shuffle buffer of a streamed corpus; 0 or 1 keeps file order.", "order of the data", ge=0
+        10000,
+        "Documents in the shuffle buffer of a streamed corpus; 0 or 1 keeps file order.",
+        "order of the data",
+        ge=0,
     )
     pre_tokenize: bool = key(
         False,
@@ -125,5 +140,9 @@ class DataCollatorConfig(Section):
     )
     max_length: int | None = key(None, "Length of a packed row (default: `dataset.max_seq_length`).", "rows", ge=8)
     pad_to_multiple_of: int | None = key(
-        None, "Without packing, round the padded length up to a multiple of this.", "shape of unpacked batches", ge=1, le=4096
+        None,
+        "Without packing, round the padded length up to a multiple of this.",
+        "shape of unpacked batches",
+        ge=1,
+        le=4096,
     )

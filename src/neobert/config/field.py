@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 def key(default: Any, help: str, effect: str, *, factory: Any = _UNSET, **bounds: Any) -> Any:
     """A field with its default, its help in one sentence, and where its effect shows. `bounds`: ge, gt, le, lt, ..."""
-    extra = {"effect": effect}
+    extra: Any = {"effect": effect}
     if factory is not _UNSET:
         return Field(default_factory=factory, description=help, json_schema_extra=extra, **bounds)
     return Field(default=default, description=help, json_schema_extra=extra, **bounds)

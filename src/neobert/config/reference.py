@@ -24,7 +24,7 @@ class KeyInfo:
     choices: list[str] | None
     effect: str
     bounds: str
-    kinds: frozenset[type]
+    kinds: frozenset[Any]
 
     def as_json(self) -> dict[str, Any]:
         """What `neobert config keys --json` prints of a key."""

@@ -22,7 +22,9 @@ def heads_divide_width(config: Config, keys_set: frozenset[str]) -> Found:
             "model.hidden_size", f"{width} is not divisible by num_attention_heads {heads}; {best} heads would fit"
         )
     elif config.model.rope and (width // heads) % 2:
-        yield Problem("model.num_attention_heads", f"RoPE needs an even head width, but {width} / {heads} = {width // heads}")
+        yield Problem(
+            "model.num_attention_heads", f"RoPE needs an even head width, but {width} / {heads} = {width // heads}"
+        )
 
 
 def precision_is_supported(config: Config, keys_set: frozenset[str]) -> Found:
@@ -39,14 +41,18 @@ def rows_fit_model(config: Config, keys_set: frozenset[str]) -> Found:
         ("datacollator.max_length", config.datacollator.max_length),
     ):
         if length is not None and length > longest:
-            yield Problem(path, f"{length} is longer than model.max_position_embeddings {longest}; raise that or lower this")
+            yield Problem(
+                path, f"{length} is longer than model.max_position_embeddings {longest}; raise that or lower this"
+            )
 
 
 def packing_keys_need_packing(config: Config, keys_set: frozenset[str]) -> Found:
     """ERROR: `datacollator.max_length` describes packed rows only, `pad_to_multiple_of` unpacked ones only."""
     collator = config.datacollator
     if collator.max_length is not None and not collator.pack_sequences:
-        yield Problem("datacollator.max_length", "applies to packed rows; set pack_sequences: true, or use dataset.max_seq_length")
+        yield Problem(
+            "datacollator.max_length", "applies to packed rows; set pack_sequences: true, or use dataset.max_seq_length"
+        )
     if collator.pad_to_multiple_of is not None and collator.pack_sequences:
         yield Problem("datacollator.pad_to_multiple_of", "applies to unpacked rows; packed rows have one fixed length")
 
@@ -76,7 +82,9 @@ def muon_config_needs_muonclip(config: Config, keys_set: frozenset[str]) -> Foun
 def best_needs_evaluation(config: Config, keys_set: frozenset[str]) -> Found:
     """ERROR: the best checkpoint can only be loaded when checkpoints are saved."""
     if config.trainer.load_best_model_at_end and config.trainer.save_strategy == "no":
-        yield Problem("trainer.load_best_model_at_end", "needs checkpoints; set trainer.save_strategy to steps, epoch or best")
+        yield Problem(
+            "trainer.load_best_model_at_end", "needs checkpoints; set trainer.save_strategy to steps, epoch or best"
+        )
 
 
 # What a later version will do. A value other than the default is refused, so that no key is silently without effect.
@@ -103,7 +111,9 @@ def is_built(config: Config, keys_set: frozenset[str]) -> Found:
         if values[dotted] == value:
             yield Problem(dotted, f"{value!r} is not part of this version")
     if not config.dataset.path:
-        yield Problem("dataset.path", "not set; this version reads local files (.txt, .jsonl, .parquet or a saved dataset)")
+        yield Problem(
+            "dataset.path", "not set; this version reads local files (.txt, .jsonl, .parquet or a saved dataset)"
+        )
 
 
 def streaming_has_no_validation_split(config: Config, keys_set: frozenset[str]) -> Iterator[str]:

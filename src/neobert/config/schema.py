@@ -13,14 +13,18 @@ class ModelConfig(Section):
     name: str | None = key(None, "Name of the model, kept in its config.json.", "config.json of a checkpoint")
     hidden_size: int = key(768, "Width of embeddings, attention and residual stream.", "shape of the model", ge=8)
     num_hidden_layers: int = key(12, "Encoder blocks.", "shape of the model", ge=1, le=1024)
-    num_attention_heads: int = key(12, "Attention heads per block; must divide `hidden_size`.", "shape of the model", ge=1)
+    num_attention_heads: int = key(
+        12, "Attention heads per block; must divide `hidden_size`.", "shape of the model", ge=1
+    )
     intermediate_size: int = key(
         3072,
         "Width of the feed-forward block; SwiGLU uses two thirds of it, rounded up to a multiple of 8.",
         "shape of the model",
         ge=8,
     )
-    max_position_embeddings: int = key(512, "Longest sequence the model is built for, in tokens.", "longest input", ge=8)
+    max_position_embeddings: int = key(
+        512, "Longest sequence the model is built for, in tokens.", "longest input", ge=8
+    )
     vocab_size: int = key(
         30522,
         "Size of the vocabulary. Follows the tokenizer, rounded up to a multiple of 64; a larger value than that is honoured.",
@@ -28,7 +32,9 @@ class ModelConfig(Section):
         ge=8,
     )
     hidden_act: Literal["swiglu", "gelu"] = key("swiglu", "Activation of the feed-forward block.", "shape of the model")
-    dropout_prob: float = key(0.0, "Dropout in embeddings, attention and feed-forward output.", "training noise", ge=0, lt=1)
+    dropout_prob: float = key(
+        0.0, "Dropout in embeddings, attention and feed-forward output.", "training noise", ge=0, lt=1
+    )
     norm_eps: float = key(1e-5, "Term that keeps the norms stable.", "outputs", gt=0, lt=1)
     rms_norm: bool = key(True, "RMSNorm; `false`: LayerNorm.", "shape of the model")
     attn_backend: Literal["sdpa", "flash_attn_varlen"] = key(
@@ -39,9 +45,13 @@ class ModelConfig(Section):
     ngpt: bool = key(False, "The normalised transformer (arXiv 2410.01131).", "shape of the model")
     base_scale: float = key(1.0 / (960.0**0.5), "Scale constant of nGPT.", "outputs with `ngpt`", gt=0)
     pad_token_id: int = key(0, "Id of the padding token; follows the tokenizer.", "config.json of a checkpoint", ge=0)
-    embedding_init_range: float = key(0.02, "Embeddings start uniform within plus or minus this.", "initial weights", gt=0)
+    embedding_init_range: float = key(
+        0.02, "Embeddings start uniform within plus or minus this.", "initial weights", gt=0
+    )
     decoder_init_range: float = key(0.02, "Matrices start uniform within plus or minus this.", "initial weights", gt=0)
-    classifier_init_range: float = key(0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0)
+    classifier_init_range: float = key(
+        0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0
+    )
     from_hub: bool = key(False, "Start from the weights of `model.name`.", "initial weights")
 
 
@@ -56,7 +66,9 @@ class GlueConfig(Section):
     pretrained_checkpoint: str | int | None = key(None, "Which of them: `latest`, a step, a path.", "initial weights")
     allow_random_weights: bool = key(False, "Train without pretrained weights.", "an error, or not")
     classifier_dropout: float = key(0.1, "Dropout before the classifier.", "training noise", ge=0, lt=1)
-    classifier_init_range: float = key(0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0)
+    classifier_init_range: float = key(
+        0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0
+    )
     transfer_from_task: bool = key(False, "Start from a checkpoint of another GLUE task.", "initial weights")
     num_workers: int = key(4, "Data processes.", "processes", ge=0, le=1024)
     preprocessing_num_proc: int = key(4, "Processes for tokenising the task.", "processes", ge=1, le=1024)

@@ -29,7 +29,10 @@ class TrainerConfig(Section):
     per_device_eval_batch_size: int = key(32, "Rows per evaluation batch and device.", "evaluation memory", ge=1)
     gradient_accumulation_steps: int = key(1, "Microbatches per optimizer step.", "tokens per step", ge=1)
     max_steps: int = key(
-        1_000_000, "Optimizer steps to train for; -1: as many as `num_train_epochs` asks for.", "length of the run", ge=-1
+        1_000_000,
+        "Optimizer steps to train for; -1: as many as `num_train_epochs` asks for.",
+        "length of the run",
+        ge=-1,
     )
     save_steps: int = key(10_000, "Steps between checkpoints (`save_strategy: steps`).", "checkpoints", ge=1)
     eval_steps: int = key(10_000, "Steps between evaluations (`eval_strategy: steps`).", "evaluations", ge=1)
@@ -72,7 +75,9 @@ class TrainerConfig(Section):
         "an error, or a fresh folder",
     )
     num_train_epochs: int = key(3, "Passes over the data when `max_steps` is -1.", "length of the run", ge=1)
-    eval_strategy: Literal["steps", "epoch"] = key("steps", "Evaluate every `eval_steps`, or every epoch.", "evaluations")
+    eval_strategy: Literal["steps", "epoch"] = key(
+        "steps", "Evaluate every `eval_steps`, or every epoch.", "evaluations"
+    )
     save_strategy: Literal["steps", "epoch", "best", "no"] = key(
         "steps", "Save every `save_steps`, every epoch, at each best evaluation, or never.", "checkpoints"
     )
@@ -92,7 +97,9 @@ class TrainerConfig(Section):
     eval_batch_size: int | None = key(
         None, "Older name of `per_device_eval_batch_size`; acts when that one is not set.", "evaluation memory", ge=1
     )
-    early_stopping: int = key(0, "Stop after this many evaluations without improvement; 0: never.", "length of the run", ge=0)
+    early_stopping: int = key(
+        0, "Stop after this many evaluations without improvement; 0: never.", "length of the run", ge=0
+    )
     metric_for_best_model: str | None = key(
         None, "Evaluation metric that decides which checkpoint is best (default: loss).", "the best checkpoint"
     )
@@ -121,7 +128,9 @@ class SchedulerConfig(Section):
         None, "End of the decay in percent of the schedule; wins over `decay_steps`.", "learning rate", gt=0, le=100
     )
     num_cycles: float = key(0.5, "Cosine waves between warmup and the end; 0.5 falls once.", "learning rate", gt=0)
-    final_lr_ratio: float = key(0.1, "Floor of the learning rate, as a ratio of `optimizer.lr`.", "learning rate", ge=0, le=1)
+    final_lr_ratio: float = key(
+        0.1, "Floor of the learning rate, as a ratio of `optimizer.lr`.", "learning rate", ge=0, le=1
+    )
 
 
 class MuonConfig(Section):
@@ -144,7 +153,10 @@ class MuonConfig(Section):
     algorithm: str | None = key(None, "Deprecated name of `orthogonalization`.", "updates")
     polar_express: bool | None = key(None, "Deprecated switch of `orthogonalization`.", "updates")
     clipping_layers_mapping: dict[str, str] = key(
-        None, "Names of query and key projections in attention blocks that keep them apart.", "which weights are clipped", factory=dict
+        None,
+        "Names of query and key projections in attention blocks that keep them apart.",
+        "which weights are clipped",
+        factory=dict,
     )
 
 
@@ -153,7 +165,9 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adam", "muonclip"] = key("adamw", "Optimizer family.", "updates")
     lr: float = key(1e-4, "Peak learning rate.", "updates", gt=0)
-    weight_decay: float = key(0.01, "Decoupled weight decay of matrices; norms and embeddings have none.", "updates", ge=0)
+    weight_decay: float = key(
+        0.01, "Decoupled weight decay of matrices; norms and embeddings have none.", "updates", ge=0
+    )
     betas: list[Probability] = key(
         None, "Decay rates of Adam's two moments.", "updates", factory=lambda: [0.9, 0.999], min_length=2, max_length=2
     )
@@ -170,6 +184,10 @@ class WandbConfig(Section):
     name: str | None = key(None, "Name of the run.", "tracker files")
     tags: list[str] = key(None, "Tags of the run.", "tracker files", factory=list)
     mode: Literal["online", "offline", "disabled"] = key("online", "Where the run is recorded.", "tracker files")
-    log_interval: int = key(100, "Older name of `trainer.logging_steps`; acts when that one is not set.", "metrics.jsonl", ge=1)
-    resume: Literal["never", "allow", "must", "auto"] = key("never", "Whether to continue a recorded run.", "tracker files")
+    log_interval: int = key(
+        100, "Older name of `trainer.logging_steps`; acts when that one is not set.", "metrics.jsonl", ge=1
+    )
+    resume: Literal["never", "allow", "must", "auto"] = key(
+        "never", "Whether to continue a recorded run.", "tracker files"
+    )
     dir: str = key("logs/wandb", "Folder of the recorded run.", "tracker files", min_length=1)

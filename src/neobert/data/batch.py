@@ -46,7 +46,9 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to the GPU overlap with work."""
         mask = None if self.attention_mask is None else self.attention_mask.pin_memory()
-        return replace(self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory(), attention_mask=mask)
+        return replace(
+            self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory(), attention_mask=mask
+        )
 
 
 @dataclass(frozen=True)

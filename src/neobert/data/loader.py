@@ -155,7 +155,7 @@ class Pipeline:
             self.num_rows += 1
         return self.collator(rows), self.snapshot()
 
-    # --- tokenising ----------------------------------------------------------------------------------------------------
+    # --- tokenising -----------
 
     def _blocks(self) -> Iterator[tuple[list[Any], int, dict[str, int]]]:
         """(documents, epoch, position behind them); an empty block ends an epoch, its position is the next epoch's."""
@@ -201,7 +201,7 @@ class Pipeline:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    # --- position ------------------------------------------------------------------------------------------------------
+    # --- position -----------
 
     def snapshot(self) -> Snapshot:
         """The position behind the last batch that `batches` yielded."""
@@ -342,7 +342,9 @@ class Loader:
             "cut": list(s.cut),
         }
         for name, rows in (("open_rows", s.open_rows), ("ready", [(row.pieces, row.epoch) for row in s.ready])):
-            _write_pieces(arrays, name, [piece for pieces, _ in rows for piece in pieces], self.pipeline.tokenizer.dtype)
+            _write_pieces(
+                arrays, name, [piece for pieces, _ in rows for piece in pieces], self.pipeline.tokenizer.dtype
+            )
             state[name] = [[len(pieces), epoch] for pieces, epoch in rows]
         return state, arrays
 
@@ -365,7 +367,9 @@ class Loader:
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises CheckpointError naming what differs between a saved position and this run's data."""
-    changed = [f"{name} (was {saved.get(name)}, is {current[name]})" for name in current if saved.get(name) != current[name]]
+    changed = [
+        f"{name} (was {saved.get(name)}, is {current[name]})" for name in current if saved.get(name) != current[name]
+    ]
     if changed:
         raise CheckpointError(
             f"the data position of the checkpoint does not fit this run: changed {', '.join(changed)}. "

@@ -100,7 +100,8 @@ class StreamReader:
             self._rows = stream(self.files, self.position)
         block: list[str] = []
         num_characters = 0
-        for text, self.position in self._rows:
+        for text, behind in self._rows:
+            self.position = behind
             if self.num_read % self.rank.world == self.rank.index:
                 block.append(text)
                 num_characters += len(text)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -28,7 +29,11 @@ def tokenize_files(
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"dataset.pre_tokenize_output: {folder} holds other files; choose an empty or a new folder")
     write_token_store(
-        folder, _encode_all(files, tokenizer, num_proc, show_bar), tokenizer.dtype, files.fingerprint, tokenizer.fingerprint
+        folder,
+        _encode_all(files, tokenizer, num_proc, show_bar),
+        tokenizer.dtype,
+        files.fingerprint,
+        tokenizer.fingerprint,
     )
     return TokenStore(folder, in_memory), True
 
@@ -36,7 +41,9 @@ def tokenize_files(
 def check_store(store: TokenStore, tokenizer: TextTokenizer, source: str | None = None) -> None:
     """Raises DataError when a token folder was made by another tokenizer, or from another text than `source`."""
     if store.manifest.tokenizer != tokenizer.fingerprint:
-        raise DataError(f"{store.folder}: made with another tokenizer; delete the folder to tokenise again, or use that tokenizer")
+        raise DataError(
+            f"{store.folder}: made with another tokenizer; delete the folder to tokenise again, or use that tokenizer"
+        )
     if source is not None and store.manifest.source != source:
         raise DataError(f"{store.folder}: made from another text; delete the folder to tokenise again")
 
@@ -44,7 +51,7 @@ def check_store(store: TokenStore, tokenizer: TextTokenizer, source: str | None 
 def _encode_all(files: Files, tokenizer: TextTokenizer, num_proc: int, show_bar: bool) -> Iterator[Ids]:
     reader = StreamReader(files)
     pool = start_workers(num_proc, tokenizer) if num_proc > 1 else None
-    pending: deque = deque()
+    pending: deque[Any] = deque()
     try:
         with tqdm(desc="tokenising", unit=" documents", disable=not show_bar, leave=False) as bar:
             while (block := reader.read()) or pending:

@@ -72,7 +72,9 @@ class Files:
             yield from sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
 
 
-def find_splits(path: str, text_column: str | None, train_split: str | None, eval_split: str | None) -> tuple[Files, Files | None]:
+def find_splits(
+    path: str, text_column: str | None, train_split: str | None, eval_split: str | None
+) -> tuple[Files, Files | None]:
     """(training files, evaluation files or None) below `path`. Raises DataError naming what is missing."""
     splits = _saved_splits(Path(path)) if _is_saved_dataset(Path(path)) else _file_splits(path)
     train = train_split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None)
@@ -107,7 +109,9 @@ def _file_splits(path: str) -> dict[str, list[str]]:
     names = ("train", *EVAL_NAMES)
     for file in found:
         stem = Path(file).stem.lower()
-        split = next((name for name in names if stem == name or stem.startswith((f"{name}-", f"{name}_", f"{name}."))), None)
+        split = next(
+            (name for name in names if stem == name or stem.startswith((f"{name}-", f"{name}_", f"{name}."))), None
+        )
         splits.setdefault(split or "train", []).append(file)
     return splits
 
@@ -135,7 +139,9 @@ def find_column(path: str, wanted: str | None) -> str | None:
     columns = _string_columns(path)
     if wanted is not None:
         if wanted not in columns:
-            raise DataError(f"dataset.text_column: no column {wanted!r} with text in {path}; there are: {', '.join(columns)}")
+            raise DataError(
+                f"dataset.text_column: no column {wanted!r} with text in {path}; there are: {', '.join(columns)}"
+            )
         return wanted
     if "text" in columns:
         return "text"
@@ -177,7 +183,7 @@ class _ParquetTable:
         self.file, self.schema = file, file.schema_arrow
 
 
-# --- streams -----------------------------------------------------------------------------------------------------------
+# --- streams -----------
 
 
 def stream(files: Files, start: Position) -> Iterator[tuple[str, Position]]:
@@ -264,7 +270,7 @@ def _text_of(value: Any, column: str, path: str, place: str) -> str:
     return value
 
 
-# --- random access -----------------------------------------------------------------------------------------------------
+# --- random access -----------
 
 
 def open_corpus(files: Files, in_memory: bool, cache_dir: str | None) -> Corpus:

@@ -89,7 +89,9 @@ def is_token_store(path: str | Path) -> bool:
     return (Path(path) / "manifest.json").is_file()
 
 
-def write_token_store(folder: str | Path, documents: Iterable[Ids], dtype: type, source: str, tokenizer: str) -> Manifest:
+def write_token_store(
+    folder: str | Path, documents: Iterable[Ids], dtype: type, source: str, tokenizer: str
+) -> Manifest:
     """Write all documents, replacing what is at `folder` once the new one is whole. Raises DataError when disk is full."""
     folder = Path(folder)
     scratch = folder.with_name(f".{folder.name}.tmp")
@@ -110,11 +112,9 @@ def write_token_store(folder: str | Path, documents: Iterable[Ids], dtype: type,
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         raise DataError(f"{folder}: cannot write the tokenised corpus: {error.strerror}") from None
-    except BaseException:
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return manifest
 
 

@@ -11,7 +11,13 @@ import numpy as np
 
 from neobert.errors import DataError
 
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 INERT = "[inert{}]"  # fills the vocabulary up to the model's size; never an input, a target or a prediction
 
 Ids = np.ndarray  # token ids of one document, uint16 or uint32, without special tokens
@@ -66,7 +72,9 @@ def load_tokenizer(name: str, path: str | None) -> Any:
 
     source = path or name
     if path and not Path(path).is_dir():
-        raise DataError(f"tokenizer.path: no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`")
+        raise DataError(
+            f"tokenizer.path: no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,7 +133,10 @@ def train_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int, l
         raise DataError("no text to train a tokenizer on")
     trainer = BertWordPieceTokenizer(lowercase=lowercase)
     trainer.train_from_iterator(
-        _chain(first, iter_texts), vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+        _chain(first, iter_texts),
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        show_progress=False,
     )
     vocabulary = {token: i for token, i in sorted(trainer.get_vocab().items(), key=lambda item: item[1])}
     fast = BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase, model_max_length=max_length, **SPECIAL_TOKENS)

@@ -30,12 +30,20 @@ def fill_masks(checkpoint: str | Path, texts: list[str], top: int) -> Iterator[G
             raise DataError(f"{text!r}: no {tokenizer.mask_token} in it")
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         if ids.shape[1] > model.config.max_position_embeddings:
-            raise UserError(f"the text has {ids.shape[1]} tokens; the model takes {model.config.max_position_embeddings}")
+            raise UserError(
+                f"the text has {ids.shape[1]} tokens; the model takes {model.config.max_position_embeddings}"
+            )
         logits_TV = model(input_ids=ids).logits[0].float()
         logits_TV[:, forbidden] = -torch.inf
         probabilities = logits_TV[ids[0] == tokenizer.mask_token_id].softmax(-1)
         values, indices = probabilities.topk(min(top, facts.num_real), dim=-1)
-        yield Guesses(text, [list(zip(tokenizer.convert_ids_to_tokens(i), v.tolist(), strict=True)) for i, v in zip(indices, values, strict=True)])
+        yield Guesses(
+            text,
+            [
+                list(zip(tokenizer.convert_ids_to_tokens(i), v.tolist(), strict=True))
+                for i, v in zip(indices, values, strict=True)
+            ],
+        )
 
 
 def format_guesses(guesses: Guesses) -> str:

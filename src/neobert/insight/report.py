@@ -42,11 +42,18 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     rows = read_metrics(path)
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
-    environment = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").is_file() else {}
+    environment = (
+        json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").is_file() else {}
+    )
     page = PAGE.format(
         title=html.escape(f"NeoBERT run: {folder.resolve().name}"),
-        subtitle=html.escape(f"{environment.get('command', '')} · torch {environment.get('packages', {}).get('torch', '?')}"),
-        figures="".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in _figures(train, evaluations)),
+        subtitle=html.escape(
+            f"{environment.get('command', '')} · torch {environment.get('packages', {}).get('torch', '?')}"
+        ),
+        figures="".join(
+            f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
+            for name, value in _figures(train, evaluations)
+        ),
         plots="".join(_plots(train, evaluations)),
         facts=_facts(environment),
         config=html.escape(_changed_keys(folder / "config.yaml")),
@@ -60,7 +67,11 @@ def _figures(train: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> 
     if not train:
         return [("steps logged", "0")]
     seconds = sum(row["data_seconds"] + row["compute_seconds"] + row["optimizer_seconds"] for row in train)
-    figures = [("steps", f"{train[-1]['step']:,}"), ("tokens", f"{train[-1]['num_tokens']:,}"), ("training time", duration(seconds))]
+    figures = [
+        ("steps", f"{train[-1]['step']:,}"),
+        ("tokens", f"{train[-1]['num_tokens']:,}"),
+        ("training time", duration(seconds)),
+    ]
     figures.append(("last training loss", f"{train[-1]['loss']:.3f}"))
     if evaluations:
         best = min(evaluations, key=lambda row: row["eval_loss"])
@@ -74,14 +85,21 @@ def _plots(train: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
     steps = [row["step"] for row in train]
     phases = ("data", "compute", "optimizer", "evaluate", "save")
     windows = [now - before for before, now in zip([0, *steps], steps, strict=False)]
-    per_step = {name: [1e3 * row[f"{name}_seconds"] / max(1, w) for row, w in zip(train, windows, strict=True)] for name in phases}
+    per_step = {
+        name: [1e3 * row[f"{name}_seconds"] / max(1, w) for row, w in zip(train, windows, strict=True)]
+        for name in phases
+    }
     loss = [("training", steps, [row["loss"] for row in train], BLUE)]
     if evaluations:
-        loss.append(("held out", [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations], ORANGE))
+        loss.append(
+            ("held out", [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations], ORANGE)
+        )
     return [
         _line_plot("Loss", "nats per masked token", loss),
         _line_plot("Learning rate", "", [("", steps, [row["lr"] for row in train], BLUE)]),
-        _line_plot("Throughput", "real tokens per second", [("", steps, [row["tokens_per_second"] for row in train], BLUE)]),
+        _line_plot(
+            "Throughput", "real tokens per second", [("", steps, [row["tokens_per_second"] for row in train], BLUE)]
+        ),
         _stack_plot("Where the time goes", "milliseconds per step", steps, per_step),
     ]
 

@@ -15,7 +15,8 @@ def weight_decay_groups(named_parameters: Named, weight_decay: float) -> list[di
     An embedding row only gets a gradient when its token occurs, so decay would pull rare tokens to zero. The decoder is
     a matrix like any other and decays. Each group keeps the names of its parameters under `param_names`.
     """
-    decayed, others = [], []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in named_parameters:
         is_matrix = parameter.ndim >= 2 and "embed_" not in name
         (decayed if is_matrix else others).append((name, parameter))
@@ -65,6 +66,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, to
             raise ValueError(f"optimizer state of an unknown parameter {name!r}")
         parameter = parameters[name]
         if value.ndim and value.shape != parameter.shape:
-            raise ValueError(f"optimizer state of {name!r} has shape {tuple(value.shape)}, the weights {tuple(parameter.shape)}")
+            raise ValueError(
+                f"optimizer state of {name!r} has shape {tuple(value.shape)}, the weights {tuple(parameter.shape)}"
+            )
         on = value.device if not value.ndim and parameter.device.type == "cpu" else parameter.device
         optimizer.state[parameter][kind] = value.to(on)

@@ -66,7 +66,9 @@ class Log:
         self.metrics.write(row)
         if not self.console.has_bar or self.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)
-            extras = "".join(f"  {name} {row[name]:.3f}" for name in ("grad_norm", "weight_norm", "accuracy") if name in row)
+            extras = "".join(
+                f"  {name} {row[name]:.3f}" for name in ("grad_norm", "weight_norm", "accuracy") if name in row
+            )
             self.console.line(
                 f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
                 f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
@@ -107,7 +109,9 @@ class Evaluate:
             raise DataError("dataset.eval_split: the evaluation data has no text")
         values["perplexity"] = perplexity(values["loss"])
         self._compare(state, values)
-        self.metrics.write({"kind": "eval", "step": state.step, **{f"eval_{name}": value for name, value in values.items()}})
+        self.metrics.write(
+            {"kind": "eval", "step": state.step, **{f"eval_{name}": value for name, value in values.items()}}
+        )
         best = "  best so far" if self.improved else ""
         self.console.line(
             f"evaluation at step {state.step:,}: loss {values['loss']:.4f}  perplexity {values['perplexity']:,.1f}  "
@@ -118,7 +122,9 @@ class Evaluate:
     def _compare(self, state: TrainState, values: dict[str, float]) -> None:
         name = (self.trainer.metric_for_best_model or "loss").removeprefix("eval_")
         if name not in values:
-            raise ConfigError(Problem("trainer.metric_for_best_model", f"no metric {name!r}; there are: {', '.join(values)}"))
+            raise ConfigError(
+                Problem("trainer.metric_for_best_model", f"no metric {name!r}; there are: {', '.join(values)}")
+            )
         larger = self.trainer.greater_is_better and name not in SMALLER_IS_BETTER
         value, best = values[name], state.best_metric
         self.improved = best is None or (value > best if larger else value < best)
@@ -186,4 +192,3 @@ class EpochEdge:
         crossed = self.last is not None and state.epoch > self.last
         self.last = state.epoch
         return crossed
-

@@ -2,10 +2,11 @@
 
 import math
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
@@ -173,10 +174,12 @@ class Job:
         print(f"report      {self.folder / 'report.html'}")
         if save.last_step >= 0:
             print(f'next        neobert fill-mask {last} "The capital of France is [MASK]."')
-            print(f"            neobert run {self.config.config_path or 'CONFIG'} --trainer.resume_from_checkpoint latest")
+            print(
+                f"            neobert run {self.config.config_path or 'CONFIG'} --trainer.resume_from_checkpoint latest"
+            )
 
 
-# --- building the parts ------------------------------------------------------------------------------------------------
+# --- building the parts -----------
 
 
 def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any) -> tuple[int, list[str]]:
@@ -190,9 +193,13 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
         raise ConfigError(Problem("tokenizer.vocab_size", f"expected {expected}, but the tokenizer has {real} tokens"))
     notes = []
     if wanted is not None and wanted != size:
-        notes.append(f"model.vocab_size is {size:,}, not {wanted:,}: it follows the tokenizer ({real:,} tokens, rounded up)")
+        notes.append(
+            f"model.vocab_size is {size:,}, not {wanted:,}: it follows the tokenizer ({real:,} tokens, rounded up)"
+        )
     if "model.pad_token_id" in keys_set and config.model.pad_token_id != hf_tokenizer.pad_token_id:
-        notes.append(f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer")
+        notes.append(
+            f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
+        )
     return size, notes
 
 
@@ -200,7 +207,10 @@ def build_model(config: Config, vocab_size: int, pad_token_id: int) -> NeoBERTFo
     """The model with fresh weights drawn by `seed`."""
     torch.manual_seed(config.seed)
     names = set(NeoBERTConfig.__annotations__) & set(type(config.model).model_fields)
-    fields = {name: getattr(config.model, name) for name in names} | {"vocab_size": vocab_size, "pad_token_id": pad_token_id}
+    fields = {name: getattr(config.model, name) for name in names} | {
+        "vocab_size": vocab_size,
+        "pad_token_id": pad_token_id,
+    }
     model = NeoBERTForMaskedLM(NeoBERTConfig(**fields))
     model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
     return model
@@ -240,11 +250,19 @@ def build_pretraining_schedule(config: Config, num_steps: int) -> Schedule:
 
 def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
     """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
-    own = {field: getattr(model_config, field) for field in NeoBERTConfig.__annotations__ if hasattr(model_config, field)}
+    own = {
+        field: getattr(model_config, field) for field in NeoBERTConfig.__annotations__ if hasattr(model_config, field)
+    }
     if name is not None:
         own["name"] = name
     if not is_eurobert(model_config):
-        return {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32", **own, "neobert": own}
+        return {
+            "model_type": "neobert",
+            "architectures": ["NeoBERTForMaskedLM"],
+            "dtype": "float32",
+            **own,
+            "neobert": own,
+        }
     special = {
         "bos_token_id": hf_tokenizer.cls_token_id,
         "eos_token_id": hf_tokenizer.sep_token_id,
@@ -253,7 +271,7 @@ def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str 
     return {**eurobert_config(model_config, special), "neobert": own}
 
 
-# --- resuming ----------------------------------------------------------------------------------------------------------
+# --- resuming -----------
 
 
 def load_model_weights(folder: Path, model: NeoBERTForMaskedLM) -> None:
@@ -309,11 +327,16 @@ def stop_signals(state: TrainState) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# --- what the user sees ------------------------------------------------------------------------------------------------
+# --- what the user sees -----------
 
 
 def describe_run(
-    config: Config, model: NeoBERTForMaskedLM, runtime: Runtime, data: PretrainingData, schedule: Schedule, hf_tokenizer: Any
+    config: Config,
+    model: NeoBERTForMaskedLM,
+    runtime: Runtime,
+    data: PretrainingData,
+    schedule: Schedule,
+    hf_tokenizer: Any,
 ) -> dict[str, Any]:
     """What runs, as it was derived from the configuration and the machine."""
     trainer, m = config.trainer, model.config
@@ -333,7 +356,9 @@ def describe_run(
         "data": data.describe,
         "masking": f"{config.datacollator.mlm_probability:.0%} of the tokens, {masks}",
         "step": f"{rows} rows x {length} = {rows * length:,} tokens"
-        + (f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""),
+        + (
+            f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""
+        ),
         "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
         "device": runtime.describe,

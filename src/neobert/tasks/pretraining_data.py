@@ -34,7 +34,9 @@ class PretrainingData:
     describe: list[str]
 
 
-def build_data(config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir: Path, on_cuda: bool) -> PretrainingData:
+def build_data(
+    config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir: Path, on_cuda: bool
+) -> PretrainingData:
     """Open, and if asked for tokenise, the corpus. Raises DataError."""
     train_reader, eval_reader, notes = build_readers(config, tokenizer, rank, output_dir)
     by_epochs = config.trainer.max_steps < 0
@@ -48,7 +50,9 @@ def build_data(config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir:
     evaluation = None
     if eval_reader is not None:
         evaluation = _evaluation_pass(config, tokenizer, eval_reader)
-    workers = f"{pipeline.num_workers} tokenising processes" if pipeline.num_workers else "tokenised in the training process"
+    workers = (
+        f"{pipeline.num_workers} tokenising processes" if pipeline.num_workers else "tokenised in the training process"
+    )
     if isinstance(train_reader, CorpusReader) and isinstance(train_reader.corpus, TokenStore | Pieces):
         workers = "tokenised beforehand"
     return PretrainingData(
@@ -59,10 +63,12 @@ def build_data(config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir:
     )
 
 
-# --- where documents come from -----------------------------------------------------------------------------------------
+# --- where documents come from -----------
 
 
-def build_readers(config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir: Path) -> tuple[Reader, Reader | None, list[str]]:
+def build_readers(
+    config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir: Path
+) -> tuple[Reader, Reader | None, list[str]]:
     """(training reader, evaluation reader or None, lines for the summary)."""
     dataset = config.dataset
     if is_token_store(dataset.path) or is_token_store(Path(dataset.path) / "train"):
@@ -89,14 +95,20 @@ def _pre_tokenized_readers(
     stores, notes = [], []
     for name, files in (("train", train_files), ("validation", eval_files)):
         if files is not None:
-            store, made = tokenize_files(files, tokenizer, folder / name, num_proc, show_bar, config.dataset.load_all_from_disk)
+            store, made = tokenize_files(
+                files, tokenizer, folder / name, num_proc, show_bar, config.dataset.load_all_from_disk
+            )
             stores.append(store)
             how = "tokenised into" if made else "tokens found in"
-            notes.append(f"{store.manifest.num_documents:,} documents, {store.manifest.num_tokens:,} tokens, {how} {folder / name}")
+            notes.append(
+                f"{store.manifest.num_documents:,} documents, {store.manifest.num_tokens:,} tokens, {how} {folder / name}"
+            )
     return *_corpus_readers(config, rank, stores[0], stores[1] if eval_files else None), notes[:1]
 
 
-def _store_readers(config: Config, tokenizer: TextTokenizer, rank: Rank, path: Path) -> tuple[Reader, Reader | None, list[str]]:
+def _store_readers(
+    config: Config, tokenizer: TextTokenizer, rank: Rank, path: Path
+) -> tuple[Reader, Reader | None, list[str]]:
     in_memory = config.dataset.load_all_from_disk
     train = TokenStore(path if is_token_store(path) else path / "train", in_memory)
     evaluation = TokenStore(path / "validation", in_memory) if is_token_store(path / "validation") else None
@@ -126,10 +138,12 @@ def _is_tokenized(corpus: Corpus) -> bool:
     return isinstance(corpus.corpus if isinstance(corpus, Subset) else corpus, TokenStore)
 
 
-# --- what is made of them ----------------------------------------------------------------------------------------------
+# --- what is made of them -----------
 
 
-def build_pipeline(config: Config, tokenizer: TextTokenizer, reader: Reader, num_epochs: int | None, training: bool) -> Pipeline:
+def build_pipeline(
+    config: Config, tokenizer: TextTokenizer, reader: Reader, num_epochs: int | None, training: bool
+) -> Pipeline:
     """Documents to masked batches, as the configuration says."""
     packed, dataset = config.datacollator.pack_sequences, config.dataset
     batch_size = config.trainer.per_device_train_batch_size if training else config.trainer.per_device_eval_batch_size
@@ -159,7 +173,12 @@ def build_collator(config: Config, tokenizer: TextTokenizer, seed: int) -> Colla
     """Rows to masked batches."""
     datacollator, packed = config.datacollator, config.datacollator.pack_sequences
     masker = Masker(
-        seed, datacollator.mlm_probability, datacollator.mask_all, tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real
+        seed,
+        datacollator.mlm_probability,
+        datacollator.mask_all,
+        tokenizer.mask_id,
+        tokenizer.special_ids,
+        tokenizer.num_real,
     )
     to_full_length = packed or config.tokenizer.padding == "max_length"
     row_length = (_row_length(config) if packed else _piece_length(config)) if to_full_length else None
@@ -203,7 +222,9 @@ def _describe_rows(config: Config) -> str:
 
 def _describe_evaluation(reader: Reader | None) -> str:
     if reader is None:
-        return "no evaluation: no split named validation or test (or set dataset.validation_split with streaming: false)"
+        return (
+            "no evaluation: no split named validation or test (or set dataset.validation_split with streaming: false)"
+        )
     if isinstance(reader, StreamReader):
         return f"evaluated on {_size(reader.files)}"
     return f"evaluated on {len(reader.corpus):,} documents"

@@ -46,7 +46,13 @@ def prepare_run_folder(output_dir: str, resume: str | None, overwrite: bool) -> 
             )
         )
     _move_aside(folder)
-    return folder, None, [f"the run that was in {folder} is now in {folder / 'previous'} (to continue it instead: resume_from_checkpoint)"]
+    return (
+        folder,
+        None,
+        [
+            f"the run that was in {folder} is now in {folder / 'previous'} (to continue it instead: resume_from_checkpoint)"
+        ],
+    )
 
 
 def _resume_point(folder: Path, resume: str) -> tuple[Path | None, list[str]]:

@@ -152,7 +152,9 @@ def _check_finite(value: float, step: int, micro: int, optimizer: torch.optim.Op
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[MicroBatch], runtime: Runtime, max_batches: int | None) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, batches: Iterable[MicroBatch], runtime: Runtime, max_batches: int | None
+) -> dict[str, float]:
     """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode."""
     model.eval()
     total, num_correct, num_targets = 0.0, 0, 0

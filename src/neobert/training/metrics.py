@@ -54,7 +54,7 @@ class MetricsFile:
             scratch = path.with_suffix(".tmp")
             scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(scratch, path)
-        self._file = open(path, "a")
+        self._file = open(path, "a")  # noqa: SIM115 - closed by close()
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -82,7 +82,13 @@ class Console:
         self._bar = None
         if show_bar and sys.stderr.isatty():
             self._bar = tqdm(
-                total=num_steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, leave=False, file=sys.stderr
+                total=num_steps,
+                initial=start,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.05,
+                leave=False,
+                file=sys.stderr,
             )
 
     @property

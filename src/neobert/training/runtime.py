@@ -31,7 +31,9 @@ class Runtime:
         """Device and arithmetic in words, for the summary."""
         kind = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
-        arithmetic = "float32" if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')} autocast, float32 weights"
+        arithmetic = (
+            "float32" if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')} autocast, float32 weights"
+        )
         return f"{kind}{threads}, {arithmetic}" + (f" ({self.note})" if self.note else "")
 
     def autocast(self) -> AbstractContextManager[None]:
