@@ -85,7 +85,9 @@ class DatasetConfig(Section):
         le=1024,
     )
     pin_memory: bool = key(
-        False, "Page-locked host memory for batches; always on when training on CUDA.", "batch memory"
+        False,
+        "Page-locked host memory for batches. Always on when training on CUDA, without effect elsewhere.",
+        "batch memory",
     )
     persistent_workers: bool = key(
         True, "Keep the tokenising processes from one epoch to the next; `false` starts new ones.", "process ids"
@@ -115,7 +117,9 @@ class DatasetConfig(Section):
     cache_dir: str | None = key(None, "Folder for what the `datasets` library caches.", "where cached files are")
     trust_remote_code: bool = key(False, "Let a hub dataset run its own loading code.", "whether such a dataset loads")
     load_all_from_disk: bool = key(False, "Hold the whole corpus in memory instead of memory-mapping it.", "memory")
-    force_redownload: bool = key(False, "Fetch or convert the dataset again even when it is cached.", "cached files")
+    force_redownload: bool = key(
+        False, "Make what is cached anew: downloads, and the token folder of `pre_tokenize`.", "cached files"
+    )
     pretraining_prob: float = key(
         0.3, "Contrastive: share of steps that draw unlabelled corpus text.", "source of batches", ge=0, le=1
     )

@@ -95,6 +95,8 @@ NOT_YET: dict[str, str] = {
     "trainer.report_to": "experiment tracking",
     "accelerate_config_file": "launching several processes",
     "dataset.config": "datasets on the hub",
+    "dataset.trust_remote_code": "datasets on the hub",
+    "trainer.torch_compile": "torch.compile",
 }
 NOT_YET_VALUES: dict[str, str] = {"optimizer.name": "muonclip", "model.kernel_backend": "liger"}
 

@@ -9,13 +9,11 @@ the rows not yet handed out. Each batch in the queue carries the position behind
 microseconds), so what was prefetched and not used is simply read again after a resume, and nothing else is.
 """
 
-import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +24,7 @@ from neobert.data.masking import hash_key
 from neobert.data.order import CorpusReader, StreamReader
 from neobert.data.packing import Cut, OnePerRow, Packer, Row, Segmenter
 from neobert.data.tokenizer import Ids, TextTokenizer
+from neobert.data.workers import encode_in_worker, start_workers, wait_for_worker
 from neobert.errors import CheckpointError, DataError
 
 FORMAT = 1
@@ -174,6 +173,8 @@ class Pipeline:
                 pending.append((self._submit(documents), epoch, behind))
                 while len(pending) > limit or (pending and not documents):
                     yield self._take(pending.popleft())
+                if not documents and not self.persistent_workers:
+                    self.close()
             while pending:
                 yield self._take(pending.popleft())
         finally:
@@ -181,8 +182,6 @@ class Pipeline:
 
     def _submit(self, documents: list[Any]) -> "Future[list[Ids]] | list[Ids]":
         if not documents or not isinstance(documents[0], str):
-            if not self.persistent_workers and not documents:
-                self.close()
             return documents
         if not self.num_workers:
             return self.tokenizer.encode(documents)
@@ -240,43 +239,6 @@ class Pipeline:
             "row_length": getattr(self.rows, "row_length", None),
             "shuffle_buffer_size": self.shuffle_size,
         }
-
-
-_worker_tokenizer: TextTokenizer | None = None
-
-
-def start_workers(num_workers: int, tokenizer: TextTokenizer) -> ProcessPoolExecutor:
-    """Processes that tokenise blocks of text, one thread each."""
-    import multiprocessing
-
-    return ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), initializer=_set_worker_tokenizer, initargs=(tokenizer,)
-    )
-
-
-def _set_worker_tokenizer(tokenizer: TextTokenizer) -> None:
-    import signal
-
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker_tokenizer = tokenizer
-
-
-def encode_in_worker(texts: list[str]) -> list[Ids]:
-    assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode(texts)
-
-
-def wait_for_worker(future: "Future[list[Ids]]") -> list[Ids]:
-    """The result of a block. Raises DataError when its process died."""
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a tokenising process ended unexpectedly, most likely killed for want of memory; "
-            "lower dataset.num_workers, or set it to 0"
-        ) from None
 
 
 class Loader:

@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.data.loader import encode_in_worker, start_workers, wait_for_worker
 from neobert.data.order import StreamReader
 from neobert.data.sources import Files
 from neobert.data.token_store import TokenStore, is_token_store, write_token_store
 from neobert.data.tokenizer import Ids, TextTokenizer
+from neobert.data.workers import encode_in_worker, start_workers, wait_for_worker
 from neobert.errors import DataError
 
 

@@ -128,7 +128,7 @@ def _find_files(path: str) -> list[str]:
         return found
     found = sorted(glob(path, recursive=True))
     if not found:
-        raise DataError(f"dataset.path: nothing at {path!r}")
+        raise DataError(f"dataset.path: nothing at {path!r} (looked in {Path.cwd()})")
     return found
 
 

@@ -92,7 +92,6 @@ class Evaluate:
     metrics: MetricsFile
     console: Console
     stopwatch: Stopwatch
-    best_pointer: Path
     last_step: int = -1
     improved: bool = False
 
@@ -144,8 +143,6 @@ class Save:
     trainer: TrainerConfig
     root: Path
     content: Callable[[TrainState], Content]
-    metrics: MetricsFile
-    console: Console
     stopwatch: Stopwatch
     last_step: int = -1
 
@@ -157,7 +154,7 @@ class Save:
             self.last_step = state.step
             if state.best_step is not None and (self.root / str(state.best_step)).is_dir():
                 write_pointer(self.root / "best", str(state.best_step))
-            prune(self.root, self.trainer.save_total_limit, {state.best_step} if state.best_step else set())
+            prune(self.root, self.trainer.save_total_limit, {state.step, state.best_step or state.step})
 
 
 def step_hooks(trainer: TrainerConfig, log: Log, evaluation: Evaluate | None, save: Save, max_steps: int) -> list[Hook]:

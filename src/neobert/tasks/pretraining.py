@@ -47,6 +47,8 @@ def run(loaded: Loaded) -> Finished:
     )
     for warning in loaded.warnings:
         print(f"note: {warning}")
+    if config.debug:
+        print(dump_config(config))
     hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
     vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
     tokenizer = text_tokenizer(hf_tokenizer)
@@ -98,10 +100,8 @@ class Job:
         root = self.folder / "checkpoints"
         evaluation = None
         if self.data.evaluation is not None:
-            evaluation = Evaluate(
-                trainer, self.model, self.data.evaluation, self.runtime, metrics, console, stopwatch, root / "best"
-            )
-        save = Save(trainer, root, self.checkpoint_content, metrics, console, stopwatch)
+            evaluation = Evaluate(trainer, self.model, self.data.evaluation, self.runtime, metrics, console, stopwatch)
+        save = Save(trainer, root, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
         settings = StepSettings(
             seed=self.config.seed,
             lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
@@ -174,9 +174,8 @@ class Job:
         print(f"report      {self.folder / 'report.html'}")
         if save.last_step >= 0:
             print(f'next        neobert fill-mask {last} "The capital of France is [MASK]."')
-            print(
-                f"            neobert run {self.config.config_path or 'CONFIG'} --trainer.resume_from_checkpoint latest"
-            )
+            if self.state.step < self.data.num_steps:
+                print(f"            neobert run {self.folder / 'config.yaml'} --trainer.resume_from_checkpoint latest")
 
 
 # --- building the parts -----------

@@ -1,6 +1,7 @@
 """The data of a pretraining run: from the configuration to loaders, and what the summary says of them."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def build_data(
     by_epochs = config.trainer.max_steps < 0
     num_epochs = config.trainer.num_train_epochs if by_epochs else None
     num_steps = config.trainer.max_steps
+    if config.dataset.pin_memory and not on_cuda:
+        notes.append("dataset.pin_memory is for CUDA; this run has none")
     if by_epochs:
         counting = build_pipeline(config, tokenizer, _copy(train_reader), num_epochs, training=True)
         num_steps = -(-counting.count_batches() // config.trainer.gradient_accumulation_steps)
@@ -56,7 +59,7 @@ def build_data(
     if isinstance(train_reader, CorpusReader) and isinstance(train_reader.corpus, TokenStore | Pieces):
         workers = "tokenised beforehand"
     return PretrainingData(
-        Loader(pipeline, pin_memory=on_cuda or config.dataset.pin_memory),
+        Loader(pipeline, pin_memory=on_cuda),
         evaluation,
         num_steps,
         [f"{notes[0]}; {workers}", *notes[1:], _describe_rows(config), _describe_evaluation(eval_reader)],
@@ -95,6 +98,8 @@ def _pre_tokenized_readers(
     stores, notes = [], []
     for name, files in (("train", train_files), ("validation", eval_files)):
         if files is not None:
+            if config.dataset.force_redownload and is_token_store(folder / name):
+                shutil.rmtree(folder / name)
             store, made = tokenize_files(
                 files, tokenizer, folder / name, num_proc, show_bar, config.dataset.load_all_from_disk
             )

@@ -64,7 +64,8 @@ def save_checkpoint(root: Path, content: Content) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         _write_content(scratch, content)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         os.replace(scratch, final)
         _sync(root)
         write_pointer(root / "latest", str(content.step))
@@ -196,11 +197,16 @@ def prune(root: Path, keep: int | None, protected: set[int]) -> list[int]:
     spare = max(0, len(steps) - keep)
     doomed = [step for step in steps[:-1] if step not in protected][:spare]
     for step in doomed:
-        hidden = root / f".{step}.tmp"  # a half-deleted folder must not look whole
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.replace(root / str(step), hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(root / str(step))
     return doomed
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint under another name, so that a half-deleted one never looks whole."""
+    hidden = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def clean_leftovers(root: Path) -> None:
