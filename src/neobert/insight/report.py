@@ -137,7 +137,7 @@ def _stack_plot(title: str, unit: str, steps: list[int], series: dict[str, list[
     shown = {name: values for name, values in series.items() if any(values)}
     if steps and shown:
         axes.stackplot(steps, list(shown.values()), labels=list(shown), alpha=0.85)
-        axes.legend(frameon=False, loc="upper right", fontsize=8)
+        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
     return _svg(figure)
 
 
