@@ -33,7 +33,8 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.installed-dev
+bench: .venv/.installed
+	$(PIP) --editable ".[bench]"
 	$(BIN)/python benchmarks/run_all.py
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -29,33 +29,38 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 app.add_typer(config_app, name="config")
 app.add_typer(tokenizer_app, name="tokenizer")
 
+OVERRIDES = "[--SECTION.KEY VALUE]..."
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; every key: neobert config keys.")]
 DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only"}
 
 
-@app.command(context_settings=WITH_OVERRIDES)
+@app.command(context_settings=WITH_OVERRIDES, options_metavar=OVERRIDES)
 def run(context: typer.Context, config: ConfigFile) -> None:
     """Run what the file's `task` says.
 
-    Keys can be set behind the file, as --section.key value or section.key=value:
+    Keys can be set behind the file, as --section.key value or section.key=value; the last one wins.
 
-    neobert run configs/pretraining/quickstart.yaml --trainer.max_steps 100 optimizer.lr=3e-4
-
-    neobert run my.yaml --trainer.resume_from_checkpoint latest
+    \b
+    Examples:
+      neobert run configs/pretraining/quickstart.yaml --trainer.max_steps 100 optimizer.lr=3e-4
+      neobert run outputs/quickstart/config.yaml --trainer.resume_from_checkpoint latest
     """
     _pretrain(config, context.args, task=None)
 
 
-@app.command(context_settings=WITH_OVERRIDES)
+@app.command(context_settings=WITH_OVERRIDES, options_metavar=OVERRIDES)
 def pretrain(context: typer.Context, config: ConfigFile) -> None:
     """Masked-LM pretraining on your text.
 
-    neobert pretrain configs/pretraining/quickstart.yaml
+    Stop with Ctrl-C at any time: a checkpoint is written. Go on with --trainer.resume_from_checkpoint latest.
 
-    neobert pretrain my.yaml --dataset.path corpus/ --tokenizer.path tokenizer/ --trainer.output_dir runs/first
-
-    Stop with Ctrl-C at any time (a checkpoint is written) and go on with --trainer.resume_from_checkpoint latest.
+    \b
+    Examples:
+      neobert pretrain configs/pretraining/quickstart.yaml
+      neobert pretrain configs/pretraining/quickstart.yaml --dataset.path corpus/ \\
+          --tokenizer.path tokenizer/ --trainer.output_dir runs/first
+      neobert pretrain my.yaml --trainer.resume_from_checkpoint latest --trainer.max_steps 20000
     """
     _pretrain(config, context.args, task="pretraining")
 
@@ -82,7 +87,9 @@ def fill_mask(
 ) -> None:
     """What a trained model expects in place of [MASK].
 
-    neobert fill-mask outputs/quickstart "The President of the United [MASK] spoke to Congress."
+    \b
+    Example:
+      neobert fill-mask outputs/quickstart "The President of the United [MASK] spoke to Congress."
     """
     _quiet_libraries()
     from neobert.inference.fill_mask import fill_masks, format_guesses
@@ -98,7 +105,9 @@ def report(
 ) -> None:
     """A run as one self-contained HTML page: loss, learning rate, throughput, step times.
 
-    neobert report outputs/quickstart
+    \b
+    Example:
+      neobert report outputs/quickstart
     """
     from neobert.insight.report import write_report
 
@@ -109,7 +118,9 @@ def report(
 def config_check(context: typer.Context, config: ConfigFile) -> None:
     """Check a file: all problems at once, each with its line. Does not need torch and takes a moment.
 
-    neobert config check my.yaml
+    \b
+    Example:
+      neobert config check my.yaml
     """
     from neobert.config.load import load_config
 
@@ -123,7 +134,9 @@ def config_check(context: typer.Context, config: ConfigFile) -> None:
 def config_show(context: typer.Context, config: ConfigFile) -> None:
     """The whole configuration that a file comes to, defaults included.
 
-    neobert config show my.yaml --trainer.max_steps 100
+    \b
+    Example:
+      neobert config show my.yaml --trainer.max_steps 100
     """
     from neobert.config.load import dump_config, load_config
 
@@ -136,7 +149,9 @@ def config_keys(
 ) -> None:
     """Every key with its type, default and meaning.
 
-    neobert config keys | grep warmup
+    \b
+    Example:
+      neobert config keys | grep warmup
     """
     from neobert.config.reference import known_keys
 
@@ -167,7 +182,9 @@ def tokenizer_train(
 ) -> None:
     """Train a WordPiece tokenizer on your text, with the special tokens that a masked LM needs.
 
-    neobert tokenizer train corpus/*.txt -o tokenizer --vocab-size 16384
+    \b
+    Example:
+      neobert tokenizer train corpus/*.txt -o tokenizer --vocab-size 16384
     """
     _quiet_libraries()
     from neobert.data.tokenizer import train_from_files

@@ -93,11 +93,11 @@ def load_tokenizer(name: str, path: str | None) -> Any:
 def fit_vocabulary(tokenizer: Any, wanted: int | None, multiple: int = 64) -> int:
     """Add inert tokens until `len(tokenizer)` is the model's vocabulary size, and return that size.
 
-    The size is `wanted` where that is at least the tokenizer's own, else the tokenizer's own rounded up to `multiple`
-    (matrix products run faster on round shapes).
+    The size is the larger of `wanted` and the tokenizer's own, rounded up to `multiple`: matrix products run faster on
+    round shapes.
     """
     real = len(tokenizer)
-    size = wanted if wanted and wanted >= real else -(-real // multiple) * multiple
+    size = -(-max(real, wanted or 0) // multiple) * multiple
     if size > real:
         tokenizer.add_tokens([INERT.format(number) for number in range(size - real)], special_tokens=True)
     assert len(tokenizer) == size

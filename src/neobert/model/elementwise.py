@@ -18,7 +18,7 @@ class FusedRMSNorm(torch.autograd.Function):
         squares_N1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale_N1 = squares_N1.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_ND, weight_D, scale_N1)
-        return (x * scale_N1).mul_(weight_D).to(dtype)
+        return (x * scale_N1).mul_(weight_D.float()).to(dtype)
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor):  # type: ignore
@@ -27,9 +27,10 @@ class FusedRMSNorm(torch.autograd.Function):
         unit_ND = x_ND * scale_N1
         product_ND = unit_ND * grad
         grad_weight_D = product_ND.sum(0)
-        mean_N1 = (product_ND @ weight_D).div_(-x_ND.shape[-1])[:, None]
-        grad_x = torch.mul(grad, weight_D, out=product_ND).addcmul_(unit_ND, mean_N1).mul_(scale_N1)
-        return grad_x.to(x_ND.dtype), grad_weight_D, None, None
+        weight = weight_D.float()
+        mean_N1 = (product_ND @ weight).div_(-x_ND.shape[-1])[:, None]
+        grad_x = torch.mul(grad, weight, out=product_ND).addcmul_(unit_ND, mean_N1).mul_(scale_N1)
+        return grad_x.to(x_ND.dtype), grad_weight_D.to(weight_D.dtype), None, None
 
 
 class FusedSwiGLU(torch.autograd.Function):

@@ -136,6 +136,20 @@ class Evaluate:
             state.stop_reason = f"no better {name} in {patience} evaluations"
 
 
+def check_needs_evaluation(trainer: TrainerConfig) -> None:
+    """Raises ConfigError for keys that act on evaluations, in a run that has no evaluation data."""
+    asked = {
+        "trainer.save_strategy": trainer.save_strategy == "best",
+        "trainer.early_stopping": trainer.early_stopping > 0,
+        "trainer.load_best_model_at_end": trainer.load_best_model_at_end,
+        "trainer.metric_for_best_model": trainer.metric_for_best_model is not None,
+    }
+    why = "needs evaluation data: a split named validation or test, or dataset.validation_split with streaming: false"
+    problems = [Problem(dotted, why) for dotted, is_asked in asked.items() if is_asked]
+    if problems:
+        raise ConfigError(*problems)
+
+
 @dataclass
 class Save:
     """Writes checkpoints when they are due and removes the oldest beyond the limit."""
@@ -157,12 +171,14 @@ class Save:
             prune(self.root, self.trainer.save_total_limit, {state.step, state.best_step or state.step})
 
 
-def step_hooks(trainer: TrainerConfig, log: Log, evaluation: Evaluate | None, save: Save, max_steps: int) -> list[Hook]:
-    """The hooks of a run in their order: log, evaluate, save."""
-    epoch = EpochEdge()
+def step_hooks(
+    trainer: TrainerConfig, log: Log, evaluation: Evaluate | None, save: Save, max_steps: int, epoch: int
+) -> list[Hook]:
+    """The hooks of a run in their order: log, evaluate, save. `epoch` is the one the run starts in."""
+    edge = EpochEdge(epoch)
 
     def evaluate_and_save(state: TrainState, result: StepResult) -> None:
-        new_epoch = epoch.crossed(state)
+        new_epoch = edge.crossed(state)
         if evaluation is not None:
             by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
             evaluation(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or state.step == max_steps)
@@ -181,11 +197,10 @@ def step_hooks(trainer: TrainerConfig, log: Log, evaluation: Evaluate | None, sa
 
 @dataclass
 class EpochEdge:
-    """Says once per epoch that its first batch has been used."""
+    """Says once that a new epoch has begun: its first batch has been used."""
 
-    last: int | None = None
+    last: int
 
     def crossed(self, state: TrainState) -> bool:
-        crossed = self.last is not None and state.epoch > self.last
-        self.last = state.epoch
-        return crossed
+        before, self.last = self.last, state.epoch
+        return state.epoch > before

@@ -20,7 +20,7 @@ from neobert.model.layouts import eurobert_config, from_eurobert, is_eurobert, t
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.optim.build import build_optimizer, load_optimizer_state, optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
-from neobert.tasks.hooks import Evaluate, Log, Save, step_hooks
+from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, step_hooks
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
 from neobert.training.checkpoint import Content, load_data, load_optimizer, load_weights, verify_checkpoint
@@ -56,6 +56,8 @@ def run(loaded: Loaded) -> Finished:
         config.trainer.output_dir, config.trainer.resume_from_checkpoint, config.trainer.overwrite_output_dir
     )
     data = build_data(config, tokenizer, Rank(runtime.rank, runtime.world_size), folder, runtime.device.type == "cuda")
+    if data.evaluation is None:
+        check_needs_evaluation(config.trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
     optimizer = build_pretraining_optimizer(config, model)
     schedule = build_pretraining_schedule(config, data.num_steps)
@@ -110,7 +112,7 @@ class Job:
             model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
         )
         fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
-        hooks = step_hooks(trainer, log, evaluation, save, max_steps)
+        hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
         try:
             with stop_signals(self.state) as received:
                 train(
@@ -193,7 +195,7 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
     notes = []
     if wanted is not None and wanted != size:
         notes.append(
-            f"model.vocab_size is {size:,}, not {wanted:,}: it follows the tokenizer ({real:,} tokens, rounded up)"
+            f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
         )
     if "model.pad_token_id" in keys_set and config.model.pad_token_id != hf_tokenizer.pad_token_id:
         notes.append(
