@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN := outputs/quickstart
 
-.PHONY: quickstart test check format bench clean
+.PHONY: quickstart test check format docs bench clean
 
 quickstart: .venv/.installed
 	$(BIN)/neobert pretrain configs/pretraining/quickstart.yaml
@@ -32,6 +32,10 @@ check: .venv/.installed-dev
 format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/.installed
+	$(BIN)/python -c 'from neobert.config.explain import reference_page; print(reference_page(), end="")' > docs/configuration.md
+	$(BIN)/neobert config schema > configs/schema.json
 
 bench: .venv/.installed
 	$(PIP) --editable ".[bench]"

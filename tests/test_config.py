@@ -66,7 +66,7 @@ def test_all_problems_at_once_with_their_lines(tmp_path):
         ("optimizer: {muon_config: {ns_stps: 4}}", "optimizer.muon_config.ns_stps", "ns_steps"),
         ("trainer: {max_ckpt: 2, save_total_limit: 5}", "trainer.max_ckpt", "contradicts"),
         ("trainer: 3", "trainer", "valid dictionary"),
-        ("task: glue", "task", "not part of this version"),
+        ("task: glue\nglue: {task_name: mnli, num_labels: 2}", "glue.num_labels", "but mnli has 3"),
     ],
 )
 def test_rules_say_what_is_wrong(tmp_path, text, path, words):

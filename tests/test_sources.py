@@ -67,8 +67,8 @@ def test_splits_are_found_by_name(tmp_path):
     ("name", "content", "column", "words"),
     [
         ("a.txt", b"fine\nbad \xff\xfe\n", None, r"a.txt:2: not UTF-8"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', None, "holds int, not text"),
-        ("a.jsonl", b'{"text": "x"}\n{"text"\n', None, "not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', None, "a.jsonl:3: column 'text' holds int"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', None, "a.jsonl:2: not JSON"),
         ("a.jsonl", b"[1]\n", None, "expected an object"),
         ("a.jsonl", b"", None, "empty file"),
         ("a.jsonl", b'{"a": "x", "b": "y"}\n', None, "has several: a, b"),

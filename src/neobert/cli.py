@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neobert.errors import UserError
+from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
     name="neobert",
@@ -67,8 +67,11 @@ def pretrain(context: typer.Context, config: ConfigFile) -> None:
 
 def _pretrain(config: Path, overrides: list[str], task: str | None) -> None:
     from neobert.config.load import load_config
+    from neobert.config.rules import not_built
 
     loaded = load_config([str(config)], overrides, task)
+    if missing := not_built(loaded.config):
+        raise ConfigError(*missing)
     _quiet_libraries()
     from neobert.insight.report import write_report
     from neobert.tasks import pretraining
@@ -123,24 +126,82 @@ def config_check(context: typer.Context, config: ConfigFile) -> None:
       neobert config check my.yaml
     """
     from neobert.config.load import load_config
+    from neobert.config.rules import not_built
 
     loaded = load_config([str(config)], context.args)
-    for warning in loaded.warnings:
+    for warning in [*loaded.warnings, *not_built(loaded.config)]:
         print(f"note: {warning}")
     print(f"{config}: ok ({loaded.config.task}, {len(loaded.keys_set)} keys set)")
 
 
 @config_app.command("show", context_settings=WITH_OVERRIDES)
 def config_show(context: typer.Context, config: ConfigFile) -> None:
-    """The whole configuration that a file comes to, defaults included.
+    """The whole configuration that a file comes to, defaults included; what was set says where.
 
     \b
     Example:
       neobert config show my.yaml --trainer.max_steps 100
     """
-    from neobert.config.load import dump_config, load_config
+    from neobert.config.explain import show_config
+    from neobert.config.load import load_config
 
-    print(dump_config(load_config([str(config)], context.args).config), end="")
+    print(show_config(load_config([str(config)], context.args)))
+
+
+@config_app.command("explain")
+def config_explain(key: Annotated[str, typer.Argument(metavar="KEY", help="Dotted, as trainer.max_steps.")]) -> None:
+    """What a key means: type, default, bounds, what it changes, and the rules it takes part in.
+
+    \b
+    Example:
+      neobert config explain scheduler.warmup_percent
+    """
+    from neobert.config.explain import explain_key
+
+    print(explain_key(key))
+
+
+@config_app.command("diff")
+def config_diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="YAML file.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="YAML file.")],
+) -> None:
+    """What differs between two files once they are resolved: key: value in A -> value in B.
+
+    \b
+    Example:
+      neobert config diff runs/first/config.yaml runs/second/config.yaml
+    """
+    from neobert.config.explain import diff_configs
+    from neobert.config.load import load_config
+
+    for line in diff_configs(load_config([str(a)]).config, load_config([str(b)]).config):
+        print(line)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The JSON Schema of a configuration, for editors that complete and check YAML."""
+    from neobert.config.schema import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+@config_app.command("new")
+def config_new(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="pretraining, glue, contrastive or mteb.")],
+) -> None:
+    """A commented starter file.
+
+    \b
+    Example:
+      neobert config new pretraining > my.yaml
+    """
+    from neobert.config.explain import STARTERS, starter_file
+
+    if task not in STARTERS:
+        raise ConfigError(Problem("TASK", f"must be one of {', '.join(STARTERS)}, got {task!r}"))
+    print(starter_file(task), end="")
 
 
 @config_app.command("keys")

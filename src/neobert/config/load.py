@@ -1,4 +1,4 @@
-"""The one way in: YAML files, layered left to right -> overrides -> strict build -> rules -> a frozen `Config`.
+"""The one way in: YAML files, layered left to right -> older names -> overrides -> strict build -> rules -> `Config`.
 
 Precedence, lowest first: defaults, the first file, further files, overrides from left to right. All problems are
 reported at once, each with its dotted path and the line it was written on.
@@ -12,20 +12,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from neobert.config.reference import known_keys
+from neobert.config.legacy import LEGACY, apply_legacy, put, take
+from neobert.config.reference import known_keys, nearest_key
 from neobert.config.rules import check_rules
 from neobert.config.schema import Config
 from neobert.config.yaml_file import YamlFile, parse_scalar, read_yaml
 from neobert.errors import ConfigError, Problem
-
-# Fields of the reference that are older names of others: they act when the newer one is not set.
-OLDER_FIELDS = {
-    "trainer.max_ckpt": "trainer.save_total_limit",
-    "trainer.train_batch_size": "trainer.per_device_train_batch_size",
-    "trainer.eval_batch_size": "trainer.per_device_eval_batch_size",
-    "trainer.dataloader_num_workers": "dataset.num_workers",
-    "wandb.log_interval": "trainer.logging_steps",
-}
 
 
 @dataclass(frozen=True)
@@ -35,6 +27,7 @@ class Loaded:
     config: Config
     warnings: list[str]
     keys_set: frozenset[str]
+    origins: dict[str, str]  # file:line, or `command line`, of every key that was set
 
 
 def load_config(files: list[str], overrides: list[str] | None = None, task: str | None = None) -> Loaded:
@@ -42,31 +35,30 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
 
     `task`, when given, is what the command runs: a file that says otherwise is an error. Raises ConfigError.
     """
-    parsed = [read_yaml(file) for file in files]
+    parsed = [*map(read_yaml, files), _override_layer(overrides or [])]
+    warnings: list[str] = []
     values: dict[str, Any] = {}
-    for one in parsed:
-        _merge(values, one.values)
-    for dotted, value in parse_overrides(overrides or []):
-        _assign(values, dotted, value)
+    for layer in parsed:
+        warnings += apply_legacy(layer.values, layer.lines)
+        _merge(values, layer.values)
     if task and values.setdefault("task", task) != task:
         raise ConfigError(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
     if files and "config_path" not in values:
         values["config_path"] = str(files[-1])
-    warnings = _apply_older_fields(values)
     config = _build(values, parsed)
     keys_set = frozenset(_flat_keys(config))
     problems, notes = check_rules(config, keys_set)
     if problems:
         raise ConfigError(*[Problem(p.path, p.message, _where(p.path, parsed)) for p in problems])
-    return Loaded(config, warnings + notes, keys_set)
+    origins = {dotted: place for dotted in keys_set if (place := _where(dotted, parsed))}
+    return Loaded(config, warnings + notes, keys_set, origins)
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that loads to the same `Config`; older names are left out, they have acted."""
     values = config.model_dump()
-    for old in OLDER_FIELDS:
-        section, _, name = old.partition(".")
-        del values[section][name]
+    for rule in LEGACY:
+        take(values, rule.old)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -86,6 +78,14 @@ def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
+def _override_layer(words: list[str]) -> YamlFile:
+    layer = YamlFile("command line", {})
+    for dotted, value in parse_overrides(words):
+        put(layer.values, dotted, value)
+        layer.lines[dotted] = 0
+    return layer
+
+
 def _override_value(name: str, text: str) -> Any:
     """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it."""
     value = parse_scalar(text)
@@ -101,37 +101,6 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
             _merge(into[name], value)
         else:
             into[name] = value
-
-
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, last = dotted.split(".")
-    for depth, section in enumerate(sections):
-        inner = values.get(section)
-        if inner is None:
-            inner = values[section] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(Problem(".".join(sections[: depth + 1]), f"is a value, so {dotted} cannot be set in it"))
-        values = inner
-    values[last] = value
-
-
-def _lookup(values: dict[str, Any], dotted: str) -> Any:
-    section, _, name = dotted.rpartition(".")
-    inner = values.get(section)
-    return inner.get(name) if isinstance(inner, dict) else None
-
-
-def _apply_older_fields(values: dict[str, Any]) -> list[str]:
-    warnings = []
-    for old, new in OLDER_FIELDS.items():
-        old_value, new_value = _lookup(values, old), _lookup(values, new)
-        if old_value is None:
-            continue
-        if new_value is not None and new_value != old_value:
-            raise ConfigError(Problem(old, f"{old_value!r} contradicts {new}: {new_value!r}; keep only {new}"))
-        _assign(values, new, old_value)
-        warnings.append(f"{old} is an older name: acting as {new}: {old_value!r}")
-    return warnings
 
 
 def _build(values: dict[str, Any], parsed: list[YamlFile]) -> Config:
@@ -162,7 +131,7 @@ def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
     dotted = ".".join(location) if kind == "extra_forbidden" else _dotted(location)
     where = _where(dotted, parsed)
     if kind == "extra_forbidden":
-        return Problem(dotted, f"unknown key{_suggestion(dotted)}", where)
+        return Problem(dotted, f"unknown key{nearest_key(dotted)}", where)
     info = known_keys().get(dotted)
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     if info is None:
@@ -184,20 +153,6 @@ def _dotted(location: list[str]) -> str:
         if ".".join(location[:end]) in keys:
             return ".".join(location[:end])
     return ".".join(location)
-
-
-def _suggestion(dotted: str) -> str:
-    keys = list(known_keys())
-    section, _, name = dotted.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
-    if near:
-        return f"; did you mean {siblings[near[0]]}?"
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
-    near = elsewhere or difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return "; `neobert config keys` lists all keys"
 
 
 def _flat_keys(section: BaseModel, prefix: str = "") -> typing.Iterator[str]:

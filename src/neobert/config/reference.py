@@ -1,5 +1,6 @@
 """The schema as data: one `KeyInfo` per key, for `neobert config keys`, error messages and the reference page."""
 
+import difflib
 import types
 import typing
 from dataclasses import dataclass
@@ -36,6 +37,19 @@ class KeyInfo:
 def known_keys() -> dict[str, KeyInfo]:
     """Every key of the configuration in the order of the schema, by dotted name."""
     return {info.key: info for info in _walk(Config, "")}
+
+
+def nearest_key(dotted: str) -> str:
+    """`; did you mean trainer.max_steps?` for an unknown key: first among its siblings, then anywhere."""
+    keys = list(known_keys())
+    section, _, name = dotted.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
+    if near:
+        return f"; did you mean {siblings[near[0]]}?"
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
+    near = elsewhere or difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else "; `neobert config keys` lists all keys"
 
 
 def _walk(section: type[BaseModel], prefix: str) -> typing.Iterator[KeyInfo]:

@@ -1,53 +1,57 @@
-"""Rules between keys: one small function each. ERROR stops the run; WARNING and PRECEDENCE are said once.
+"""Rules between keys: one small function each, and `RULES`, the table of them.
 
-A rule takes the configuration and the set of keys that were set, and yields what it found.
+A rule looks at the configuration and at the keys that were set, and yields what it finds. Its docstring is its description in
+the reference page and in `neobert config explain`. ERROR stops the run; WARNING, PRECEDENCE and IMPORTANT are said once.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 from neobert.config.reference import known_keys
 from neobert.config.schema import Config
 from neobert.errors import Problem
 
 Found = Iterator[Problem]
+KeysSet = frozenset[str]
 
 
-def heads_divide_width(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: every head has the same whole width, and RoPE turns pairs of dimensions."""
+def heads_divide_width(config: Config, keys_set: KeysSet) -> Found:
+    """Heads share the width evenly, and RoPE turns pairs of dimensions, so the width of a head is even."""
     width, heads = config.model.hidden_size, config.model.num_attention_heads
     if width % heads:
-        near = [n for n in range(1, width + 1) if width % n == 0]
-        best = min(near, key=lambda n: abs(n - heads))
+        best = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
         yield Problem(
             "model.hidden_size", f"{width} is not divisible by num_attention_heads {heads}; {best} heads would fit"
         )
     elif config.model.rope and (width // heads) % 2:
         yield Problem(
-            "model.num_attention_heads", f"RoPE needs an even head width, but {width} / {heads} = {width // heads}"
+            "model.num_attention_heads", f"RoPE needs an even head width; {width} / {heads} = {width // heads}"
         )
 
 
-def precision_is_supported(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: float16 needs loss scaling, which the sum-then-divide loss does not have."""
-    if config.trainer.mixed_precision == "fp16":
+def precision_is_supported(config: Config, keys_set: KeysSet) -> Found:
+    """float16 needs loss scaling, which a loss that is divided by the targets of the whole step does not have."""
+    if config.trainer.mixed_precision == "fp16" and config.task in ("pretraining", "contrastive"):
         yield Problem("trainer.mixed_precision", "fp16 overflows in pretraining and is not supported; use bf16 or no")
 
 
-def rows_fit_model(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: no row may be longer than the model's positions."""
+def rows_fit_model(config: Config, keys_set: KeysSet) -> Found:
+    """No row is longer than the positions of the model."""
     longest = config.model.max_position_embeddings
-    for path, length in (
-        ("dataset.max_seq_length", config.dataset.max_seq_length),
-        ("datacollator.max_length", config.datacollator.max_length),
-    ):
+    lengths = {
+        "dataset.max_seq_length": config.dataset.max_seq_length,
+        "datacollator.max_length": config.datacollator.max_length,
+    }
+    for path, length in lengths.items():
         if length is not None and length > longest:
             yield Problem(
                 path, f"{length} is longer than model.max_position_embeddings {longest}; raise that or lower this"
             )
 
 
-def packing_keys_need_packing(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: `datacollator.max_length` describes packed rows only, `pad_to_multiple_of` unpacked ones only."""
+def packing_keys_need_packing(config: Config, keys_set: KeysSet) -> Found:
+    """`datacollator.max_length` describes packed rows, `pad_to_multiple_of` unpacked ones."""
     collator = config.datacollator
     if collator.max_length is not None and not collator.pack_sequences:
         yield Problem(
@@ -57,8 +61,17 @@ def packing_keys_need_packing(config: Config, keys_set: frozenset[str]) -> Found
         yield Problem("datacollator.pad_to_multiple_of", "applies to unpacked rows; packed rows have one fixed length")
 
 
-def pre_tokenize_needs_random_access(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: a stream is tokenised as it flows by."""
+def pieces_fit_rows(config: Config, keys_set: KeysSet) -> Found:
+    """A piece of a document is at most as long as the row it goes into."""
+    row = config.datacollator.max_length or config.dataset.max_seq_length
+    if "tokenizer.max_length" in keys_set and config.tokenizer.max_length > row:
+        yield Problem(
+            "tokenizer.max_length", f"{config.tokenizer.max_length} is longer than a row: pieces have {row} tokens"
+        )
+
+
+def pre_tokenize_needs_random_access(config: Config, keys_set: KeysSet) -> Found:
+    """A stream is tokenised as it flows by; only a corpus of known size is tokenised beforehand."""
     dataset = config.dataset
     if dataset.pre_tokenize and dataset.streaming:
         yield Problem("dataset.pre_tokenize", "needs dataset.streaming: false")
@@ -66,105 +79,166 @@ def pre_tokenize_needs_random_access(config: Config, keys_set: frozenset[str]) -
         yield Problem("dataset.pre_tokenize_output", "has no effect without dataset.pre_tokenize: true")
 
 
-def schedule_is_ordered(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: the decay ends after the warmup."""
+def decay_follows_warmup(config: Config, keys_set: KeysSet) -> Found:
+    """A decay that is asked for ends after the warmup."""
     s = config.scheduler
     if s.warmup_percent is not None and s.decay_percent is not None and s.decay_percent <= s.warmup_percent:
         yield Problem("scheduler.decay_percent", f"{s.decay_percent} is not after warmup_percent {s.warmup_percent}")
 
 
-def muon_config_needs_muonclip(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: settings of an optimizer that is not used."""
+def warmup_fits_run(config: Config, keys_set: KeysSet) -> Found:
+    """A warmup that is longer than the run never gets to the peak of the learning rate."""
+    steps = config.scheduler.total_steps or config.trainer.max_steps
+    if config.scheduler.warmup_percent is None and 0 < steps <= config.scheduler.warmup_steps:
+        yield Problem(
+            "scheduler.warmup_steps",
+            f"{config.scheduler.warmup_steps:,} is not shorter than the schedule of {steps:,} steps: the rate does not get to "
+            f"{config.optimizer.lr:g}",
+        )
+
+
+def muon_config_needs_muonclip(config: Config, keys_set: KeysSet) -> Found:
+    """Settings of an optimizer that is not used have no effect."""
     if config.optimizer.muon_config is not None and config.optimizer.name != "muonclip":
         yield Problem("optimizer.muon_config", f"has no effect with optimizer.name: {config.optimizer.name}")
 
 
-def best_needs_evaluation(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: the best checkpoint can only be loaded when checkpoints are saved."""
+def best_needs_checkpoints(config: Config, keys_set: KeysSet) -> Found:
+    """The best checkpoint can only be loaded at the end when checkpoints are saved."""
     if config.trainer.load_best_model_at_end and config.trainer.save_strategy == "no":
-        yield Problem(
-            "trainer.load_best_model_at_end", "needs checkpoints; set trainer.save_strategy to steps, epoch or best"
-        )
+        yield Problem("trainer.load_best_model_at_end", "needs checkpoints; set save_strategy to steps, epoch or best")
 
 
-# What a later version will do. A value other than the default is refused, so that no key is silently without effect.
-NOT_YET: dict[str, str] = {
-    "model.ngpt": "nGPT",
-    "model.from_hub": "starting from hub weights",
-    "wandb.enabled": "experiment tracking",
-    "trainer.report_to": "experiment tracking",
-    "accelerate_config_file": "launching several processes",
-    "dataset.config": "datasets on the hub",
-    "dataset.trust_remote_code": "datasets on the hub",
-    "trainer.torch_compile": "torch.compile",
-}
-NOT_YET_VALUES: dict[str, str] = {"optimizer.name": "muonclip", "model.kernel_backend": "liger"}
+GLUE_LABELS = {"stsb": 1, "mnli": 3, "ax": 3}
 
 
-def is_built(config: Config, keys_set: frozenset[str]) -> Found:
-    """ERROR: this version does not have it yet."""
-    if config.task != "pretraining":
-        yield Problem("task", f"{config.task!r} is not part of this version; it runs task: pretraining")
-    values = {dotted: _value(config, dotted) for dotted in (*NOT_YET, *NOT_YET_VALUES)}
-    for dotted, what in NOT_YET.items():
-        if values[dotted] != known_keys()[dotted].default:
-            yield Problem(dotted, f"{what} is not part of this version; leave it at {known_keys()[dotted].default!r}")
-    for dotted, value in NOT_YET_VALUES.items():
-        if values[dotted] == value:
-            yield Problem(dotted, f"{value!r} is not part of this version")
-    if not config.dataset.path:
-        yield Problem(
-            "dataset.path", "not set; this version reads local files (.txt, .jsonl, .parquet or a saved dataset)"
-        )
+def labels_fit_task(config: Config, keys_set: KeysSet) -> Found:
+    """A GLUE task has a fixed number of labels; 1 is regression."""
+    wanted = GLUE_LABELS.get(config.glue.task_name, 2)
+    if "glue.num_labels" in keys_set and config.task == "glue" and config.glue.num_labels != wanted:
+        yield Problem("glue.num_labels", f"{config.glue.num_labels}, but {config.glue.task_name} has {wanted}")
 
 
-def streaming_has_no_validation_split(config: Config, keys_set: frozenset[str]) -> Iterator[str]:
-    """WARNING / SKIP: a stream cannot be split at random."""
+def streaming_has_no_validation_split(config: Config, keys_set: KeysSet) -> Found:
+    """A stream cannot be split at random: the validation split is skipped."""
     if config.dataset.validation_split and config.dataset.streaming:
-        yield "dataset.validation_split is skipped: a streamed dataset cannot be split at random (set streaming: false)"
+        yield Problem("dataset.validation_split", "skipped: a stream cannot be split at random (set streaming: false)")
 
 
-def packed_sdpa_is_slower(config: Config, keys_set: frozenset[str]) -> Iterator[str]:
-    """WARNING: on CUDA, packed rows are faster with the variable-length kernel."""
+def packed_sdpa_is_slower(config: Config, keys_set: KeysSet) -> Found:
+    """Packed rows with SDPA work; on CUDA the variable-length kernel is faster."""
     if config.datacollator.pack_sequences and config.model.attn_backend == "sdpa" and "model.attn_backend" in keys_set:
-        yield "datacollator.pack_sequences with model.attn_backend: sdpa works, but on CUDA flash_attn_varlen is faster"
+        yield Problem("model.attn_backend", "sdpa works for packed rows; on CUDA flash_attn_varlen is faster")
 
 
-def percent_wins(config: Config, keys_set: frozenset[str]) -> Iterator[str]:
-    """PRECEDENCE: a percentage wins over an absolute number of steps."""
-    for what in ("warmup", "decay"):
-        percent, steps = f"scheduler.{what}_percent", f"scheduler.{what}_steps"
-        if {percent, steps} <= keys_set and _value(config, percent) is not None:
-            yield f"{percent} wins over {steps}"
+def warmup_percent_wins(config: Config, keys_set: KeysSet) -> Found:
+    """`warmup_percent` wins over `warmup_steps`."""
+    if config.scheduler.warmup_percent is not None and "scheduler.warmup_steps" in keys_set:
+        yield Problem("scheduler.warmup_percent", "wins over warmup_steps")
 
 
-def path_wins_over_name(config: Config, keys_set: frozenset[str]) -> Iterator[str]:
-    """PRECEDENCE: a local path wins over a hub name."""
+def decay_percent_wins(config: Config, keys_set: KeysSet) -> Found:
+    """`decay_percent` wins over `decay_steps`."""
+    if config.scheduler.decay_percent is not None and config.scheduler.decay_steps is not None:
+        yield Problem("scheduler.decay_percent", "wins over decay_steps")
+
+
+def path_wins_over_name(config: Config, keys_set: KeysSet) -> Found:
+    """An existing local `path` is read; the hub's `name` is the fallback."""
     if config.dataset.path and "dataset.name" in keys_set:
-        yield f"dataset.path {config.dataset.path!r} wins over dataset.name"
+        yield Problem("dataset.path", f"{config.dataset.path!r} wins over dataset.name {config.dataset.name!r}")
 
 
-ERRORS: list[Callable[[Config, frozenset[str]], Found]] = [
-    heads_divide_width,
-    precision_is_supported,
-    rows_fit_model,
-    packing_keys_need_packing,
-    pre_tokenize_needs_random_access,
-    schedule_is_ordered,
-    muon_config_needs_muonclip,
-    best_needs_evaluation,
-    is_built,
-]
-NOTES = [streaming_has_no_validation_split, packed_sdpa_is_slower, percent_wins, path_wins_over_name]
+def vocabulary_follows_tokenizer(config: Config, keys_set: KeysSet) -> Found:
+    """Inert tokens pad the tokenizer until its length is the model's vocabulary size, a multiple of 64."""
+    if "model.vocab_size" in keys_set:
+        yield Problem(
+            "model.vocab_size", f"{config.model.vocab_size:,} is a lower bound: the size follows the tokenizer"
+        )
 
 
-def check_rules(config: Config, keys_set: frozenset[str]) -> tuple[list[Problem], list[str]]:
-    """All broken rules, and all that the user should know."""
-    problems = [problem for rule in ERRORS for problem in rule(config, keys_set)]
-    return problems, [note for rule in NOTES for note in rule(config, keys_set)]
+def pad_id_follows_tokenizer(config: Config, keys_set: KeysSet) -> Found:
+    """The padding id is the tokenizer's, whatever is written here."""
+    if "model.pad_token_id" in keys_set:
+        yield Problem("model.pad_token_id", f"{config.model.pad_token_id} is replaced by the tokenizer's padding id")
 
 
-def _value(config: Config, dotted: str) -> object:
+@dataclass(frozen=True)
+class Rule:
+    """A rule with its type and the keys it is about."""
+
+    kind: Literal["ERROR", "WARNING", "PRECEDENCE", "IMPORTANT"]
+    check: Callable[[Config, KeysSet], Found]
+    keys: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        return " ".join((self.check.__doc__ or "").split())
+
+
+RULES = (
+    Rule("ERROR", heads_divide_width, ("model.hidden_size", "model.num_attention_heads", "model.rope")),
+    Rule("ERROR", precision_is_supported, ("trainer.mixed_precision", "task")),
+    Rule("ERROR", rows_fit_model,
+         ("dataset.max_seq_length", "datacollator.max_length", "model.max_position_embeddings")),
+    Rule("ERROR", packing_keys_need_packing,
+         ("datacollator.max_length", "datacollator.pad_to_multiple_of", "datacollator.pack_sequences")),
+    Rule("ERROR", pre_tokenize_needs_random_access,
+         ("dataset.pre_tokenize", "dataset.pre_tokenize_output", "dataset.streaming")),
+    Rule("ERROR", decay_follows_warmup, ("scheduler.decay_percent", "scheduler.warmup_percent")),
+    Rule("ERROR", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
+    Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
+    Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
+    Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),
+    Rule("WARNING", packed_sdpa_is_slower, ("datacollator.pack_sequences", "model.attn_backend")),
+    Rule("WARNING", pieces_fit_rows, ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length")),
+    Rule("WARNING", warmup_fits_run, ("scheduler.warmup_steps", "scheduler.total_steps", "trainer.max_steps")),
+    Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
+    Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
+    Rule("PRECEDENCE", path_wins_over_name, ("dataset.path", "dataset.name")),
+    Rule("IMPORTANT", vocabulary_follows_tokenizer, ("model.vocab_size", "tokenizer.vocab_size")),
+    Rule("IMPORTANT", pad_id_follows_tokenizer, ("model.pad_token_id",)),
+)  # fmt: skip
+
+
+def check_rules(config: Config, keys_set: KeysSet) -> tuple[list[Problem], list[str]]:
+    """(broken rules, what else the user should know)."""
+    errors = [problem for rule in RULES if rule.kind == "ERROR" for problem in rule.check(config, keys_set)]
+    notes = [str(found) for rule in RULES if rule.kind != "ERROR" for found in rule.check(config, keys_set)]
+    return errors, notes
+
+
+# What a later version will do: refused at the start of a run, so that no key is silently without effect.
+NOT_BUILT = {
+    "task": ("glue", "mteb", "contrastive"),
+    "model.ngpt": (True,),
+    "model.from_hub": (True,),
+    "model.kernel_backend": ("liger",),
+    "optimizer.name": ("muonclip",),
+    "trainer.torch_compile": (True,),
+    "wandb.enabled": (True,),
+    "dataset.trust_remote_code": (True,),
+}
+
+
+def not_built(config: Config) -> list[Problem]:
+    """What the configuration asks for and this version does not have."""
+    problems = []
+    for dotted, values in NOT_BUILT.items():
+        if (value := value_of(config, dotted)) in values:
+            problems.append(Problem(dotted, f"{value!r} is not part of this version"))
+    for dotted in ("trainer.report_to", "accelerate_config_file", "dataset.config"):
+        if value_of(config, dotted) != known_keys()[dotted].default:
+            problems.append(Problem(dotted, "is not part of this version; leave it out"))
+    if not config.dataset.path:
+        problems.append(
+            Problem("dataset.path", "not set; this version reads local files (.txt, .jsonl, .parquet, saved datasets)")
+        )
+    return problems
+
+
+def value_of(config: Config, dotted: str) -> object:
+    """The value of a key."""
     value: object = config
     for part in dotted.split("."):
         value = getattr(value, part)

@@ -58,7 +58,9 @@ class ModelConfig(Section):
 class GlueConfig(Section):
     """`glue`: fine-tuning on a GLUE task."""
 
-    task_name: str = key("cola", "GLUE task.", "data, head and metrics", min_length=1)
+    task_name: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"] = key(
+        "cola", "GLUE task.", "data, head and metrics"
+    )
     num_labels: int = key(2, "Number of labels; 1 is regression.", "shape of the head", ge=1)
     max_seq_length: int = key(128, "Longest pair of sentences, in tokens.", "length of rows", ge=8)
     pretrained_model_path: str | None = key(None, "Pretrained model's folder or config.", "initial weights")

@@ -27,7 +27,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class YamlFile:
-    """A parsed file: nested values, and the line of every dotted path."""
+    """A parsed layer: nested values, and the line of every dotted path (0: not from a file)."""
 
     path: str
     values: dict[str, Any]
@@ -37,7 +37,8 @@ class YamlFile:
         """`file:line` of a key, or of the section that would hold it; empty when it is not in this file."""
         while dotted:
             if dotted in self.lines:
-                return f"{self.path}:{self.lines[dotted]}"
+                line = self.lines[dotted]
+                return f"{self.path}:{line}" if line else self.path
             dotted = dotted.rpartition(".")[0]
         return ""
 

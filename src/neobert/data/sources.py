@@ -198,8 +198,8 @@ def _stream_file(path: str, column: str | None, offset: int) -> Iterator[tuple[s
     if column is None:
         yield from _txt_rows(path, offset)
     elif path.endswith(".jsonl"):
-        for row, behind in _jsonl_rows(path, offset):
-            yield _text_of(row.get(column), column, path, f"byte {behind}"), behind
+        for row, begin, behind in _jsonl_rows(path, offset):
+            yield _text_of(row.get(column), column, path, begin), behind
     else:
         yield from _table_rows(path, column, offset)
 
@@ -219,29 +219,45 @@ def _decode(line: bytes, path: str, offset: int) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        with open(path, "rb") as file:
-            number = file.read(offset).count(b"\n") + 1
         raise DataError(
-            f"{path}:{number}: not UTF-8 text (byte {error.start} of the line is 0x{line[error.start]:02x}); "
+            f"{_place(path, offset)}: not UTF-8 text (byte {error.start} of the line is 0x{line[error.start]:02x}); "
             f"convert it, for example with `iconv -f latin1 -t utf-8`"
         ) from None
+
+
+def _place(path: str, offset: int) -> str:
+    """`file:line` of a byte of a text file, `file: row n` of a table; slow, for messages."""
+    if not path.endswith((".txt", ".jsonl")):
+        return f"{path}: row {offset}"
+    number = 1
+    with open(path, "rb") as file:
+        while offset > 0 and (chunk := file.read(min(offset, 2**24))):
+            number += chunk.count(b"\n")
+            offset -= len(chunk)
+    return f"{path}:{number}"
+
+
+def _parse_row(line: str, path: str, offset: int) -> dict[str, Any]:
+    """One line of a .jsonl file."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{_place(path, offset)}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{_place(path, offset)}: expected an object with columns")
+    return row
 
 
 def _txt_rows(path: str, offset: int) -> Iterator[tuple[str, int]]:
     return ((text, behind) for line, behind in _lines(path, offset) if (text := line.strip()))
 
 
-def _jsonl_rows(path: str, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+def _jsonl_rows(path: str, offset: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """(row, where its line begins, where the next begins)."""
     for line, behind in _lines(path, offset):
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: byte {behind - len(line.encode())}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: byte {behind - len(line.encode())}: expected an object with columns")
-        yield row, behind
+        if not line.isspace():
+            yield _parse_row(line, path, offset), offset, behind
+        offset = behind
 
 
 def _table_rows(path: str, column: str, start: int) -> Iterator[tuple[str, int]]:
@@ -250,7 +266,7 @@ def _table_rows(path: str, column: str, start: int) -> Iterator[tuple[str, int]]
         if row + len(chunk) > start:
             for value in chunk.slice(max(0, start - row)).to_pylist():
                 start += 1
-                yield _text_of(value, column, path, f"row {start - 1}"), start
+                yield _text_of(value, column, path, start - 1), start
         row += len(chunk)
 
 
@@ -262,11 +278,12 @@ def _column_chunks(table: Any, column: str) -> Iterator[Any]:
         yield from table.column(column).chunks
 
 
-def _text_of(value: Any, column: str, path: str, place: str) -> str:
+def _text_of(value: Any, column: str, path: str, place: int) -> str:
+    """The text in a cell; a missing one is empty. `place` is its byte offset (text files) or row, for messages."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{path}: {place}: column {column!r} holds {type(value).__name__}, not text")
+        raise DataError(f"{_place(path, place)}: column {column!r} holds {type(value).__name__}, not text")
     return value
 
 
@@ -295,7 +312,7 @@ class _TextsInMemory:
 
 
 class _LineCorpus:
-    """Lines of memory-mapped files, found by an index of their offsets (8 bytes a line, one fast scan to build)."""
+    """Lines of memory-mapped files, found by an index of their offsets (16 bytes a line, one fast scan to build)."""
 
     def __init__(self, files: Files):
         self.fingerprint, self.column = files.fingerprint, files.column
@@ -317,24 +334,21 @@ class _LineCorpus:
         text = _decode(line, path, int(begin))
         if self.column is None:
             return text.strip()
-        try:
-            return _text_of(json.loads(text).get(self.column), self.column, path, f"byte {begin}")
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}: byte {begin}: not JSON: {error}") from None
+        return _text_of(_parse_row(text, path, int(begin)).get(self.column), self.column, path, int(begin))
 
 
-def _line_spans(raw: np.ndarray) -> np.ndarray:
-    """Begin and end of every line that is more than white space: int64, lines x 2."""
-    ends = np.flatnonzero(raw == ord("\n")) + 1
+def _line_spans(raw: np.ndarray, chunk: int = 2**26) -> np.ndarray:
+    """Begin and end of every line with text: int64, lines x 2. Scans by chunks, so that a file may exceed memory."""
+    starts = range(0, len(raw), chunk)
+    ends = np.concatenate([np.flatnonzero(raw[start : start + chunk] == ord("\n")) + start + 1 for start in starts])
     if not len(ends) or ends[-1] != len(raw):
         ends = np.append(ends, len(raw))
     spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
-    short = spans[:, 1] - spans[:, 0] < 64  # only these can be blank, and looking is cheap
-    blank = np.zeros(len(spans), dtype=bool)
-    blank[short] = [not raw[begin:end].tobytes().strip() for begin, end in spans[short]]
-    return spans[~blank]
+    short = np.flatnonzero(
+        spans[:, 1] - spans[:, 0] < 8
+    )  # longer lines of white space give no tokens, which is harmless
+    blank = [line for line in short if not raw[slice(*spans[line])].tobytes().strip()]
+    return np.delete(spans, blank, axis=0)
 
 
 class _TableCorpus:
@@ -357,4 +371,4 @@ class _TableCorpus:
 
     def fetch(self, indices: np.ndarray) -> list[str]:
         values = self.rows[indices.tolist()][self.column]
-        return [_text_of(v, str(self.column), self.path, f"row {i}") for v, i in zip(values, indices, strict=True)]
+        return [_text_of(v, str(self.column), self.path, int(i)) for v, i in zip(values, indices, strict=True)]

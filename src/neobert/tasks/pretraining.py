@@ -65,7 +65,7 @@ def run(loaded: Loaded) -> Finished:
     if resume is not None:
         load_training_state(resume, model, optimizer, data.train, state)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
-    if schedule.warmup_steps >= data.num_steps:
+    if config.trainer.max_steps < 0 and schedule.warmup_steps >= data.num_steps:
         peak = config.optimizer.lr * lr_scale(data.num_steps - 1, schedule)
         told.append(
             f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "

@@ -1,0 +1,165 @@
+"""The configuration explained: one key, one file with its origins, two files compared, a starter file, the reference page."""
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from neobert.config.legacy import LEGACY
+from neobert.config.load import Loaded
+from neobert.config.reference import KeyInfo, known_keys, nearest_key
+from neobert.config.rules import RULES, value_of
+from neobert.config.schema import Config
+from neobert.errors import ConfigError, Problem
+
+STARTERS = {
+    "pretraining": (
+        "dataset.path", "dataset.streaming", "dataset.pre_tokenize", "dataset.max_seq_length", "tokenizer.path",
+        "model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads", "model.intermediate_size",
+        "datacollator.pack_sequences", "datacollator.mlm_probability", "trainer.output_dir", "trainer.max_steps",
+        "trainer.per_device_train_batch_size", "trainer.gradient_clipping", "trainer.save_steps", "trainer.eval_steps",
+        "trainer.mixed_precision", "optimizer.lr", "scheduler.warmup_percent", "seed",
+    ),
+    "glue": (
+        "glue.task_name", "glue.pretrained_checkpoint_dir", "glue.pretrained_checkpoint", "glue.max_seq_length",
+        "dataset.path", "trainer.output_dir", "trainer.num_train_epochs", "trainer.per_device_train_batch_size",
+        "trainer.eval_strategy", "trainer.metric_for_best_model", "optimizer.lr", "scheduler.warmup_percent", "seed",
+    ),
+    "contrastive": (
+        "dataset.path", "contrastive.loss_type", "contrastive.temperature", "contrastive.pooling", "pretrained_checkpoint",
+        "trainer.output_dir", "trainer.max_steps", "trainer.per_device_train_batch_size", "optimizer.lr", "seed",
+    ),
+    "mteb": ("mteb_task_type", "mteb_batch_size", "mteb_pooling", "pretrained_checkpoint", "trainer.output_dir"),
+}  # fmt: skip
+
+
+def explain_key(dotted: str) -> str:
+    """Everything known about a key, as lines. Raises ConfigError with a suggestion for an unknown one."""
+    info = known_keys().get(dotted)
+    if info is None:
+        renamed = next((rule for rule in LEGACY if rule.old == dotted), None)
+        if renamed is not None:
+            return f"{dotted} is an older name of {renamed.new}\n\n{explain_key(renamed.new)}"
+        raise ConfigError(Problem(dotted, f"unknown key{nearest_key(dotted)}"))
+    lines = [dotted, f"  {info.help}", "", f"  type      {info.type}", f"  default   {plain_json(info.default)}"]
+    if info.choices:
+        lines.append(f"  choices   {', '.join(info.choices)}")
+    if info.bounds:
+        lines.append(f"  bounds    {info.bounds}")
+    lines.append(f"  changes   {info.effect}")
+    older = [rule.old for rule in LEGACY if rule.new == dotted]
+    if older:
+        lines.append(f"  older     {', '.join(older)}")
+    for rule in RULES:
+        if dotted in rule.keys:
+            others = ", ".join(key for key in rule.keys if key != dotted)
+            lines.append(f"  {rule.kind.lower():<9} {rule.description}" + (f" (with {others})" if others else ""))
+    return "\n".join(lines)
+
+
+def show_config(loaded: Loaded) -> str:
+    """The resolved configuration as YAML; keys that were set say where."""
+    lines: list[str] = []
+    _show_section(loaded, loaded.config, "", lines)
+    return "\n".join(lines)
+
+
+def _show_section(loaded: Loaded, section: BaseModel, prefix: str, lines: list[str]) -> None:
+    indent = "  " * prefix.count(".")
+    older = {rule.old for rule in LEGACY}
+    for name in type(section).model_fields:
+        value, dotted = getattr(section, name), prefix + name
+        if isinstance(value, BaseModel):
+            lines.append(f"{indent}{name}:")
+            _show_section(loaded, value, f"{dotted}.", lines)
+        elif dotted not in older:
+            origin = loaded.origins.get(dotted)
+            lines.append(f"{indent}{name}: {plain_json(value)}" + (f"  # {origin}" if origin else ""))
+
+
+def diff_configs(a: Config, b: Config) -> list[str]:
+    """`key: value in a -> value in b`, for the keys that differ."""
+    lines = []
+    for dotted in known_keys():
+        one, other = (_value_or_none(config, dotted) for config in (a, b))
+        if one != other and dotted not in ("config_path", "optimizer.muon_config"):
+            lines.append(f"{dotted}: {plain_json(one)} -> {plain_json(other)}")
+    return lines
+
+
+def _value_or_none(config: Config, dotted: str) -> Any:
+    if dotted.startswith("optimizer.muon_config.") and config.optimizer.muon_config is None:
+        return None
+    return value_of(config, dotted)
+
+
+def starter_file(task: str) -> str:
+    """A commented YAML file for a task, with the keys that one sets first, at their defaults."""
+    lines = [f"# A starting point for task: {task}. Every key: neobert config keys", f"task: {task}"]
+    section = ""
+    for dotted in sorted(STARTERS[task], key=lambda key: (key.rpartition(".")[0] != "", STARTERS[task].index(key))):
+        info, (new, _, name) = known_keys()[dotted], dotted.rpartition(".")
+        if new != section:
+            lines += ["", f"{new}:"]
+            section = new
+        indent = "  " if new else ""
+        lines += [f"{indent}# {info.help}{_alternatives(info)}", f"{indent}{name}: {plain_json(info.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _alternatives(info: KeyInfo) -> str:
+    return f" One of: {', '.join(info.choices)}." if info.choices else ""
+
+
+def plain_json(value: Any) -> str:
+    """JSON of a value; sections become mappings."""
+    return json.dumps(value, default=lambda section: section.model_dump(), ensure_ascii=False)
+
+
+SECTIONS = {
+    "High-impact settings": ("task", "model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads",
+        "dataset.path", "dataset.streaming", "tokenizer.path", "trainer.per_device_train_batch_size",
+        "trainer.gradient_accumulation_steps", "trainer.max_steps", "optimizer.name", "optimizer.lr",
+        "datacollator.pack_sequences", "trainer.resume_from_checkpoint"),
+    "Model": ("model.",), "Tokenizer": ("tokenizer.",), "Data source": ("dataset.",), "Data collator": ("datacollator.",),
+    "Training loop": ("trainer.",), "Learning-rate schedule": ("scheduler.",), "Optimizer": ("optimizer.",),
+    "Weights & Biases": ("wandb.",), "GLUE": ("glue.",), "Contrastive": ("contrastive.",), "MTEB": ("mteb_",),
+    "Run": ("task", "seed", "debug", "pretrained_checkpoint", "pretraining_metadata", "use_deepspeed",
+            "accelerate_config_file", "config_path"),
+}  # fmt: skip
+
+
+def reference_page() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration reference", "",
+        "Generated from the schema by `make docs`; do not edit. One key: `neobert config explain KEY`.", "",
+        "Values come from, lowest first: the defaults below, the YAML files from left to right, the words behind them on the",
+        "command line. Unknown keys and wrong types are errors. `neobert config check FILE` reports all of them at once.", "",
+    ]  # fmt: skip
+    for title, wanted in SECTIONS.items():
+        keys = [
+            info
+            for key, info in known_keys().items()
+            if any(key == w or (w[-1] in "._" and key.startswith(w)) for w in wanted)
+        ]
+        lines += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *map(_row, keys), ""]
+    lines += ["## Rules between keys", "", "| type | keys | rule |", "|---|---|---|"]
+    lines += [f"| {rule.kind} | {', '.join(f'`{key}`' for key in rule.keys)} | {rule.description} |" for rule in RULES]
+    lines += [
+        "| ERROR | `trainer.resume_from_checkpoint`, `dataset.streaming` | A stream is resumed at its position, exactly; a "
+        "checkpoint without a position, or of other data, is refused. |", "",
+        "## Older names", "",
+        "They act, with a warning; an older and a newer name that contradict each other in one file are an error.", "",
+        "| older | acts as |", "|---|---|",
+        *[f"| `{rule.old}` | `{rule.new}` |" for rule in LEGACY],
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _row(info: KeyInfo) -> str:
+    kind = info.type.replace("|", "\\|")
+    more = (
+        f" Choices: {', '.join(info.choices)}." if info.choices else f" Bounds: {info.bounds}." if info.bounds else ""
+    )
+    return f"| `{info.key}` | `{kind}` | `{plain_json(info.default)}` | {info.help}{more} |"

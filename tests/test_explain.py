@@ -1,0 +1,195 @@
+"""A configuration that helps: older names, explanations, differences, starter files, the generated pages."""
+
+import contextlib
+import json
+
+import pytest
+import yaml
+from conftest import ROOT, run_neobert
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from neobert.config.explain import STARTERS, diff_configs, explain_key, reference_page, show_config, starter_file
+from neobert.config.legacy import LEGACY
+from neobert.config.load import load_config
+from neobert.config.reference import known_keys
+from neobert.config.rules import RULES, not_built, value_of
+from neobert.config.schema import Config
+from neobert.errors import ConfigError
+
+EXAMPLES = {
+    "mixed_precision": ("fp32", "fp32"),
+    "trainer.bf16": (False, "no"),
+    "trainer.seed": (7, 7),
+    "trainer.run_name": ("a", "a"),
+    "trainer.learning_rate": (0.5, 0.5),
+    "trainer.warmup_steps": (3, 3),
+    "trainer.max_grad_norm": (2.0, 2.0),
+    "trainer.dir": ("x", "x"),
+    "dataset.tokenizer_name": ("t", "t"),
+    "dataset.column": ("c", "c"),
+    "dataset.path_to_disk": ("p", "p"),
+    "tokenizer.tokenizer_name_or_path": ("t", "t"),
+    "optimizer.hparams.lr": (0.25, 0.25),
+    "model.flash_attention": (True, "flash_attn_varlen"),
+    "model.xformers_attention": (True, "flash_attn_varlen"),
+    "model.use_flash_attention": (False, "sdpa"),
+    "model.sdpa_attention": (False, "flash_attn_varlen"),
+    "trainer.max_ckpt": (9, 9),
+    "trainer.train_batch_size": (9, 9),
+    "trainer.eval_batch_size": (9, 9),
+    "trainer.dataloader_num_workers": (9, 9),
+    "wandb.log_interval": (9, 9),
+    "optimizer.muon_config.algorithm": ("newton_schulz", "newton_schulz"),
+    "optimizer.muon_config.polar_express": (False, "newton_schulz"),
+}
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def nested(dotted, value):
+    *sections, last = dotted.split(".")
+    values = {last: value}
+    for section in reversed(sections):
+        values = {section: values}
+    return values
+
+
+def new_name(old):
+    rule = next(
+        rule for rule in LEGACY if rule.old == old or (rule.old.endswith(".*") and old.startswith(rule.old[:-1]))
+    )
+    return rule.new.replace("*", old.rpartition(".")[2])
+
+
+def test_every_older_name_has_an_example():
+    assert len(EXAMPLES) == len(LEGACY)
+
+
+@pytest.mark.parametrize("old", EXAMPLES)
+def test_older_names_act_and_warn(old, tmp_path):
+    written, expected = EXAMPLES[old]
+    muon = ["optimizer.name=muonclip"] if "muon" in old else []
+    loaded = load_config([write(tmp_path / "c.yaml", nested(old, written))], muon)
+    assert value_of(loaded.config, new_name(old)) == expected
+    assert (
+        sum(f"{old} is an older name: {written!r} acts as {new_name(old)}" in warning for warning in loaded.warnings)
+        == 1
+    )
+
+
+@pytest.mark.parametrize("old", EXAMPLES)
+def test_older_and_newer_names_may_not_contradict(old, tmp_path):
+    written, expected = EXAMPLES[old]
+    other = {"no": "bf16", "fp32": "bf16", "flash_attn_varlen": "sdpa", "sdpa": "flash_attn_varlen"}.get(
+        expected, "other"
+    )
+    values = nested(old, written)
+    section, _, name = new_name(old).rpartition(".")
+    target = values
+    for part in filter(None, section.split(".")):
+        target = target.setdefault(part, {})
+    target[name] = other
+    with pytest.raises(ConfigError, match="contradicts"):
+        load_config([write(tmp_path / "c.yaml", values)])
+
+
+def test_a_newer_layer_wins_over_an_older_name(tmp_path):
+    file = write(tmp_path / "c.yaml", {"trainer": {"learning_rate": 0.5}})
+    assert load_config([file], ["optimizer.lr=0.1"]).config.optimizer.lr == 0.1
+    assert load_config([file], ["trainer.learning_rate=0.2"]).config.optimizer.lr == 0.2
+
+
+def test_explain():
+    text = explain_key("scheduler.warmup_percent")
+    for words in ("float | None", ">= 0, <= 100", "wins over", "precedence"):
+        assert words in text
+    assert "older     trainer.bf16" in explain_key("trainer.mixed_precision").replace("mixed_precision, ", "")
+    assert "older name of trainer.output_dir" in explain_key("trainer.dir")
+    with pytest.raises(ConfigError, match="did you mean trainer.max_steps"):
+        explain_key("trainer.max_step")
+    for key in known_keys():
+        assert explain_key(key)
+
+
+def test_show_says_where_and_loads_again(tmp_path):
+    file = write(tmp_path / "c.yaml", {"trainer": {"max_steps": 5, "seed": 3}})
+    loaded = load_config([file], ["optimizer.lr=0.1"])
+    text = show_config(loaded)
+    assert f"  max_steps: 5  # {file}:2" in text
+    assert f"seed: 3  # {file}:3" in text
+    assert "  lr: 0.1  # command line" in text
+    (tmp_path / "again.yaml").write_text(text)
+    assert load_config([str(tmp_path / "again.yaml")]).config == loaded.config
+
+
+def test_diff(tmp_path):
+    a = load_config([write(tmp_path / "a.yaml", {"trainer": {"max_steps": 5}})]).config
+    b = load_config([write(tmp_path / "b.yaml", {"optimizer": {"lr": 0.1}})]).config
+    assert diff_configs(a, b) == ["trainer.max_steps: 5 -> 1000000", "optimizer.lr: 0.0001 -> 0.1"]
+    assert diff_configs(a, a) == []
+
+
+@pytest.mark.parametrize("task", STARTERS)
+def test_starter_files_load(task, tmp_path):
+    (tmp_path / "new.yaml").write_text(starter_file(task))
+    assert load_config([str(tmp_path / "new.yaml")]).config == Config(task=task, config_path=str(tmp_path / "new.yaml"))
+
+
+def test_generated_files_are_fresh():
+    """`make docs` writes them."""
+    assert (ROOT / "docs/configuration.md").read_text() == reference_page()
+    assert json.loads((ROOT / "configs/schema.json").read_text()) == Config.model_json_schema()
+    for key in known_keys():
+        assert f"`{key}`" in reference_page()
+
+
+def test_every_configuration_names_the_schema():
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert path.read_text().startswith("# yaml-language-server: $schema=../schema.json\n"), path
+
+
+def test_rules_name_real_keys():
+    for rule in RULES:
+        assert set(rule.keys) <= set(known_keys())
+        assert rule.description.endswith(".")
+
+
+@pytest.mark.parametrize("task", ["glue", "mteb", "contrastive"])
+def test_what_is_not_built_is_refused_at_the_start(task, tmp_path):
+    file = write(tmp_path / "c.yaml", {"task": task})
+    assert [problem.path for problem in not_built(load_config([file]).config)] == ["task", "dataset.path"]
+    assert f"task: {task!r} is not part of this version" in run_neobert("run", file).stderr
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from([*known_keys(), *EXAMPLES, *(info.section for info in known_keys().values())])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(KEYS, ANYTHING, min_size=1, max_size=5))
+def test_any_values_give_a_config_or_a_config_error(changes, tmp_path):
+    values = {}
+    for dotted, value in changes.items():
+        target = values
+        for part in dotted.split(".")[:-1]:
+            target = target.setdefault(part, {}) if isinstance(target.get(part, {}), dict) else {}
+        target[dotted.rpartition(".")[2]] = value
+    (tmp_path / "c.yaml").write_text(yaml.dump(values, allow_unicode=True))
+    with contextlib.suppress(ConfigError):
+        load_config([str(tmp_path / "c.yaml")])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet=st.sampled_from("ab:-[]{}&*!|>'\"#%@`,? \n\t\x00é1.e<<trainer"), max_size=60))
+def test_any_text_gives_a_config_or_a_config_error(text, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with contextlib.suppress(ConfigError):
+        load_config([str(tmp_path / "c.yaml")])
