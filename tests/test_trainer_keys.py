@@ -150,3 +150,39 @@ def test_the_vocabulary_follows_the_tokenizer(train, small, capsys):
     assert "model.vocab_size is 9,024, not 9,000" in out
     with pytest.raises(ConfigError, match="expected 500, but the tokenizer has 8192"):
         train(*small, "tokenizer.vocab_size=500")
+
+
+def test_tensorboard_gets_the_numbers(train, small):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finished, rows = train(*small, "trainer.report_to=[tensorboard]", "wandb.project=mine")
+    events = EventAccumulator(str(finished.folder / "trackers/mine")).Reload()
+    assert [scalar.value for scalar in events.Scalars("train/loss")] == pytest.approx(losses(rows), rel=1e-6)
+    assert [scalar.step for scalar in events.Scalars("eval/eval_loss")] == [6]
+
+
+def test_wandb_is_recorded_and_resumed(train, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = [
+        *small,
+        "wandb.enabled=true",
+        "wandb.mode=offline",
+        f"wandb.dir={tmp_path / 'logs'}",
+        "trainer.save_steps=3",
+    ]
+    names = ["wandb.project=the-project", "wandb.entity=the-entity", "wandb.name=the-name", "wandb.tags=[the-tag]"]
+    train(*words, *names)
+    train(*words, "trainer.resume_from_checkpoint=3", "wandb.resume=allow")
+    train(*words, "trainer.resume_from_checkpoint=3", "wandb.resume=never")
+    runs = sorted((tmp_path / "logs/wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    ids = [path.name.rpartition("-")[2] for path in runs]
+    assert ids[0] in ids[1:] or len(runs) == 2
+    assert len(set(ids)) == 2
+    recorded = b"".join(path.read_bytes() for path in (tmp_path / "logs/wandb").rglob("*.wandb"))
+    for word in (b"the-project", b"the-entity", b"the-name", b"the-tag", b"optimizer.lr"):
+        assert word in recorded
+
+
+def test_unknown_trackers_are_named(train, small):
+    with pytest.raises(ConfigError, match="no tracker 'tensorbord'; there are: .*tensorboard"):
+        train(*small, "trainer.report_to=[tensorbord]")

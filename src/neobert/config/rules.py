@@ -216,7 +216,6 @@ NOT_BUILT = {
     "model.kernel_backend": ("liger",),
     "optimizer.name": ("muonclip",),
     "trainer.torch_compile": (True,),
-    "wandb.enabled": (True,),
     "dataset.trust_remote_code": (True,),
 }
 
@@ -227,7 +226,7 @@ def not_built(config: Config) -> list[Problem]:
     for dotted, values in NOT_BUILT.items():
         if (value := value_of(config, dotted)) in values:
             problems.append(Problem(dotted, f"{value!r} is not part of this version"))
-    for dotted in ("trainer.report_to", "accelerate_config_file", "dataset.config"):
+    for dotted in ("accelerate_config_file", "dataset.config"):
         if value_of(config, dotted) != known_keys()[dotted].default:
             problems.append(Problem(dotted, "is not part of this version; leave it out"))
     if not config.dataset.path:

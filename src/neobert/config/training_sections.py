@@ -90,7 +90,12 @@ class TrainerConfig(Section):
         0, "Older name of `dataset.num_workers`; acts when that one is not set.", "processes", ge=0, le=1024
     )
     use_cpu: bool = key(False, "Train on the CPU even where there is a GPU.", "the device")
-    report_to: list[str] = key(None, "Experiment trackers: wandb, tensorboard, trackio.", "tracker files", factory=list)
+    report_to: list[str] = key(
+        None,
+        "Experiment trackers, as Accelerate names them: wandb, tensorboard, trackio, mlflow and others.",
+        "tracker files",
+        factory=list,
+    )
     train_batch_size: int | None = key(
         None, "Older name of `per_device_train_batch_size`; acts when that one is not set.", "tokens per step", ge=1
     )

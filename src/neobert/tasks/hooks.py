@@ -12,8 +12,9 @@ from neobert.config.schema import TrainerConfig
 from neobert.errors import ConfigError, DataError, Problem
 from neobert.training.checkpoint import Content, prune, save_checkpoint, write_pointer
 from neobert.training.loop import Hook, StepResult, TrainState, evaluate
-from neobert.training.metrics import Console, MetricsFile, Stopwatch, duration, perplexity
+from neobert.training.metrics import Console, Stopwatch, duration, perplexity
 from neobert.training.runtime import Runtime
+from neobert.training.trackers import Sinks
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
 
@@ -24,7 +25,7 @@ class Log:
 
     trainer: TrainerConfig
     model: nn.Module
-    metrics: MetricsFile
+    metrics: Sinks
     console: Console
     stopwatch: Stopwatch
     max_steps: int
@@ -89,7 +90,7 @@ class Evaluate:
     model: nn.Module
     batches: Callable[[], Iterable[Any]]
     runtime: Runtime
-    metrics: MetricsFile
+    metrics: Sinks
     console: Console
     stopwatch: Stopwatch
     last_step: int = -1

@@ -1,6 +1,5 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,10 @@ from typing import Any
 
 import torch
 
+from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
+from neobert.config.reference import known_keys
+from neobert.config.rules import value_of
 from neobert.config.schema import Config
 from neobert.data.loader import Loader, build_steps
 from neobert.data.order import Rank
@@ -23,10 +25,12 @@ from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, step_hooks
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.summary import describe_run, print_end, print_summary
 from neobert.training.checkpoint import Content, load_data, load_optimizer, load_weights, verify_checkpoint
 from neobert.training.loop import StepSettings, TrainState, train
-from neobert.training.metrics import Console, MetricsFile, Stopwatch, duration
-from neobert.training.runtime import Runtime, build_runtime, choose_attention
+from neobert.training.metrics import Console, MetricsFile, Stopwatch
+from neobert.training.runtime import Runtime, build_runtime
+from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def run(loaded: Loaded) -> Finished:
             f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
             f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
         )
-    facts = describe_run(config, model, runtime, data, schedule, hf_tokenizer)
+    facts = describe_run(config, model, runtime, data, schedule)
     write_run_files(folder, dump_config(config), facts)
     print_summary(facts, [*notes, *told], folder)
     job = Job(config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None)
@@ -96,7 +100,7 @@ class Job:
     def run(self) -> Finished:
         trainer, max_steps = self.config.trainer, self.data.num_steps
         stopwatch = Stopwatch()
-        metrics = MetricsFile(self.folder / "metrics.jsonl", self.state.step if self.resumed else None)
+        metrics = self.build_sinks()
         console = Console(max_steps, self.state.step, not trainer.disable_tqdm)
         log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug)
         root = self.folder / "checkpoints"
@@ -125,8 +129,22 @@ class Job:
             console.close()
             metrics.close()
             self.data.train.close()
-        self.print_end(root, stopwatch, save)
+        print_end(self.state, self.data.num_steps, self.folder, stopwatch, save.last_step)
         return Finished(self.folder, self.state, stopwatch.data_fraction, 128 + received[0] if received else 0)
+
+    def build_sinks(self) -> Sinks:
+        """metrics.jsonl and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
+        config = self.config
+        names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
+        wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
+        if "wandb" in names:
+            Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
+            keep = self.resumed and config.wandb.resume != "never"
+            wandb["id"] = wandb_run_id(self.folder, keep)
+        flat = {key: plain_json(value_of(config, key)) for key in known_keys() if "muon_config." not in key}
+        trackers = build_trackers(names, config.wandb.project, self.folder / "trackers", flat, wandb)
+        step = self.state.step if self.resumed else None
+        return Sinks(MetricsFile(self.folder / "metrics.jsonl", step), trackers)
 
     def checkpoint_content(self, state: TrainState) -> Content:
         """Everything a checkpoint of this moment holds."""
@@ -155,29 +173,6 @@ class Job:
         load_model_weights(root / str(best), self.model)
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
         evaluation.run(self.state)
-
-    def print_end(self, root: Path, stopwatch: Stopwatch, save: Save) -> None:
-        """Where things are and what to type next."""
-        seconds = stopwatch.total_seconds
-        trained = sum(seconds[name] for name in ("data", "compute", "optimizer"))
-        print()
-        if self.state.stop_reason:
-            print(f"stopped at step {self.state.step:,}: {self.state.stop_reason}")
-        print(
-            f"trained {self.state.step:,} steps, {self.state.num_tokens:,} tokens; this time {duration(trained)} of training, "
-            f"{duration(seconds['evaluate'])} of evaluation, {duration(seconds['save'])} of saving"
-        )
-        print(f"waiting for data: {stopwatch.data_fraction:.2%} of the step time")
-        last = root / str(save.last_step)
-        if save.last_step >= 0:
-            best = f" (best: step {self.state.best_step:,})" if self.state.best_step is not None else ""
-            print(f"checkpoint  {last}{best}")
-        print(f"metrics     {self.folder / 'metrics.jsonl'}")
-        print(f"report      {self.folder / 'report.html'}")
-        if save.last_step >= 0:
-            print(f'next        neobert fill-mask {last} "The capital of France is [MASK]."')
-            if self.state.step < self.data.num_steps:
-                print(f"            neobert run {self.folder / 'config.yaml'} --trainer.resume_from_checkpoint latest")
 
 
 # --- building the parts -----------
@@ -326,56 +321,3 @@ def stop_signals(state: TrainState) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-# --- what the user sees -----------
-
-
-def describe_run(
-    config: Config,
-    model: NeoBERTForMaskedLM,
-    runtime: Runtime,
-    data: PretrainingData,
-    schedule: Schedule,
-    hf_tokenizer: Any,
-) -> dict[str, Any]:
-    """What runs, as it was derived from the configuration and the machine."""
-    trainer, m = config.trainer, model.config
-    backend, why = choose_attention(config.model.attn_backend, runtime.device.type)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
-    length = data.train.pipeline.collator.row_length or data.train.pipeline.segmenter.max_length
-    rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
-    kinds = f"{'RoPE' if m.rope else 'learned positions'}, {'RMSNorm' if m.rms_norm else 'LayerNorm'}, {m.hidden_act}"
-    shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
-    span = f"warmup {schedule.warmup_steps:,}, floor from step {schedule.decay_end:,}"
-    masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
-    return {
-        "model": f"{shape}, {kinds}",
-        "parameters": f"{num_parameters:,} ({num_parameters - in_vocabulary:,} without embeddings and decoder)",
-        "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
-        "data": data.describe,
-        "masking": f"{config.datacollator.mlm_probability:.0%} of the tokens, {masks}",
-        "step": f"{rows} rows x {length} = {rows * length:,} tokens"
-        + (
-            f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""
-        ),
-        "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
-        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
-        "device": runtime.describe,
-        "attention": f"{backend}: {why}",
-        "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
-        "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",
-    }
-
-
-def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None:
-    """One block at the start: what runs, on what, and why."""
-    for note in notes:
-        print(f"note: {note}")
-    for name, value in {**facts, "output": str(folder)}.items():
-        lines = value if isinstance(value, list) else [value]
-        print(f"{name:<15} {lines[0]}")
-        for line in lines[1:]:
-            print(f"{'':<15} {line}")
-    print(flush=True)

@@ -13,7 +13,7 @@ from neobert import __version__
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.training.checkpoint import clean_leftovers, find_checkpoint, list_steps, write_json
 
-RUN_FILES = ("checkpoints", "metrics.jsonl", "report.html", "config.yaml", "environment.json")
+RUN_FILES = ("checkpoints", "metrics.jsonl", "report.html", "config.yaml", "environment.json", "trackers", "wandb.json")
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 
 

@@ -1,0 +1,86 @@
+"""What a run says of itself on the console: what runs and why at the start, where things are at the end."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from neobert.config.schema import Config
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+from neobert.optim.schedule import Schedule
+from neobert.tasks.pretraining_data import PretrainingData
+from neobert.training.loop import TrainState
+from neobert.training.metrics import Stopwatch, duration
+from neobert.training.runtime import Runtime, choose_attention
+
+
+def describe_run(
+    config: Config,
+    model: NeoBERTForMaskedLM,
+    runtime: Runtime,
+    data: PretrainingData,
+    schedule: Schedule,
+) -> dict[str, Any]:
+    """What runs, as it was derived from the configuration and the machine."""
+    trainer, m = config.trainer, model.config
+    backend, why = choose_attention(config.model.attn_backend, runtime.device.type)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
+    length = data.train.pipeline.collator.row_length or data.train.pipeline.segmenter.max_length
+    rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
+    kinds = f"{'RoPE' if m.rope else 'learned positions'}, {'RMSNorm' if m.rms_norm else 'LayerNorm'}, {m.hidden_act}"
+    shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
+    span = f"warmup {schedule.warmup_steps:,}, floor from step {schedule.decay_end:,}"
+    masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
+    return {
+        "model": f"{shape}, {kinds}",
+        "parameters": f"{num_parameters:,} ({num_parameters - in_vocabulary:,} without embeddings and decoder)",
+        "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
+        "data": data.describe,
+        "masking": f"{config.datacollator.mlm_probability:.0%} of the tokens, {masks}",
+        "step": f"{rows} rows x {length} = {rows * length:,} tokens"
+        + (
+            f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""
+        ),
+        "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
+        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
+        "device": runtime.describe,
+        "attention": f"{backend}: {why}",
+        "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
+        "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",
+    }
+
+
+def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None:
+    """One block at the start: what runs, on what, and why."""
+    for note in notes:
+        print(f"note: {note}")
+    for name, value in {**facts, "output": str(folder)}.items():
+        lines = value if isinstance(value, list) else [value]
+        print(f"{name:<15} {lines[0]}")
+        for line in lines[1:]:
+            print(f"{'':<15} {line}")
+    print(flush=True)
+
+
+def print_end(state: TrainState, num_steps: int, folder: Path, stopwatch: Stopwatch, last_saved: int) -> None:
+    """Where things are and what to type next."""
+    seconds = stopwatch.total_seconds
+    trained = sum(seconds[name] for name in ("data", "compute", "optimizer"))
+    print()
+    if state.stop_reason:
+        print(f"stopped at step {state.step:,}: {state.stop_reason}")
+    print(
+        f"trained {state.step:,} steps, {state.num_tokens:,} tokens; this time {duration(trained)} of training, "
+        f"{duration(seconds['evaluate'])} of evaluation, {duration(seconds['save'])} of saving"
+    )
+    print(f"waiting for data: {stopwatch.data_fraction:.2%} of the step time")
+    last = folder / "checkpoints" / str(last_saved)
+    if last_saved >= 0:
+        best = f" (best: step {state.best_step:,})" if state.best_step is not None else ""
+        print(f"checkpoint  {last}{best}")
+    print(f"metrics     {folder / 'metrics.jsonl'}")
+    print(f"report      {folder / 'report.html'}")
+    if last_saved >= 0:
+        print(f'next        neobert fill-mask {last} "The capital of France is [MASK]."')
+        if state.step < num_steps:
+            print(f"            neobert run {folder / 'config.yaml'} --trainer.resume_from_checkpoint latest")
