@@ -76,3 +76,48 @@ def reference_keys():
     if not path.is_file():
         pytest.skip(f"the configuration reference is not at {path}")
     return json.loads(path.read_text())
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A corpus of 40 lines with a validation split, packed, as overrides."""
+    (tmp_path / "text").mkdir()
+    lines = [f"the president spoke to the congress of the people for the {n}th time about peace" for n in range(40)]
+    (tmp_path / "text/train.txt").write_text("\n".join(lines))
+    (tmp_path / "text/validation.txt").write_text("\n".join(lines[:5]))
+    return [
+        f"dataset.path={tmp_path / 'text'}",
+        "trainer.per_device_train_batch_size=2",
+        "datacollator.pack_sequences=true",
+    ]
+
+
+class Trained:
+    """A run made in this process: its folder, final state, rows of metrics.jsonl, and what it printed."""
+
+    def __init__(self, finished, printed):
+        from neobert.training.checkpoint import list_steps
+        from neobert.training.metrics import read_metrics
+
+        self.folder, self.state, self.printed = finished.folder, finished.state, printed
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        self.train = [row for row in rows if row["kind"] == "train"]
+        self.eval = [row for row in rows if row["kind"] == "eval"]
+        self.losses = [row["loss"] for row in self.train]
+        self.steps = list_steps(self.folder / "checkpoints")
+
+
+@pytest.fixture
+def train(tmp_path, empty_config, capsys):
+    """Run a configuration of `TINY` and the given overrides in this process."""
+
+    def run(*words):
+        from neobert.config.load import load_config
+        from neobert.tasks import pretraining
+
+        loaded = load_config([str(empty_config)], [*TINY, f"trainer.output_dir={tmp_path / 'out'}", *words])
+        capsys.readouterr()
+        finished = pretraining.run(loaded)
+        return Trained(finished, capsys.readouterr().out)
+
+    return run

@@ -83,6 +83,21 @@ def test_resume_is_exact_at_any_position(kind, packed, store, tokenizer):
         second.close()
 
 
+@pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
+def test_resume_is_exact_up_to_the_last_batch(kind, store, tokenizer):
+    limits = {"num_epochs": 2, "shuffle_size": 10**6 if kind == "stream" else 0}  # the buffer empties in one go
+    whole = make_loader(kind, store, tokenizer, **limits)
+    expected = list(whole)
+    whole.close()
+    for left in (0, 1, 2, 15, len(expected) - 1):
+        first, second = (make_loader(kind, store, tokenizer, **limits) for _ in range(2))
+        take(first, len(expected) - left)
+        second.load_state_dict(*first.state_dict())
+        assert_equal(list(second), expected[len(expected) - left :])
+        first.close()
+        second.close()
+
+
 def test_tokenising_processes_change_nothing(store, tokenizer):
     plain, parallel = (make_loader("stream", store, tokenizer, workers=n, persistent_workers=False) for n in (0, 2))
     assert_equal(take(plain, 150), take(parallel, 150))

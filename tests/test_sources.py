@@ -93,6 +93,14 @@ def test_missing_paths_are_named(tmp_path):
             find_splits(path, None, None, None)
 
 
+def test_kinds_of_files_are_not_mixed(tmp_path):
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    with pytest.raises(DataError, match=r"split train mixes .jsonl and .txt"):
+        find_splits(str(tmp_path), None, None, None)
+    assert find_splits(str(tmp_path / "*.jsonl"), None, None, None)[0].column == "text"
+
+
 def test_fingerprint_follows_content(tmp_path):
     files, _ = find_splits(str(write(tmp_path / "data", "txt")), None, None, None)
     before = files.fingerprint

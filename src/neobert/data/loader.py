@@ -105,6 +105,7 @@ class Pipeline:
 
     def batches(self) -> Iterator[tuple[Batch, Snapshot]]:
         """Masked microbatches, each with the position behind it."""
+        yield from self._full_batches()  # what a restored position holds
         for documents, epoch, behind in self._tokenized():
             rows: list[Row] = []
             for document in documents:
@@ -119,10 +120,13 @@ class Pipeline:
                 rows += self.rows.flush()
             self.ready.extend(rows)
             self._behind = behind
-            while len(self.ready) >= self.batch_size:
-                yield self._next_batch(self.batch_size)
+            yield from self._full_batches()
         if self.ready and self.keep_short_batch:
             yield self._next_batch(len(self.ready))
+
+    def _full_batches(self) -> Iterator[tuple[Batch, Snapshot]]:
+        while len(self.ready) >= self.batch_size:
+            yield self._next_batch(self.batch_size)
 
     def _is_last(self, epoch: int) -> bool:
         return self.num_epochs is not None and epoch + 1 >= self.num_epochs

@@ -113,6 +113,12 @@ def _file_splits(path: str) -> dict[str, list[str]]:
             (name for name in names if stem == name or stem.startswith((f"{name}-", f"{name}_", f"{name}."))), None
         )
         splits.setdefault(split or "train", []).append(file)
+    for name, files in splits.items():
+        kinds = sorted({Path(file).suffix for file in files})
+        if len(kinds) > 1:
+            raise DataError(
+                f"dataset.path: {path}: split {name} mixes {' and '.join(kinds)}; name one kind, as '{path}/*{kinds[0]}'"
+            )
     return splits
 
 

@@ -101,14 +101,16 @@ class Evaluate:
         if due and self.last_step != state.step:
             self.run(state)
 
-    def run(self, state: TrainState) -> dict[str, float]:
+    def run(self, state: TrainState, compare: bool = True) -> None:
+        """Evaluate and say so; `compare` with the best so far."""
         self.last_step = state.step
         with self.stopwatch.phase("evaluate"):
             values = evaluate(self.model, self.batches(), self.runtime, self.trainer.eval_max_batches)
         if not values:
             raise DataError("dataset.eval_split: the evaluation data has no text")
         values["perplexity"] = perplexity(values["loss"])
-        self._compare(state, values)
+        if compare:
+            self._compare(state, values)
         self.metrics.write(
             {"kind": "eval", "step": state.step, **{f"eval_{name}": value for name, value in values.items()}}
         )
@@ -117,7 +119,6 @@ class Evaluate:
             f"evaluation at step {state.step:,}: loss {values['loss']:.4f}  perplexity {values['perplexity']:,.1f}  "
             f"accuracy {values['accuracy']:.1%}{best}"
         )
-        return values
 
     def _compare(self, state: TrainState, values: dict[str, float]) -> None:
         name = (self.trainer.metric_for_best_model or "loss").removeprefix("eval_")

@@ -172,7 +172,8 @@ class Job:
             return
         load_model_weights(root / str(best), self.model)
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
-        evaluation.run(self.state)
+        evaluation.improved = False
+        evaluation.run(self.state, compare=False)
 
 
 # --- building the parts -----------

@@ -86,7 +86,9 @@ def build_readers(
         return _pre_tokenized_readers(config, tokenizer, rank, output_dir, train_files, eval_files)
     train = open_corpus(train_files, dataset.load_all_from_disk, dataset.cache_dir)
     evaluation = open_corpus(eval_files, dataset.load_all_from_disk, dataset.cache_dir) if eval_files else None
-    return *_corpus_readers(config, rank, train, evaluation), [f"{len(train):,} documents, {_size(train_files)}"]
+    return *_corpus_readers(config, rank, train, evaluation), [
+        f"{len(train):,} documents, {_size(train_files)}{_held(config)}"
+    ]
 
 
 def _pre_tokenized_readers(
@@ -95,7 +97,7 @@ def _pre_tokenized_readers(
     folder = Path(config.dataset.pre_tokenize_output or output_dir / "tokenized")
     num_proc = min(config.dataset.num_proc, os.cpu_count() or 1)
     show_bar = not config.trainer.disable_tqdm and os.isatty(2)
-    stores, notes = [], []
+    stores, notes, held = [], [], _held(config)
     for name, files in (("train", train_files), ("validation", eval_files)):
         if files is not None:
             if config.dataset.force_redownload and is_token_store(folder / name):
@@ -104,9 +106,9 @@ def _pre_tokenized_readers(
                 files, tokenizer, folder / name, num_proc, show_bar, config.dataset.load_all_from_disk
             )
             stores.append(store)
-            how = "tokenised into" if made else "tokens found in"
+            how = f"tokenised by {num_proc} processes into" if made else "tokens found in"
             notes.append(
-                f"{store.manifest.num_documents:,} documents, {store.manifest.num_tokens:,} tokens, {how} {folder / name}"
+                f"{store.manifest.num_documents:,} documents, {store.manifest.num_tokens:,} tokens, {how} {folder / name}{held}"
             )
     return *_corpus_readers(config, rank, stores[0], stores[1] if eval_files else None), notes[:1]
 
@@ -120,7 +122,7 @@ def _store_readers(
     for store in (train, evaluation):
         if store is not None:
             check_store(store, tokenizer)
-    note = f"{train.manifest.num_documents:,} documents, {train.manifest.num_tokens:,} tokens in {train.folder}"
+    note = f"{train.manifest.num_documents:,} documents, {train.manifest.num_tokens:,} tokens in {train.folder}{_held(config)}"
     return *_corpus_readers(config, rank, train, evaluation), [note]
 
 
@@ -233,6 +235,10 @@ def _describe_evaluation(reader: Reader | None) -> str:
     if isinstance(reader, StreamReader):
         return f"evaluated on {_size(reader.files)}"
     return f"evaluated on {len(reader.corpus):,} documents"
+
+
+def _held(config: Config) -> str:
+    return ", held in memory" if config.dataset.load_all_from_disk else ""
 
 
 def _size(files: Files) -> str:

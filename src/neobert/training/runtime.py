@@ -19,6 +19,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype | None
     note: str = ""  # why the arithmetic is not what was asked for
+    tf32: bool = False  # whether float32 products on CUDA may use TF32
     rank: int = 0
     world_size: int = 1
 
@@ -31,10 +32,9 @@ class Runtime:
         """Device and arithmetic in words, for the summary."""
         kind = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
-        arithmetic = (
-            "float32" if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')} autocast, float32 weights"
+        return f"{kind}{threads}, {describe_arithmetic(self.dtype, self.device.type, self.tf32)}" + (
+            f" ({self.note})" if self.note else ""
         )
-        return f"{kind}{threads}, {arithmetic}" + (f" ({self.note})" if self.note else "")
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context of the forward pass."""
@@ -68,12 +68,24 @@ def build_runtime(*, use_cpu: bool, mixed_precision: str, tf32: bool) -> Runtime
     """The runtime of this process, from what the machine has. Raises UserError when started by a parallel launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started as one of several processes (WORLD_SIZE > 1); this version trains in one process")
-    device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+    device = torch.device(choose_device(use_cpu, torch.cuda.is_available()))
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
     dtype, note = choose_precision(mixed_precision, device.type, torch.cpu._is_amx_tile_supported())
-    return Runtime(device, dtype, note)
+    return Runtime(device, dtype, note, tf32)
+
+
+def choose_device(use_cpu: bool, has_cuda: bool) -> str:
+    """The device type of a run."""
+    return "cuda" if has_cuda and not use_cpu else "cpu"
+
+
+def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool) -> str:
+    """In words: what products are computed in."""
+    if dtype is not None:
+        return f"{str(dtype).removeprefix('torch.')} autocast, float32 weights"
+    return "float32 with TF32 products" if tf32 and device_type == "cuda" else "float32"
 
 
 def choose_precision(requested: str, device_type: str, cpu_has_amx: bool) -> tuple[torch.dtype | None, str]:

@@ -44,9 +44,11 @@ def build_trackers(
     if not names:
         return []
     try:
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     except ImportError:
         raise UserError(f"trainer.report_to: trackers need the extra: {INSTALL}") from None
+    PartialState()  # the adapters ask it whether they are on the main process
     trackers = []
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:

@@ -1,0 +1,453 @@
+"""Every key of the configuration does something: one row per key, with what a user can observe when it is not the default.
+
+`WAITING` lists the keys of features that are not built yet; a configuration that turns such a feature on is refused.
+"""
+
+import contextlib
+import json
+import os
+import pty
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import TEXT, TINY, TOKENIZER
+from safetensors.torch import load_file
+
+from neobert.config.load import load_config
+from neobert.config.reference import known_keys
+from neobert.config.rules import not_built
+from neobert.data.order import Rank
+from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+from neobert.errors import UserError
+from neobert.tasks import pretraining
+from neobert.tasks.pretraining_data import build_data
+from neobert.training.runtime import choose_device, describe_arithmetic
+
+WAITING = {
+    "the model's further variants and kernels": ["model.ngpt", "model.base_scale", "model.kernel_backend",
+        "trainer.torch_compile", "trainer.torch_compile_dynamic", "trainer.torch_compile_backend"],
+    "hub datasets": ["dataset.config", "dataset.trust_remote_code"],
+    "MuonClip": [key for key in known_keys() if key.startswith("optimizer.muon_config")],
+    "several processes": ["use_deepspeed", "accelerate_config_file"],
+    "GLUE": [*(key for key in known_keys() if key.startswith("glue.")), "model.classifier_init_range"],
+    "contrastive": [*(key for key in known_keys() if key.startswith("contrastive.")), "pretrained_checkpoint",
+        "dataset.pretraining_prob", "dataset.min_length"],
+    "MTEB and import": [*(key for key in known_keys() if key.startswith("mteb_")), "model.from_hub"],
+}  # fmt: skip
+
+
+def losses(*words):
+    """The losses of a run differ from those of the same run without the first word."""
+    return lambda train, small: train(*small, *words).losses != train(*small, *words[1:]).losses
+
+
+def printed(text, *words):
+    """The run prints `text`, and without the first word it does not."""
+
+    def row(train, small):
+        return text in train(*small, *words).printed and text not in train(*small, *words[1:]).printed
+
+    return row
+
+
+def observed(observe, expected, *words):
+    """`observe(run)` is `expected`, and without the first word it is not."""
+
+    def row(train, small):
+        return observe(train(*small, *words)) == expected and observe(train(*small, *words[1:])) != expected
+
+    return row
+
+
+def refused(text, *words):
+    """The run stops with an error that contains `text`."""
+
+    def row(train, small):
+        with pytest.raises(UserError) as error:
+            train(*small, *words)
+        return text in str(error.value)
+
+    return row
+
+
+def noted(text, *words):
+    """Loading the configuration gives a note that contains `text`."""
+    return lambda train, small: any(text in note for note in load_config([], [*small, *words]).warnings)
+
+
+def data_of(small, *words):
+    """The data of a run that is not started."""
+    config = load_config([], [*TINY, *small, *words]).config
+    return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Rank(), None, False)
+
+
+def in_state(name):
+    return lambda run: json.loads((run.folder / f"checkpoints/{run.steps[-1]}/state.json").read_text())[name]
+
+
+def in_model_config(name):
+    return lambda run: json.loads((run.folder / f"checkpoints/{run.steps[-1]}/config.json").read_text())["neobert"].get(
+        name
+    )
+
+
+def spread(part):
+    """Whether the weights whose names contain `part` go beyond 0.25 right after a start at a tiny learning rate."""
+
+    def row(run):
+        weights = load_file(run.folder / f"checkpoints/{run.steps[-1]}/model.safetensors")
+        return bool(max(tensor.abs().max() for name, tensor in weights.items() if part in name) > 0.25)
+
+    return row
+
+
+def eval_steps(run):
+    return [row["step"] for row in run.eval]
+
+
+def two_files(name, number=40):
+    """Another file in the folder of the corpus, as a split of its own."""
+
+    def row(train, small):
+        folder = small[0].removeprefix("dataset.path=")
+        with open(f"{folder}/test-more.txt", "w") as file:
+            file.write("another text about war and trade and money and ships\n" * number)
+        base = [*small, "trainer.eval_steps=3"]
+        observe = (lambda run: run.eval[0]["eval_loss"]) if name == "eval" else (lambda run: run.losses)
+        return observe(train(*base, f"dataset.{name}_split=test")) != observe(train(*base))
+
+    return row
+
+
+def columns(train, small):
+    path = small[0].removeprefix("dataset.path=") + "/two.jsonl"
+    with open(path, "w") as file:
+        for n in range(40):
+            file.write(json.dumps({"a": f"the congress met {n}", "b": f"ships and money and trade {n} times"}) + "\n")
+    words = [*small, f"dataset.path={path}", "trainer.per_device_train_batch_size=1"]
+    return train(*words, "dataset.text_column=a").losses != train(*words, "dataset.text_column=b").losses
+
+
+def cached(train, small):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    folder = small[0].removeprefix("dataset.path=")
+    lines = [f"the president spoke {n} times about peace and war and trade with the people" for n in range(60)]
+    pa.parquet.write_table(pa.table({"text": lines}), f"{folder}/table.parquet")
+    train(*small, f"dataset.path={folder}/table.parquet", f"dataset.cache_dir={folder}/cache")
+    return bool(os.listdir(f"{folder}/cache"))
+
+
+def workers_restart(train, small):
+    """Without `persistent_workers`, other processes tokenise in every epoch."""
+    seen = {}
+    for value in ("true", "false"):
+        words = ["dataset.num_workers=1", f"dataset.persistent_workers={value}", STREAM]
+        pipeline, processes = data_of(small, *words).train.pipeline, set()
+        batches = pipeline.batches()
+        for _ in range(30):  # several epochs
+            next(batches)
+            processes.update(pipeline._pool._processes if pipeline._pool else ())
+        batches.close()
+        seen[value] = len(processes)
+
+    return seen["true"] == 1 < seen["false"]
+
+
+def blocks_in_flight(train, small):
+    """A larger `prefetch_factor` reads further ahead."""
+    folder = small[0].removeprefix("dataset.path=")
+    with open(f"{folder}/train.txt", "w") as file:
+        file.writelines(f"the congress met for the {n}th time to speak about peace\n" for n in range(4000))
+    ahead = []
+    for factor in (1, 8):
+        words = ["dataset.num_workers=1", f"dataset.prefetch_factor={factor}", STREAM, "dataset.shuffle_buffer_size=0"]
+        pipeline = data_of(small, *words).train.pipeline
+        batches = pipeline.batches()
+        next(batches)
+        ahead.append(pipeline.reader.num_read)
+        batches.close()
+    return ahead[0] < ahead[1]
+
+
+def padded_lengths(train, small):
+    """`pad_to_multiple_of` rounds up the length of unpacked batches; on a CPU the model leaves padding out again."""
+    lengths = []
+    for words in (["datacollator.pad_to_multiple_of=48"], []):
+        loader = data_of(small, UNPACKED, "tokenizer.padding=longest", *words).train
+        lengths.append(next(loader).input_ids.shape[1])
+        loader.close()
+    return lengths[0] == 48 != lengths[1]
+
+
+def bars(train, small):
+    """On a terminal there is a progress bar instead of a line per logging interval; with `disable_tqdm`, the lines."""
+    folder = small[0].removeprefix("dataset.path=")
+    path = f"{folder}-config.yaml"
+    with open(path, "w") as file:
+        file.write("task: pretraining\n")
+    printed_lines = []
+    for value in ("false", "true"):
+        words = [*TINY, *small, f"trainer.output_dir={folder}-out", f"trainer.disable_tqdm={value}"]
+        process, terminal = pty.fork()
+        if process == 0:
+            os.execv(sys.executable, [sys.executable, "-m", "neobert", "run", path, *words])
+        output = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while chunk := os.read(terminal, 65536):
+                output += chunk
+        os.waitpid(process, 0)
+        printed_lines.append(b"step 6/6" in output)
+
+    return printed_lines == [False, True]
+
+
+def recomputes(train, small):
+    """The model is told to recompute activations; that this changes nothing but memory is a law of test_model.py."""
+    models = []
+    for value in ("true", "false"):
+        config = load_config([], [*TINY, f"trainer.gradient_checkpointing={value}"]).config
+        models.append(pretraining.build_model(config, 64, 0))
+    return [model.model.gradient_checkpointing for model in models] == [True, False]
+
+
+def best_accuracies(train, small):
+    """The best accuracy is the largest, or with `greater_is_better: false` the smallest."""
+    found = []
+    for value, choose in (("true", max), ("false", min)):
+        words = [*BEST, "trainer.metric_for_best_model=accuracy", f"trainer.greater_is_better={value}"]
+        run = train(*small, *words)
+        found.append(run.state.best_metric == choose(row["eval_accuracy"] for row in run.eval))
+    return all(found)
+
+
+def resumes(train, small):
+    train(*small, "trainer.save_steps=3")
+    return "resuming from" in train(*small, "trainer.resume_from_checkpoint=3").printed
+
+
+def refuses_to_overwrite(train, small):
+    train(*small)
+    return refused("holds a run", "trainer.overwrite_output_dir=false")(train, small)
+
+
+def tokenises_again(train, small):
+    train(*small, *TOKENS)
+    again, forced = (train(*small, *TOKENS, *words).printed for words in ([], ["dataset.force_redownload=true"]))
+    return "tokens found" in again and "tokenised by" in forced
+
+
+def evaluates_fewer_rows(train, small):
+    one_batch = [*small, "trainer.eval_max_batches=1"]
+    few, many = (
+        train(*one_batch, f"trainer.per_device_eval_batch_size={n}").eval[0]["eval_num_targets"] for n in (1, 2)
+    )
+    return few < many
+
+
+def evaluates_more(train, small):
+    one_by_one = [*small, "trainer.per_device_eval_batch_size=1"]
+    few, many = (train(*one_by_one, f"trainer.eval_max_batches={n}").eval[0]["eval_num_targets"] for n in (1, 9))
+    return few < many
+
+
+def wandb(name, value, word):
+    """The value is found in what W&B recorded offline."""
+
+    def row(train, small):
+        os.environ["WANDB_SILENT"] = "true"
+        folder = small[0].removeprefix("dataset.path=") + "-logs"
+        base = ["wandb.enabled=true", "wandb.mode=offline", f"wandb.dir={folder}", "trainer.max_steps=3"]
+        train(*small, *base, f"wandb.{name}={value}")
+        records = [
+            os.path.join(at, file) for at, _, files in os.walk(folder) for file in files if file.endswith(".wandb")
+        ]
+        return any(word in open(path, "rb").read() for path in records)
+
+    return row
+
+
+def wandb_silent(train, small):
+    folder = small[0].removeprefix("dataset.path=") + "-logs"
+    train(*small, "wandb.enabled=true", "wandb.mode=disabled", f"wandb.dir={folder}", "trainer.max_steps=3")
+    return not any(file.endswith(".wandb") for _, _, files in os.walk(folder) for file in files)
+
+
+def wandb_continues(train, small):
+    folder = small[0].removeprefix("dataset.path=") + "-logs"
+    base = [*small, "wandb.enabled=true", "wandb.mode=offline", f"wandb.dir={folder}", "trainer.save_steps=3"]
+    runs = [train(*base), train(*base, "trainer.resume_from_checkpoint=3", "wandb.resume=allow")]
+    return len({(run.folder / "wandb.json").read_text() for run in runs}) == 1
+
+
+UNPACKED = "datacollator.pack_sequences=false"
+STREAM = "dataset.streaming=true"
+TOKENS = ["dataset.pre_tokenize=true"]
+BEST = [
+    "trainer.eval_steps=1",
+    "trainer.save_strategy=no",
+    "optimizer.lr=0.3",
+    "scheduler.warmup_steps=0",
+    "trainer.max_steps=12",
+]
+LONG = "trainer.max_steps=12"
+
+ROWS = {
+    "task": lambda train, small: not_built(load_config([], [*small, "task=glue"]).config)[0].path == "task",
+    "model.name": observed(in_model_config("name"), "mine", "model.name=mine"),
+    "model.hidden_size": losses("model.hidden_size=64"),
+    "model.num_hidden_layers": losses("model.num_hidden_layers=1"),
+    "model.num_attention_heads": losses("model.num_attention_heads=4"),
+    "model.intermediate_size": losses("model.intermediate_size=96"),
+    "model.max_position_embeddings": refused(
+        "longer than model.max_position_embeddings", "model.max_position_embeddings=32"
+    ),
+    "model.vocab_size": printed("9,024 tokens", "model.vocab_size=9000"),
+    "model.hidden_act": losses("model.hidden_act=gelu"),
+    "model.dropout_prob": losses("model.dropout_prob=0.2"),
+    "model.norm_eps": losses("model.norm_eps=0.5"),
+    "model.rms_norm": losses("model.rms_norm=false"),
+    "model.attn_backend": printed("flash_attn_varlen needs CUDA", "model.attn_backend=flash_attn_varlen"),
+    "model.rope": losses("model.rope=false"),
+    "model.pad_token_id": noted("replaced by the tokenizer's padding id", "model.pad_token_id=3"),
+    "model.embedding_init_range": observed(
+        spread("embed_tokens"), True, "model.embedding_init_range=0.4", "optimizer.lr=1e-6"
+    ),
+    "model.decoder_init_range": observed(spread("lm_head"), True, "model.decoder_init_range=0.4", "optimizer.lr=1e-6"),
+    "tokenizer.name": refused(
+        "tokenizer.name: 'absent/tokenizer' cannot be loaded", "tokenizer.name=absent/tokenizer", "tokenizer.path=null"
+    ),
+    "tokenizer.path": refused("tokenizer.path: no folder at 'absent'", "tokenizer.path=absent"),
+    "tokenizer.max_length": losses("tokenizer.max_length=9"),
+    "tokenizer.padding": printed("as long as the longest of their batch", "tokenizer.padding=longest", UNPACKED),
+    "tokenizer.truncation": losses("tokenizer.truncation=false", UNPACKED, "tokenizer.max_length=9"),
+    "tokenizer.vocab_size": refused("expected 500, but the tokenizer has 8192", "tokenizer.vocab_size=500"),
+    "dataset.name": noted("wins over dataset.name 'squad'", "dataset.name=squad"),
+    "dataset.path": losses(f"dataset.path={TEXT}"),
+    "dataset.streaming": losses(STREAM),
+    "dataset.max_seq_length": losses("dataset.max_seq_length=32"),
+    "dataset.text_column": columns,
+    "dataset.train_split": two_files("train"),
+    "dataset.eval_split": two_files("eval"),
+    "dataset.validation_split": losses("dataset.validation_split=0.4"),
+    "dataset.num_workers": printed("1 tokenising processes", "dataset.num_workers=1"),
+    "dataset.pin_memory": printed("dataset.pin_memory is for CUDA", "dataset.pin_memory=true"),
+    "dataset.persistent_workers": workers_restart,
+    "dataset.prefetch_factor": blocks_in_flight,
+    "dataset.num_proc": printed("tokenised by 1 processes", "dataset.num_proc=1", *TOKENS),
+    "dataset.shuffle_buffer_size": losses("dataset.shuffle_buffer_size=0", STREAM),
+    "dataset.pre_tokenize": printed("tokenised beforehand", *TOKENS),
+    "dataset.pre_tokenize_output": refused("without dataset.pre_tokenize", "dataset.pre_tokenize_output=x"),
+    "dataset.cache_dir": cached,
+    "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
+    "dataset.force_redownload": tokenises_again,
+    "dataset.long_documents": losses("dataset.long_documents=truncate", "tokenizer.max_length=9"),
+    "datacollator.mlm_probability": losses("datacollator.mlm_probability=0.4"),
+    "datacollator.mask_all": losses("datacollator.mask_all=true"),
+    "datacollator.pack_sequences": losses(UNPACKED),
+    "datacollator.max_length": losses("datacollator.max_length=32"),
+    "datacollator.pad_to_multiple_of": padded_lengths,
+    "trainer.per_device_train_batch_size": losses("trainer.per_device_train_batch_size=3"),
+    "trainer.per_device_eval_batch_size": evaluates_fewer_rows,
+    "trainer.gradient_accumulation_steps": losses("trainer.gradient_accumulation_steps=2"),
+    "trainer.max_steps": observed(lambda run: run.state.step, 4, "trainer.max_steps=4"),
+    "trainer.save_steps": observed(lambda run: run.steps, [4, 6], "trainer.save_steps=4"),
+    "trainer.eval_steps": observed(eval_steps, [4, 6], "trainer.eval_steps=4"),
+    "trainer.logging_steps": observed(lambda run: len(run.train), 2, "trainer.logging_steps=3"),
+    "trainer.output_dir": lambda train, small: (
+        train(*small, f"trainer.output_dir={small[0][13:]}/x").folder.name == "x"
+    ),
+    "trainer.mixed_precision": printed(
+        " autocast" if torch.cpu._is_amx_tile_supported() else "no AMX", "trainer.mixed_precision=bf16"
+    ),
+    "trainer.gradient_checkpointing": recomputes,
+    "trainer.gradient_clipping": losses("trainer.gradient_clipping=0.001"),
+    "trainer.enforce_full_packed_batches": losses("trainer.enforce_full_packed_batches=false"),
+    "trainer.eval_max_batches": evaluates_more,
+    "trainer.log_train_accuracy": observed(
+        lambda run: "accuracy" in run.train[0], True, "trainer.log_train_accuracy=true"
+    ),
+    "trainer.log_grad_norm": observed(lambda run: "grad_norm" in run.train[0], True, "trainer.log_grad_norm=true"),
+    "trainer.log_weight_norms": observed(
+        lambda run: "weight_norm" in run.train[0], True, "trainer.log_weight_norms=true"
+    ),
+    "trainer.tf32": lambda train, small: (
+        [describe_arithmetic(None, "cuda", on) for on in (True, False)] == ["float32 with TF32 products", "float32"]
+    ),
+    "trainer.masked_logits_only_loss": printed("logits at all positions", "trainer.masked_logits_only_loss=false"),
+    "trainer.resume_from_checkpoint": resumes,
+    "trainer.overwrite_output_dir": refuses_to_overwrite,
+    "trainer.num_train_epochs": observed(
+        lambda run: run.state.epoch, 1, "trainer.num_train_epochs=2", "trainer.max_steps=-1"
+    ),
+    "trainer.eval_strategy": observed(lambda run: len(run.eval) > 1, True, "trainer.eval_strategy=epoch", LONG),
+    "trainer.save_strategy": observed(
+        lambda run: run.steps, [], "trainer.save_strategy=no", "trainer.save_steps=2", "trainer.save_model=false"
+    ),
+    "trainer.save_total_limit": observed(
+        lambda run: run.steps, [6], "trainer.save_total_limit=1", "trainer.save_steps=2", "trainer.eval_steps=6"
+    ),
+    "trainer.max_ckpt": observed(
+        lambda run: run.steps, [6], "trainer.max_ckpt=1", "trainer.save_steps=2", "trainer.eval_steps=6"
+    ),
+    "trainer.disable_tqdm": bars,
+    "trainer.dataloader_num_workers": noted("acts as dataset.num_workers: 3", "trainer.dataloader_num_workers=3"),
+    "trainer.use_cpu": lambda train, small: (
+        [choose_device(use_cpu, True) for use_cpu in (True, False)] == ["cpu", "cuda"]
+    ),
+    "trainer.report_to": refused("no tracker 'nowhere'", "trainer.report_to=[nowhere]"),
+    "trainer.train_batch_size": noted("acts as trainer.per_device_train_batch_size: 2", "trainer.train_batch_size=2"),
+    "trainer.eval_batch_size": noted("acts as trainer.per_device_eval_batch_size: 3", "trainer.eval_batch_size=3"),
+    "trainer.early_stopping": observed(lambda run: run.state.step < 12, True, "trainer.early_stopping=2", *BEST),
+    "trainer.metric_for_best_model": refused("no metric 'speed'", "trainer.metric_for_best_model=speed"),
+    "trainer.greater_is_better": best_accuracies,
+    "trainer.load_best_model_at_end": printed(
+        "loading the best checkpoint",
+        "trainer.load_best_model_at_end=true",
+        "trainer.save_strategy=best",
+        *BEST[:1],
+        *BEST[2:],
+    ),
+    "trainer.save_model": observed(lambda run: run.steps, [], "trainer.save_model=false"),
+    "scheduler.name": losses("scheduler.name=linear"),
+    "scheduler.warmup_steps": losses("scheduler.warmup_steps=4"),
+    "scheduler.total_steps": losses("scheduler.total_steps=50"),
+    "scheduler.decay_steps": losses("scheduler.decay_steps=4"),
+    "scheduler.warmup_percent": losses("scheduler.warmup_percent=60"),
+    "scheduler.decay_percent": losses("scheduler.decay_percent=60"),
+    "scheduler.num_cycles": losses("scheduler.num_cycles=2.0"),
+    "scheduler.final_lr_ratio": losses("scheduler.final_lr_ratio=0.9"),
+    "optimizer.name": losses("optimizer.name=adam"),
+    "optimizer.lr": losses("optimizer.lr=0.01"),
+    "optimizer.weight_decay": losses("optimizer.weight_decay=0.5"),
+    "optimizer.betas": losses("optimizer.betas=[0.5, 0.9]"),
+    "optimizer.eps": losses("optimizer.eps=0.1"),
+    "wandb.enabled": wandb("project", "a-project", b"a-project"),
+    "wandb.project": wandb("project", "a-project", b"a-project"),
+    "wandb.entity": wandb("entity", "an-entity", b"an-entity"),
+    "wandb.name": wandb("name", "a-name", b"a-name"),
+    "wandb.tags": wandb("tags", "[a-tag]", b"a-tag"),
+    "wandb.mode": wandb_silent,
+    "wandb.dir": wandb("project", "a-project", b"a-project"),
+    "wandb.resume": wandb_continues,
+    "wandb.log_interval": noted("acts as trainer.logging_steps: 7", "wandb.log_interval=7"),
+    "seed": losses("seed=1"),
+    "debug": printed("shuffle_buffer_size: 10000", "debug=true"),
+    "pretraining_metadata": observed(in_state("metadata"), {"corpus": "mine"}, "pretraining_metadata={corpus: mine}"),
+    "config_path": lambda train, small: (
+        yaml.safe_load((train(*small, "config_path=here").folder / "config.yaml").read_text())["config_path"] == "here"
+    ),
+}
+
+
+def test_every_key_has_a_row():
+    waiting = [key for keys in WAITING.values() for key in keys]
+    assert sorted([*ROWS, *waiting]) == sorted(known_keys())
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_key_does_something(key, train, small):
+    assert ROWS[key](train, small)
