@@ -8,6 +8,18 @@ from conftest import ROOT, run_neobert
 
 from neobert.config.load import dump_config, load_config, parse_overrides
 from neobert.config.reference import known_keys
+from neobert.config.rules import (
+    RULES,
+    decay_percent_wins,
+    muonclip_needs_whole_matrices,
+    packed_sdpa_is_slower,
+    pad_id_follows_tokenizer,
+    path_wins_over_name,
+    resume_needs_a_position,
+    streaming_has_no_validation_split,
+    vocabulary_follows_tokenizer,
+    warmup_percent_wins,
+)
 from neobert.config.schema import Config
 from neobert.errors import ConfigError
 
@@ -53,6 +65,64 @@ def test_all_problems_at_once_with_their_lines(tmp_path):
     assert "did you mean optimizer" in found["optimzer"].message
 
 
+def test_wrong_keys_rules_and_older_names_are_reported_together(tmp_path):
+    text = "model:\n  hidden_size: 100\n  num_attention_heads: 3\n  rope: maybe\noptimizer:\n  lr: 1\n  lr: 2\n"
+    found = problems(
+        tmp_path, text + "trainer:\n  dir: a\n  output_dir: b\n  mixed_precision: fp16\n  max_steps: 1.5\n"
+    )
+    assert set(found) == {"optimizer.lr", "trainer.dir", "model.rope", "trainer.max_steps", "trainer.mixed_precision"}
+    assert found["optimizer.lr"].where.endswith("c.yaml:7")
+    assert found["trainer.mixed_precision"].where.endswith("c.yaml:11")
+    del found["model.rope"]  # which takes part in the rule on heads, so that one waits
+    again = problems(tmp_path, text.replace("maybe", "true"))
+    assert set(again) == {"optimizer.lr", "model.hidden_size"}
+
+
+NINE_RULES = {
+    "resume with streaming": ("ERROR", resume_needs_a_position, {"trainer": {"resume_from_checkpoint": "latest"}}),
+    "validation split with streaming": ("WARNING", streaming_has_no_validation_split, {"dataset": {"validation_split": 0.1}}),
+    "warmup": ("PRECEDENCE", warmup_percent_wins, {"scheduler": {"warmup_percent": 5, "warmup_steps": 9}}),
+    "decay": ("PRECEDENCE", decay_percent_wins, {"scheduler": {"decay_percent": 50, "decay_steps": 9}}),
+    "muonclip with ZeRO": ("ERROR", muonclip_needs_whole_matrices, {"optimizer": {"name": "muonclip"}}),
+    "packing with sdpa": (
+        "WARNING", packed_sdpa_is_slower, {"datacollator": {"pack_sequences": True}, "model": {"attn_backend": "sdpa"}},
+    ),
+    "path and name": ("PRECEDENCE", path_wins_over_name, {"dataset": {"path": "x", "name": "y"}}),
+    "vocabulary": ("IMPORTANT", vocabulary_follows_tokenizer, {"model": {"vocab_size": 9000}}),
+    "padding": ("IMPORTANT", pad_id_follows_tokenizer, {"model": {"pad_token_id": 1}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NINE_RULES)
+def test_the_rules_of_the_reference(name, tmp_path, monkeypatch):
+    kind, check, values = NINE_RULES[name]
+    if check is muonclip_needs_whole_matrices:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        with pytest.raises(ConfigError, match="optimizer.name: muonclip cannot run under ZeRO stage 2"):
+            load_config([], ["optimizer.name=muonclip"])
+        load_config([], ["optimizer.name=muonclip", "use_deepspeed=false"])
+        monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        (tmp_path / "zero.yaml").write_text("deepspeed_config: {zero_stage: 3}")
+        with pytest.raises(ConfigError, match="ZeRO stage 3"):
+            load_config([], ["optimizer.name=muonclip", f"accelerate_config_file={tmp_path / 'zero.yaml'}"])
+        return
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    loaded = load_config([str(tmp_path / "c.yaml")])
+    assert [rule.kind for rule in RULES if rule.check is check] == [kind]
+    found = check(loaded.config, loaded.keys_set, *([False] if check is resume_needs_a_position else []))
+    assert len(list(found)) == 1
+    assert list(check(load_config([]).config, frozenset())) == []
+
+
+def test_files_on_the_command_line_are_layered(tmp_path):
+    (tmp_path / "a.yaml").write_text("trainer: {max_steps: 1, save_steps: 7}")
+    (tmp_path / "b.yaml").write_text("trainer: {max_steps: 2}")
+    shown = run_neobert("config", "show", tmp_path / "a.yaml", tmp_path / "b.yaml", "--optimizer.lr", "0.5").stdout
+    assert f"max_steps: 2  # {tmp_path}/b.yaml:1" in shown
+    assert f"save_steps: 7  # {tmp_path}/a.yaml:1" in shown
+    assert "lr: 0.5  # command line" in shown
+
+
 @pytest.mark.parametrize(
     ("text", "path", "words"),
     [
@@ -66,6 +136,11 @@ def test_all_problems_at_once_with_their_lines(tmp_path):
         ("optimizer: {muon_config: {ns_stps: 4}}", "optimizer.muon_config.ns_stps", "ns_steps"),
         ("trainer: {max_ckpt: 2, save_total_limit: 5}", "trainer.max_ckpt", "contradicts"),
         ("trainer: 3", "trainer", "valid dictionary"),
+        (
+            "model: {hidden_size: 1000000000000, num_attention_heads: 7}",
+            "model.hidden_size",
+            "less than or equal to 65536",
+        ),
         ("task: glue\nglue: {task_name: mnli, num_labels: 2}", "glue.num_labels", "but mnli has 3"),
     ],
 )

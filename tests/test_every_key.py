@@ -30,7 +30,6 @@ WAITING = {
         "trainer.torch_compile", "trainer.torch_compile_dynamic", "trainer.torch_compile_backend"],
     "hub datasets": ["dataset.config", "dataset.trust_remote_code"],
     "MuonClip": [key for key in known_keys() if key.startswith("optimizer.muon_config")],
-    "several processes": ["use_deepspeed", "accelerate_config_file"],
     "GLUE": [*(key for key in known_keys() if key.startswith("glue.")), "model.classifier_init_range"],
     "contrastive": [*(key for key in known_keys() if key.startswith("contrastive.")), "pretrained_checkpoint",
         "dataset.pretraining_prob", "dataset.min_length"],
@@ -222,6 +221,16 @@ def best_accuracies(train, small):
         run = train(*small, *words)
         found.append(run.state.best_metric == choose(row["eval_accuracy"] for row in run.eval))
     return all(found)
+
+
+def stage_counts(train, small):
+    """The ZeRO stage in the file is checked against the optimizer, unless DeepSpeed is off; starting processes comes later."""
+    path = small[0].removeprefix("dataset.path=") + "-zero.yaml"
+    with open(path, "w") as file:
+        file.write("deepspeed_config: {zero_stage: 2}\n")
+    words = ["optimizer.name=muonclip", f"accelerate_config_file={path}"]
+    load_config([], [*words, "use_deepspeed=false"])
+    return refused("ZeRO stage 2", *words)(train, small)
 
 
 def resumes(train, small):
@@ -435,6 +444,8 @@ ROWS = {
     "wandb.resume": wandb_continues,
     "wandb.log_interval": noted("acts as trainer.logging_steps: 7", "wandb.log_interval=7"),
     "seed": losses("seed=1"),
+    "use_deepspeed": stage_counts,
+    "accelerate_config_file": stage_counts,
     "debug": printed("shuffle_buffer_size: 10000", "debug=true"),
     "pretraining_metadata": observed(in_state("metadata"), {"corpus": "mine"}, "pretraining_metadata={corpus: mine}"),
     "config_path": lambda train, small: (

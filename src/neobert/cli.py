@@ -39,11 +39,13 @@ DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota i
 def run(context: typer.Context, config: ConfigFile) -> None:
     """Run what the file's `task` says.
 
-    Keys can be set behind the file, as --section.key value or section.key=value; the last one wins.
+    Keys can be set behind the file, as --section.key value or section.key=value; the last one wins. Further YAML files
+    directly behind the first one are laid over it.
 
     \b
     Examples:
       neobert run configs/pretraining/quickstart.yaml --trainer.max_steps 100 optimizer.lr=3e-4
+      neobert run base.yaml mine.yaml --trainer.output_dir runs/second
       neobert run outputs/quickstart/config.yaml --trainer.resume_from_checkpoint latest
     """
     _pretrain(config, context.args, task=None)
@@ -65,11 +67,19 @@ def pretrain(context: typer.Context, config: ConfigFile) -> None:
     _pretrain(config, context.args, task="pretraining")
 
 
-def _pretrain(config: Path, overrides: list[str], task: str | None) -> None:
+def _layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
+    """(YAML files, overrides): files that directly follow the first one are laid over it."""
+    count = 0
+    while count < len(words) and words[count].endswith((".yaml", ".yml")) and not words[count].startswith("-"):
+        count += 1
+    return [str(first), *words[:count]], words[count:]
+
+
+def _pretrain(first: Path, words: list[str], task: str | None) -> None:
     from neobert.config.load import load_config
     from neobert.config.rules import not_built
 
-    loaded = load_config([str(config)], overrides, task)
+    loaded = load_config(*_layers(first, words), task)
     if missing := not_built(loaded.config):
         raise ConfigError(*missing)
     _quiet_libraries()
@@ -128,7 +138,7 @@ def config_check(context: typer.Context, config: ConfigFile) -> None:
     from neobert.config.load import load_config
     from neobert.config.rules import not_built
 
-    loaded = load_config([str(config)], context.args)
+    loaded = load_config(*_layers(config, context.args))
     for warning in [*loaded.warnings, *not_built(loaded.config)]:
         print(f"note: {warning}")
     print(f"{config}: ok ({loaded.config.task}, {len(loaded.keys_set)} keys set)")
@@ -145,7 +155,7 @@ def config_show(context: typer.Context, config: ConfigFile) -> None:
     from neobert.config.explain import show_config
     from neobert.config.load import load_config
 
-    print(show_config(load_config([str(config)], context.args)))
+    print(show_config(load_config(*_layers(config, context.args))))
 
 
 @config_app.command("explain")

@@ -147,8 +147,7 @@ def reference_page() -> str:
     lines += ["## Rules between keys", "", "| type | keys | rule |", "|---|---|---|"]
     lines += [f"| {rule.kind} | {', '.join(f'`{key}`' for key in rule.keys)} | {rule.description} |" for rule in RULES]
     lines += [
-        "| ERROR | `trainer.resume_from_checkpoint`, `dataset.streaming` | A stream is resumed at its position, exactly; a "
-        "checkpoint without a position, or of other data, is refused. |", "",
+        "",
         "## Older names", "",
         "They act, with a warning; an older and a newer name that contradict each other in one file are an error.", "",
         "| older | acts as |", "|---|---|",

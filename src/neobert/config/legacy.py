@@ -62,38 +62,45 @@ LEGACY = (
 )
 
 
-def apply_legacy(values: Values, lines: dict[str, int]) -> list[str]:
+def apply_legacy(values: Values, lines: dict[str, int], problems: list[Problem]) -> list[str]:
     """Rename in place, in `values` and in the line numbers of a file; returns one warning per old name.
 
-    Raises ConfigError where an old and a new name, or two old names, say different things.
+    Where an old and a new name, or two old names, say different things, `problems` gets an entry.
     """
     warnings: list[str] = []
     for rule in LEGACY:
         if rule.old.endswith(".*"):
-            warnings += _flatten_block(values, lines, rule)
+            warnings += _flatten_block(values, lines, problems, rule)
         elif (value := take(values, rule.old)) is not None:
-            warnings.append(_rename(values, lines, rule.old, rule.new, rule.convert(value), value))
+            warnings += _rename(values, lines, problems, rule.old, rule.new, rule.convert(value), value)
     return warnings
 
 
-def _flatten_block(values: Values, lines: dict[str, int], rule: Legacy) -> list[str]:
+def _flatten_block(values: Values, lines: dict[str, int], problems: list[Problem], rule: Legacy) -> list[str]:
     old, new = rule.old.removesuffix(".*"), rule.new.removesuffix(".*")
     block = take(values, old)
     if block is None:
         return []
     if not isinstance(block, dict):
-        raise ConfigError(Problem(old, f"must be a section, got {block!r}"))
-    return [_rename(values, lines, f"{old}.{name}", f"{new}.{name}", value, value) for name, value in block.items()]
+        problems.append(Problem(old, f"must be a section, got {block!r}"))
+        return []
+    renamed = (
+        _rename(values, lines, problems, f"{old}.{name}", f"{new}.{name}", one, one) for name, one in block.items()
+    )
+    return [warning for warnings in renamed for warning in warnings]
 
 
-def _rename(values: Values, lines: dict[str, int], old: str, new: str, value: Any, written: Any) -> str:
+def _rename(
+    values: Values, lines: dict[str, int], problems: list[Problem], old: str, new: str, value: Any, written: Any
+) -> list[str]:
     present = look(values, new)
     if present is not None and present != value:
-        raise ConfigError(Problem(old, f"{written!r} contradicts {new}: {present!r}; keep only {new}"))
+        problems.append(Problem(old, f"{written!r} contradicts {new}: {present!r}; keep only {new}"))
+        return []
     put(values, new, value)
     if old in lines:
         lines.setdefault(new, lines[old])
-    return f"{old} is an older name: {written!r} acts as {new}: {value!r}"
+    return [f"{old} is an older name: {written!r} acts as {new}: {value!r}"]
 
 
 def look(values: Values, dotted: str) -> Any:

@@ -4,6 +4,7 @@ Precedence, lowest first: defaults, the first file, further files, overrides fro
 reported at once, each with its dotted path and the line it was written on.
 """
 
+import copy
 import difflib
 import typing
 from dataclasses import dataclass
@@ -37,20 +38,25 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
     """
     parsed = [*map(read_yaml, files), _override_layer(overrides or [])]
     warnings: list[str] = []
+    problems: list[Problem] = []
     values: dict[str, Any] = {}
     for layer in parsed:
-        warnings += apply_legacy(layer.values, layer.lines)
+        problems += layer.problems
+        warnings += apply_legacy(layer.values, layer.lines, problems)
         _merge(values, layer.values)
     if task and values.setdefault("task", task) != task:
-        raise ConfigError(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
+        problems.append(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
     if files and "config_path" not in values:
         values["config_path"] = str(files[-1])
-    config = _build(values, parsed)
-    keys_set = frozenset(_flat_keys(config))
-    problems, notes = check_rules(config, keys_set)
-    if problems:
-        raise ConfigError(*[Problem(p.path, p.message, _where(p.path, parsed)) for p in problems])
-    origins = {dotted: place for dotted in keys_set if (place := _where(dotted, parsed))}
+    config, wrong = _build(values, parsed)
+    problems += wrong
+    keys_set = frozenset(_flat_keys(config)) if config else frozenset()
+    broken, notes = check_rules(config, keys_set, {p.path for p in problems}) if config else ([], [])
+    problems += broken
+    if problems or config is None:
+        raise ConfigError(*[Problem(p.path, p.message, p.where or _where(p.path, parsed)) for p in problems])
+    written = {dotted for layer in parsed for dotted in layer.lines}
+    origins = {dotted: _where(dotted, parsed) for dotted in keys_set & written}
     return Loaded(config, warnings + notes, keys_set, origins)
 
 
@@ -103,12 +109,32 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
             into[name] = value
 
 
-def _build(values: dict[str, Any], parsed: list[YamlFile]) -> Config:
+def _build(values: dict[str, Any], parsed: list[YamlFile]) -> tuple[Config | None, list[Problem]]:
+    """The configuration and what is wrong with single keys. With wrong keys left out it is built all the same where that
+    is possible, so that the rules between the other keys can be checked too."""
+    values = _drop_empty_sections(values)
     try:
-        return Config.model_validate(_drop_empty_sections(values))
+        return Config.model_validate(values), []
     except ValidationError as error:
-        problems = [_problem(details, parsed) for details in error.errors(include_url=False, include_context=False)]
-        raise ConfigError(*problems) from None
+        found = error.errors(include_url=False, include_context=False)
+    problems = [_problem(details, parsed) for details in found]
+    rest = copy.deepcopy(values)
+    for details in found:
+        _remove(rest, details["loc"])
+    try:
+        return Config.model_validate(rest), problems
+    except ValidationError:
+        return None, problems
+
+
+def _remove(values: dict[str, Any], location: tuple[int | str, ...]) -> None:
+    """Leave out the key at a location of pydantic's, which may go on inside the value."""
+    for depth, part in enumerate(map(str, location)):
+        inner = values.get(part)
+        if not isinstance(inner, dict) or depth == len(location) - 1:
+            values.pop(part, None)
+            return
+        values = inner
 
 
 def _drop_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +148,10 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _where(dotted: str, parsed: list[YamlFile]) -> str:
-    return next((place for one in reversed(parsed) if (place := one.where(dotted))), "")
+    """Where a key was set last; failing that, where its section stands."""
+    layers = list(reversed(parsed))
+    exact = (one for one in layers if dotted in one.lines)
+    return next((place for one in (*exact, *layers) if (place := one.where(dotted))), "")
 
 
 def _problem(details: Any, parsed: list[YamlFile]) -> Problem:

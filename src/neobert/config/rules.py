@@ -4,12 +4,14 @@ A rule looks at the configuration and at the keys that were set, and yields what
 the reference page and in `neobert config explain`. ERROR stops the run; WARNING, PRECEDENCE and IMPORTANT are said once.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from neobert.config.reference import known_keys
 from neobert.config.schema import Config
+from neobert.config.yaml_file import read_yaml
 from neobert.errors import Problem
 
 Found = Iterator[Problem]
@@ -119,6 +121,36 @@ def labels_fit_task(config: Config, keys_set: KeysSet) -> Found:
         yield Problem("glue.num_labels", f"{config.glue.num_labels}, but {config.glue.task_name} has {wanted}")
 
 
+def resume_needs_a_position(config: Config, keys_set: KeysSet, has_position: bool = True) -> Found:
+    """A run resumes at the position of its data, streamed or not; a checkpoint that holds none is refused."""
+    if config.trainer.resume_from_checkpoint is not None and not has_position:
+        mode = "true" if config.dataset.streaming else "false"
+        yield Problem(
+            "trainer.resume_from_checkpoint",
+            f"the checkpoint holds no position of the data, so the run (dataset.streaming: {mode}) could not continue where "
+            "it was; start a new run, or choose a checkpoint of this version",
+        )
+
+
+def muonclip_needs_whole_matrices(config: Config, keys_set: KeysSet) -> Found:
+    """DeepSpeed's ZeRO hands the optimizer flattened pieces of matrices from stage 1 on; Muon needs them whole."""
+    stage = zero_stage(config)
+    if config.optimizer.name == "muonclip" and stage > 0:
+        yield Problem("optimizer.name", f"muonclip cannot run under ZeRO stage {stage}; use stage 0, or adamw")
+
+
+def zero_stage(config: Config) -> int:
+    """DeepSpeed's stage: set by its launcher, or in `accelerate_config_file`; 0 without DeepSpeed."""
+    if not config.use_deepspeed:
+        return 0
+    stage: object = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    file = config.accelerate_config_file
+    if stage is None and file is not None:
+        deepspeed = read_yaml(file).values.get("deepspeed_config")
+        stage = deepspeed.get("zero_stage") if isinstance(deepspeed, dict) else None
+    return int(stage) if isinstance(stage, int) or (isinstance(stage, str) and stage.isdigit()) else 0
+
+
 def streaming_has_no_validation_split(config: Config, keys_set: KeysSet) -> Found:
     """A stream cannot be split at random: the validation split is skipped."""
     if config.dataset.validation_split and config.dataset.streaming:
@@ -189,6 +221,8 @@ RULES = (
     Rule("ERROR", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
     Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
     Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
+    Rule("ERROR", resume_needs_a_position, ("trainer.resume_from_checkpoint", "dataset.streaming")),
+    Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", "use_deepspeed", "accelerate_config_file")),
     Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),
     Rule("WARNING", packed_sdpa_is_slower, ("datacollator.pack_sequences", "model.attn_backend")),
     Rule("WARNING", pieces_fit_rows, ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length")),
@@ -201,10 +235,15 @@ RULES = (
 )  # fmt: skip
 
 
-def check_rules(config: Config, keys_set: KeysSet) -> tuple[list[Problem], list[str]]:
-    """(broken rules, what else the user should know)."""
-    errors = [problem for rule in RULES if rule.kind == "ERROR" for problem in rule.check(config, keys_set)]
-    notes = [str(found) for rule in RULES if rule.kind != "ERROR" for found in rule.check(config, keys_set)]
+def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[list[Problem], list[str]]:
+    """(broken rules, what else the user should know). Rules about keys that are `wrong` by themselves are left out."""
+    errors: list[Problem] = []
+    notes: list[str] = []
+    for rule in RULES:
+        if not wrong.intersection(rule.keys):
+            found = list(rule.check(config, keys_set))
+            errors += found if rule.kind == "ERROR" else []
+            notes += [] if rule.kind == "ERROR" else map(str, found)
     return errors, notes
 
 

@@ -11,25 +11,29 @@ class ModelConfig(Section):
     """`model`: the architecture."""
 
     name: str | None = key(None, "Name of the model, kept in its config.json.", "config.json of a checkpoint")
-    hidden_size: int = key(768, "Width of embeddings, attention and residual stream.", "shape of the model", ge=8)
+    hidden_size: int = key(
+        768, "Width of embeddings, attention and residual stream.", "shape of the model", ge=8, le=65536
+    )
     num_hidden_layers: int = key(12, "Encoder blocks.", "shape of the model", ge=1, le=1024)
     num_attention_heads: int = key(
-        12, "Attention heads per block; must divide `hidden_size`.", "shape of the model", ge=1
+        12, "Attention heads per block; must divide `hidden_size`.", "shape of the model", ge=1, le=4096
     )
     intermediate_size: int = key(
         3072,
         "Width of the feed-forward block; SwiGLU uses two thirds of it, rounded up to a multiple of 8.",
         "shape of the model",
         ge=8,
+        le=2**20,
     )
     max_position_embeddings: int = key(
-        512, "Longest sequence the model is built for, in tokens.", "longest input", ge=8
+        512, "Longest sequence the model is built for, in tokens.", "longest input", ge=8, le=2**24
     )
     vocab_size: int = key(
         30522,
         "Size of the vocabulary. Follows the tokenizer, rounded up to a multiple of 64; a larger value than that is honoured.",
         "shape of the model; len(tokenizer)",
         ge=8,
+        le=2**24,
     )
     hidden_act: Literal["swiglu", "gelu"] = key("swiglu", "Activation of the feed-forward block.", "shape of the model")
     dropout_prob: float = key(

@@ -32,6 +32,7 @@ class YamlFile:
     path: str
     values: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)  # keys that are written twice
 
     def where(self, dotted: str) -> str:
         """`file:line` of a key, or of the section that would hold it; empty when it is not in this file."""
@@ -102,7 +103,8 @@ def _record_lines(node: yaml.MappingNode, prefix: str, parsed: YamlFile) -> None
         dotted = prefix + key_node.value
         if dotted in parsed.lines:
             first = parsed.lines[dotted]
-            raise ConfigError(Problem(dotted, f"written twice, first on line {first}", f"{parsed.path}:{line}"))
+            where = f"{parsed.path}:{line}"
+            parsed.problems.append(Problem(dotted, f"written twice, first on line {first}", where))
         parsed.lines[dotted] = line
         if isinstance(value_node, yaml.MappingNode):
             _record_lines(value_node, dotted + ".", parsed)

@@ -12,7 +12,7 @@ import torch
 from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
 from neobert.config.reference import known_keys
-from neobert.config.rules import value_of
+from neobert.config.rules import resume_needs_a_position, value_of
 from neobert.config.schema import Config
 from neobert.data.loader import Loader, build_steps
 from neobert.data.order import Rank
@@ -26,7 +26,7 @@ from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, ste
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
 from neobert.tasks.summary import describe_run, print_end, print_summary
-from neobert.training.checkpoint import Content, load_data, load_optimizer, load_weights, verify_checkpoint
+from neobert.training.checkpoint import Content, has_data, load_data, load_optimizer, load_weights, verify_checkpoint
 from neobert.training.loop import StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
 from neobert.training.runtime import Runtime, build_runtime
@@ -67,6 +67,8 @@ def run(loaded: Loaded) -> Finished:
     schedule = build_pretraining_schedule(config, data.num_steps)
     state = TrainState()
     if resume is not None:
+        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
+            raise ConfigError(*missing)
         load_training_state(resume, model, optimizer, data.train, state)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     if config.trainer.max_steps < 0 and schedule.warmup_steps >= data.num_steps:

@@ -183,6 +183,11 @@ def load_optimizer(folder: Path) -> Tensors:
     return load_file(folder / OPTIMIZER.format(0))
 
 
+def has_data(folder: Path) -> bool:
+    """Whether a checkpoint holds a position of the data."""
+    return (folder / f"{DATA.format(0)}.json").is_file()
+
+
 def load_data(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The data position: JSON and arrays."""
     name = DATA.format(0)
