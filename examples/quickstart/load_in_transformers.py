@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers.utils import logging
 
+logging.disable_progress_bar()
 checkpoints = Path(sys.argv[1]) / "checkpoints"
 checkpoint = checkpoints / (checkpoints / "latest").read_text().strip()
 
