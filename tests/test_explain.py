@@ -97,6 +97,11 @@ def test_older_and_newer_names_may_not_contradict(old, tmp_path):
         load_config([write(tmp_path / "c.yaml", values)])
 
 
+def test_an_older_and_a_newer_name_may_agree(tmp_path):
+    file = write(tmp_path / "c.yaml", {"trainer": {"bf16": True, "mixed_precision": True}, "mixed_precision": "bf16"})
+    assert load_config([file]).config.trainer.mixed_precision == "bf16"
+
+
 def test_a_newer_layer_wins_over_an_older_name(tmp_path):
     file = write(tmp_path / "c.yaml", {"trainer": {"learning_rate": 0.5}})
     assert load_config([file], ["optimizer.lr=0.1"]).config.optimizer.lr == 0.1

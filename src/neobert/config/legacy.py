@@ -28,10 +28,11 @@ def _switch(on: str, off: str) -> Callable[[Any], Any]:
 
 
 FLASH = _switch("flash_attn_varlen", "sdpa")
+PRECISION = _switch("bf16", "no")
 
 LEGACY = (
-    Legacy("mixed_precision", "trainer.mixed_precision"),
-    Legacy("trainer.bf16", "trainer.mixed_precision", _switch("bf16", "no")),
+    Legacy("mixed_precision", "trainer.mixed_precision", PRECISION),
+    Legacy("trainer.bf16", "trainer.mixed_precision", PRECISION),
     Legacy("trainer.seed", "seed"),
     Legacy("trainer.run_name", "wandb.name"),
     Legacy("trainer.learning_rate", "optimizer.lr"),
@@ -72,7 +73,7 @@ def apply_legacy(values: Values, lines: dict[str, int], problems: list[Problem])
         if rule.old.endswith(".*"):
             warnings += _flatten_block(values, lines, problems, rule)
         elif (value := take(values, rule.old)) is not None:
-            warnings += _rename(values, lines, problems, rule.old, rule.new, rule.convert(value), value)
+            warnings += _rename(values, lines, problems, rule, value)
     return warnings
 
 
@@ -85,22 +86,20 @@ def _flatten_block(values: Values, lines: dict[str, int], problems: list[Problem
         problems.append(Problem(old, f"must be a section, got {block!r}"))
         return []
     renamed = (
-        _rename(values, lines, problems, f"{old}.{name}", f"{new}.{name}", one, one) for name, one in block.items()
+        _rename(values, lines, problems, Legacy(f"{old}.{name}", f"{new}.{name}"), one) for name, one in block.items()
     )
     return [warning for warnings in renamed for warning in warnings]
 
 
-def _rename(
-    values: Values, lines: dict[str, int], problems: list[Problem], old: str, new: str, value: Any, written: Any
-) -> list[str]:
-    present = look(values, new)
-    if present is not None and present != value:
-        problems.append(Problem(old, f"{written!r} contradicts {new}: {present!r}; keep only {new}"))
+def _rename(values: Values, lines: dict[str, int], problems: list[Problem], rule: Legacy, written: Any) -> list[str]:
+    value, present = rule.convert(written), look(values, rule.new)
+    if present is not None and rule.convert(present) != value:
+        problems.append(Problem(rule.old, f"{written!r} contradicts {rule.new}: {present!r}; keep only {rule.new}"))
         return []
-    put(values, new, value)
-    if old in lines:
-        lines.setdefault(new, lines[old])
-    return [f"{old} is an older name: {written!r} acts as {new}: {value!r}"]
+    put(values, rule.new, value)
+    if rule.old in lines:
+        lines.setdefault(rule.new, lines[rule.old])
+    return [f"{rule.old} is an older name: {written!r} acts as {rule.new}: {value!r}"]
 
 
 def look(values: Values, dotted: str) -> Any:
