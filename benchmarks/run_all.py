@@ -20,7 +20,7 @@ def main() -> None:
         result = subprocess.run([sys.executable, str(path), *sys.argv[1:]], capture_output=True, text=True, check=False)
         print(result.stdout + result.stderr[-2000:], flush=True)
         failed |= result.returncode != 0
-        pages.append(f"## {path.name}\n\n```\n{result.stdout.strip()}\n```\n")
+        pages.append(f"## {path.name}\n\n```\n{result.stdout.rstrip()}\n```\n")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers", "numpy"))
     head = f"# Benchmark results\n\n{date.today()}, {platform.machine()} with {os.cpu_count()} cores{_amx()}, {packages}.\n"
     (HERE / "RESULTS.md").write_text(head + "\n" + "\n".join(pages))
