@@ -127,6 +127,18 @@ def test_paths_agree(changed, monkeypatch):
     assert_same(expected, gradients(model, **inputs, masked_only=changed.get("masked_only", True)))
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("batch", ["packed", "padded", "whole"])
+def test_other_devices_get_all_they_need(variant, batch):
+    """Off the CPU, with the document lengths on it: shapes and devices agree ("meta" computes nothing else)."""
+    model = build(**variant).to("meta")
+    ids, _, lengths = packed_batch()
+    mask = torch.ones_like(ids, device="meta")
+    inputs = {"packed": {"document_lengths": lengths}, "padded": {"attention_mask": mask}, "whole": {}}[batch]
+    hidden = model.model(ids.to("meta"), **inputs).last_hidden_state
+    assert (hidden.device.type, hidden.shape) == ("meta", (*ids.shape, 32))
+
+
 def test_no_targets_is_a_loss_of_zero():
     ids, labels, lengths = packed_batch()
     loss, grads = gradients(build(), input_ids=ids, labels=torch.full_like(labels, IGNORED), document_lengths=lengths)

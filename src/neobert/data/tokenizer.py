@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def train_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int, l
         raise DataError("no text to train a tokenizer on")
     trainer = BertWordPieceTokenizer(lowercase=lowercase)
     trainer.train_from_iterator(
-        _chain(first, iter_texts),
+        chain([first], iter_texts),
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS.values()),
         show_progress=False,
@@ -152,11 +153,6 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     for private in ("name_or_path", "is_local", "local_files_only"):
         settings.pop(private, None)
     path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def train_from_files(

@@ -31,7 +31,7 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; border-radius: 6px;
 <h2>Keys that differ from their defaults</h2><pre>{config}</pre>
 </body></html>
 """
-BLUE, ORANGE, GREY = "#0969da", "#bc4c00", "#8c959f"
+BLUE, ORANGE = "#0969da", "#bc4c00"
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:

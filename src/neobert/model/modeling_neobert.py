@@ -169,7 +169,7 @@ def flatten(
 ) -> FlatBatch:
     """Lay a batch out flat. On the CPU padding is left out; elsewhere shapes stay static and padding is masked.
 
-    Raises ValueError when `document_lengths` do not sum to B*T.
+    `document_lengths` are on the CPU, wherever the rest is. Raises ValueError when they do not sum to B*T.
     """
     B, T = input_ids.shape
     if document_lengths is not None:
@@ -177,11 +177,12 @@ def flatten(
         if sum(lengths) != B * T:
             raise ValueError(f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens")
         layout = Layout(lengths=tuple(lengths), dropout=dropout)
-        return FlatBatch(input_ids.flatten(), _restart(document_lengths, B * T), layout, input_ids.shape, None)
+        positions_N = _restart(document_lengths, B * T).to(input_ids.device)
+        return FlatBatch(input_ids.flatten(), positions_N, layout, input_ids.shape, None)
     if attention_mask is None:
-        lengths_B = torch.full((B,), T)
         layout = Layout(lengths=(T,) * B, dropout=dropout)
-        return FlatBatch(input_ids.flatten(), _restart(lengths_B, B * T), layout, input_ids.shape, None)
+        positions_N = torch.arange(T, device=input_ids.device).repeat(B)
+        return FlatBatch(input_ids.flatten(), positions_N, layout, input_ids.shape, None)
     mask_BT = attention_mask.bool()
     positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
     if input_ids.device.type != "cpu":

@@ -36,12 +36,6 @@ def build_optimizer(
     return kinds[name](groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of all groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """All state tensors under `<parameter name>/<state name>`; plain data that safetensors can hold."""
     tensors = {}

@@ -43,7 +43,6 @@ class Log:
         window, self.window = self.window, []
         seconds = self.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
-        state.train_seconds += step_seconds
         targets = sum(one.num_targets for one in window)
         loss = sum(one.loss * one.num_targets for one in window) / max(1, targets)
         self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)

@@ -49,7 +49,6 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     num_tokens: int = 0
-    train_seconds: float = 0.0
     best_metric: float | None = None
     best_step: int | None = None
     num_evaluations_without_gain: int = 0

@@ -24,10 +24,6 @@ class Runtime:
     world_size: int = 1
 
     @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
     def describe(self) -> str:
         """Device and arithmetic in words, for the summary."""
         kind = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
@@ -59,9 +55,6 @@ class Runtime:
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
 
 
 def build_runtime(*, use_cpu: bool, mixed_precision: str, tf32: bool) -> Runtime:
