@@ -23,11 +23,9 @@ from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.tasks import pretraining
 from neobert.tasks.pretraining_data import build_data
-from neobert.training.runtime import choose_device, describe_arithmetic
+from neobert.training.choices import choose_device, describe_arithmetic
 
 WAITING = {
-    "the model's further variants and kernels": ["model.ngpt", "model.base_scale", "model.kernel_backend",
-        "trainer.torch_compile", "trainer.torch_compile_dynamic", "trainer.torch_compile_backend"],
     "hub datasets": ["dataset.config", "dataset.trust_remote_code"],
     "MuonClip": [key for key in known_keys() if key.startswith("optimizer.muon_config")],
     "GLUE": [*(key for key in known_keys() if key.startswith("glue.")), "model.classifier_init_range"],
@@ -35,6 +33,8 @@ WAITING = {
         "dataset.pretraining_prob", "dataset.min_length"],
     "MTEB and import": [*(key for key in known_keys() if key.startswith("mteb_")), "model.from_hub"],
 }  # fmt: skip
+
+COMPILE_EAGER = "trainer.torch_compile_backend=eager"
 
 
 def losses(*words):
@@ -320,7 +320,10 @@ ROWS = {
     "model.norm_eps": losses("model.norm_eps=0.5"),
     "model.rms_norm": losses("model.rms_norm=false"),
     "model.attn_backend": printed("flash_attn_varlen needs CUDA", "model.attn_backend=flash_attn_varlen"),
+    "model.kernel_backend": printed("liger needs CUDA", "model.kernel_backend=liger"),
     "model.rope": losses("model.rope=false"),
+    "model.ngpt": losses("model.ngpt=true"),
+    "model.base_scale": losses("model.base_scale=0.5", "model.ngpt=true"),
     "model.pad_token_id": noted("replaced by the tokenizer's padding id", "model.pad_token_id=3"),
     "model.embedding_init_range": observed(
         spread("embed_tokens"), True, "model.embedding_init_range=0.4", "optimizer.lr=1e-6"
@@ -382,6 +385,13 @@ ROWS = {
     "trainer.log_grad_norm": observed(lambda run: "grad_norm" in run.train[0], True, "trainer.log_grad_norm=true"),
     "trainer.log_weight_norms": observed(
         lambda run: "weight_norm" in run.train[0], True, "trainer.log_weight_norms=true"
+    ),
+    "trainer.torch_compile": printed("eager, shapes as torch decides", "trainer.torch_compile=true", COMPILE_EAGER),
+    "trainer.torch_compile_dynamic": printed(
+        "eager, any shape", "trainer.torch_compile_dynamic=true", "trainer.torch_compile=true", COMPILE_EAGER
+    ),
+    "trainer.torch_compile_backend": refused(
+        "no backend 'nonsense'", "trainer.torch_compile_backend=nonsense", "trainer.torch_compile=true"
     ),
     "trainer.tf32": lambda train, small: (
         [describe_arithmetic(None, "cuda", on) for on in (True, False)] == ["float32 with TF32 products", "float32"]

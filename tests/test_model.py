@@ -5,12 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import EuroBertConfig, EuroBertForMaskedLM
 
-from neobert.model.attention import Layout, _attend_documents, attend, rotate
-from neobert.model.elementwise import FusedRMSNorm, FusedSwiGLU
-from neobert.model.layers import rotary_table
-from neobert.model.layouts import eurobert_config, from_eurobert, to_eurobert
+from neobert.model.attention import Layout, Rotary, attend, attend_documents
+from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU
 from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM
 
 VOCABULARY = 120
@@ -18,7 +15,7 @@ LENGTHS = [(5, 30, 29), (64,), (1, 62, 1), (40, 24)]  # 4 packed rows of 64 toke
 VARIANTS = [
     {"rope": rope, "rms_norm": rms, "hidden_act": act}
     for rope, rms, act in itertools.product((True, False), (True, False), ("swiglu", "gelu"))
-]
+] + [{"ngpt": True, "rope": rope, "hidden_act": act} for rope, act in ((True, "swiglu"), (False, "gelu"))]
 
 
 def build(seed=0, **fields):
@@ -26,7 +23,7 @@ def build(seed=0, **fields):
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
     ranges = {"decoder_init_range": 0.2, "embedding_init_range": 0.5}
     return NeoBERTForMaskedLM(
-        NeoBERTConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **shape, **ranges, **fields)
+        NeoBERTConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 64, **shape, **ranges, **fields})
     )
 
 
@@ -87,43 +84,17 @@ def test_documents_never_see_each_other(variant):
     assert not torch.equal(before[~others], after[~others])
 
 
-@pytest.mark.parametrize("width", [64, 256])
-def test_equals_eurobert(width):
-    """transformers' EuroBERT with the same weights computes the same logits, on padded batches."""
-    torch.manual_seed(0)
-    config = NeoBERTConfig(
-        vocab_size=200, hidden_size=width, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * width
-    )
-    ours = NeoBERTForMaskedLM(config).eval()
-    theirs = EuroBertForMaskedLM(
-        EuroBertConfig(**eurobert_config(config, {"bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4}))
-    ).eval()
-    theirs.load_state_dict(to_eurobert(ours.state_dict()))
-    ids, mask = torch.randint(5, 200, (6, 50)), torch.ones(6, 50, dtype=torch.long)
-    for row, length in enumerate((50, 1, 49, 20, 33, 7)):
-        mask[row, length:] = 0
-    with torch.no_grad():
-        difference = (ours(ids, attention_mask=mask).logits - theirs(ids, attention_mask=mask).logits)[mask.bool()]
-    assert difference.abs().max() <= 1e-5
-
-
-def test_layouts_are_inverse():
-    weights = build().state_dict()
-    back = from_eurobert(to_eurobert(weights))
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], weights[name]) for name in weights)
-
-
-@pytest.mark.parametrize("changed", [{"masked_only": False}, {"gradient_checkpointing": True}, {"chunks": 7}])
-def test_paths_agree(changed, monkeypatch):
+@pytest.mark.parametrize("changed", [{"masked_only": False}, {"gradient_checkpointing": True}, {"chunks": 7}], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"ngpt": True}, {"decoder_bias": True}], ids=str)
+def test_paths_agree(changed, variant, monkeypatch):
     """Masked-only logits = full logits; recomputed activations = kept ones; chunked loss = whole loss."""
     ids, labels, lengths = packed_batch()
     inputs = {"input_ids": ids, "labels": labels, "document_lengths": lengths}
-    expected = gradients(build(), **inputs)
-    model = build()
+    expected = gradients(build(**variant), **inputs)
+    model = build(**variant)
     model.model.gradient_checkpointing = changed.get("gradient_checkpointing", False)
     if "chunks" in changed:
-        monkeypatch.setattr("neobert.model.modeling_neobert.LOGIT_BUDGET", changed["chunks"] * VOCABULARY)
+        monkeypatch.setattr("neobert.model.loss.LOGIT_BUDGET", changed["chunks"] * VOCABULARY)
     assert_same(expected, gradients(model, **inputs, masked_only=changed.get("masked_only", True)))
 
 
@@ -163,18 +134,18 @@ def test_count_correct():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("budget", [2**21, 1])
 def test_bucket_attention_equals_sdpa(dtype, tolerance, budget, monkeypatch):
-    monkeypatch.setattr("neobert.model.attention.SCORE_BUDGET", budget)
+    monkeypatch.setattr("neobert.model.bucket_attention.SCORE_BUDGET", budget)
     lengths = (5, 64, 3, 130, 64, 200, 1, 77)
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 4, 64).to(dtype).requires_grad_()
-    rotary = rotary_table(torch.cat([torch.arange(n) for n in lengths]), 64)
+    rotary = Rotary.of(max(lengths), 64, torch.cat([torch.arange(n) for n in lengths]))
     layout = Layout(lengths=lengths)
-    out = attend(qkv, rotary, layout)
+    out = attend(qkv, rotary, layout, 0.125)
     direction = torch.randn_like(out)
     (grad,) = torch.autograd.grad(out, qkv, direction)
     reference = qkv.detach().float().requires_grad_()
     q, k, v = reference.unbind(1)
-    expected = _attend_documents(rotate(q, *rotary), rotate(k, *rotary), v, layout)
+    expected = attend_documents(rotary.rotate(q), rotary.rotate(k), v, layout, 0.125)
     (expected_grad,) = torch.autograd.grad(expected, reference, direction.float())
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grad.float(), expected_grad, rtol=tolerance, atol=tolerance)
@@ -199,6 +170,75 @@ def test_fused_functions_equal_torch(kind):
         torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_has_the_gradients_of_its_values(dropout):
+    """Against finite differences in float64, dropout drawn again in the backward pass."""
+    lengths = (3, 33, 1, 40)
+    layout = Layout(lengths=lengths, dropout=dropout)
+    rotary = Rotary.of(40, 4, torch.cat([torch.arange(n) for n in lengths]))
+    qkv = torch.randn(sum(lengths), 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def seeded(qkv):
+        torch.manual_seed(1)
+        return attend(qkv, rotary, layout, 0.7)
+
+    assert torch.autograd.gradcheck(seeded, qkv.requires_grad_(), fast_mode=True)
+
+
+def test_dropout_has_the_right_mean():
+    layout, torch_seed = Layout(lengths=(40, 24), dropout=0.4), torch.manual_seed(0)
+    qkv = torch.randn(64, 3, 2, 8, generator=torch_seed)
+    mean = torch.stack([attend(qkv, None, layout, 0.3) for _ in range(2000)]).mean(0)
+    whole = attend(qkv, None, Layout(lengths=(40, 24)), 0.3)
+    torch.testing.assert_close(mean, whole, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "avg", "cls", "max"])
+def test_pooling_equals_a_loop(pooling):
+    """Padded rows and packed documents give the same vectors, those of a loop over documents."""
+    model = build().eval()
+    ids, _, lengths = packed_batch()
+    hidden = model.model(ids, document_lengths=lengths).last_hidden_state.flatten(0, 1)
+    reduce = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "max": lambda x: x.amax(0)}
+    expected = torch.stack([reduce[pooling.replace("avg", "mean")](x) for x in hidden.split(lengths.tolist())])
+    packed = model.model.embed(ids, document_lengths=lengths, pooling=pooling)
+    padded = model.model.embed(unpacked(ids, 0), attention_mask=unpacked(torch.ones_like(ids), 0), pooling=pooling)
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_padding_only():
+    """A row without tokens is zeros and changes nothing; it has no vector."""
+    model = build().eval()
+    ids, mask = torch.randint(5, VOCABULARY, (3, 10)), torch.ones(3, 10, dtype=torch.long)
+    mask[1] = 0
+    hidden = model.model(ids, attention_mask=mask).last_hidden_state
+    assert torch.all(hidden[1] == 0)
+    torch.testing.assert_close(hidden[2:], model.model(ids[2:]).last_hidden_state, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="row 1 has no tokens"):
+        model.model.embed(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs"),
+    [
+        ("33 tokens, but max_position_embeddings is 32", {"input_ids": torch.ones(2, 33, dtype=torch.long)}),
+        ("sum to 30", {"document_lengths": torch.tensor([20, 10])}),
+        ("labels go up to 120, but the vocabulary has 120", {"labels": torch.full((2, 16), 120)}),
+    ],
+)
+def test_bad_inputs_are_named(words, inputs):
+    model = build(max_position_embeddings=32)
+    with pytest.raises(ValueError, match=words):
+        model(**{"input_ids": torch.ones(2, 16, dtype=torch.long), **inputs})
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": 36, "num_attention_heads": 12}, {"num_attention_heads": 5}])
+def test_heads_have_one_even_width(fields):
+    with pytest.raises(ValueError, match="heads of one, even width"):
+        build(**fields)
 
 
 def test_dropout_is_active_in_training_only():

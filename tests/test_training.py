@@ -23,7 +23,7 @@ from neobert.training.checkpoint import (
 )
 from neobert.training.loop import StepSettings, TrainState, train, train_step
 from neobert.training.metrics import Stopwatch
-from neobert.training.runtime import Runtime, choose_attention, choose_precision
+from neobert.training.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), None)
 SETTINGS = StepSettings(seed=0, lr=lambda step: 0.01, needs_grad_norm=True)
@@ -86,17 +86,6 @@ def test_a_bad_loss_stops_before_the_update():
         train(model, optimizer_of(model), lambda: next(data), RUNTIME, SETTINGS, state, 5, [], Stopwatch())
     assert state.step == 0
     assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in model.named_parameters())
-
-
-def test_decisions_of_the_runtime():
-    assert choose_precision("bf16", "cuda", False) == (torch.bfloat16, "")
-    assert choose_precision("bf16", "cpu", True) == (torch.bfloat16, "")
-    assert choose_precision("no", "cuda", True) == (None, "")
-    dtype, why = choose_precision("bf16", "cpu", False)
-    assert dtype is None
-    assert "no AMX" in why
-    assert choose_attention("sdpa", "cuda")[0] == "sdpa"
-    assert "needs CUDA" in choose_attention("flash_attn_varlen", "cpu")[1]
 
 
 # --- checkpoints -----------

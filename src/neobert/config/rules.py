@@ -163,6 +163,20 @@ def packed_sdpa_is_slower(config: Config, keys_set: KeysSet) -> Found:
         yield Problem("model.attn_backend", "sdpa works for packed rows; on CUDA flash_attn_varlen is faster")
 
 
+def ngpt_has_no_norms(config: Config, keys_set: KeysSet) -> Found:
+    """nGPT keeps vectors and matrices at length 1: norms, init ranges and weight decay have nothing to act on."""
+    for path in ("model.rms_norm", "model.norm_eps", "optimizer.weight_decay"):
+        if config.model.ngpt and path in keys_set:
+            yield Problem(path, "has no effect with model.ngpt, which keeps vectors and matrices at length 1")
+
+
+def compile_keys_need_compile(config: Config, keys_set: KeysSet) -> Found:
+    """`torch_compile_backend` and `torch_compile_dynamic` say how to compile, `torch_compile` whether."""
+    for path in ("trainer.torch_compile_backend", "trainer.torch_compile_dynamic"):
+        if path in keys_set and not config.trainer.torch_compile:
+            yield Problem(path, "has no effect without trainer.torch_compile: true")
+
+
 def warmup_percent_wins(config: Config, keys_set: KeysSet) -> Found:
     """`warmup_percent` wins over `warmup_steps`."""
     if config.scheduler.warmup_percent is not None and "scheduler.warmup_steps" in keys_set:
@@ -227,6 +241,10 @@ RULES = (
     Rule("WARNING", packed_sdpa_is_slower, ("datacollator.pack_sequences", "model.attn_backend")),
     Rule("WARNING", pieces_fit_rows, ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length")),
     Rule("WARNING", warmup_fits_run, ("scheduler.warmup_steps", "scheduler.total_steps", "trainer.max_steps")),
+    Rule("WARNING", compile_keys_need_compile,
+         ("trainer.torch_compile", "trainer.torch_compile_backend", "trainer.torch_compile_dynamic")),
+    Rule("PRECEDENCE", ngpt_has_no_norms,
+         ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
     Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
     Rule("PRECEDENCE", path_wins_over_name, ("dataset.path", "dataset.name")),
@@ -250,11 +268,8 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
 # What a later version will do: refused at the start of a run, so that no key is silently without effect.
 NOT_BUILT = {
     "task": ("glue", "mteb", "contrastive"),
-    "model.ngpt": (True,),
     "model.from_hub": (True,),
-    "model.kernel_backend": ("liger",),
     "optimizer.name": ("muonclip",),
-    "trainer.torch_compile": (True,),
     "dataset.trust_remote_code": (True,),
 }
 

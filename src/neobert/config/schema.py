@@ -42,12 +42,21 @@ class ModelConfig(Section):
     norm_eps: float = key(1e-5, "Term that keeps the norms stable.", "outputs", gt=0, lt=1)
     rms_norm: bool = key(True, "RMSNorm; `false`: LayerNorm.", "shape of the model")
     attn_backend: Literal["sdpa", "flash_attn_varlen"] = key(
-        "sdpa", "Attention kernel; `flash_attn_varlen` needs CUDA and falls back with a message.", "speed"
+        "sdpa",
+        "Attention kernel; `flash_attn_varlen` (the flash-attn package, or torch's own kernel) needs CUDA and "
+        "falls back with a message.",
+        "speed",
     )
-    kernel_backend: Literal["auto", "liger", "torch"] = key("auto", "Kernels of norms, SwiGLU and loss.", "speed")
+    kernel_backend: Literal["auto", "liger", "torch"] = key(
+        "auto", "Kernels of norms, SwiGLU and loss; `auto` takes Liger on CUDA when it is installed.", "speed"
+    )
     rope: bool = key(True, "Rotary positions; `false`: learned positions.", "shape of the model")
-    ngpt: bool = key(False, "The normalised transformer (arXiv 2410.01131).", "shape of the model")
-    base_scale: float = key(1.0 / (960.0**0.5), "Scale constant of nGPT.", "outputs with `ngpt`", gt=0)
+    ngpt: bool = key(
+        False, "The normalised transformer (arXiv 2410.01131): no norms, all vectors of length 1.", "shape of the model"
+    )
+    base_scale: float = key(
+        1.0 / (960.0**0.5), "How large nGPT stores its learned scales: small is fast.", "updates with `ngpt`", gt=0
+    )
     pad_token_id: int = key(0, "Id of the padding token; follows the tokenizer.", "config.json of a checkpoint", ge=0)
     embedding_init_range: float = key(
         0.02, "Embeddings start uniform within plus or minus this.", "initial weights", gt=0

@@ -47,7 +47,9 @@ class TrainerConfig(Section):
         False, "Recompute activations in the backward pass instead of keeping them.", "memory; speed"
     )
     gradient_clipping: float | None = key(None, "Largest norm of the gradient; `null`: no clipping.", "updates", gt=0)
-    torch_compile: bool = key(False, "Compile the encoder with `torch.compile`.", "speed; start-up time")
+    torch_compile: bool = key(
+        False, "Compile the encoder's blocks, without attention, with `torch.compile`.", "speed; start-up time"
+    )
     torch_compile_dynamic: bool | None = key(
         None, "Compile for changing shapes (`null`: torch decides).", "recompilations"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError
-from neobert.model.layouts import from_eurobert, is_eurobert
+from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.training.checkpoint import find_checkpoint, load_weights, verify_checkpoint
 
@@ -16,9 +16,19 @@ def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
     folder = find_checkpoint(checkpoint)
     verify_checkpoint(folder)
     model = NeoBERTForMaskedLM(load_model_config(folder))
-    weights = load_weights(folder)
-    model.load_state_dict(from_eurobert(weights) if is_eurobert(model.config) else weights)
+    load_model_weights(folder, model)
     return model.eval(), load_tokenizer("", str(folder / "tokenizer"))
+
+
+def load_model_weights(folder: Path, model: NeoBERTForMaskedLM) -> None:
+    """Load a checkpoint's weights. Raises CheckpointError listing the first that do not fit."""
+    weights = load_weights(folder)
+    if is_eurobert(model.config):
+        weights = from_eurobert(weights)
+    if wrong := mismatches(weights, model.state_dict()):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(weights)
 
 
 def load_model_config(folder: Path) -> NeoBERTConfig:

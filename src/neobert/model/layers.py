@@ -1,14 +1,17 @@
-"""The parts of an encoder block: norms, rotary positions, attention, feed-forward.
+"""The parts of an encoder block: norms, attention, feed-forward, and nGPT's scales.
 
 Shapes: N tokens of the batch, D width, H heads, K = D / H head width, F feed-forward width. No biases anywhere.
+
+nGPT (arXiv 2410.01131) has no norms: hidden states and the rows or columns of every matrix along D have length 1, and what
+norms and magnitudes did is done by learned scales. `base_scale` is how large those are stored.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Layout, attend
-from .elementwise import FusedRMSNorm, FusedSwiGLU
+from .attention import Layout, Rotary, attend
+from .kernels import rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -18,12 +21,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.kernel_backend = "torch"
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        if x_ND.device.type == "cpu":
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_ND.dtype
-            return FusedRMSNorm.apply(x_ND, self.weight, self.eps, dtype)
-        return F.rms_norm(x_ND.float(), self.weight.shape, self.weight, self.eps)
+        return rms_norm(x_ND, self.weight, self.eps, self.kernel_backend)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -36,25 +37,54 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x_ND.float())
 
 
-def rotary_table(positions_N: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each N x K/2, float32 (RoPE, arXiv 2104.09864)."""
-    exponents = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32) / head_width
-    angles = positions_N.float()[:, None] * (1.0 / base**exponents)
-    return angles.cos(), angles.sin()
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last dimension, computed in float32."""
+    return F.normalize(x.float(), dim=-1)
+
+
+class LearnedScale(nn.Module):
+    """A learned vector that is `initial` at the start and stored as `stored` (nGPT, section 2.5).
+
+    An optimizer that moves every parameter by about the learning rate moves the value by `initial / stored` times that.
+    """
+
+    def __init__(self, width: int, initial: float, stored: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), stored))
+        self.initial, self.stored = initial, stored
+
+    def forward(self) -> Tensor:
+        return self.weight * (self.initial / self.stored)
 
 
 class Attention(nn.Module):
-    """Self-attention within documents. `qkv` holds the three projections one below the other."""
+    """Self-attention within documents. `qkv` holds the three projections one below the other.
 
-    def __init__(self, width: int, num_heads: int):
+    With `base_scale` (nGPT) queries and keys are unit vectors times a learned scale, and the softmax is scaled by sqrt(K).
+    """
+
+    def __init__(self, width: int, num_heads: int, base_scale: float | None = None):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)  # (3D, D): rows of q, then k, then v
         self.out = nn.Linear(width, width, bias=False)
+        self.qk_scale = None if base_scale is None else LearnedScale(width, 1.0, base_scale)
 
-    def forward(self, x_ND: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: Layout) -> Tensor:
-        qkv = self.qkv(x_ND).view(x_ND.shape[0], 3, self.num_heads, -1)
-        return self.out(attend(qkv, rotary, layout).flatten(1))
+    def project(self, x_ND: Tensor) -> Tensor:
+        """N x D -> N x 3 x H x K."""
+        return self.qkv(x_ND).view(x_ND.shape[0], 3, self.num_heads, -1)
+
+    def forward(self, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> Tensor:
+        """What `project` gave -> N x D, before the output projection."""
+        K = qkv_N3HK.shape[-1]
+        if self.qk_scale is None:
+            return attend(qkv_N3HK, rotary, layout, K**-0.5).flatten(1)
+        q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
+        if rotary is not None:
+            q_NHK, k_NHK = rotary.rotate(q_NHK), rotary.rotate(k_NHK)
+        scale_HK = self.qk_scale().view(self.num_heads, K)
+        parts = (unit(q_NHK) * scale_HK, unit(k_NHK) * scale_HK, v_NHK)
+        return attend(torch.stack([x.to(v_NHK.dtype) for x in parts], 1), None, layout, K**0.5).flatten(1)
 
 
 def swiglu_width(intermediate_size: int) -> int:
@@ -65,27 +95,72 @@ def swiglu_width(intermediate_size: int) -> int:
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202). `gate_up` holds both projections one below the other."""
 
-    def __init__(self, width: int, intermediate_size: int):
+    def __init__(self, width: int, intermediate_size: int, ngpt: bool = False):
         super().__init__()
         inner = swiglu_width(intermediate_size)
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)  # (2F, D): rows of gate, then up
         self.down = nn.Linear(inner, width, bias=False)
+        self.kernel_backend = "torch"
+        self.gate_scale = LearnedScale(inner, width**0.5, 1.0) if ngpt else None
+        self.up_scale = LearnedScale(inner, 1.0, 1.0) if ngpt else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
         gate_up = self.gate_up(x_ND)
-        if gate_up.device.type == "cpu":
-            return self.down(FusedSwiGLU.apply(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        if self.gate_scale is not None and self.up_scale is not None:
+            gate_up = gate_up * torch.cat((self.gate_scale(), self.up_scale())).to(gate_up.dtype)
+        return self.down(swiglu(gate_up, self.kernel_backend))
 
 
 class GELU(nn.Module):
-    """down(gelu(up(x)))."""
+    """down(gelu(up(x))), with the full nominal width."""
 
-    def __init__(self, width: int, intermediate_size: int):
+    def __init__(self, width: int, intermediate_size: int, ngpt: bool = False):
         super().__init__()
         self.up = nn.Linear(width, intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, width, bias=False)
+        self.up_scale = LearnedScale(intermediate_size, width**0.5, 1.0) if ngpt else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_ND)))
+        up = self.up(x_ND)
+        if self.up_scale is not None:
+            up = up * self.up_scale().to(up.dtype)
+        return self.down(F.gelu(up))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    Everything but attention itself is in `project` and `finish`: what torch.compile compiles, free of document lengths.
+    """
+
+    def __init__(self, attention: Attention, ffn: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float):
+        super().__init__()
+        self.attention_norm, self.ffn_norm = norms
+        self.attention, self.ffn = attention, ffn
+        self.dropout = nn.Dropout(dropout)
+
+    def project(self, x_ND: Tensor) -> Tensor:
+        return self.attention.project(self.attention_norm(x_ND))
+
+    def finish(self, x_ND: Tensor, attended_ND: Tensor) -> Tensor:
+        x_ND = x_ND + self.dropout(self.attention.out(attended_ND))
+        return x_ND + self.dropout(self.ffn(self.ffn_norm(x_ND)))
+
+    def forward(self, x_ND: Tensor, rotary: Rotary | None, layout: Layout) -> Tensor:
+        return self.finish(x_ND, self.attention(self.project(x_ND), rotary, layout))
+
+
+class NormalizedBlock(Block):
+    """nGPT's block: h <- unit(h + alpha * (unit(part(h)) - h)) for attention, then for the feed-forward part."""
+
+    def __init__(self, attention: Attention, ffn: nn.Module, width: int, base_scale: float, dropout: float):
+        super().__init__(attention, ffn, (nn.Identity(), nn.Identity()), dropout)
+        self.attention_alpha = LearnedScale(width, 0.05, base_scale)
+        self.ffn_alpha = LearnedScale(width, 0.05, base_scale)
+
+    def finish(self, x_ND: Tensor, attended_ND: Tensor) -> Tensor:
+        x_ND = self._step(x_ND, self.attention.out(attended_ND), self.attention_alpha)
+        return self._step(x_ND, self.ffn(x_ND), self.ffn_alpha)
+
+    def _step(self, x_ND: Tensor, part_ND: Tensor, alpha: LearnedScale) -> Tensor:
+        return unit(x_ND + alpha().abs() * (unit(self.dropout(part_ND)) - x_ND))

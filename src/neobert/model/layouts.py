@@ -1,7 +1,10 @@
 """Weights under the names of other layouts, as pure functions on state dicts.
 
-A NeoBERT with RoPE, RMSNorm and SwiGLU computes exactly what transformers' `EuroBertForMaskedLM` computes, so its
+EuroBERT's: a NeoBERT with RoPE, RMSNorm and SwiGLU computes exactly what transformers' `EuroBertForMaskedLM` computes, so its
 checkpoints are written under those names: `AutoModelForMaskedLM.from_pretrained` reads them without our code.
+
+The published NeoBERT's (arXiv 2502.19587): q, k and v are fused head by head, RoPE turns interleaved pairs (0,1), (2,3), ...
+where ours turns (0, K/2), (1, K/2+1), ..., and the decoder has a bias.
 """
 
 from typing import Any
@@ -28,7 +31,13 @@ _FUSED = {
 
 def is_eurobert(config: NeoBERTConfig) -> bool:
     """Whether transformers' own EuroBERT computes the same function."""
-    return config.rope and config.rms_norm and config.hidden_act == "swiglu"
+    return (
+        config.rope
+        and config.rms_norm
+        and config.hidden_act == "swiglu"
+        and not config.ngpt
+        and not config.decoder_bias
+    )
 
 
 def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[str, Any]:
@@ -79,6 +88,61 @@ def from_eurobert(weights: Tensors) -> Tensors:
         elif part not in inner:
             out[prefix + renamed.get(part, part)] = tensor
     return out
+
+
+_PUBLISHED = {
+    "model.encoder.": "model.embed_tokens.",
+    "model.transformer_encoder.": "model.layers.",
+    "model.layer_norm.": "model.norm.",
+    "decoder.": "lm_head.",
+    ".qkv.": ".attention.qkv.",
+    ".wo.": ".attention.out.",
+    ".ffn.w12.": ".ffn.gate_up.",
+    ".ffn.w3.": ".ffn.down.",
+}
+
+
+def from_published(weights: Tensors, num_heads: int) -> Tensors:
+    """The published NeoBERT's tensors under our names, rows of q and k reordered. A decoder bias of zeros is left out."""
+    out: Tensors = {}
+    for name, tensor in weights.items():
+        for theirs, ours in _PUBLISHED.items():
+            name = name.replace(theirs, ours)
+        if name.endswith("attention.qkv.weight"):
+            q, k, v = tensor.view(num_heads, 3, -1, tensor.shape[1]).unbind(1)
+            pairs = [torch.cat((x[:, 0::2], x[:, 1::2]), dim=1) for x in (q, k)]
+            tensor = torch.stack((*pairs, v)).reshape(tensor.shape)
+        if name != "lm_head.bias" or tensor.any():
+            out[name] = tensor
+    return out
+
+
+def to_published(weights: Tensors, num_heads: int) -> Tensors:
+    """The inverse of `from_published`; a decoder without a bias gets one of zeros."""
+    out: Tensors = {}
+    for name, tensor in weights.items():
+        if name.endswith("attention.qkv.weight"):
+            q, k, v = tensor.view(3, num_heads, -1, tensor.shape[1]).unbind(0)
+            pairs = [torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2) for x in (q, k)]
+            tensor = torch.stack((*pairs, v), dim=1).reshape(tensor.shape)
+        for theirs, ours in _PUBLISHED.items():
+            name = name.replace(ours, theirs)
+        out[name] = tensor
+    if "decoder.weight" in out:
+        out.setdefault("decoder.bias", out["decoder.weight"].new_zeros(len(out["decoder.weight"])))
+    return out
+
+
+def mismatches(weights: Tensors, own: Tensors) -> list[str]:
+    """What keeps `weights` from being loaded into a model whose tensors are `own`, in words."""
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    return wrong
 
 
 def _split_name(name: str) -> tuple[str, str, str]:

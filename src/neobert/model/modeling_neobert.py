@@ -1,11 +1,10 @@
-"""NeoBERT: a pre-norm bidirectional encoder (arXiv 2502.19587), as transformers models.
+"""NeoBERT: a pre-norm bidirectional encoder (arXiv 2502.19587), as transformers models; nGPT as a variant.
 
-Shapes: B rows, T row length, N tokens, D width, V vocabulary, M masked tokens.
+Shapes: B rows, T row length, N tokens, D width, V vocabulary, M masked tokens, n documents.
 
 `NeoBERTForMaskedLM` computes its loss inside `forward` from the masked positions only: the decoder is applied to M rows
-instead of N, so logits cost the masking rate (15 %) of the usual memory and time, and never more than `LOGIT_BUDGET`
-elements at once. It returns the *sum* of the losses; the caller divides by the number of targets of the whole step,
-which makes accumulation and data parallelism exact.
+instead of N, so logits cost the masking rate (15 %) of the usual memory and time. It returns the *sum* of the losses; the
+caller divides by the number of targets of the whole step, which makes accumulation and data parallelism exact.
 
 A batch is either padded rows with an `attention_mask`, or packed rows with `document_lengths` (their sum is B*T; padding
 at the end of a row counts as a document of its own). Documents never see each other and positions restart in each.
@@ -19,17 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 
-from .attention import Layout
-from .layers import GELU, Attention, LayerNorm, RMSNorm, SwiGLU, rotary_table
-
-LOGIT_BUDGET = 2**26  # elements of the largest logit matrix: 256 MiB in float32
-IGNORED = -100  # label of a token that is not predicted
+from .attention import Kernel, Rotary
+from .flat import FlatBatch, Pooling, flatten
+from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
+from .loss import IGNORED, full_cross_entropy, linear_cross_entropy
 
 
 class NeoBERTConfig(PreTrainedConfig):
-    """Architecture of a NeoBERT; the fields are the keys of the YAML's `model` section."""
+    """Architecture of a NeoBERT; the fields are the keys of the YAML's `model` section, and what heads need."""
 
     model_type = "neobert"
 
@@ -44,10 +42,16 @@ class NeoBERTConfig(PreTrainedConfig):
     rope: bool = True
     norm_eps: float = 1e-5
     dropout_prob: float = 0.0
+    ngpt: bool = False
+    base_scale: float = 960.0**-0.5  # how large nGPT stores its scales
     embedding_init_range: float = 0.02
     decoder_init_range: float = 0.02
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = False
+    decoder_bias: bool = False  # only in weights that were published elsewhere
+    classifier_init_range: float = 0.02
+    classifier_dropout: float = 0.1
+    classifier_pooling: str = "bos"
 
 
 @dataclass
@@ -58,22 +62,23 @@ class MaskedLMLossOutput(MaskedLMOutput):
     num_correct: Tensor | None = None
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+def build_block(config: NeoBERTConfig) -> Block:
+    """One layer of the variant that `config` describes."""
+    width = config.hidden_size
+    feed_forward = SwiGLU if config.hidden_act == "swiglu" else GELU
+    ffn = feed_forward(width, config.intermediate_size, config.ngpt)
+    if config.ngpt:
+        attention = Attention(width, config.num_attention_heads, config.base_scale)
+        return NormalizedBlock(attention, ffn, width, config.base_scale, config.dropout_prob)
+    attention = Attention(width, config.num_attention_heads)
+    return Block(attention, ffn, (build_norm(config), build_norm(config)), config.dropout_prob)
 
-    def __init__(self, config: NeoBERTConfig):
-        super().__init__()
-        norm = RMSNorm if config.rms_norm else LayerNorm
-        feed_forward = SwiGLU if config.hidden_act == "swiglu" else GELU
-        self.attention_norm = norm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config.hidden_size, config.num_attention_heads)
-        self.ffn_norm = norm(config.hidden_size, config.norm_eps)
-        self.ffn = feed_forward(config.hidden_size, config.intermediate_size)
-        self.dropout = nn.Dropout(config.dropout_prob)
 
-    def forward(self, x_ND: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: Layout) -> Tensor:
-        x_ND = x_ND + self.dropout(self.attention(self.attention_norm(x_ND), rotary, layout))
-        return x_ND + self.dropout(self.ffn(self.ffn_norm(x_ND)))
+def build_norm(config: NeoBERTConfig) -> nn.Module:
+    """The norm of the variant; nGPT has none."""
+    if config.ngpt:
+        return nn.Identity()
+    return (RMSNorm if config.rms_norm else LayerNorm)(config.hidden_size, config.norm_eps)
 
 
 class NeoBERTPreTrainedModel(PreTrainedModel):
@@ -86,47 +91,98 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
     _tied_weights_keys: dict[str, str] = {}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Uniform within the two init ranges; norms start at one."""
+        """Uniform within the two init ranges; norms start at one. Heads start normal, without bias."""
         if isinstance(module, nn.Embedding):
             nn.init.uniform_(module.weight, -self.config.embedding_init_range, self.config.embedding_init_range)
+        elif isinstance(module, nn.Linear) and module in (
+            getattr(self, "dense", None),
+            getattr(self, "classifier", None),
+        ):
+            nn.init.normal_(module.weight, std=self.config.classifier_init_range)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.uniform_(module.weight, -self.config.decoder_init_range, self.config.decoder_init_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm | LayerNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, LearnedScale):
+            nn.init.constant_(module.weight, module.stored)
+
+    def post_init(self) -> None:
+        super().post_init()
+        self.normalize_matrices()
+
+    @torch.no_grad()
+    def normalize_matrices(self) -> None:
+        """nGPT, after every update: matrices get rows, or columns where they write, of length 1. Else nothing."""
+        if not self.config.ngpt:
+            return
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2 and not name.startswith(("dense.", "classifier.")):
+                writes = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                weight.copy_(F.normalize(weight, dim=0 if writes else 1))
+
+    def choose_kernels(self, backend: str) -> None:
+        """Which kernels run norms, SwiGLU and the loss: "torch" or "liger"."""
+        for module in self.modules():
+            if hasattr(module, "kernel_backend"):
+                module.kernel_backend = backend
 
 
 class NeoBERT(NeoBERTPreTrainedModel):
-    """The encoder."""
+    """The encoder. `attention_kernel` is what ragged batches run on CUDA."""
 
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
+        head_width, rest = divmod(config.hidden_size, config.num_attention_heads)
+        if rest or (config.rope and head_width % 2):
+            raise ValueError(
+                f"hidden_size {config.hidden_size} does not give {config.num_attention_heads} heads of one"
+                f"{', even' if config.rope else ''} width"
+            )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if not config.rope:  # learned positions count from 1; row 0 stays for padding
             self.embed_positions = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout_prob)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
-        norm = RMSNorm if config.rms_norm else LayerNorm
-        self.norm = norm(config.hidden_size, config.norm_eps)
+        self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
+        self.norm = build_norm(config)
         self.gradient_checkpointing = False
+        self.attention_kernel: Kernel = "sdpa"
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def encode(self, ids_N: Tensor, positions_N: Tensor, layout: Layout) -> Tensor:
-        """Hidden states of a flat batch: N ids -> N x D."""
-        x_ND = self.embed_tokens(ids_N)
-        rotary = None
-        if self.config.rope:
-            rotary = rotary_table(positions_N, self.config.hidden_size // self.config.num_attention_heads)
+    def flatten(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Tensor | None = None
+    ) -> FlatBatch:
+        """The batch as this model takes it. Raises ValueError for lengths that do not fit it."""
+        return flatten(
+            input_ids,
+            attention_mask,
+            document_lengths,
+            longest=self.config.max_position_embeddings,
+            dropout=self.config.dropout_prob * self.training,
+            kernel=self.attention_kernel,
+        )
+
+    def encode(self, flat: FlatBatch) -> Tensor:
+        """Hidden states of a flat batch: N x D."""
+        config, rotary = self.config, None
+        x_ND = self.embed_tokens(flat.ids_N)
+        if config.rope:
+            lengths = flat.layout.lengths
+            longest = flat.shape[1] if lengths is None else max(lengths, default=0)
+            rotary = Rotary.of(longest, config.hidden_size // config.num_attention_heads, flat.positions_N)
         else:
-            x_ND = x_ND + self.embed_positions(positions_N + 1)
-        x_ND = self.dropout(x_ND)
+            x_ND = x_ND + self.embed_positions(flat.positions_N + 1)
+        x_ND = self.dropout(unit(x_ND) if config.ngpt else x_ND)
         for block in self.layers:
             if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(block, x_ND, rotary, layout, use_reentrant=False)
+                x_ND = checkpoint(block, x_ND, rotary, flat.layout, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rotary, layout)
+                x_ND = block(x_ND, rotary, flat.layout)
         return self.norm(x_ND)
 
     def forward(
@@ -137,66 +193,19 @@ class NeoBERT(NeoBERTPreTrainedModel):
         **_: Any,
     ) -> BaseModelOutput:
         """Hidden states B x T x D; zero where `attention_mask` is."""
-        flat = flatten(input_ids, attention_mask, document_lengths, self.dropout.p * self.training)
-        hidden_ND = self.encode(flat.ids_N, flat.positions_N, flat.layout)
-        return BaseModelOutput(last_hidden_state=flat.restore(hidden_ND))
+        flat = self.flatten(input_ids, attention_mask, document_lengths)
+        return BaseModelOutput(last_hidden_state=flat.restore(self.encode(flat)))
 
-
-@dataclass(frozen=True)
-class FlatBatch:
-    """A batch as a run of N tokens. `kept_N` are the places in B*T that were kept; None when all were."""
-
-    ids_N: Tensor
-    positions_N: Tensor
-    layout: Layout
-    shape: torch.Size
-    kept_N: Tensor | None
-
-    def select(self, x_BT: Tensor) -> Tensor:
-        """The same tokens' values of another B x T tensor, flat."""
-        return x_BT.flatten() if self.kept_N is None else x_BT.flatten()[self.kept_N]
-
-    def restore(self, x_ND: Tensor) -> Tensor:
-        """N x D -> B x T x D, zeros where padding was left out."""
-        if self.kept_N is not None:
-            full = x_ND.new_zeros(self.shape.numel(), x_ND.shape[-1])
-            x_ND = full.index_copy(0, self.kept_N, x_ND)
-        return x_ND.view(*self.shape, -1)
-
-
-def flatten(
-    input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Tensor | None, dropout: float
-) -> FlatBatch:
-    """Lay a batch out flat. On the CPU padding is left out; elsewhere shapes stay static and padding is masked.
-
-    `document_lengths` are on the CPU, wherever the rest is. Raises ValueError when they do not sum to B*T.
-    """
-    B, T = input_ids.shape
-    if document_lengths is not None:
-        lengths = document_lengths.tolist()
-        if sum(lengths) != B * T:
-            raise ValueError(f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens")
-        layout = Layout(lengths=tuple(lengths), dropout=dropout)
-        positions_N = _restart(document_lengths, B * T).to(input_ids.device)
-        return FlatBatch(input_ids.flatten(), positions_N, layout, input_ids.shape, None)
-    if attention_mask is None:
-        layout = Layout(lengths=(T,) * B, dropout=dropout)
-        positions_N = torch.arange(T, device=input_ids.device).repeat(B)
-        return FlatBatch(input_ids.flatten(), positions_N, layout, input_ids.shape, None)
-    mask_BT = attention_mask.bool()
-    positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-    if input_ids.device.type != "cpu":
-        layout = Layout(mask_BT=mask_BT, dropout=dropout)
-        return FlatBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
-    kept_N = mask_BT.flatten().nonzero().squeeze(1)
-    layout = Layout(lengths=tuple(n for n in mask_BT.sum(1).tolist() if n), dropout=dropout)
-    return FlatBatch(input_ids.flatten()[kept_N], positions_BT.flatten()[kept_N], layout, input_ids.shape, kept_N)
-
-
-def _restart(lengths: Tensor, total: int) -> Tensor:
-    """Positions that count from 0 in every document: (2, 3) -> 0 1 0 1 2."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(total, device=lengths.device) - starts.repeat_interleave(lengths, output_size=total)
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_lengths: Tensor | None = None,
+        pooling: Pooling = "mean",
+    ) -> Tensor:
+        """One vector per row, or per document of packed rows: n x D in float32."""
+        flat = self.flatten(input_ids, attention_mask, document_lengths)
+        return flat.pool(self.encode(flat), pooling)
 
 
 class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
@@ -205,11 +214,18 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
         self.model = NeoBERT(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self.logit_scale = LearnedScale(config.vocab_size, 1.0, config.base_scale) if config.ngpt else None
+        self.kernel_backend = "torch"
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def decoder_weight(self) -> Tensor:
+        """V x D; in nGPT with every token's logit scale multiplied in."""
+        weight = self.lm_head.weight
+        return weight if self.logit_scale is None else weight * self.logit_scale()[:, None]
 
     def forward(
         self,
@@ -226,26 +242,69 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         `masked_only=False` computes logits at every position first; same loss and gradients, more memory.
         `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
-        flat = flatten(input_ids, attention_mask, document_lengths, self.config.dropout_prob * self.training)
-        hidden_ND = self.model.encode(flat.ids_N, flat.positions_N, flat.layout)
+        flat = self.model.flatten(input_ids, attention_mask, document_lengths)
+        hidden_ND = self.model.encode(flat)
         if labels is None:
-            return MaskedLMLossOutput(logits=flat.restore(self.lm_head(hidden_ND)))
-        labels_N = flat.select(labels)
-        if masked_only:
-            targets = (labels_N != IGNORED).nonzero().squeeze(1)
-            hidden_ND, labels_N = hidden_ND.index_select(0, targets), labels_N[targets]
-        loss_sum, num_correct = self._loss(hidden_ND, labels_N, count_correct)
-        num_targets = (labels_N != IGNORED).sum().clamp_min(1)
-        return MaskedLMLossOutput(loss=loss_sum / num_targets, loss_sum=loss_sum, num_correct=num_correct)
+            logits = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
+            return MaskedLMLossOutput(logits=flat.restore(logits))
+        loss_sum, num_correct, num_targets = self.masked_lm_loss(
+            hidden_ND, flat.select(labels), masked_only, count_correct
+        )
+        return MaskedLMLossOutput(loss=loss_sum / max(1, num_targets), loss_sum=loss_sum, num_correct=num_correct)
 
-    def _loss(self, hidden_MD: Tensor, labels_M: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
-        """Sum of the cross-entropies in float32, and how many targets were the likeliest token."""
-        loss_sum = hidden_MD.new_zeros((), dtype=torch.float32) + 0.0 * hidden_MD.sum()
-        num_correct = torch.zeros((), dtype=torch.int64, device=hidden_MD.device)
-        rows = max(1, LOGIT_BUDGET // self.config.vocab_size)
-        for hidden, labels in zip(hidden_MD.split(rows), labels_M.split(rows), strict=True):
-            logits = self.lm_head(hidden).float()
-            loss_sum = loss_sum + F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            if count_correct:
-                num_correct += (logits.detach().argmax(-1) == labels).sum()
-        return loss_sum, num_correct
+    def masked_lm_loss(
+        self, hidden_ND: Tensor, labels_N: Tensor, masked_only: bool, count_correct: bool
+    ) -> tuple[Tensor, Tensor, int]:
+        """Sum of the losses, how many targets were the likeliest token, number of targets."""
+        targets = (labels_N != IGNORED).nonzero().squeeze(1)
+        labels_M = labels_N[targets]
+        if (
+            labels_M.device.type == "cpu"
+            and len(targets)
+            and not 0 <= labels_M.min() <= labels_M.max() < self.config.vocab_size
+        ):
+            raise ValueError(
+                f"labels go up to {int(labels_M.max())}, but the vocabulary has {self.config.vocab_size} tokens"
+            )
+        weight, bias = self.decoder_weight(), self.lm_head.bias
+        if masked_only:
+            hidden_MD = hidden_ND.index_select(0, targets)
+            loss_sum, num_correct = linear_cross_entropy(
+                hidden_MD, weight, bias, labels_M, self.kernel_backend, count_correct
+            )
+            return loss_sum, num_correct, len(targets)
+        num_correct = labels_N.new_zeros(())
+        if count_correct:
+            with torch.no_grad():
+                num_correct = (F.linear(hidden_ND[targets], weight, bias).argmax(-1) == labels_M).sum()
+        return full_cross_entropy(hidden_ND, weight, bias, labels_N), num_correct, len(targets)
+
+
+class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
+    """Pooling, a hidden layer with GELU, and a classifier (or regression with one label): transformers' EuroBERT head."""
+
+    def __init__(self, config: NeoBERTConfig):
+        super().__init__(config)
+        self.model = NeoBERT(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits n x num_labels in float32. `labels` n: class ids, or numbers where there is one label."""
+        pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling
+        pooled = self.dropout(self.model.embed(input_ids, attention_mask, document_lengths, pooling))
+        logits = self.classifier(self.dropout(F.gelu(self.dense(pooled)))).float()
+        if labels is None:
+            return SequenceClassifierOutput(logits=logits)
+        if self.config.num_labels == 1:
+            return SequenceClassifierOutput(loss=F.mse_loss(logits.squeeze(-1), labels.float()), logits=logits)
+        return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)

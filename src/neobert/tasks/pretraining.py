@@ -18,15 +18,17 @@ from neobert.data.loader import Loader, build_steps
 from neobert.data.order import Rank
 from neobert.data.tokenizer import fit_vocabulary, load_tokenizer, save_tokenizer, text_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.model.layouts import eurobert_config, from_eurobert, is_eurobert, to_eurobert
+from neobert.inference.load import load_model_weights
+from neobert.model.layouts import eurobert_config, is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.optim.build import build_optimizer, load_optimizer_state, optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
+from neobert.tasks.encoder import build_model, prepare_model
 from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, step_hooks
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
 from neobert.tasks.summary import describe_run, print_end, print_summary
-from neobert.training.checkpoint import Content, has_data, load_data, load_optimizer, load_weights, verify_checkpoint
+from neobert.training.checkpoint import Content, has_data, load_data, load_optimizer, verify_checkpoint
 from neobert.training.loop import StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
 from neobert.training.runtime import Runtime, build_runtime
@@ -63,6 +65,7 @@ def run(loaded: Loaded) -> Finished:
     if data.evaluation is None:
         check_needs_evaluation(config.trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
+    kernels = prepare_model(config, model, runtime)
     optimizer = build_pretraining_optimizer(config, model)
     schedule = build_pretraining_schedule(config, data.num_steps)
     state = TrainState()
@@ -77,7 +80,7 @@ def run(loaded: Loaded) -> Finished:
             f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
             f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
         )
-    facts = describe_run(config, model, runtime, data, schedule)
+    facts = describe_run(config, model, runtime, data, schedule, kernels)
     write_run_files(folder, dump_config(config), facts)
     print_summary(facts, [*notes, *told], folder)
     job = Job(config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None)
@@ -115,6 +118,7 @@ class Job:
             lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
             gradient_clipping=trainer.gradient_clipping,
             needs_grad_norm=trainer.log_grad_norm,
+            after_update=self.model.normalize_matrices,
             model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
         )
         fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
@@ -202,19 +206,6 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
     return size, notes
 
 
-def build_model(config: Config, vocab_size: int, pad_token_id: int) -> NeoBERTForMaskedLM:
-    """The model with fresh weights drawn by `seed`."""
-    torch.manual_seed(config.seed)
-    names = set(NeoBERTConfig.__annotations__) & set(type(config.model).model_fields)
-    fields = {name: getattr(config.model, name) for name in names} | {
-        "vocab_size": vocab_size,
-        "pad_token_id": pad_token_id,
-    }
-    model = NeoBERTForMaskedLM(NeoBERTConfig(**fields))
-    model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
-    return model
-
-
 def build_pretraining_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimizer with its groups."""
     optimizer = config.optimizer
@@ -222,7 +213,7 @@ def build_pretraining_optimizer(config: Config, model: torch.nn.Module) -> torch
         optimizer.name,
         model.named_parameters(),
         lr=optimizer.lr,
-        weight_decay=optimizer.weight_decay,
+        weight_decay=0.0 if config.model.ngpt else optimizer.weight_decay,
         betas=(optimizer.betas[0], optimizer.betas[1]),
         eps=optimizer.eps,
     )
@@ -271,25 +262,6 @@ def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str 
 
 
 # --- resuming -----------
-
-
-def load_model_weights(folder: Path, model: NeoBERTForMaskedLM) -> None:
-    """Load a checkpoint's weights. Raises CheckpointError listing the first mismatches."""
-    weights = load_weights(folder)
-    if is_eurobert(model.config):
-        weights = from_eurobert(weights)
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is not in the model" for name in weights if name not in own]
-    wrong += [
-        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(weights)
 
 
 def load_training_state(

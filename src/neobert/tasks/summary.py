@@ -10,7 +10,7 @@ from neobert.optim.schedule import Schedule
 from neobert.tasks.pretraining_data import PretrainingData
 from neobert.training.loop import TrainState
 from neobert.training.metrics import Stopwatch, duration
-from neobert.training.runtime import Runtime, choose_attention
+from neobert.training.runtime import Runtime
 
 
 def describe_run(
@@ -19,15 +19,16 @@ def describe_run(
     runtime: Runtime,
     data: PretrainingData,
     schedule: Schedule,
+    kernels: dict[str, str],
 ) -> dict[str, Any]:
-    """What runs, as it was derived from the configuration and the machine."""
+    """What runs, as it was derived from the configuration and the machine; `kernels` are `prepare_model`'s lines."""
     trainer, m = config.trainer, model.config
-    backend, why = choose_attention(config.model.attn_backend, runtime.device.type)
     num_parameters = sum(p.numel() for p in model.parameters())
     in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
     length = data.train.pipeline.collator.row_length or data.train.pipeline.segmenter.max_length
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
-    kinds = f"{'RoPE' if m.rope else 'learned positions'}, {'RMSNorm' if m.rms_norm else 'LayerNorm'}, {m.hidden_act}"
+    norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
+    kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
     shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
     span = f"warmup {schedule.warmup_steps:,}, floor from step {schedule.decay_end:,}"
     masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
@@ -44,7 +45,7 @@ def describe_run(
         "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
         "device": runtime.describe,
-        "attention": f"{backend}: {why}",
+        **kernels,
         "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
         "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",
     }

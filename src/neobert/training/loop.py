@@ -67,13 +67,14 @@ Hook = Callable[[TrainState, StepResult], None]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The numbers a step depends on. `lr(step)` is the learning rate of an update."""
+    """The numbers a step depends on. `lr(step)` is the learning rate of an update; `after_update` ends it (nGPT)."""
 
     seed: int
     lr: Callable[[int], float]
     gradient_clipping: float | None = None
     needs_grad_norm: bool = False
     model_inputs: dict[str, Any] = field(default_factory=dict)
+    after_update: Callable[[], None] = lambda: None
 
 
 def train(
@@ -135,6 +136,7 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        settings.after_update()
         optimizer.zero_grad(set_to_none=True)
     num_tokens = runtime.all_sum(sum(batch.num_tokens for batch in micro))
     return StepResult(total / num_targets, num_targets, num_tokens, num_correct, lr, norm)

@@ -1,8 +1,12 @@
 """Where and how a step is computed: device, precision, compilation, processes. The only file that knows engines."""
 
+import ctypes
+import importlib.util
 import os
 import random
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neobert.errors import UserError
+from neobert.training.choices import check_compile, choose_device, choose_precision, describe_arithmetic
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ def build_runtime(*, use_cpu: bool, mixed_precision: str, tf32: bool) -> Runtime
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started as one of several processes (WORLD_SIZE > 1); this version trains in one process")
     device = torch.device(choose_device(use_cpu, torch.cuda.is_available()))
+    if device.type == "cpu":
+        keep_memory()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
@@ -69,37 +76,51 @@ def build_runtime(*, use_cpu: bool, mixed_precision: str, tf32: bool) -> Runtime
     return Runtime(device, dtype, note, tf32)
 
 
-def choose_device(use_cpu: bool, has_cuda: bool) -> str:
-    """The device type of a run."""
-    return "cuda" if has_cuda and not use_cpu else "cpu"
-
-
-def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool) -> str:
-    """In words: what products are computed in."""
-    if dtype is not None:
-        return f"{str(dtype).removeprefix('torch.')} autocast, float32 weights"
-    return "float32 with TF32 products" if tf32 and device_type == "cuda" else "float32"
-
-
-def choose_precision(requested: str, device_type: str, cpu_has_amx: bool) -> tuple[torch.dtype | None, str]:
-    """(autocast type or None for float32, note). bfloat16 on a CPU without AMX is emulated: 3 to 50 times slower."""
-    if requested != "bf16":
-        return None, ""
-    if device_type == "cpu" and not cpu_has_amx:
-        return None, "bf16 was asked for, but this CPU has no AMX and would emulate it many times slower"
-    return torch.bfloat16, ""
-
-
 def seed_everything(*parts: int) -> None:
     """Seed torch from (seed, step, microbatch, ...), so that randomness depends on where we are, not on history."""
     torch.manual_seed(random.Random(repr(parts)).getrandbits(63))
 
 
-def choose_attention(requested: str, device_type: str) -> tuple[str, str]:
-    """(what the model runs, why), as the summary prints it."""
-    if device_type == "cpu":
-        why = "flash_attn_varlen needs CUDA; " if requested == "flash_attn_varlen" else ""
-        return "ragged", f"{why}on the CPU every document is attended to by itself, and padding is left out"
-    if requested == "flash_attn_varlen":
-        return "ragged", "flash_attn_varlen is not built yet; documents are attended to one by one"
-    return "sdpa", "torch's scaled_dot_product_attention"
+def keep_memory() -> None:
+    """Let glibc keep freed memory instead of giving it back, so that a step reuses the pages of the step before.
+
+    Large tensors are otherwise mapped and zeroed by the kernel again and again: 10 to 15 % of a training step on a CPU.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
+            for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+                library.mallopt(option, value)
+
+
+def gpu_capability(device: torch.device) -> tuple[int, int]:
+    """CUDA's compute capability; (0, 0) for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def find_kernels() -> tuple[set[str], bool]:
+    """(attention kernels that are installed, whether liger-kernel is)."""
+    modules = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}
+    return {name for name, module in modules.items() if _installed(module)}, _installed("liger_kernel")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def compile_blocks(blocks: Iterable[nn.Module], runtime: Runtime, backend: str, dynamic: bool | None) -> None:
+    """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
+
+    Attention itself depends on the lengths of documents, which change with every batch, and stays as it is. Raises
+    ConfigError for a backend that is unknown or cannot run here.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    check_compile(backend, torch._dynamo.list_backends(None), runtime.device.type, compiler is not None)
+    for block in blocks:
+        for name in ("project", "finish"):
+            method = torch.compile(getattr(block, name), backend=backend, dynamic=dynamic, fullgraph=True)
+            setattr(block, name, method)
