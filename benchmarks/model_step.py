@@ -7,19 +7,22 @@ padding does not count.
 
 The second figure is the share of a limit: the floating-point operations of our step per second, against a bare loop of
 the same matrix products (forward and both backward ones, of these very shapes) in the same run. It is that of the better of our
-two rows, as it comes and with `trainer.torch_compile: true`; the first figure is always the plain one's. Memory is kept from
-step to step (`runtime.keep_memory`), for the peers too.
+two rows, as it comes and with `trainer.torch_compile: true`; the first figure is always the plain one's. Every row is a
+process of its own, taken in turn.
 """
 
 import itertools
+import json
 import random
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from _bench import TEXT, TOKENIZER, alternate, arguments, bar, finish, table
+from _bench import TEXT, TOKENIZER, arguments, bar, finish, run, table
 from transformers import (
     AutoTokenizer,
     EuroBertConfig,
@@ -60,8 +63,8 @@ class Size:
 
 
 SIZES = (
-    Size("256x6", 256, 6, 4, 16, (8, 16, 32), 2.0, 0.35),
-    Size("768x12", 768, 12, 12, 16, (8, 16), 1.6, 0.55),
+    Size("256x6", 256, 6, 4, 16, (4, 8, 16), 2.0, 0.35),
+    Size("768x12", 768, 12, 12, 16, (4, 8), 1.6, 0.55),
 )
 
 
@@ -97,11 +100,6 @@ def build_ours(size: Size) -> torch.nn.Module:
             intermediate_size=4 * size.width,
         )
     )
-
-
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
-    compile_blocks(model.model.layers, Runtime(DEVICE, None), "inductor", None)
-    return model
 
 
 def build_peer(kind: str, size: Size) -> torch.nn.Module:
@@ -174,41 +172,70 @@ def gemm_rate(size: Size, batch: Batch) -> float:
     return flops / seconds
 
 
-def measure(size: Size, documents: list[list[int]], repeats: int) -> None:
-    source = batches(documents, size.rows, packed=True)
-    batch = next(source)
-    runs = {
-        "ours": stepper(build_ours(size), source),
-        "ours, compiled": stepper(compiled(build_ours(size)), source),
-        "bare products": lambda: gemm_rate(size, batch) / step_flops(size, batch) * batch.num_tokens,
-    }
-    for kind in ("EuroBERT", "ModernBERT"):
-        for rows in size.peer_rows:
-            runs[f"{kind}, {rows} rows"] = stepper(build_peer(kind, size), batches(documents, rows, packed=False))
-    alternate(runs, 2)  # the second is the first of the compiled model at any shape
-    rates = alternate(runs, repeats)
-    own, limit = rates["ours"], rates.pop("bare products")
-    flops_per_token = step_flops(size, batch) / batch.num_tokens
+def contender(name: str, size: Size, documents: list[list[int]]) -> tuple[torch.nn.Module, Iterator[Batch]]:
+    """The model and the batches of a row of the table."""
+    kind, _, rows = name.partition(" ")
+    if kind in ("ours", "compiled"):
+        keep_memory()
+        model = build_ours(size)
+        if kind == "compiled":
+            compile_blocks(model.model.layers, Runtime(DEVICE, None), "inductor", None)
+        return model, batches(documents, size.rows, packed=True)
+    return build_peer(kind, size), batches(documents, int(rows), packed=False)
+
+
+def child(name: str, size: Size, num_steps: int) -> None:
+    """In a process of its own: prints the median rate, the operations per token, and the bare products' rate per second."""
+    torch.manual_seed(0)
+    model, source = contender(name, size, read_documents())
+    batch, step = next(source), stepper(model, source)
+    for _ in range(3):
+        step()
+    ours = name in ("ours", "compiled")
+    pairs = [(step(), gemm_rate(size, batch) if ours else 0.0) for _ in range(num_steps)]
+    rate, limit = (statistics.median(values) for values in zip(*pairs, strict=True))
+    print(json.dumps([rate, step_flops(size, batch) / batch.num_tokens if ours else 0.0, limit]))
+
+
+def measure(size: Size, num_rounds: int, num_steps: int) -> None:
+    peers = [f"{kind} {rows}" for kind in ("EuroBERT", "ModernBERT") for rows in size.peer_rows]
+    found: dict[str, list[list[float]]] = {name: [] for name in ("ours", "compiled", *peers)}
+    for _ in range(num_rounds):
+        for name, values in found.items():
+            words = [sys.executable, __file__, "--child", name, "--size", size.name, "--steps", num_steps]
+            values.append(json.loads(run(words).splitlines()[-1]))
+    rates, flops, limits = (
+        {name: statistics.median(one[column] for one in values) for name, values in found.items()}
+        for column in range(3)
+    )
+    flops_per_token = flops["ours"]
+    shares = {name: rates[name] * flops_per_token / limits[name] for name in ("ours", "compiled")}
     print(f"{size.name}: {size.rows} rows of {LENGTH} tokens a step, {'bf16 autocast' if BF16 else 'float32'}")
-    rows = [
-        (name, f"{rate:,.0f}", f"{rate * flops_per_token / 1e9:,.0f}", f"{own / rate:.2f}x")
+    print(f"bare products: {limits['ours'] / 1e9:,.0f} GFLOP/s")
+    lines = [
+        (name, f"{rate:,.0f}", f"{rate * flops_per_token / 1e9:,.0f}", f"{rates['ours'] / rate:.2f}x",
+         f"{shares[name]:.1%}" if name in shares else "")
         for name, rate in rates.items()
-    ]
-    rows.append(("bare products", "", f"{limit * flops_per_token / 1e9:,.0f}", f"{own / limit:.2f}x"))
-    table([("", "real tokens/s", "GFLOP/s", "ours is"), *rows])
-    best = max(rate for name, rate in rates.items() if "ours" not in name)
-    bar(f"model_step_{size.name}", own / best, size.want_ratio)
-    bar(f"model_step_{size.name}_share", max(own, rates["ours, compiled"]) / limit, size.want_share)
+    ]  # fmt: skip
+    table([("", "real tokens/s", "GFLOP/s", "ours is", "of bare products"), *lines])
+    bar(f"model_step_{size.name}", rates["ours"] / max(rates[name] for name in peers), size.want_ratio)
+    bar(f"model_step_{size.name}_share", max(shares.values()), size.want_share)
 
 
 def main() -> None:
-    options = arguments(__doc__, size={"choices": [size.name for size in SIZES], "help": "only this one"})
-    torch.manual_seed(0)
-    keep_memory()
-    documents = read_documents()
+    sizes = {size.name: size for size in SIZES}
+    options = arguments(
+        __doc__,
+        size={"choices": list(sizes), "help": "only this one"},
+        child={"help": "one row of the table"},
+        steps={"type": int, "default": 5},
+    )
+    if options.child:
+        child(options.child, sizes[options.size], options.steps)
+        return
     for size in SIZES[:1] if options.quick else SIZES:
         if options.size in (None, size.name):
-            measure(size, documents, repeats=3 if options.quick else 5)
+            measure(size, num_rounds=1 if options.quick else 2, num_steps=3 if options.quick else 5)
     finish()
 
 
