@@ -169,7 +169,7 @@ def norm(x):
 
 
 def ngpt_logits(w, ids, heads, layers, base_scale, rope=True):
-    """Table 1 and equations 7 to 21, for one document; every learned scale is value / stored * initial."""
+    """Its sections 2.1 to 2.5, for one document; every learned scale is value / stored * initial."""
     D = w["model.embed_tokens.weight"].shape[1]
     K = D // heads
     h = w["model.embed_tokens.weight"][ids]
