@@ -3,11 +3,13 @@
 Shapes: N tokens of the batch, D width, H heads, K = D / H head width, F feed-forward width. No biases anywhere.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Layout, attend
+from .attention import Layout, Rotary, attend
 from .elementwise import FusedRMSNorm, FusedSwiGLU
 
 
@@ -44,16 +46,22 @@ def rotary_table(positions_N: Tensor, head_width: int, base: float = 10_000.0) -
 
 
 class Attention(nn.Module):
-    """Self-attention within documents. `qkv` holds the three projections one below the other."""
+    """Self-attention within documents. `qkv` holds the three projections one below the other.
+
+    `capture`, where it is set, is called with (this module, qkv N x 3 x H x K before rotation, rotary, layout) in every forward pass.
+    """
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        self.capture: Callable[[nn.Module, Tensor, Rotary | None, Layout], None] | None = None
         self.qkv = nn.Linear(width, 3 * width, bias=False)  # (3D, D): rows of q, then k, then v
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x_ND: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: Layout) -> Tensor:
         qkv = self.qkv(x_ND).view(x_ND.shape[0], 3, self.num_heads, -1)
+        if self.capture is not None:
+            self.capture(self, qkv, rotary, layout)
         return self.out(attend(qkv, rotary, layout).flatten(1))
 
 

@@ -19,6 +19,7 @@ def describe_run(
     runtime: Runtime,
     data: PretrainingData,
     schedule: Schedule,
+    clip_note: str,
 ) -> dict[str, Any]:
     """What runs, as it was derived from the configuration and the machine."""
     trainer, m = config.trainer, model.config
@@ -29,7 +30,8 @@ def describe_run(
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
     kinds = f"{'RoPE' if m.rope else 'learned positions'}, {'RMSNorm' if m.rms_norm else 'LayerNorm'}, {m.hidden_act}"
     shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
-    span = f"warmup {schedule.warmup_steps:,}, floor from step {schedule.decay_end:,}"
+    decay = f"peak until {schedule.decay_start:,}, " if schedule.name == "wsd" else ""
+    span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {schedule.decay_end:,}"
     masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
     return {
         "model": f"{shape}, {kinds}",
@@ -43,6 +45,7 @@ def describe_run(
         ),
         "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
+        **({"QK-clip": clip_note} if clip_note else {}),
         "device": runtime.describe,
         "attention": f"{backend}: {why}",
         "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
