@@ -135,7 +135,9 @@ def test_fused_matrices_are_updated_as_the_separate_ones_of_eurobert():
     """q, k, v and gate, up are orthogonalised apart: the same update as transformers' model with separate projections gets."""
     ours = build_model()
     theirs = EuroBertForMaskedLM._from_config(
-        EuroBertForMaskedLM.config_class(**eurobert_config(ours.config, {"bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3}))
+        EuroBertForMaskedLM.config_class(
+            **eurobert_config(ours.config, {"bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3})
+        )
     )
     theirs.load_state_dict(to_eurobert(ours.state_dict()))
     optimizers = [
@@ -159,7 +161,14 @@ def test_fused_matrices_are_updated_as_the_separate_ones_of_eurobert():
 def muonclip(model, **settings):
     muon = MuonSettings(dtype=torch.float32, **settings)
     return build_optimizer(
-        "muonclip", model.named_parameters(), lr=0.01, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, muon=muon, fused=PARTS
+        "muonclip",
+        model.named_parameters(),
+        lr=0.01,
+        weight_decay=0.0,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        muon=muon,
+        fused=PARTS,
     )
 
 

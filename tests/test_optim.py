@@ -46,7 +46,11 @@ def test_muon_takes_the_matrices_of_layers():
 
 
 def test_the_first_pattern_decides():
-    rules = [GroupRule("*norm*", lr_scale=0.5), GroupRule("layers.*", 2.0, 0.7, "adamw"), GroupRule("*", weight_decay=0.3)]
+    rules = [
+        GroupRule("*norm*", lr_scale=0.5),
+        GroupRule("layers.*", 2.0, 0.7, "adamw"),
+        GroupRule("*", weight_decay=0.3),
+    ]
     assert groups_of(parameters(), muon_decay=None, rules=rules) == {
         "embed_tokens.weight": ("adamw", 0.3, 1.0),
         "layers.0.qkv.weight": ("adamw", 0.7, 2.0),
@@ -190,7 +194,8 @@ def test_percentages_win_over_steps():
 def test_rates_after_a_resume_in_each_phase(name, train, small):
     """Warmup, peak or fall, floor: the rates of a resumed run are the closed form's."""
     words = [*small, f"scheduler.name={name}", "scheduler.warmup_steps=2", "scheduler.decay_steps=6", "optimizer.lr=0.01",
-             "scheduler.wsd_decay_percent=25", "trainer.max_steps=8", "trainer.save_steps=1", "trainer.save_total_limit=9"]  # fmt: skip
+             "scheduler.wsd_decay_percent=25", "trainer.max_steps=8",
+             "trainer.save_steps=1", "trainer.save_total_limit=9"]  # fmt: skip
     schedule = build(name, 8, warmup_steps=2, decay_steps=6, wsd_decay_percent=25.0)
     rates = [0.01 * closed_form(schedule, step) for step in range(8)]
     assert [row["lr"] for row in train(*words).train] == pytest.approx(rates, rel=1e-12)

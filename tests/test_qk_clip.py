@@ -94,7 +94,9 @@ def check_clip(model, before, report, wanted, threshold, alpha):
     for old, new, factor in zip(before, qkv(model), factors, strict=True):
         q, k, v = old.chunk(3)
         per_row = factor.repeat_interleave(WIDTH)[:, None].float()
-        torch.testing.assert_close(new, torch.cat([q * per_row**alpha, k * per_row ** (1 - alpha), v]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            new, torch.cat([q * per_row**alpha, k * per_row ** (1 - alpha), v]), rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("chunk", [5, 1024])

@@ -110,7 +110,9 @@ def algorithms_need_muonclip(config: Config, keys_set: KeysSet) -> Found:
     optimizer = config.optimizer
     chosen = [group.pattern for group in optimizer.param_groups if group.algorithm is not None]
     if chosen and optimizer.name != "muonclip":
-        yield Problem("optimizer.param_groups", f"algorithm of {chosen[0]!r} has no effect with optimizer.name: {optimizer.name}")
+        yield Problem(
+            "optimizer.param_groups", f"algorithm of {chosen[0]!r} has no effect with optimizer.name: {optimizer.name}"
+        )
 
 
 def schedule_keys_fit_shape(config: Config, keys_set: KeysSet) -> Found:

@@ -120,7 +120,7 @@ class SchedulerConfig(Section):
 
     name: Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt"] = key(
         "cosine",
-        "Shape of the decay; `wsd`: stay at the peak, then fall in a straight line; `inverse_sqrt`: 1/sqrt(step) from the warmup on.",
+        "Shape of the decay; `wsd` stays at the peak, then falls in a straight line; `inverse_sqrt` follows 1/sqrt(step).",
         "learning rate",
     )
     warmup_steps: int = key(10_000, "Steps of linear warmup from 0.", "learning rate", ge=0)
@@ -152,16 +152,27 @@ class MuonConfig(Section):
     muon_beta: float = key(0.95, "Momentum.", "updates", ge=0, lt=1)
     nesterov: bool = key(False, "Look ahead along the momentum, as Keller Jordan's Muon does.", "updates")
     muon_decay: float = key(0.0, "Weight decay of the Muon matrices.", "updates", ge=0)
-    ns_steps: int = key(5, "Iterations of the orthogonalisation; more of them even out smaller singular values.", "updates", ge=1, le=20)
+    ns_steps: int = key(
+        5, "Iterations of the orthogonalisation; more of them even out smaller singular values.", "updates", ge=1, le=20
+    )
     enable_clipping: bool = key(
-        True, "Clip attention logits (QK-clip); off with `model.ngpt`, which bounds them itself.", "query and key weights"
+        True,
+        "Clip attention logits (QK-clip); off with `model.ngpt`, which bounds them itself.",
+        "query and key weights",
     )
     clipping_threshold: float = key(
-        50.0, "Largest attention logit of a head, q.k / sqrt(head width), before it is clipped.", "query and key weights", gt=0
+        50.0,
+        "Largest attention logit of a head, q.k / sqrt(head width), before it is clipped.",
+        "query and key weights",
+        gt=0,
     )
-    clipping_alpha: float = key(0.5, "Share of the correction that queries take; keys take the rest.", "query and key weights", ge=0, le=1)
+    clipping_alpha: float = key(
+        0.5, "Share of the correction that queries take; keys take the rest.", "query and key weights", ge=0, le=1
+    )
     clipping_warmup_steps: int = key(0, "Steps without clipping at the start.", "query and key weights", ge=0)
-    clipping_interval: int = key(10, "Steps from one look at the logits, and clip, to the next.", "query and key weights", ge=1)
+    clipping_interval: int = key(
+        10, "Steps from one look at the logits, and clip, to the next.", "query and key weights", ge=1
+    )
     clipping_qk_chunk_size: int = key(1024, "Queries per chunk when looking for the largest logit.", "memory", ge=1)
     capture_last_microbatch_only: bool = key(
         True, "Look at the last microbatch of an accumulation window only.", "query and key weights"
@@ -202,8 +213,8 @@ class OptimizerConfig(Section):
     muon_config: MuonConfig | None = key(None, "Settings of MuonClip (`name: muonclip`).", "updates")
     param_groups: list[ParamGroup] = key(
         None,
-        "Exceptions for parameters by name, a list of `{pattern, lr_scale, weight_decay, algorithm}`. The first pattern that matches "
-        "a name decides; one that acts on nothing is an error.",
+        "Exceptions for parameters by name, a list of `{pattern, lr_scale, weight_decay, algorithm}`. The first pattern that "
+        "matches a name decides; one that acts on nothing is an error.",
         "updates",
         factory=list,
     )

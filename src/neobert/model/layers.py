@@ -48,7 +48,7 @@ def rotary_table(positions_N: Tensor, head_width: int, base: float = 10_000.0) -
 class Attention(nn.Module):
     """Self-attention within documents. `qkv` holds the three projections one below the other.
 
-    `capture`, where it is set, is called with (this module, qkv N x 3 x H x K before rotation, rotary, layout) in every forward pass.
+    `capture`, where it is set, gets (this module, qkv N x 3 x H x K before rotation, rotary, layout) of every forward pass.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -61,8 +61,15 @@ class Attention(nn.Module):
     def forward(self, x_ND: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: Layout) -> Tensor:
         qkv = self.qkv(x_ND).view(x_ND.shape[0], 3, self.num_heads, -1)
         if self.capture is not None:
-            self.capture(self, qkv, rotary, layout)
+            _show(self, qkv, rotary, layout)
         return self.out(attend(qkv, rotary, layout).flatten(1))
+
+
+@torch.compiler.disable
+def _show(block: Attention, qkv: Tensor, rotary: Rotary | None, layout: Layout) -> None:
+    """Hand over to `capture`, outside of any compiled graph."""
+    assert block.capture is not None
+    block.capture(block, qkv, rotary, layout)
 
 
 def swiglu_width(intermediate_size: int) -> int:

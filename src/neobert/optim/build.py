@@ -38,8 +38,10 @@ def build_optimizer(
     fused: Mapping[str, int] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
-    """`adamw` (decoupled decay, arXiv 1711.05101), `adam` (decay added to the gradient), both with torch's fused kernels, or
-    `muonclip`: Muon on the matrices of encoder layers, AdamW on the rest. `fused` as in `parameter_groups`, `process_group` as in `Muon`.
+    """`adamw` (decoupled decay, arXiv 1711.05101) or `adam` (decay added to the gradient), with torch's fused kernels; or
+    `muonclip`: Muon on the matrices of encoder layers, AdamW on the rest.
+
+    `fused` as in `parameter_groups`, `process_group` as in `Muon`.
 
     Every group has a `lr_scale`, by which the learning rate of a step is to be multiplied. Raises ValueError as
     `parameter_groups` and `Muon` do.

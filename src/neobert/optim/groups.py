@@ -2,11 +2,11 @@
 
 Without rules of the user's:
 
-- Weight decay applies to matrices only: not to norms, biases and scalars, and not to embeddings (`embed` or `embedding` in the name),
-  whose rows only get a gradient when their token occurs, so that decay would pull rare tokens to zero. The decoder is a
-  matrix like any other and decays.
-- Muon takes the matrices of numbered encoder layers (`layers.N.` or `layer.N.` in the name); embeddings, decoder, heads, norms and
-  scalars go to AdamW.
+- Weight decay applies to matrices only: not to norms, biases and scalars, and not to embeddings (`embed` in the name), whose
+  rows only get a gradient when their token occurs, so that decay would pull rare tokens to zero. The decoder is a matrix
+  like any other and decays.
+- Muon takes the matrices of numbered encoder layers (`layers.N.` or `layer.N.` in the name); embeddings, decoder, heads,
+  norms and scalars go to AdamW.
 
 Rules are ordered patterns over names, as in a shell (`*`, `?`, `[abc]`); the first that matches a name decides for it.
 """
@@ -54,9 +54,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, in order of first appearance; frozen parameters are left out.
 
-    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. `muon_decay` None: everything goes to AdamW. `fused`: name
-    endings of matrices that hold several, one below the other, and how many. Raises ValueError for a rule that acts
-    on nothing, for Muon on what is no matrix, and when nothing is left to train.
+    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. `muon_decay` None: everything goes to AdamW.
+    `fused`: name endings of matrices that hold several, one below the other, and how many. Raises ValueError for a rule that
+    acts on nothing, for Muon on what is no matrix, and when nothing is left to train.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     used: set[int] = set()
@@ -67,9 +67,7 @@ def parameter_groups(
         number, rule = _first(rules, name)
         used.add(number)
         settings = _settings(name, parameter, rule, weight_decay, muon_decay)
-        group = groups.setdefault(
-            tuple(settings.values()), {"params": [], "param_names": [], "parts": [], **settings}
-        )
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "param_names": [], "parts": [], **settings})
         group["params"].append(parameter)
         group["param_names"].append(name)
         group["parts"].append(next((n for ending, n in (fused or {}).items() if name.endswith(ending)), 1))

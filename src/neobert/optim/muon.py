@@ -12,6 +12,7 @@ call. Parameters may be DTensors; see ownership.py.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ SCALE = 0.4
 Group = dict[str, Any]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer):  # type: ignore[misc]
     """Groups whose `algorithm` is `muon` take matrices; those with `adamw` take anything.
 
     Keys of a group: lr, weight_decay, param_names; for muon: momentum, nesterov, parts (per parameter: how many matrices
@@ -54,7 +55,14 @@ class Muon(torch.optim.Optimizer):
         quintics(method, num_steps)
         self.method, self.num_steps, self.dtype = method, num_steps, dtype
         self.detect_anomalies, self.process_group = detect_anomalies, process_group
-        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
+        defaults = {
+            "lr": lr,
+            "weight_decay": 0.0,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "betas": betas,
+            "eps": eps,
+        }
         super().__init__(list(groups), defaults)
         for group in self.param_groups:
             if group["algorithm"] == "muon":
@@ -122,9 +130,7 @@ class Muon(torch.optim.Optimizer):
             rows = [parameter.shape[0] for parameter, _ in members]
             if where.group is not None:
                 directions = [x.to(self.dtype) for x in directions]
-            updates = distribute(
-                where, directions, rows, lambda numbers, whole, split=split: self._solve(numbers, whole, split)
-            )
+            updates = distribute(where, directions, rows, partial(self._solve, split))
             for (parameter, parts), update in zip(members, updates, strict=True):
                 scale = SCALE * math.sqrt(max(parameter.shape[0] // parts, parameter.shape[1]))
                 weight = local(parameter)
@@ -141,7 +147,7 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(grad, 1 - group["momentum"])
         return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
-    def _solve(self, numbers: list[int], matrices: list[Tensor], split: list[int]) -> list[Tensor]:
+    def _solve(self, split: list[int], numbers: list[int], matrices: list[Tensor]) -> list[Tensor]:
         """Orthogonalise whole (fused) matrices, in stacks of one shape; results in `self.dtype`, shaped as `matrices`."""
         outs = [torch.empty(x.shape, dtype=self.dtype, device=x.device) for x in matrices]
         stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}

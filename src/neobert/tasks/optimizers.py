@@ -52,7 +52,10 @@ def build_clip(config: Config, model: nn.Module) -> tuple[QKClip | None, str]:
     if not muon.enable_clipping:
         return None, "off (optimizer.muon_config.enable_clipping: false)"
     if config.model.ngpt:
-        return None, "off: nGPT normalises queries and keys, so their logits are bounded and their rows have no say in it"
+        return (
+            None,
+            "off: nGPT normalises queries and keys, so their logits are bounded and their rows have no say in it",
+        )
     settings = QKClipSettings(
         threshold=muon.clipping_threshold,
         alpha=muon.clipping_alpha,

@@ -2,10 +2,10 @@
 
 Shapes: B rows, T row length, N tokens, H query heads, G key heads, K head width, L attention blocks.
 
-Two kinds of attention block are known: our own, whose q, k and v are one matrix, and any block that keeps projections apart under
-names that `clipping_layers_mapping` gives, as transformers' models do. Maxima are taken at once, inside the forward pass, so no
-activation is kept for them. A pass that recomputes activations (gradient checkpointing) runs the same code but is not looked
-at, nor is evaluation.
+Two kinds of attention block are known: our own, whose q, k and v are one matrix, and any block that keeps projections apart
+under names that `clipping_layers_mapping` gives, as transformers' models do. Maxima are taken at once, inside the forward
+pass, so no activation is kept for them. A pass that recomputes activations (gradient checkpointing) runs the same code but is
+not looked at, nor is evaluation.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,10 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
         "qk_clipped_heads": int((factors < 1).sum()),
         "qk_min_factor": factors.min().item(),
         "qk_block_max_logits": [round(value, 4) for value in maxima_LH.amax(1).tolist()],
-        "qk_factors": {f"{l}.{h}": round(in_all_LH[l, h].item(), 6) for l, h in (in_all_LH < 1).nonzero().tolist()},
+        "qk_factors": {
+            f"{block}.{head}": round(in_all_LH[block, head].item(), 6)
+            for block, head in (in_all_LH < 1).nonzero().tolist()
+        },
     }
 
 
@@ -81,8 +84,8 @@ class Documents:
 class QKClip:
     """Watches a model's attention blocks and clips them. `prepare` comes before each forward pass, `apply` after the update.
 
-    `pad_id` marks padding in packed rows. `group`: the ranks that share the batch; None: all there are. Raises ConfigError for a
-    mapping that does not fit the model.
+    `pad_id` marks padding in packed rows. `group`: the ranks that share the batch; None: all there are. Raises ConfigError
+    for a mapping that does not fit the model.
     """
 
     def __init__(
@@ -103,12 +106,13 @@ class QKClip:
         self._separate = {block: _Projections(self, block, names) for block in separate}
         self._blocks.update((block, _separate_heads(block, names)) for block in separate)
         if not self._blocks:
-            raise ConfigError(Problem(MAPPING_KEY, "the model has no attention block that is known; name its projections"))
+            raise ConfigError(
+                Problem(MAPPING_KEY, "the model has no attention block that is known; name its projections")
+            )
         self._numbers = {block: number for number, block in enumerate(self._blocks)}
         self._maxima_LH: Tensor | None = None
         self._is_armed = self._is_watching = False  # the next pass is to be looked at; this one is
         self._documents = Documents()
-        self._capture = torch.compiler.disable(self._see_fused)  # one object for all blocks: compiled once
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
 
@@ -122,7 +126,7 @@ class QKClip:
         """Look at the next forward pass, where that is due for update number `update` (the first is 1)."""
         self._is_armed = self.settings.is_due(update) and (is_last_microbatch or not self.settings.last_microbatch_only)
         for block in self._fused if self._is_armed else ():
-            block.capture = self._capture  # stays until `apply`: recomputation has to run the same code
+            block.capture = self._see_fused  # stays until `apply`: recomputation has to run the same code
 
     @torch.no_grad()
     def apply(self, update: int) -> ClipReport | None:
@@ -242,7 +246,9 @@ def _find_separate(model: nn.Module, names: Mapping[str, str], required: bool) -
         raise ConfigError(Problem(MAPPING_KEY, f"no projection {unknown[0]!r}; keys are {', '.join(PROJECTIONS)}"))
     blocks = [block for block in model.modules() if all(_child(block, name) is not None for name in names.values())]
     if required and not blocks:
-        missing = [f"{role}: {name}" for role, name in names.items() if not any(_child(b, name) for b in model.modules())]
+        missing = [
+            f"{role}: {name}" for role, name in names.items() if not any(_child(b, name) for b in model.modules())
+        ]
         wrong = ", ".join(missing) or "these together"
         raise ConfigError(Problem(MAPPING_KEY, f"no attention block of the model has modules of these names ({wrong})"))
     return blocks
@@ -260,7 +266,9 @@ def _separate_heads(block: nn.Module, names: Mapping[str, str]) -> Heads:
     width = _head_width(block)
     num_heads, num_key_heads = (int(one.weight.shape[0]) // width for one in (q, k))  # type: ignore[union-attr, operator]
     if num_key_heads < 1 or num_heads % num_key_heads:
-        raise ConfigError(Problem(MAPPING_KEY, f"{num_heads} query heads do not share {num_key_heads} key heads evenly"))
+        raise ConfigError(
+            Problem(MAPPING_KEY, f"{num_heads} query heads do not share {num_key_heads} key heads evenly")
+        )
     return Heads(q, k, 0, num_heads, num_key_heads, width)
 
 
@@ -271,7 +279,9 @@ def _head_width(block: nn.Module) -> int:
             return width
     config = getattr(block, "config", None)
     if config is None:
-        raise ConfigError(Problem(MAPPING_KEY, f"{type(block).__name__} does not say how wide its heads are (head_dim)"))
+        raise ConfigError(
+            Problem(MAPPING_KEY, f"{type(block).__name__} does not say how wide its heads are (head_dim)")
+        )
     return int(config.hidden_size // config.num_attention_heads)
 
 
