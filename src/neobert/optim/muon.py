@@ -147,21 +147,25 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
         momentum.lerp_(grad, 1 - group["momentum"])
         return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
-    def _solve(self, split: list[int], numbers: list[int], matrices: list[Tensor]) -> list[Tensor]:
-        """Orthogonalise whole (fused) matrices, in stacks of one shape; results in `self.dtype`, shaped as `matrices`."""
-        outs = [torch.empty(x.shape, dtype=self.dtype, device=x.device) for x in matrices]
-        stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for number, matrix, out in zip(numbers, matrices, outs, strict=True):
-            for source, target in zip(matrix.chunk(split[number]), out.chunk(split[number]), strict=True):
-                stacks.setdefault((source.shape[0], source.shape[1]), []).append((source, target))
-        for shape, pairs in stacks.items():
-            stack_BRC = torch.empty(len(pairs), *shape, dtype=self.dtype, device=pairs[0][0].device)
-            for place, (source, _) in zip(stack_BRC, pairs, strict=True):
-                place.copy_(source)
+    def _solve(self, parts: list[int], numbers: list[int], matrices: list[Tensor]) -> list[Tensor]:
+        """Orthogonalise whole matrices in stacks of one shape; results in `self.dtype`, shaped as `matrices`.
+
+        The parts of a fused matrix are neighbours in their stack, so going in is one copy and coming out a view.
+        """
+        stacks: dict[tuple[int, int], list[int]] = {}
+        for place, (number, matrix) in enumerate(zip(numbers, matrices, strict=True)):
+            shape = (matrix.shape[0] // parts[number], matrix.shape[1])
+            stacks.setdefault(shape, []).append(place)
+        solved = list(matrices)
+        for shape, places in stacks.items():
+            sizes = [parts[numbers[place]] for place in places]
+            stack_BRC = torch.empty(sum(sizes), *shape, dtype=self.dtype, device=matrices[places[0]].device)
+            pieces = [piece.flatten(0, 1) for piece in stack_BRC.split(sizes)]
+            for place, piece in zip(places, pieces, strict=True):
+                piece.copy_(matrices[place])
+                solved[place] = piece
             orthogonalize_(stack_BRC, self.method, self.num_steps)
-            for place, (_, target) in zip(stack_BRC, pairs, strict=True):
-                target.copy_(place)
-        return outs
+        return solved
 
     # --- adamw -----------
 
