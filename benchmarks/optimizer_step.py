@@ -2,7 +2,7 @@
 
 768 wide, 12 layers, 12 heads, packed rows of 512 tokens, 32,768 tokens per step in microbatches of 8,192: the same model,
 batches and precision for both, in turn. A clip step also looks at the logits of the last microbatch. `plain loop` is the same
-update (momentum, Polar Express, weights) one matrix after the other, as torch.optim.Muon does it. `--quick`: 512 wide, 2 layers.
+update (momentum, Polar Express, weights) one matrix after the other, as torch.optim.Muon does it. `--quick`: 512 x 2.
 """
 
 import math
