@@ -285,6 +285,13 @@ def test_a_mapping_that_does_not_fit(mapping, message):
         QKClip(torch.nn.Linear(2, 2), QKClipSettings(), pad_id=None)
 
 
+def test_blocks_that_normalise_are_refused():
+    model = eurobert()
+    model.layers[1].self_attn.q_norm = torch.nn.LayerNorm(8)
+    with pytest.raises(ConfigError, match=r"EuroBertAttention normalises q and k \(q_norm\)"):
+        QKClip(model, QKClipSettings(), pad_id=None)
+
+
 # --- tensors -----------
 
 
@@ -323,11 +330,13 @@ def test_what_is_logged():
         model(**packed_inputs(update)[0])
         reports.append(clip.apply(update))
     row = clip_metrics(reports)
-    assert row["qk_max_logit"] == max(report.maxima.max().item() for report in reports)
+    assert row["qk_max_logit"] == pytest.approx(max(report.maxima.max().item() for report in reports), abs=1e-4)
     assert row["qk_clipped_heads"] == sum(int((report.factors < 1).sum()) for report in reports)
     assert len(row["qk_block_max_logits"]) == 3
     assert row["qk_factors"]["2.3"] == pytest.approx((reports[0].factors * reports[1].factors)[2, 3].item(), rel=1e-4)
     assert clip_metrics([]) == {}
+    reports[0].maxima.fill_(-torch.inf)
+    assert clip_metrics(reports[:1])["qk_max_logit"] is None
 
 
 assert len(LENGTHS) == 4  # the documents that `packed_inputs` turns into padding

@@ -43,15 +43,20 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
     factors = torch.stack([report.factors for report in reports])
     in_all_LH = factors.prod(0)
     return {
-        "qk_max_logit": maxima_LH.max().item(),
+        "qk_max_logit": _number(maxima_LH.max()),
         "qk_clipped_heads": int((factors < 1).sum()),
         "qk_min_factor": factors.min().item(),
-        "qk_block_max_logits": [round(value, 4) for value in maxima_LH.amax(1).tolist()],
+        "qk_block_max_logits": [_number(one) for one in maxima_LH.amax(1)],
         "qk_factors": {
             f"{block}.{head}": round(in_all_LH[block, head].item(), 6)
             for block, head in (in_all_LH < 1).nonzero().tolist()
         },
     }
+
+
+def _number(value: Tensor) -> float | None:
+    """As JSON has it: null where there is no number."""
+    return round(value.item(), 4) if value.isfinite() else None
 
 
 @dataclass(frozen=True)
@@ -262,6 +267,9 @@ def _child(block: nn.Module, name: str) -> nn.Module | None:
 
 
 def _separate_heads(block: nn.Module, names: Mapping[str, str]) -> Heads:
+    if norms := [name for name in ("q_norm", "k_norm") if _child(block, name) is not None]:
+        kind = type(block).__name__
+        raise ConfigError(Problem(MAPPING_KEY, f"{kind} normalises q and k ({norms[0]}): their rows cannot be clipped"))
     q, k = (block.get_submodule(names[role]) for role in PROJECTIONS[:2])
     width = _head_width(block)
     num_heads, num_key_heads = (int(one.weight.shape[0]) // width for one in (q, k))  # type: ignore[union-attr, operator]
