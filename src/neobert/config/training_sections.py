@@ -204,7 +204,10 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adam", "muonclip"] = key("adamw", "Optimizer family.", "updates")
     lr: float = key(1e-4, "Peak learning rate.", "updates", gt=0)
     weight_decay: float = key(
-        0.01, "Decoupled weight decay of matrices; norms and embeddings have none.", "updates", ge=0
+        0.01,
+        "Decoupled weight decay of matrices; norms and embeddings have none, MuonClip's matrices `muon_decay`.",
+        "updates",
+        ge=0,
     )
     betas: list[Probability] = key(
         None, "Decay rates of Adam's two moments.", "updates", factory=lambda: [0.9, 0.999], min_length=2, max_length=2

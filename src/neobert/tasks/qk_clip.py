@@ -121,10 +121,6 @@ class QKClip:
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
 
-    @property
-    def num_blocks(self) -> int:
-        return len(self._blocks)
-
     # --- what the loop calls -----------
 
     def prepare(self, update: int, is_last_microbatch: bool) -> None:
@@ -168,24 +164,24 @@ class QKClip:
         self._is_watching = self._is_armed = False
 
     def _see_fused(self, block: nn.Module, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> None:
-        """`Attention.capture`. On the CPU padded rows come without their padding already."""
+        """`Attention.capture`."""
         if self._is_watching:
             q, k, _ = qkv_N3HK.detach().unbind(1)
-            kept = self._documents.kept_N
-            if layout.lengths is not None and sum(layout.lengths) == sum(self._documents.lengths):
-                kept = None
-            self.see(block, q, k, rotary, kept)
+            self.see(block, q, k, rotary)
 
     @torch.no_grad()
-    def see(self, block: nn.Module, q_NHK: Tensor, k_NGK: Tensor, rotary: Rotary | None, kept_N: Tensor | None) -> None:
-        """Raise the maxima of a block by the logits of q and k; `kept_N`: the places of real tokens, None: all are."""
+    def see(self, block: nn.Module, q_NHK: Tensor, k_NGK: Tensor, rotary: Rotary | None) -> None:
+        """Raise the maxima of a block by the logits of q and k: of all B*T tokens, or of the real ones, as our model leaves
+        out the padding of padded rows on a CPU.
+        """
+        kept_N, lengths = self._documents.kept_N, self._documents.lengths
         with torch.autocast(q_NHK.device.type, enabled=False):
             q, k = q_NHK.float(), k_NGK.float()
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
-            if kept_N is not None:
+            if kept_N is not None and len(q) != sum(lengths):
                 q, k = q.index_select(0, kept_N), k.index_select(0, kept_N)
-            maxima_H = largest_logits(q, k, self._documents.lengths, self.settings.chunk_size)
+            maxima_H = largest_logits(q, k, lengths, self.settings.chunk_size)
         if self._maxima_LH is None:
             self._maxima_LH = self._fresh_maxima(maxima_H.device)
         row_H = self._maxima_LH[self._numbers[block], : len(maxima_H)]
@@ -233,7 +229,7 @@ class _Projections:
             rotary = (cos, sin)
         q_NHK = q_BTD.reshape(-1, head.num_heads, head.width)
         k_NGK = k_BTD.reshape(-1, head.num_key_heads, head.width)
-        self.clip.see(self.block, q_NHK, k_NGK, rotary, self.clip._documents.kept_N)
+        self.clip.see(self.block, q_NHK, k_NGK, rotary)
 
 
 # --- finding blocks and documents -----------
@@ -272,7 +268,7 @@ def _separate_heads(block: nn.Module, names: Mapping[str, str]) -> Heads:
         raise ConfigError(Problem(MAPPING_KEY, f"{kind} normalises q and k ({norms[0]}): their rows cannot be clipped"))
     q, k = (block.get_submodule(names[role]) for role in PROJECTIONS[:2])
     width = _head_width(block)
-    num_heads, num_key_heads = (int(one.weight.shape[0]) // width for one in (q, k))  # type: ignore[union-attr, operator]
+    num_heads, num_key_heads = (int(one.weight.shape[0]) // width for one in (q, k))
     if num_key_heads < 1 or num_heads % num_key_heads:
         raise ConfigError(
             Problem(MAPPING_KEY, f"{num_heads} query heads do not share {num_key_heads} key heads evenly")
