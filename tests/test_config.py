@@ -135,7 +135,7 @@ def test_files_on_the_command_line_are_layered(tmp_path):
         ("optimizer: {muon_config: {ns_steps: 4}}", "optimizer.muon_config", "no effect"),
         ("optimizer: {muon_config: {ns_stps: 4}}", "optimizer.muon_config.ns_stps", "ns_steps"),
         ("trainer: {max_ckpt: 2, save_total_limit: 5}", "trainer.max_ckpt", "contradicts"),
-        ("trainer: 3", "trainer", "valid dictionary"),
+        ("trainer: 3", "trainer", "must be a section with keys"),
         (
             "model: {hidden_size: 1000000000000, num_attention_heads: 7}",
             "model.hidden_size",

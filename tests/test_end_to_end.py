@@ -109,10 +109,11 @@ def test_fill_mask_and_report(run, tmp_path):
 
 VARIANTS = {
     "tokens packed": ["datacollator.pack_sequences=true", "dataset.pre_tokenize=true", "dataset.num_proc=1"],
-    "text packed": ["datacollator.pack_sequences=true"],
+    "text packed, muonclip": ["datacollator.pack_sequences=true", "optimizer.name=muonclip", "scheduler.name=wsd",
+        "optimizer.muon_config.clipping_threshold=0.001", "optimizer.muon_config.clipping_interval=3"],
     "stream padded": ["dataset.streaming=true", "dataset.shuffle_buffer_size=100", "model.dropout_prob=0.1"],
     "tokens padded": ["dataset.pre_tokenize=true", "dataset.num_proc=1", "tokenizer.padding=longest"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

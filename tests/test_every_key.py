@@ -22,12 +22,12 @@ from neobert.data.order import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.tasks import pretraining
+from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
 from neobert.tasks.pretraining_data import build_data
 from neobert.training.choices import choose_device, describe_arithmetic
 
 WAITING = {
     "hub datasets": ["dataset.config", "dataset.trust_remote_code"],
-    "MuonClip": [key for key in known_keys() if key.startswith("optimizer.muon_config")],
     "GLUE": [*(key for key in known_keys() if key.startswith("glue.")), "model.classifier_init_range"],
     "contrastive": [*(key for key in known_keys() if key.startswith("contrastive.")), "pretrained_checkpoint",
         "dataset.pretraining_prob", "dataset.min_length"],
@@ -292,6 +292,45 @@ def wandb_continues(train, small):
     return len({(run.folder / "wandb.json").read_text() for run in runs}) == 1
 
 
+MUON = "optimizer.muon_config."
+EVERY_STEP, LOW = f"{MUON}clipping_interval=1", f"{MUON}clipping_threshold=1e-3"
+CLIP = [EVERY_STEP, LOW]
+
+
+def muon(setting, *words):
+    """The losses of a MuonClip run differ from those without the setting."""
+    return losses(f"{MUON}{setting}", "optimizer.name=muonclip", *words)
+
+
+def clipped_steps(run):
+    return [row["step"] for row in run.train if row.get("qk_clipped_heads")]
+
+
+def chunks(train, small):
+    """The clip is told how many queries to take at a time; that this changes nothing but memory is a law of test_qk_clip.py."""
+    sizes = []
+    for words in ([f"{MUON}clipping_qk_chunk_size=7"], []):
+        config = load_config([], [*TINY, "optimizer.name=muonclip", *words]).config
+        clip, _ = build_clip(config, pretraining.build_model(config, 64, 0))
+        sizes.append(clip.settings.chunk_size)
+    return sizes == [7, 1024]
+
+
+def anomalies(train, small):
+    """A gradient that is not finite is refused by the name of its parameter, before anything is written."""
+    messages = []
+    for value in ("true", "false"):
+        config = load_config([], [*TINY, "optimizer.name=muonclip", f"{MUON}detect_anomalies={value}"]).config
+        model = pretraining.build_model(config, 64, 0)
+        optimizer = build_pretraining_optimizer(config, model, None)
+        model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, torch.nan)
+        try:
+            messages.append(optimizer.step())
+        except UserError as error:
+            messages.append(str(error))
+    return "lm_head.weight is not finite" in messages[0] and messages[1] is None
+
+
 UNPACKED = "datacollator.pack_sequences=false"
 STREAM = "dataset.streaming=true"
 TOKENS = ["dataset.pre_tokenize=true"]
@@ -439,11 +478,44 @@ ROWS = {
     "scheduler.decay_percent": losses("scheduler.decay_percent=60"),
     "scheduler.num_cycles": losses("scheduler.num_cycles=2.0"),
     "scheduler.final_lr_ratio": losses("scheduler.final_lr_ratio=0.9"),
+    "scheduler.power": losses("scheduler.power=4", "scheduler.name=polynomial"),
+    "scheduler.wsd_decay_percent": losses("scheduler.wsd_decay_percent=60", "scheduler.name=wsd"),
     "optimizer.name": losses("optimizer.name=adam"),
     "optimizer.lr": losses("optimizer.lr=0.01"),
     "optimizer.weight_decay": losses("optimizer.weight_decay=0.5"),
     "optimizer.betas": losses("optimizer.betas=[0.5, 0.9]"),
     "optimizer.eps": losses("optimizer.eps=0.1"),
+    "optimizer.param_groups": losses("optimizer.param_groups=[{pattern: '*ffn*', lr_scale: 0.1}]"),
+    "optimizer.muon_config": refused("optimizer.muon_config", "optimizer.muon_config={}"),
+    "optimizer.muon_config.muon_beta": muon("muon_beta=0.5"),
+    "optimizer.muon_config.nesterov": muon("nesterov=true"),
+    "optimizer.muon_config.muon_decay": muon("muon_decay=0.5"),
+    "optimizer.muon_config.ns_steps": muon("ns_steps=2"),
+    "optimizer.muon_config.orthogonalization": muon("orthogonalization=newton_schulz"),
+    "optimizer.muon_config.algorithm": muon("algorithm=newton_schulz"),
+    "optimizer.muon_config.polar_express": muon("polar_express=false"),
+    "optimizer.muon_config.enable_clipping": muon("enable_clipping=false", *CLIP),
+    "optimizer.muon_config.clipping_threshold": muon("clipping_threshold=1e-2", EVERY_STEP),
+    "optimizer.muon_config.clipping_alpha": muon("clipping_alpha=1.0", *CLIP),
+    "optimizer.muon_config.clipping_warmup_steps": observed(
+        clipped_steps, [4, 5, 6], f"{MUON}clipping_warmup_steps=3", "optimizer.name=muonclip", *CLIP
+    ),
+    "optimizer.muon_config.clipping_interval": observed(
+        clipped_steps, [3, 6], f"{MUON}clipping_interval=3", "optimizer.name=muonclip", LOW
+    ),
+    "optimizer.muon_config.clipping_qk_chunk_size": chunks,
+    "optimizer.muon_config.capture_last_microbatch_only": muon(
+        "capture_last_microbatch_only=false",
+        *CLIP,
+        "trainer.gradient_accumulation_steps=3",
+        "model.decoder_init_range=0.3",
+    ),
+    "optimizer.muon_config.detect_anomalies": anomalies,
+    "optimizer.muon_config.clipping_layers_mapping": refused(
+        "no attention block of the model has modules of these names",
+        f"{MUON}clipping_layers_mapping={{q_proj: query, k_proj: key}}",
+        "optimizer.name=muonclip",
+    ),
     "wandb.enabled": wandb("project", "a-project", b"a-project"),
     "wandb.project": wandb("project", "a-project", b"a-project"),
     "wandb.entity": wandb("entity", "an-entity", b"an-entity"),

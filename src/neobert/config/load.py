@@ -163,21 +163,27 @@ def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
         return Problem(dotted, f"unknown key{nearest_key(dotted)}", where)
     info = known_keys().get(dotted)
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    if info is None:
-        return Problem(dotted, f"{details['msg'].lower()}, got {shown}", where)
+    message = details["msg"].lower().removeprefix("input ").replace("should be", "must be").replace("should", "must")
+    if info is None or kind == "model_type":
+        entry = ".".join(location)
+        return Problem(
+            entry, "must be a section with keys" if kind == "model_type" else f"{message}, got {shown}", where
+        )
     if info.choices and (isinstance(value, str) or kind == "literal_error"):
         near = difflib.get_close_matches(str(value), info.choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return Problem(dotted, f"must be one of {', '.join(info.choices)}, got {shown}{hint}", where)
     if kind.endswith("_type") or kind.startswith(("is_", "int_from", "finite")):
         return Problem(dotted, f"must be {info.type}, got {shown} ({type(value).__name__})", where)
-    message = details["msg"].lower().removeprefix("input ").replace("should be", "must be").replace("should", "must")
     return Problem(dotted, f"{message}, got {shown}", where)
 
 
 def _dotted(location: list[str]) -> str:
-    """pydantic names union members, list items and validators in its locations; keep the part that is a key."""
+    """pydantic names union members, list items and validators in its locations; keep the part that is a key, or the whole
+    where it is a field of an entry of a list."""
     keys = known_keys()
+    if len(location) > 2 and location[-2].isdigit():
+        return ".".join(location)
     for end in range(len(location), 0, -1):
         if ".".join(location[:end]) in keys:
             return ".".join(location[:end])

@@ -105,6 +105,23 @@ def muon_config_needs_muonclip(config: Config, keys_set: KeysSet) -> Found:
         yield Problem("optimizer.muon_config", f"has no effect with optimizer.name: {config.optimizer.name}")
 
 
+def algorithms_need_muonclip(config: Config, keys_set: KeysSet) -> Found:
+    """Only MuonClip has two algorithms to choose from."""
+    optimizer = config.optimizer
+    chosen = [group.pattern for group in optimizer.param_groups if group.algorithm is not None]
+    if chosen and optimizer.name != "muonclip":
+        yield Problem(
+            "optimizer.param_groups", f"algorithm of {chosen[0]!r} has no effect with optimizer.name: {optimizer.name}"
+        )
+
+
+def schedule_keys_fit_shape(config: Config, keys_set: KeysSet) -> Found:
+    """`power` is for `polynomial`, `wsd_decay_percent` for `wsd`."""
+    for name, shape in (("power", "polynomial"), ("wsd_decay_percent", "wsd")):
+        if f"scheduler.{name}" in keys_set and config.scheduler.name != shape:
+            yield Problem(f"scheduler.{name}", f"has no effect with scheduler.name: {config.scheduler.name}")
+
+
 def best_needs_checkpoints(config: Config, keys_set: KeysSet) -> Found:
     """The best checkpoint can only be loaded at the end when checkpoints are saved."""
     if config.trainer.load_best_model_at_end and config.trainer.save_strategy == "no":
@@ -233,6 +250,7 @@ RULES = (
          ("dataset.pre_tokenize", "dataset.pre_tokenize_output", "dataset.streaming")),
     Rule("ERROR", decay_follows_warmup, ("scheduler.decay_percent", "scheduler.warmup_percent")),
     Rule("ERROR", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
+    Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
     Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
     Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
     Rule("ERROR", resume_needs_a_position, ("trainer.resume_from_checkpoint", "dataset.streaming")),
@@ -240,6 +258,7 @@ RULES = (
     Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),
     Rule("WARNING", packed_sdpa_is_slower, ("datacollator.pack_sequences", "model.attn_backend")),
     Rule("WARNING", pieces_fit_rows, ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length")),
+    Rule("WARNING", schedule_keys_fit_shape, ("scheduler.power", "scheduler.wsd_decay_percent", "scheduler.name")),
     Rule("WARNING", warmup_fits_run, ("scheduler.warmup_steps", "scheduler.total_steps", "trainer.max_steps")),
     Rule("WARNING", compile_keys_need_compile,
          ("trainer.torch_compile", "trainer.torch_compile_backend", "trainer.torch_compile_dynamic")),
@@ -269,7 +288,6 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
 NOT_BUILT = {
     "task": ("glue", "mteb", "contrastive"),
     "model.from_hub": (True,),
-    "optimizer.name": ("muonclip",),
     "dataset.trust_remote_code": (True,),
 }
 

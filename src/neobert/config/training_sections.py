@@ -120,7 +120,11 @@ class TrainerConfig(Section):
 class SchedulerConfig(Section):
     """`scheduler`: the learning rate as a function of the step."""
 
-    name: Literal["cosine", "linear", "constant"] = key("cosine", "Shape of the decay.", "learning rate")
+    name: Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt"] = key(
+        "cosine",
+        "Shape of the decay; `wsd` stays at the peak, then falls in a straight line; `inverse_sqrt` follows 1/sqrt(step).",
+        "learning rate",
+    )
     warmup_steps: int = key(10_000, "Steps of linear warmup from 0.", "learning rate", ge=0)
     total_steps: int | None = key(
         None, "Length of the schedule (default: the length of the run).", "learning rate", ge=1
@@ -138,19 +142,39 @@ class SchedulerConfig(Section):
     final_lr_ratio: float = key(
         0.1, "Floor of the learning rate, as a ratio of `optimizer.lr`.", "learning rate", ge=0, le=1
     )
+    power: float = key(2.0, "Exponent of `name: polynomial`; 1 is linear.", "learning rate", gt=0, le=100)
+    wsd_decay_percent: float = key(
+        20.0, "Length of the fall of `name: wsd`, in percent of the schedule.", "learning rate", ge=0, le=100
+    )
 
 
 class MuonConfig(Section):
     """`optimizer.muon_config`: settings of MuonClip."""
 
     muon_beta: float = key(0.95, "Momentum.", "updates", ge=0, lt=1)
+    nesterov: bool = key(False, "Look ahead along the momentum, as Keller Jordan's Muon does.", "updates")
     muon_decay: float = key(0.0, "Weight decay of the Muon matrices.", "updates", ge=0)
-    ns_steps: int = key(5, "Iterations of the orthogonalisation.", "updates", ge=1, le=20)
-    enable_clipping: bool = key(True, "Clip attention logits (QK-clip).", "query and key weights")
-    clipping_threshold: float = key(50.0, "Largest attention logit before clipping.", "query and key weights", gt=0)
-    clipping_alpha: float = key(0.5, "Share of the correction that queries take.", "query and key weights", ge=0, le=1)
-    clipping_warmup_steps: int = key(0, "Steps before the first clip.", "query and key weights", ge=0)
-    clipping_interval: int = key(10, "Steps between clips.", "query and key weights", ge=1)
+    ns_steps: int = key(
+        5, "Iterations of the orthogonalisation; more of them even out smaller singular values.", "updates", ge=1, le=20
+    )
+    enable_clipping: bool = key(
+        True,
+        "Clip attention logits (QK-clip); off with `model.ngpt`, which bounds them itself.",
+        "query and key weights",
+    )
+    clipping_threshold: float = key(
+        50.0,
+        "Largest attention logit of a head, q.k / sqrt(head width), before it is clipped.",
+        "query and key weights",
+        gt=0,
+    )
+    clipping_alpha: float = key(
+        0.5, "Share of the correction that queries take; keys take the rest.", "query and key weights", ge=0, le=1
+    )
+    clipping_warmup_steps: int = key(0, "Steps without clipping at the start.", "query and key weights", ge=0)
+    clipping_interval: int = key(
+        10, "Steps from one look at the logits, and clip, to the next.", "query and key weights", ge=1
+    )
     clipping_qk_chunk_size: int = key(1024, "Queries per chunk when looking for the largest logit.", "memory", ge=1)
     capture_last_microbatch_only: bool = key(
         True, "Look at the last microbatch of an accumulation window only.", "query and key weights"
@@ -161,10 +185,19 @@ class MuonConfig(Section):
     polar_express: bool | None = key(None, "Deprecated switch of `orthogonalization`.", "updates")
     clipping_layers_mapping: dict[str, str] = key(
         None,
-        "Names of query and key projections in attention blocks that keep them apart.",
+        "Names of the modules `q_proj`, `k_proj` (and `v_proj`) in attention blocks that keep projections apart.",
         "which weights are clipped",
         factory=dict,
     )
+
+
+class ParamGroup(Section):
+    """An entry of `optimizer.param_groups`."""
+
+    pattern: str = Field(min_length=1, description="Names of parameters, as in a shell: `*`, `?`, `[abc]`.")
+    lr_scale: float = Field(default=1.0, ge=0, description="Factor of the learning rate.")
+    weight_decay: float | None = Field(default=None, ge=0, description="Weight decay instead of the usual one.")
+    algorithm: Literal["muon", "adamw"] | None = Field(default=None, description="Which half of MuonClip takes them.")
 
 
 class OptimizerConfig(Section):
@@ -173,13 +206,23 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adam", "muonclip"] = key("adamw", "Optimizer family.", "updates")
     lr: float = key(1e-4, "Peak learning rate.", "updates", gt=0)
     weight_decay: float = key(
-        0.01, "Decoupled weight decay of matrices; norms and embeddings have none.", "updates", ge=0
+        0.01,
+        "Decoupled weight decay of matrices; norms and embeddings have none, MuonClip's matrices `muon_decay`.",
+        "updates",
+        ge=0,
     )
     betas: list[Probability] = key(
         None, "Decay rates of Adam's two moments.", "updates", factory=lambda: [0.9, 0.999], min_length=2, max_length=2
     )
     eps: float = key(1e-8, "Term that keeps Adam's division stable.", "updates", gt=0)
     muon_config: MuonConfig | None = key(None, "Settings of MuonClip (`name: muonclip`).", "updates")
+    param_groups: list[ParamGroup] = key(
+        None,
+        "Exceptions for parameters by name, a list of `{pattern, lr_scale, weight_decay, algorithm}`. The first pattern that "
+        "matches a name decides; one that acts on nothing is an error.",
+        "updates",
+        factory=list,
+    )
 
 
 class WandbConfig(Section):

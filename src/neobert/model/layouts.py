@@ -23,7 +23,7 @@ _RENAMED = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-_FUSED = {
+FUSED = {
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 }
@@ -66,8 +66,8 @@ def to_eurobert(weights: Tensors) -> Tensors:
     out: Tensors = {}
     for name, tensor in weights.items():
         prefix, _, part = _split_name(name)
-        if part in _FUSED:
-            for target, piece in zip(_FUSED[part], tensor.chunk(len(_FUSED[part])), strict=True):
+        if part in FUSED:
+            for target, piece in zip(FUSED[part], tensor.chunk(len(FUSED[part])), strict=True):
                 out[prefix + target] = piece
         else:
             out[prefix + _RENAMED.get(part, part)] = tensor
@@ -77,8 +77,8 @@ def to_eurobert(weights: Tensors) -> Tensors:
 def from_eurobert(weights: Tensors) -> Tensors:
     """The inverse of `to_eurobert`. Raises KeyError naming a part that is missing."""
     renamed = {theirs: ours for ours, theirs in _RENAMED.items()}
-    fused = {parts[0]: (ours, parts) for ours, parts in _FUSED.items()}
-    inner = {part for parts in _FUSED.values() for part in parts[1:]}
+    fused = {parts[0]: (ours, parts) for ours, parts in FUSED.items()}
+    inner = {part for parts in FUSED.values() for part in parts[1:]}
     out: Tensors = {}
     for name, tensor in weights.items():
         prefix, _, part = _split_name(name)

@@ -4,16 +4,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Shape = Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt"]
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warmup from 0, then a decay to `floor` at `decay_end`, then the floor. Steps count from 0."""
+    """Linear warmup from 0, then a fall to `floor` at `decay_end`, then the floor. Steps count from 0."""
 
-    name: Literal["cosine", "linear", "constant"]
+    name: Shape
     warmup_steps: int
     decay_end: int
     floor: float = 0.0  # ratio of the peak
-    num_cycles: float = 0.5
+    num_cycles: float = 0.5  # cosine
+    power: float = 2.0  # polynomial
+    decay_start: int = 0  # wsd: until here the rate stays at the peak
 
 
 def lr_scale(step: int, schedule: Schedule) -> float:
@@ -24,15 +28,26 @@ def lr_scale(step: int, schedule: Schedule) -> float:
         return 1.0
     if step >= schedule.decay_end:
         return schedule.floor
-    progress = (step - schedule.warmup_steps) / max(1, schedule.decay_end - schedule.warmup_steps)
-    if schedule.name == "linear":
-        return 1.0 - (1.0 - schedule.floor) * progress
-    wave = 0.5 * (1.0 + math.cos(math.pi * 2.0 * schedule.num_cycles * progress))
-    return schedule.floor + (1.0 - schedule.floor) * wave
+    if schedule.name == "inverse_sqrt":
+        return max(schedule.floor, math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
+    return schedule.floor + (1.0 - schedule.floor) * _height(step, schedule)
+
+
+def _height(step: int, schedule: Schedule) -> float:
+    """From 1 at the peak to 0 at the floor."""
+    start = max(schedule.warmup_steps, schedule.decay_start if schedule.name == "wsd" else 0)
+    progress = max(0, step - start) / max(1, schedule.decay_end - start)
+    match schedule.name:
+        case "polynomial":
+            return (1.0 - progress) ** schedule.power
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * 2.0 * schedule.num_cycles * progress))
+        case _:  # linear, and the last phase of wsd
+            return 1.0 - progress
 
 
 def build_schedule(
-    name: Literal["cosine", "linear", "constant"],
+    name: Shape,
     num_steps: int,
     *,
     warmup_steps: int,
@@ -42,6 +57,8 @@ def build_schedule(
     decay_percent: float | None,
     final_lr_ratio: float,
     num_cycles: float,
+    power: float = 2.0,
+    wsd_decay_percent: float = 20.0,
 ) -> Schedule:
     """The schedule of a run of `num_steps`. Percentages are of `total_steps` and win over absolute steps.
 
@@ -53,4 +70,5 @@ def build_schedule(
     end = round(total * decay_percent / 100) if decay_percent is not None else decay_steps or total
     if warmup >= end and (decay_steps or decay_percent):
         raise ValueError(f"the decay ends at step {end}, before the warmup of {warmup} steps is over; lower the warmup")
-    return Schedule(name, warmup, end, final_lr_ratio, num_cycles)
+    start = max(warmup, end - round(total * wsd_decay_percent / 100)) if name == "wsd" else 0
+    return Schedule(name, warmup, end, final_lr_ratio, num_cycles, power, start)

@@ -10,6 +10,7 @@ from torch import nn
 
 from neobert.config.schema import TrainerConfig
 from neobert.errors import ConfigError, DataError, Problem
+from neobert.tasks.qk_clip import clip_metrics
 from neobert.training.checkpoint import Content, prune, save_checkpoint, write_pointer
 from neobert.training.loop import Hook, StepResult, TrainState, evaluate
 from neobert.training.metrics import Console, Stopwatch, duration, perplexity
@@ -63,12 +64,15 @@ class Log:
             row["weight_norm"] = weight_norm(self.model)
         if self.trainer.log_train_accuracy:
             row["accuracy"] = sum(one.num_correct for one in window) / max(1, targets)
+        row |= clip_metrics([one.clip for one in window if one.clip is not None])
         self.metrics.write(row)
         if not self.console.has_bar or self.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)
             extras = "".join(
                 f"  {name} {row[name]:.3f}" for name in ("grad_norm", "weight_norm", "accuracy") if name in row
             )
+            if row.get("qk_clipped_heads"):
+                extras += f"  largest logit {row['qk_max_logit']:.1f}, {row['qk_clipped_heads']} heads clipped"
             self.console.line(
                 f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
                 f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"

@@ -21,11 +21,13 @@ from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.load import load_model_weights
 from neobert.model.layouts import eurobert_config, is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.optim.build import build_optimizer, load_optimizer_state, optimizer_state
+from neobert.optim.build import load_optimizer_state, optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 from neobert.tasks.encoder import build_model, prepare_model
 from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, step_hooks
+from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
+from neobert.tasks.qk_clip import QKClip
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
 from neobert.tasks.summary import describe_run, print_end, print_summary
 from neobert.training.checkpoint import Content, has_data, load_data, load_optimizer, verify_checkpoint
@@ -65,8 +67,9 @@ def run(loaded: Loaded) -> Finished:
     if data.evaluation is None:
         check_needs_evaluation(config.trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
-    kernels = prepare_model(config, model, runtime)
-    optimizer = build_pretraining_optimizer(config, model)
+    lines = prepare_model(config, model, runtime)
+    optimizer = build_pretraining_optimizer(config, model, runtime.dtype)
+    clip, clip_line = build_clip(config, model)
     schedule = build_pretraining_schedule(config, data.num_steps)
     state = TrainState()
     if resume is not None:
@@ -80,10 +83,10 @@ def run(loaded: Loaded) -> Finished:
             f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
             f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
         )
-    facts = describe_run(config, model, runtime, data, schedule, kernels)
+    facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
     write_run_files(folder, dump_config(config), facts)
     print_summary(facts, [*notes, *told], folder)
-    job = Job(config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None)
+    job = Job(config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None, clip)
     return job.run()
 
 
@@ -101,6 +104,7 @@ class Job:
     folder: Path
     state: TrainState
     resumed: bool
+    clip: QKClip | None = None
 
     def run(self) -> Finished:
         trainer, max_steps = self.config.trainer, self.data.num_steps
@@ -120,6 +124,7 @@ class Job:
             needs_grad_norm=trainer.log_grad_norm,
             after_update=self.model.normalize_matrices,
             model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
+            clip=self.clip,
         )
         fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
         hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
@@ -206,19 +211,6 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
     return size, notes
 
 
-def build_pretraining_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer with its groups."""
-    optimizer = config.optimizer
-    return build_optimizer(
-        optimizer.name,
-        model.named_parameters(),
-        lr=optimizer.lr,
-        weight_decay=0.0 if config.model.ngpt else optimizer.weight_decay,
-        betas=(optimizer.betas[0], optimizer.betas[1]),
-        eps=optimizer.eps,
-    )
-
-
 def build_pretraining_schedule(config: Config, num_steps: int) -> Schedule:
     """The learning-rate schedule of `num_steps`. Raises ConfigError."""
     s = config.scheduler
@@ -233,6 +225,8 @@ def build_pretraining_schedule(config: Config, num_steps: int) -> Schedule:
             decay_percent=s.decay_percent,
             final_lr_ratio=s.final_lr_ratio,
             num_cycles=s.num_cycles,
+            power=s.power,
+            wsd_decay_percent=s.wsd_decay_percent,
         )
     except ValueError as error:
         raise ConfigError(Problem("scheduler", str(error))) from None

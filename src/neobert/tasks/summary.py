@@ -19,9 +19,9 @@ def describe_run(
     runtime: Runtime,
     data: PretrainingData,
     schedule: Schedule,
-    kernels: dict[str, str],
+    lines: dict[str, str],
 ) -> dict[str, Any]:
-    """What runs, as it was derived from the configuration and the machine; `kernels` are `prepare_model`'s lines."""
+    """What runs, as it was derived from the configuration and the machine; `lines` are those of its parts."""
     trainer, m = config.trainer, model.config
     num_parameters = sum(p.numel() for p in model.parameters())
     in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
@@ -30,7 +30,8 @@ def describe_run(
     norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
     kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
     shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
-    span = f"warmup {schedule.warmup_steps:,}, floor from step {schedule.decay_end:,}"
+    decay = f"peak until {schedule.decay_start:,}, " if schedule.name == "wsd" else ""
+    span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {schedule.decay_end:,}"
     masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
     return {
         "model": f"{shape}, {kinds}",
@@ -45,7 +46,7 @@ def describe_run(
         "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
         "device": runtime.describe,
-        **kernels,
+        **lines,
         "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
         "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",
     }

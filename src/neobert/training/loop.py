@@ -30,9 +30,19 @@ class MicroBatch(Protocol):
     def to(self, device: torch.device) -> "MicroBatch": ...
 
 
+class WeightClip(Protocol):
+    """Something that watches forward passes and changes weights after the update. Updates count from 1."""
+
+    def prepare(self, update: int, is_last_microbatch: bool) -> None: ...
+
+    def apply(self, update: int) -> Any: ...
+
+
 @dataclass
 class StepResult:
-    """One optimizer step. `loss` is the mean over `num_targets`; `grad_norm` is None where nobody asked for it."""
+    """One optimizer step. `loss` is the mean over `num_targets`; `grad_norm` is None where nobody asked for it, `clip` is
+    what the weight clip reported.
+    """
 
     loss: float
     num_targets: int
@@ -40,6 +50,7 @@ class StepResult:
     num_correct: int
     lr: float
     grad_norm: float | None
+    clip: Any = None
 
 
 @dataclass
@@ -75,6 +86,7 @@ class StepSettings:
     needs_grad_norm: bool = False
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
+    clip: WeightClip | None = None
 
 
 def train(
@@ -119,6 +131,8 @@ def train_step(
     with stopwatch.phase("compute"):
         for number, batch in enumerate(micro):
             seed_everything(settings.seed, step, number, runtime.rank)
+            if settings.clip is not None:
+                settings.clip.prepare(step + 1, is_last_microbatch=batch is micro[-1])
             with runtime.sync_gradients(on=batch is micro[-1]):
                 with runtime.autocast():
                     output = model(**batch.to(runtime.device).inputs(), **settings.model_inputs)
@@ -134,12 +148,13 @@ def train_step(
             _check_finite(norm, step, len(micro) - 1, optimizer, what="gradient")
         lr = settings.lr(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step()
         settings.after_update()
         optimizer.zero_grad(set_to_none=True)
+        report = None if settings.clip is None else settings.clip.apply(step + 1)
     num_tokens = runtime.all_sum(sum(batch.num_tokens for batch in micro))
-    return StepResult(total / num_targets, num_targets, num_tokens, num_correct, lr, norm)
+    return StepResult(total / num_targets, num_targets, num_tokens, num_correct, lr, norm, report)
 
 
 def _check_finite(value: float, step: int, micro: int, optimizer: torch.optim.Optimizer, what: str = "loss") -> None:

@@ -1,0 +1,107 @@
+"""MuonClip as a configuration asks for it: what runs, what is said of it, and what is refused."""
+
+import pytest
+from conftest import TINY
+
+from neobert.config.load import load_config
+from neobert.errors import ConfigError
+from neobert.tasks import pretraining
+from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
+
+MUON = "optimizer.muon_config."
+REFUSED = {
+    f"{MUON}clipping_threshold=0": "clipping_threshold: must be greater than 0, got 0",
+    f"{MUON}clipping_threshold=-3.0": "clipping_threshold: must be greater than 0",
+    f"{MUON}clipping_interval=0": "clipping_interval: must be greater than or equal to 1",
+    f"{MUON}ns_steps=0": "ns_steps: must be greater than or equal to 1",
+    f"{MUON}ns_steps=21": "ns_steps: must be less than or equal to 20",
+    f"{MUON}algorithm=svd": "orthogonalization: must be one of polar_express, newton_schulz, got 'svd'",
+    f"{MUON}clipping_layers_mapping={{k_proj: keys}}": "modules of these names (q_proj: q_proj, k_proj: keys)",
+    f"{MUON}clipping_layers_mapping={{q: q_proj}}": "no projection 'q'",
+    "optimizer.param_groups=[{pattern: 'encoder.*'}]": "pattern 'encoder.*' matches no parameter; names are like model.",
+    "optimizer.param_groups=[{pattern: '*norm*', algorithm: muon}]": "to muon, which takes matrices only",
+    "optimizer.param_groups=[{pattern: '*.layers.*', algorithm: adamw}]": "optimizer.name: muonclip found no matrix",
+    "optimizer.param_groups=[{patern: '*'}]": "optimizer.param_groups.0.patern: unknown key",
+    "optimizer.param_groups=[{pattern: '*', lr_scale: -1}]": "param_groups.0.lr_scale: must be greater than or equal to 0",
+    "optimizer.param_groups=[norm]": "optimizer.param_groups.0: must be a section with keys",
+}
+
+
+def build(*words):
+    config = load_config([], [*TINY, "optimizer.name=muonclip", *words]).config
+    model = pretraining.build_model(config, 64, 0)
+    return build_pretraining_optimizer(config, model, None), build_clip(config, model)
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_refused(word):
+    with pytest.raises(ConfigError) as error:
+        build(word)
+    assert REFUSED[word] in str(error.value)
+
+
+def test_algorithms_need_muonclip():
+    with pytest.raises(ConfigError, match="has no effect with optimizer.name: adamw"):
+        load_config([], ["optimizer.param_groups=[{pattern: '*', algorithm: muon}]"])
+    assert load_config([], ["optimizer.param_groups=[{pattern: '*', lr_scale: 2}]"])
+
+
+NEWTON = ("algorithm=newton_schulz", "polar_express=false")
+
+
+@pytest.mark.parametrize("old", [*NEWTON, "polar_express=true"])
+def test_older_names_act_and_warn(old):
+    loaded = load_config([], [*TINY, "optimizer.name=muonclip", MUON + old])
+    assert loaded.config.optimizer.muon_config.orthogonalization == (
+        "newton_schulz" if old in NEWTON else "polar_express"
+    )
+    assert any("is an older name" in warning for warning in loaded.warnings)
+
+
+def test_what_the_summary_says_of_the_clip():
+    assert build()[1][1] == "logits above 50, every 10 steps, last microbatch"
+    words = [
+        f"{MUON}clipping_warmup_steps=100",
+        f"{MUON}capture_last_microbatch_only=false",
+        f"{MUON}clipping_interval=2",
+    ]
+    assert build(*words)[1][1] == "logits above 50, every 2 steps after step 100, all microbatches"
+    clip, why = build(f"{MUON}enable_clipping=false")[1]
+    assert clip is None
+    assert why.startswith("off")
+    clip, why = build_clip(load_config([], ["optimizer.name=muonclip", "model.ngpt=true"]).config, None)
+    assert clip is None
+    assert "nGPT normalises queries and keys" in why
+    assert build_clip(load_config([], []).config, None) == (None, "")
+
+
+def test_every_matrix_of_the_encoder_is_muons():
+    """The settings arrive; fused matrices are known as what they are made of."""
+    optimizer, _ = build(f"{MUON}muon_beta=0.9", f"{MUON}ns_steps=7", f"{MUON}muon_decay=0.2", f"{MUON}nesterov=true")
+    [muon] = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+    parts = {name.partition(".layers.0.")[2]: n for name, n in zip(muon["param_names"], muon["parts"], strict=True)}
+    assert {name: n for name, n in parts.items() if name} == {
+        "attention.qkv.weight": 3, "attention.out.weight": 1, "ffn.gate_up.weight": 2, "ffn.down.weight": 1,
+    }  # fmt: skip
+    assert (muon["momentum"], muon["nesterov"], muon["weight_decay"], optimizer.num_steps) == (0.9, True, 0.2, 7)
+    rest = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rest["lm_head.weight"] == 0.01
+    assert rest["model.embed_tokens.weight"] == rest["model.norm.weight"] == 0
+
+
+def test_a_run_logs_its_clips(train, small):
+    words = [
+        "optimizer.name=muonclip",
+        f"{MUON}clipping_threshold=0.001",
+        f"{MUON}clipping_interval=2",
+        "trainer.logging_steps=3",
+    ]
+    run = train(*small, *words)
+    first, second = run.train
+    assert first["qk_clipped_heads"] > 0  # step 2
+    assert first["qk_max_logit"] > 0.001 > 0
+    assert len(first["qk_block_max_logits"]) == 2
+    assert 0 < min(first["qk_factors"].values()) <= first["qk_min_factor"] < 1
+    assert "heads clipped" in run.printed
+    assert second["qk_max_logit"] < first["qk_max_logit"]
+    assert "QK-clip         logits above 0.001, every 2 steps, last microbatch" in run.printed
