@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,6 @@ from neobert.training.runtime import choose_device, describe_arithmetic
 WAITING = {
     "the model's further variants and kernels": ["model.ngpt", "model.base_scale", "model.kernel_backend",
         "trainer.torch_compile", "trainer.torch_compile_dynamic", "trainer.torch_compile_backend"],
-    "hub datasets": ["dataset.config", "dataset.trust_remote_code"],
     "MuonClip": [key for key in known_keys() if key.startswith("optimizer.muon_config")],
     "GLUE": [*(key for key in known_keys() if key.startswith("glue.")), "model.classifier_init_range"],
     "contrastive": [*(key for key in known_keys() if key.startswith("contrastive.")), "pretrained_checkpoint",
@@ -79,7 +79,7 @@ def noted(text, *words):
 def data_of(small, *words):
     """The data of a run that is not started."""
     config = load_config([], [*TINY, *small, *words]).config
-    return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Rank(), None, False)
+    return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Rank(), Path("absent"), False)
 
 
 def in_state(name):
@@ -149,8 +149,8 @@ def workers_restart(train, small):
         batches = pipeline.batches()
         for _ in range(30):  # several epochs
             next(batches)
-            processes.update(pipeline._pool._processes if pipeline._pool else ())
-        batches.close()
+            processes.update(pipeline.workers.pool._processes if pipeline.workers.pool else ())
+        pipeline.workers.close()
         seen[value] = len(processes)
 
     return seen["true"] == 1 < seen["false"]
@@ -167,8 +167,8 @@ def blocks_in_flight(train, small):
         pipeline = data_of(small, *words).train.pipeline
         batches = pipeline.batches()
         next(batches)
-        ahead.append(pipeline.reader.num_read)
-        batches.close()
+        ahead.append(pipeline.lanes[0].sources[0].reader.num_read)
+        pipeline.workers.close()
     return ahead[0] < ahead[1]
 
 

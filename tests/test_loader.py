@@ -8,12 +8,15 @@ import torch
 from conftest import TEXT
 
 from neobert.data.batch import Collator
+from neobert.data.corpus import open_corpus
 from neobert.data.loader import Loader, Pipeline
 from neobert.data.masking import Masker
+from neobert.data.mixture import Lane
 from neobert.data.order import CorpusReader, Pieces, Rank, StreamReader
 from neobert.data.packing import OnePerRow, Packer, Segmenter
-from neobert.data.prepare import tokenize_files
-from neobert.data.sources import find_splits, open_corpus
+from neobert.data.prepare import open_tokenized
+from neobert.data.rows import RowSource, ShuffleBuffer, Workers
+from neobert.data.sources import find_splits, fingerprint
 from neobert.errors import CheckpointError, DataError
 
 LENGTH = 64
@@ -22,33 +25,58 @@ LENGTH = 64
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tokenizer):
     files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
-    return tokenize_files(files, tokenizer, tmp_path_factory.mktemp("store") / "tokens", 1, False)[0]
+    return open_tokenized(files, tokenizer, tmp_path_factory.mktemp("store") / "tokens", 1, False, False, False)[0]
 
 
 def reader(kind, store, rank, path=TEXT / "validation.txt"):
     files, _ = find_splits(str(path), None, None, None)
     if kind == "stream":
         return StreamReader(files, rank)
-    return CorpusReader(Pieces(store, LENGTH - 2) if kind == "tokens" else open_corpus(files, False, None), 3, rank)
+    return CorpusReader(
+        Pieces(store, LENGTH - 2) if kind == "tokens" else open_corpus(files, fingerprint(files)), 3, rank
+    )
 
 
-def make_loader(kind, store, tokenizer, packed=True, workers=0, rank=None, path=TEXT / "validation.txt", **changed):
+def make_loader(
+    kind,
+    store,
+    tokenizer,
+    packed=True,
+    num_workers=0,
+    rank=None,
+    path=TEXT / "validation.txt",
+    lanes=None,
+    sources=1,
+    **changed,
+):
+    """A loader of the lanes of `rank`; several `sources` are the same text, drawn 2 : 1."""
+    settings = {"shuffle": 50 if kind == "stream" else 0, "num_epochs": None, "exhausted": "repeat", **changed}
+    rank = rank or Rank()
+    lanes = lanes or rank.world
+    workers = Workers(tokenizer, num_workers, persistent=settings.get("persistent", True))
     masker = Masker(1, 0.15, False, tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
-    settings = {
-        "shuffle_size": 50 if kind == "stream" else 0,
-        "seed": 3,
-        "num_workers": workers,
-        "batch_size": 4,
-        **changed,
-    }
-    return Loader(
-        Pipeline(
-            reader(kind, store, rank or Rank(), path),
-            tokenizer,
+
+    def source(lane):
+        return RowSource(
+            reader(kind, store, Rank(lane, lanes), path),
+            workers,
             Segmenter(LENGTH, "split", tokenizer.cls_id, tokenizer.sep_id),
             Packer(LENGTH) if packed else OnePerRow(),
+            ShuffleBuffer(settings["shuffle"], 3),
+            num_epochs=settings["num_epochs"],
+            min_rows=4 if sources == 1 == lanes else 1,
+        )
+
+    owned = range(rank.index, lanes, rank.world)
+    weights = [2.0, 1.0][:sources]
+    return Loader(
+        Pipeline(
+            [Lane(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
+            workers,
             Collator(masker, tokenizer.pad_id, packed, LENGTH),
-            **settings,
+            batch_size=4,
+            seed=3,
+            num_batches=settings.get("num_batches"),
         )
     )
 
@@ -85,7 +113,7 @@ def test_resume_is_exact_at_any_position(kind, packed, store, tokenizer):
 
 @pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
 def test_resume_is_exact_up_to_the_last_batch(kind, store, tokenizer):
-    limits = {"num_epochs": 2, "shuffle_size": 10**6 if kind == "stream" else 0}  # the buffer empties in one go
+    limits = {"num_epochs": 2, "shuffle": 10**6 if kind == "stream" else 0}  # the buffer empties in one go
     whole = make_loader(kind, store, tokenizer, **limits)
     expected = list(whole)
     whole.close()
@@ -99,7 +127,7 @@ def test_resume_is_exact_up_to_the_last_batch(kind, store, tokenizer):
 
 
 def test_tokenising_processes_change_nothing(store, tokenizer):
-    plain, parallel = (make_loader("stream", store, tokenizer, workers=n, persistent_workers=False) for n in (0, 2))
+    plain, parallel = (make_loader("stream", store, tokenizer, num_workers=n, persistent=False) for n in (0, 2))
     assert_equal(take(plain, 150), take(parallel, 150))
     state, arrays = parallel.state_dict()
     resumed = make_loader("stream", store, tokenizer)
@@ -160,11 +188,11 @@ def test_a_token_store_fits_one_tokenizer(tmp_path, store, tokenizer):
     from dataclasses import replace
 
     files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
+    settings = {"num_proc": 1, "show_bar": False, "in_memory": False, "refuse": False}
     with pytest.raises(DataError, match="another tokenizer"):
-        tokenize_files(files, replace(tokenizer, json=tokenizer.json + " "), store.folder, 1, False)
+        open_tokenized(
+            files, replace(tokenizer, json=tokenizer.json.replace("president", "presidant")), store.folder, **settings
+        )
     other, _ = find_splits(str(TEXT / "train.txt"), None, None, None)
     with pytest.raises(DataError, match="another text"):
-        tokenize_files(other, tokenizer, store.folder, 1, False)
-    parallel, made = tokenize_files(files, tokenizer, tmp_path / "parallel", 2, False)
-    assert made
-    assert np.array_equal(parallel.tokens, store.tokens)
+        open_tokenized(other, tokenizer, store.folder, **settings)

@@ -63,6 +63,8 @@ def _walk(section: type[BaseModel], prefix: str) -> typing.Iterator[KeyInfo]:
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:
+    if typing.get_origin(annotation) is list:
+        return None  # a list of sections is one key
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

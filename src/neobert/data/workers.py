@@ -7,9 +7,12 @@ import threading
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from typing import TypeVar
 
 from neobert.data.tokenizer import Ids, TextTokenizer
 from neobert.errors import DataError
+
+Result = TypeVar("Result")
 
 _worker_tokenizer: TextTokenizer | None = None
 
@@ -37,17 +40,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_in_worker(texts: list[str]) -> list[Ids]:
+def worker_tokenizer() -> TextTokenizer:
+    """The tokenizer of this worker process."""
     assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode(texts)
+    return _worker_tokenizer
 
 
-def wait_for_worker(future: "Future[list[Ids]]") -> list[Ids]:
+def encode_in_worker(texts: list[str]) -> list[Ids]:
+    return worker_tokenizer().encode(texts)
+
+
+def wait_for_worker(future: "Future[Result]") -> Result:
     """The result of a block. Raises DataError when its process died."""
     try:
         return future.result()
     except BrokenProcessPool:
         raise DataError(
-            "a tokenising process ended unexpectedly, most likely killed for want of memory; "
-            "lower dataset.num_workers, or set it to 0"
+            "a tokenising process ended unexpectedly, most likely killed for want of memory; use fewer "
+            "(dataset.num_workers, dataset.num_proc, --num-proc), and start again: it goes on where it was"
         ) from None
