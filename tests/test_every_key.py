@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TEXT, TINY, TOKENIZER
+from conftest import TEXT, TINY, TOKENIZER, hub_cache
 from safetensors.torch import load_file
 
 from neobert.config.load import load_config
@@ -138,6 +138,50 @@ def cached(train, small):
     pa.parquet.write_table(pa.table({"text": lines}), f"{folder}/table.parquet")
     train(*small, f"dataset.path={folder}/table.parquet", f"dataset.cache_dir={folder}/cache")
     return bool(os.listdir(f"{folder}/cache"))
+
+
+def source_words(small, *names):
+    """A mixture of small texts, as an override."""
+    folder = small[0].removeprefix("dataset.path=")
+    for name in names:
+        with open(f"{folder}/../{name}.txt", "w") as file:
+            file.writelines(f"{name} and trade and ships for the {n}th time\n" for n in range(30))
+    entries = ", ".join(f"{{path: '{folder}/../{name}.txt', weight: {n}}}" for n, name in enumerate(names, 1))
+    return f"dataset.mixture=[{entries}]"
+
+
+def mixes(train, small):
+    one, two = (train(*small, source_words(small, *names)) for names in (["war"], ["war", "peace"]))
+    return one.losses != two.losses and "2 parts of" in two.printed
+
+
+def mixture_ends(train, small):
+    """Sources are repeated, or read once: until the first is used up, or all are."""
+    words = [
+        *small,
+        source_words(small, "war", "peace"),
+        UNPACKED,
+        "trainer.max_steps=40",
+        "trainer.eval_max_batches=1",
+    ]
+    steps = [train(*words, f"dataset.mixture_exhausted={policy}").state.step for policy in ("repeat", "drop", "stop")]
+    return steps[0] == 40 > steps[1] == 30 > steps[2] > 15
+
+
+def refuses_bad_rows(train, small):
+    path = small[0].removeprefix("dataset.path=") + "/train.txt"
+    with open(path, "ab") as file:
+        file.write(b"\nnot \xff valid\n")
+    skipped = train(*small, "dataset.bad_rows=skip").printed
+    return "1 not UTF-8" in skipped and refused("not UTF-8", "dataset.bad_rows=refuse")(train, small)
+
+
+def hub_variants(train, small):
+    """The configurations of a dataset in a local cache of the hub."""
+    cache = hub_cache(Path(small[0].removeprefix("dataset.path=")) / "hub")
+    words = [*small[1:], "dataset.path=", "dataset.name=me/tiny", f"dataset.cache_dir={cache}"]
+    english, french = (train(*words, f"dataset.config={name}").losses for name in ("en", "fr"))
+    return english != french
 
 
 def workers_restart(train, small):
@@ -353,6 +397,13 @@ ROWS = {
     "dataset.cache_dir": cached,
     "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
     "dataset.force_redownload": tokenises_again,
+    "dataset.config": hub_variants,
+    "dataset.trust_remote_code": noted("no longer runs code of a dataset", "dataset.trust_remote_code=true"),
+    "dataset.bad_rows": refuses_bad_rows,
+    "dataset.mixture": mixes,
+    "dataset.mixture_exhausted": mixture_ends,
+    "dataset.lanes": losses("dataset.lanes=2"),
+    "datacollator.mlm_probability_final": losses("datacollator.mlm_probability_final=0.6"),
     "dataset.long_documents": losses("dataset.long_documents=truncate", "tokenizer.max_length=9"),
     "datacollator.mlm_probability": losses("datacollator.mlm_probability=0.4"),
     "datacollator.mask_all": losses("datacollator.mask_all=true"),

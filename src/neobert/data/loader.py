@@ -69,6 +69,8 @@ class Pipeline:
         rows: list[Row] = []
         while len(rows) < self.batch_size and (row := lane.next()) is not None:
             rows.append(row)
+            if row.ends_batch:
+                break
         return rows
 
     def _empty_row(self) -> Row:
@@ -78,10 +80,7 @@ class Pipeline:
 
     def count_batches(self) -> int:
         """Batches of the longest of these lanes, by a pass over the data that masks nothing."""
-        longest = 0
-        for lane in self.lanes:
-            num_rows = sum(1 for _ in iter(lane.next, None))
-            longest = max(longest, -(-num_rows // self.batch_size))
+        longest = max(sum(1 for _ in iter(lambda lane=lane: self._take(lane), [])) for lane in self.lanes)  # type: ignore[misc]
         self.workers.close()
         return longest
 

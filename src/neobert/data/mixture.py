@@ -53,7 +53,7 @@ class Lane:
             row = self.sources[number].next()
             if row is not None:
                 self.num_rows += 1
-                return Row(row.pieces, row.epoch, index)
+                return Row(row.pieces, row.epoch, index, row.ends_batch)
             self.dry = set(range(len(self.sources))) if self.exhausted == "stop" else self.dry | {number}
         return None
 

@@ -1,8 +1,9 @@
 """Documents into rows of one length: `pack` fills rows with several documents, `pad` gives each piece its own row.
 
-Packing is best fit over a bounded number of open rows: a piece goes into the fullest open row it fits in; when more than
-`MAX_OPEN` rows are open the fullest is closed. 64 open rows fill 99 % of 512-token rows with paragraphs of prose. It sits in
-the stream, before batching, so that every microbatch is full, and its open rows are part of the position.
+Packing is best fit over a bounded number of open rows: a piece goes into the fullest open row it fits in, or, where that would
+leave a gap too small for anything, into one with more room; when more than `MAX_OPEN` rows are open the fullest is closed.
+64 open rows fill more than 99 % of 512-token rows, with prose as with texts of 65 tokens. It sits in the stream, before
+batching, so that every microbatch is full, and its open rows are part of the position.
 """
 
 from bisect import bisect_left, insort
@@ -24,6 +25,7 @@ class Row:
     pieces: tuple[Ids, ...]
     epoch: int
     index: int = -1
+    ends_batch: bool = False  # the microbatch that it is in is not filled up
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +93,7 @@ class Packer:
     _next: int = 0
 
     def add(self, piece: Ids, epoch: int) -> list[Row]:
-        place = bisect_left(self._rooms, (len(piece), -1))
+        place = self._find_room(len(piece))
         if place < len(self._rooms):
             room, number = self._rooms.pop(place)
         else:
@@ -104,6 +106,18 @@ class Packer:
             return [self._close(number)]
         insort(self._rooms, (room, number))
         return [self._close(self._rooms.pop(0)[1])] if len(self._open) > self.max_open else []
+
+    def _find_room(self, length: int) -> int:
+        """Where in `_rooms` a piece goes; behind the last for a new row.
+
+        A short piece must not leave a gap that nothing fits into: it closes a row, or leaves room for another piece.
+        """
+        rooms, best = self._rooms, bisect_left(self._rooms, (length, -1))
+        if best == len(rooms) or rooms[best][0] <= length + 2 or 4 * length > self.row_length:
+            return best
+        spacious = bisect_left(rooms, (length + min(32, self.row_length // 16), -1))
+        is_full = len(rooms) >= self.max_open
+        return best if spacious == len(rooms) and is_full else spacious
 
     def flush(self) -> list[Row]:
         """Close all open rows, packed anew with the longest pieces first, so that few of the last rows are half empty."""

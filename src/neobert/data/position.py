@@ -91,24 +91,29 @@ def _write_source(arrays: dict[str, np.ndarray], prefix: str, s: SourceState, dt
         "num_seen": s.num_seen,
         "epoch": s.epoch,
         "num_rows": s.num_rows,
+        "num_packed": s.num_packed,
         "cut": asdict(s.cut),
     }
-    for name, rows in (("open_rows", s.open_rows), ("ready", [(row.pieces, row.epoch) for row in s.ready])):
+    ready = [(row.pieces, row.epoch) for row in s.ready]
+    state["ends"] = [number for number, row in enumerate(s.ready) if row.ends_batch]
+    for name, rows in (("open_rows", s.open_rows), ("ready", ready)):
         _write_pieces(arrays, prefix + name, [piece for pieces, _ in rows for piece in pieces], dtype)
         state[name] = [[len(pieces), epoch] for pieces, epoch in rows]
     return state
 
 
 def _read_source(arrays: dict[str, np.ndarray], prefix: str, state: dict[str, Any]) -> SourceState:
+    ends = set(state["ends"])
     rows = {name: _read_rows(arrays, prefix + name, state[name]) for name in ("open_rows", "ready")}
     return SourceState(
         reader=state["reader"],
         buffer=tuple(_read_pieces(arrays, f"{prefix}buffer")),
         num_seen=state["num_seen"],
         open_rows=tuple(rows["open_rows"]),
-        ready=tuple(Row(pieces, epoch) for pieces, epoch in rows["ready"]),
+        ready=tuple(Row(*row, ends_batch=number in ends) for number, row in enumerate(rows["ready"])),
         epoch=state["epoch"],
         num_rows=state["num_rows"],
+        num_packed=state["num_packed"],
         cut=Cut(**state["cut"]),
     )
 

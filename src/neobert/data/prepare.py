@@ -29,7 +29,7 @@ from neobert.data.token_store import (
     write_shard,
 )
 from neobert.data.tokenizer import Ids, TextTokenizer, train_tokenizer
-from neobert.data.workers import start_workers, wait_for_worker, worker_tokenizer
+from neobert.data.workers import start_workers, submit_to_worker, wait_for_worker, worker_tokenizer
 from neobert.errors import DataError
 
 MAX_SHARDS, MIN_SHARD_BYTES = 256, 1_000_000
@@ -185,7 +185,7 @@ def _make_shards(
                     tokenize_shard(*job, tokenizer)
                     bar.update()
                 return
-            futures = [pool.submit(tokenize_shard, *job) for job in jobs]
+            futures = [submit_to_worker(pool, tokenize_shard, *job) for job in jobs]
             for future in futures:
                 wait_for_worker(future)
                 bar.update()

@@ -19,7 +19,7 @@ from neobert.data.masking import hash_key
 from neobert.data.order import Reader, StreamReader
 from neobert.data.packing import Cut, OnePerRow, Packer, Row, Segmenter
 from neobert.data.tokenizer import Ids, TextTokenizer
-from neobert.data.workers import encode_in_worker, start_workers, wait_for_worker
+from neobert.data.workers import encode_in_worker, start_workers, submit_to_worker, wait_for_worker
 from neobert.errors import DataError
 
 
@@ -77,7 +77,7 @@ class Workers:
             return self.tokenizer.encode(documents)
         if self.pool is None:
             self.pool = start_workers(self.count, self.tokenizer)
-        return self.pool.submit(encode_in_worker, documents)
+        return submit_to_worker(self.pool, encode_in_worker, documents)
 
     def end_epoch(self) -> None:
         """Without `persistent`, new processes from now on; blocks in flight are still finished."""
@@ -102,6 +102,7 @@ class SourceState:
     ready: tuple[Row, ...]
     epoch: int
     num_rows: int
+    num_packed: int
     cut: Cut
 
 
@@ -116,7 +117,7 @@ class RowSource:
     buffer: ShuffleBuffer
     name: str = ""
     num_epochs: int | None = None
-    flush_every_block: bool = False  # close open rows after each block (`enforce_full_packed_batches: false`)
+    group: int | None = None  # pack so many pieces by themselves, and end the microbatch behind them
     min_rows: int = 1  # that the first epoch must give; 0: none needed
 
     def __post_init__(self) -> None:
@@ -124,6 +125,7 @@ class RowSource:
         self.cut = Cut()
         self.epoch = 0  # of the newest row handed out
         self.num_rows = 0  # handed out since the run began
+        self.num_packed = 0  # pieces since the last group
         self._behind = self.reader.state_dict()
         self._blocks: Iterator[tuple[list[Ids], int, dict[str, Any]]] | None = None
         self._frozen: SourceState | None = None  # all of the position but the ready rows, until the next block
@@ -144,19 +146,28 @@ class RowSource:
 
     def _take(self, documents: list[Ids], epoch: int, behind: dict[str, Any]) -> None:
         """Bring a block of documents into rows; an empty block ends an epoch."""
-        rows = self.ready
         for document in documents:
             for piece in self.segmenter(document, self.cut):
                 for shuffled in self.buffer.add(piece, epoch):
-                    rows.extend(self.packer.add(shuffled, epoch))
+                    self._pack(shuffled, epoch)
         if not documents:
             for piece in self.buffer.drain(epoch):
-                rows.extend(self.packer.add(piece, epoch))
-        if self.flush_every_block or not documents:  # a row holds documents of one epoch
-            rows.extend(self.packer.flush())
-        if not documents:
+                self._pack(piece, epoch)
+            self._flush()  # a row holds documents of one epoch
             self._check_epoch(epoch)
         self._behind, self._frozen = behind, None
+
+    def _pack(self, piece: Ids, epoch: int) -> None:
+        self.ready.extend(self.packer.add(piece, epoch))
+        self.num_packed += 1
+        if self.group is not None and self.num_packed % self.group == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.ready.extend(self.packer.flush())
+        if self.group is not None and self.ready:
+            self.ready.append(replace(self.ready.pop(), ends_batch=True))
+            self.num_packed = 0
 
     def _check_epoch(self, epoch: int) -> None:
         """Raises DataError when the first epoch gave too little: an empty corpus would be read for ever."""
@@ -206,6 +217,7 @@ class RowSource:
                 (),
                 0,
                 0,
+                self.num_packed,
                 replace(self.cut),
             )
         return replace(self._frozen, ready=tuple(self.ready), epoch=self.epoch, num_rows=self.num_rows)
@@ -217,7 +229,8 @@ class RowSource:
         self.buffer.pieces, self.buffer.num_seen = list(state.buffer), state.num_seen
         self.packer.restore(list(state.open_rows))
         self.ready = deque(state.ready)
-        self.epoch, self.num_rows, self.cut = state.epoch, state.num_rows, replace(state.cut)
+        self.epoch, self.num_rows, self.num_packed = state.epoch, state.num_rows, state.num_packed
+        self.cut = replace(state.cut)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a position to mean the same."""
@@ -228,6 +241,7 @@ class RowSource:
             "long_documents": self.segmenter.policy,
             "row_length": getattr(self.packer, "row_length", None),
             "shuffle_buffer_size": self.buffer.size,
+            "group": self.group,
         }
 
 

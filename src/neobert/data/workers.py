@@ -4,15 +4,21 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from neobert.data.tokenizer import Ids, TextTokenizer
 from neobert.errors import DataError
 
 Result = TypeVar("Result")
+
+WORKER_DIED = (
+    "a tokenising process ended unexpectedly, most likely killed for want of memory; use fewer (dataset.num_workers, "
+    "dataset.num_proc, --num-proc), and start again: it goes on where it was"
+)
 
 _worker_tokenizer: TextTokenizer | None = None
 
@@ -50,12 +56,17 @@ def encode_in_worker(texts: list[str]) -> list[Ids]:
     return worker_tokenizer().encode(texts)
 
 
+def submit_to_worker(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+    """Hand work to a process. Raises DataError when one of them has died."""
+    try:
+        return pool.submit(function, *arguments)
+    except BrokenProcessPool:
+        raise DataError(WORKER_DIED) from None
+
+
 def wait_for_worker(future: "Future[Result]") -> Result:
-    """The result of a block. Raises DataError when its process died."""
+    """The result of such work. Raises DataError when its process died."""
     try:
         return future.result()
     except BrokenProcessPool:
-        raise DataError(
-            "a tokenising process ended unexpectedly, most likely killed for want of memory; use fewer "
-            "(dataset.num_workers, dataset.num_proc, --num-proc), and start again: it goes on where it was"
-        ) from None
+        raise DataError(WORKER_DIED) from None

@@ -134,6 +134,8 @@ def _row_source(
     config: Config, workers: Workers, reader: Reader, num_epochs: int | None, min_rows: int, source: Source | None
 ) -> RowSource:
     packed, tokenizer, training = config.datacollator.pack_sequences, workers.tokenizer, source is not None
+    trainer = config.trainer
+    batch_size = trainer.per_device_train_batch_size if training else trainer.per_device_eval_batch_size
     return RowSource(
         reader,
         workers,
@@ -142,7 +144,7 @@ def _row_source(
         ShuffleBuffer(config.dataset.shuffle_buffer_size if training and config.dataset.streaming else 0, config.seed),
         source.name if source else "",
         num_epochs,
-        flush_every_block=packed and not config.trainer.enforce_full_packed_batches,
+        group=batch_size if packed and not config.trainer.enforce_full_packed_batches else None,
         min_rows=min_rows,
     )
 
