@@ -15,9 +15,12 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser: uint64 -> uint64, every output bit depends on every input bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)  # in place: a third of the time goes to temporaries
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def hash_key(*parts: int | np.ndarray) -> np.ndarray:
@@ -70,9 +73,10 @@ class Masker:
         places_T = np.arange(1, ids_BT.shape[1] + 1, dtype=np.uint64) * _GOLDEN
         bits = mix(keys_B[:, None] + places_T[None, :])
         # 32 bits choose whether a token is selected, 16 what becomes of it, and a second hash the random replacement.
-        threshold_B = np.round(self.rate(rows_B) * 2**32).astype(np.uint64)
-        selected = ((bits >> np.uint64(32)) < threshold_B[:, None]) & self._maskable[ids_BT]  # type: ignore[attr-defined]
-        labels = np.where(selected, ids_BT, IGNORED).astype(np.int64)
+        threshold_B = np.round(self.rate(rows_B) * 2**32).astype(np.uint64) << np.uint64(32)
+        selected = bits < threshold_B[:, None]
+        selected &= self._maskable[ids_BT]  # type: ignore[attr-defined]
+        labels = np.where(selected, ids_BT, np.int64(IGNORED))
         inputs = ids_BT.astype(np.int64)
         if self.mask_all:
             inputs[selected] = self.mask_id

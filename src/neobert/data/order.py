@@ -23,7 +23,7 @@ from neobert.data.token_store import TokenStore
 from neobert.data.tokenizer import Ids
 
 BLOCK_DOCUMENTS = 256
-FETCH_TEXTS = 16  # at a time, so that a block of long ones stays small
+FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
 BLOCK_CHARACTERS = 1_000_000
 
 
@@ -79,7 +79,7 @@ class CorpusReader:
         return block
 
     def _fetch(self) -> list[Any]:
-        count = BLOCK_DOCUMENTS if self.corpus.is_tokenized else FETCH_TEXTS
+        count = FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS
         end = min(len(self.corpus), self.position + count * self.rank.world)
         places = np.arange(self.position + self.rank.index, end, self.rank.world)
         self.position = end

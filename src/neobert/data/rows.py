@@ -35,16 +35,21 @@ class ShuffleBuffer:
     pieces: list[Ids] = field(default_factory=list)
     num_seen: int = 0
 
-    def add(self, piece: Ids, epoch: int) -> list[Ids]:
+    def exchange(self, pieces: list[Ids], epoch: int) -> list[Ids]:
+        """Put pieces in, and take out those whose places they get."""
         if self.size <= 1:
-            return [piece]
-        self.num_seen += 1
-        if len(self.pieces) < self.size:
-            self.pieces.append(piece)
-            return []
-        slot = int(hash_key(self.seed, epoch, self.num_seen)[0]) % self.size
-        out, self.pieces[slot] = self.pieces[slot], piece
-        return [out]
+            return pieces
+        numbers = np.arange(self.num_seen + 1, self.num_seen + 1 + len(pieces))
+        slots = (hash_key(self.seed, epoch, numbers) % np.uint64(self.size)).tolist()
+        self.num_seen += len(pieces)
+        out = []
+        for piece, slot in zip(pieces, slots, strict=True):
+            if len(self.pieces) < self.size:
+                self.pieces.append(piece)
+            else:
+                out.append(self.pieces[slot])
+                self.pieces[slot] = piece
+        return out
 
     def drain(self, epoch: int) -> list[Ids]:
         """All pieces, shuffled: an epoch ends with every document handed out."""
@@ -146,22 +151,21 @@ class RowSource:
 
     def _take(self, documents: list[Ids], epoch: int, behind: dict[str, Any]) -> None:
         """Bring a block of documents into rows; an empty block ends an epoch."""
-        for document in documents:
-            for piece in self.segmenter(document, self.cut):
-                for shuffled in self.buffer.add(piece, epoch):
-                    self._pack(shuffled, epoch)
+        pieces = [piece for document in documents for piece in self.segmenter(document, self.cut)]
+        self._pack(self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch), epoch)
         if not documents:
-            for piece in self.buffer.drain(epoch):
-                self._pack(piece, epoch)
             self._flush()  # a row holds documents of one epoch
             self._check_epoch(epoch)
         self._behind, self._frozen = behind, None
 
-    def _pack(self, piece: Ids, epoch: int) -> None:
-        self.ready.extend(self.packer.add(piece, epoch))
-        self.num_packed += 1
-        if self.group is not None and self.num_packed % self.group == 0:
-            self._flush()
+    def _pack(self, pieces: list[Ids], epoch: int) -> None:
+        ready, add, group = self.ready, self.packer.add, self.group
+        for piece in pieces:
+            ready.extend(add(piece, epoch))
+            if group is not None:
+                self.num_packed += 1
+                if self.num_packed == group:
+                    self._flush()
 
     def _flush(self) -> None:
         self.ready.extend(self.packer.flush())
