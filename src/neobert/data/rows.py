@@ -178,7 +178,7 @@ class RowSource:
         found = self.num_rows + len(self.ready)
         if epoch > 0 or found >= self.min_rows:
             return
-        of = f" of {self.name}" if self.name else ""
+        of = f" ({self.name})" if self.name else ""
         told = describe_skips(self.reader.skips.counts, self.cut.num_empty)
         why = f" ({told}{first_skip(self.reader.skips.first)})" if told else ""
         if not found:

@@ -48,7 +48,10 @@ def open_sources(config: Config, tokenizer: TextTokenizer, output_dir: Path) -> 
         given = entry.model_dump(exclude={"weight"})
         one = dataset.model_copy(update=given)
         folder = _token_folder(config, output_dir) / f"{number:02d}"
-        source = _open_source(config, one, tokenizer, folder, f"source {number} of the mixture")
+        try:
+            source = _open_source(config, one, tokenizer, folder, f"entry {number} of dataset.mixture")
+        except DataError as error:
+            raise DataError(f"dataset.mixture, entry {number}: {error}") from None
         told = f"{entry.weight:g} parts of {entry.path or entry.name}: {source.describe}"
         sources.append(Source(source.train, source.evaluation, told, source.name, entry.weight))
     return sources
