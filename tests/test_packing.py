@@ -15,9 +15,11 @@ def documents(lengths):
 
 def pack(lengths, row_length, policy="split"):
     segmenter, packer, cut = Segmenter(row_length, policy, 1, 2), Packer(row_length), Cut()
-    rows = [
-        row for document in documents(lengths) for piece in segmenter(document, cut) for row in packer.add(piece, 0)
-    ]
+    pieces, again = segmenter.pieces(documents(lengths), cut), Cut()
+    one_by_one = [piece for document in documents(lengths) for piece in segmenter(document, again)]
+    assert [piece.tolist() for piece in pieces] == [piece.tolist() for piece in one_by_one]
+    assert again == cut
+    rows = [row for piece in pieces for row in packer.add(piece, 0)]
     return rows + packer.flush(), cut
 
 

@@ -209,7 +209,7 @@ class RememberedReader:
         return self.inner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("an evaluation is not resumed")
+        raise AssertionError("an evaluation is not resumed")
 
 
 Reader = CorpusReader | StreamReader | RememberedReader

@@ -44,11 +44,12 @@ class ShuffleBuffer:
         self.num_seen += len(pieces)
         out = []
         for piece, slot in zip(pieces, slots, strict=True):
+            own = piece.copy()  # a view would keep its whole neighbourhood in memory
             if len(self.pieces) < self.size:
-                self.pieces.append(piece)
+                self.pieces.append(own)
             else:
                 out.append(self.pieces[slot])
-                self.pieces[slot] = piece
+                self.pieces[slot] = own
         return out
 
     def drain(self, epoch: int) -> list[Ids]:
@@ -151,7 +152,7 @@ class RowSource:
 
     def _take(self, documents: list[Ids], epoch: int, behind: dict[str, Any]) -> None:
         """Bring a block of documents into rows; an empty block ends an epoch."""
-        pieces = [piece for document in documents for piece in self.segmenter(document, self.cut)]
+        pieces = self.segmenter.pieces(documents, self.cut)
         self._pack(self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch), epoch)
         if not documents:
             self._flush()  # a row holds documents of one epoch

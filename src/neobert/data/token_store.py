@@ -89,10 +89,14 @@ class TokenStore:
 
     def fetch(self, indices: np.ndarray) -> list[Ids]:
         numbers = np.searchsorted(self.first, indices, side="right") - 1
-        documents = []
-        for number, index in zip(numbers.tolist(), (indices - self.first[numbers]).tolist(), strict=True):
-            begin, end = self.offsets[number][index], self.offsets[number][index + 1]
-            documents.append(np.asarray(self.tokens[number][begin:end]))
+        documents: list[Ids] = [np.zeros(0)] * len(indices)
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            local = indices[places] - self.first[number]
+            offsets, tokens = self.offsets[number], self.tokens[number]
+            spans = zip(places.tolist(), offsets[local].tolist(), offsets[local + 1].tolist(), strict=True)
+            for place, begin, end in spans:
+                documents[place] = tokens[begin:end]
         return documents
 
 
