@@ -1,44 +1,41 @@
-"""Packing: share of real tokens in packed rows of the shipped text, and whether every microbatch is full."""
+"""Packing: share of real tokens in the packed rows of one epoch, and whether every microbatch is full.
 
-from _bench import TEXT, TOKENIZER, arguments, bar, finish, table
+Measured on long prose and on short texts (about 65 tokens each), at three row lengths.
+"""
 
-from neobert.data.batch import Collator
-from neobert.data.loader import Pipeline
-from neobert.data.masking import Masker
-from neobert.data.order import StreamReader
-from neobert.data.packing import Packer, Segmenter
-from neobert.data.sources import find_splits
-from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+from _bench import arguments, bar, finish, table
+from _data import corpus, make_data
 
 BATCH_SIZE = 8
 
 
-def fill(length: int) -> tuple[float, bool]:
+def fill(name: str, length: int) -> tuple[float, bool]:
     """(share of real tokens, all microbatches full) over one epoch."""
-    tokenizer = text_tokenizer(load_tokenizer("", str(TOKENIZER)))
-    masker = Masker(0, 0.15, False, tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
-    pipeline = Pipeline(
-        StreamReader(find_splits(str(TEXT), None, None, None)[0]),
-        tokenizer,
-        Segmenter(length, "split", tokenizer.cls_id, tokenizer.sep_id),
-        Packer(length),
-        Collator(masker, tokenizer.pad_id, True, length),
-        BATCH_SIZE,
-        num_epochs=1,
-        keep_short_batch=False,
-    )
-    batches = [batch for batch, _ in pipeline.batches()]
-    num_tokens = sum(batch.num_tokens for batch in batches)
-    full = all(batch.input_ids.shape == (BATCH_SIZE, length) for batch in batches)
-    return num_tokens / (len(batches) * BATCH_SIZE * length), full
+    path, column = corpus(name)
+    words = [f"dataset.path={path}", f"dataset.text_column={column or 'null'}", f"dataset.max_seq_length={length}"]
+    words += ["datacollator.pack_sequences=true", f"trainer.per_device_train_batch_size={BATCH_SIZE}"]
+    data = make_data(*words, "dataset.num_workers=0")
+    num_rows, num_tokens, full = 0, 0, True
+    for batch in data.train:
+        if batch.epoch:
+            break
+        num_rows += len(batch.input_ids)
+        num_tokens += batch.num_tokens
+        full &= batch.input_ids.shape == (BATCH_SIZE, length)
+    data.train.close()
+    return num_tokens / (num_rows * length), full
 
 
 def main() -> None:
-    arguments(__doc__)
-    measured = {length: fill(length) for length in (128, 256, 512, 1024)}
-    rows = [(f"{length}", f"{share:.2%}", "all" if full else "NO") for length, (share, full) in measured.items()]
-    table([("row length", "real tokens", "full microbatches"), *rows])
-    bar("packing_fill_512", measured[512][0], 0.985)
+    options = arguments(__doc__)
+    lengths = (512, 4096) if options.quick else (512, 1024, 4096)
+    measured = {(name, length): fill(name, length) for name in ("prose", "short") for length in lengths}
+    rows = []
+    for (name, length), (share, full) in measured.items():
+        rows.append((name, f"{length:,}", f"{share:.2%}", "all" if full else "NO"))
+    table([("texts", "row length", "real tokens", "full microbatches"), *rows])
+    for (name, length), (share, _) in measured.items():
+        bar(f"packing_fill_{name}_{length}", share, 0.99)
     bar("full_microbatches", min(full for _, full in measured.values()), 1)
     finish()
 

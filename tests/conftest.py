@@ -78,6 +78,31 @@ def reference_keys():
     return json.loads(path.read_text())
 
 
+def hub_cache(folder):
+    """A local cache of the hub, laid out as huggingface_hub does, with the dataset me/tiny in two configurations."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = folder / "datasets--me--tiny"
+    snapshot = repository / "snapshots" / revision
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(revision)
+    configs = []
+    for language, word in (("en", "congress"), ("fr", "assemblée")):
+        (snapshot / language).mkdir(parents=True)
+        for split, count in (("train", 60), ("validation", 5)):
+            texts = [f"the {word} met for the {n}th time to speak about peace and trade" for n in range(count)]
+            pa.parquet.write_table(
+                pa.table({"content": texts}), snapshot / language / f"{split}-00000-of-00001.parquet"
+            )
+        default = "\n  default: true" if language == "en" else ""
+        files = "".join(f"\n  - split: {s}\n    path: {language}/{s}-*" for s in ("train", "validation"))
+        configs.append(f"- config_name: {language}{default}\n  data_files:{files}")
+    (snapshot / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n# Tiny\n")
+    return folder
+
+
 @pytest.fixture
 def small(tmp_path):
     """A corpus of 40 lines with a validation split, packed, as overrides."""

@@ -200,7 +200,14 @@ BAD_INPUT = {
     "empty corpus": (["dataset.path={tmp}/empty.txt"], "empty.txt: empty"),
     "blank corpus": (["dataset.path={tmp}/blank.txt"], "no document in it"),
     "small corpus": (["dataset.path={tmp}/small.txt"], "fewer than one microbatch of 4"),
-    "invalid utf-8": (["dataset.path={tmp}/latin.txt"], ": not UTF-8 text (byte 3 of the line is 0xe9)"),
+    "invalid utf-8": (
+        ["dataset.path={tmp}/latin.txt", "dataset.bad_rows=refuse"],
+        ": not UTF-8 (dataset.bad_rows: skip passes over such rows)",
+    ),
+    "few valid rows": (
+        ["dataset.path={tmp}/latin.txt"],
+        "fewer than one microbatch of 4 (40 rows passed over: 40 not UTF-8, first at",
+    ),
     "no mask token": (["tokenizer.path={tmp}/maskless"], "has no mask_token"),
     "no tokenizer": (["tokenizer.path={tmp}/absent"], "tokenizer.path: no folder"),
     "offline tokenizer": (["tokenizer.path=null"], "tokenizer.name: 'bert-base-uncased' cannot be loaded"),

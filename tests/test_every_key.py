@@ -8,11 +8,12 @@ import json
 import os
 import pty
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import TEXT, TINY, TOKENIZER
+from conftest import TEXT, TINY, TOKENIZER, hub_cache
 from safetensors.torch import load_file
 
 from neobert.config.load import load_config
@@ -27,7 +28,6 @@ from neobert.tasks.pretraining_data import build_data
 from neobert.training.choices import choose_device, describe_arithmetic
 
 WAITING = {
-    "hub datasets": ["dataset.config", "dataset.trust_remote_code"],
     "GLUE": [*(key for key in known_keys() if key.startswith("glue.")), "model.classifier_init_range"],
     "contrastive": [*(key for key in known_keys() if key.startswith("contrastive.")), "pretrained_checkpoint",
         "dataset.pretraining_prob", "dataset.min_length"],
@@ -79,7 +79,7 @@ def noted(text, *words):
 def data_of(small, *words):
     """The data of a run that is not started."""
     config = load_config([], [*TINY, *small, *words]).config
-    return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Rank(), None, False)
+    return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Rank(), Path("absent"), False)
 
 
 def in_state(name):
@@ -140,6 +140,50 @@ def cached(train, small):
     return bool(os.listdir(f"{folder}/cache"))
 
 
+def source_words(small, *names):
+    """A mixture of small texts, as an override."""
+    folder = small[0].removeprefix("dataset.path=")
+    for name in names:
+        with open(f"{folder}/../{name}.txt", "w") as file:
+            file.writelines(f"{name} and trade and ships for the {n}th time\n" for n in range(30))
+    entries = ", ".join(f"{{path: '{folder}/../{name}.txt', weight: {n}}}" for n, name in enumerate(names, 1))
+    return f"dataset.mixture=[{entries}]"
+
+
+def mixes(train, small):
+    one, two = (train(*small, source_words(small, *names)) for names in (["war"], ["war", "peace"]))
+    return one.losses != two.losses and "2 parts of" in two.printed
+
+
+def mixture_ends(train, small):
+    """Sources are repeated, or read once: until the first is used up, or all are."""
+    words = [
+        *small,
+        source_words(small, "war", "peace"),
+        UNPACKED,
+        "trainer.max_steps=40",
+        "trainer.eval_max_batches=1",
+    ]
+    steps = [train(*words, f"dataset.mixture_exhausted={policy}").state.step for policy in ("repeat", "drop", "stop")]
+    return steps[0] == 40 > steps[1] == 30 > steps[2] > 15
+
+
+def refuses_bad_rows(train, small):
+    path = small[0].removeprefix("dataset.path=") + "/train.txt"
+    with open(path, "ab") as file:
+        file.write(b"\nnot \xff valid\n")
+    skipped = train(*small, "dataset.bad_rows=skip").printed
+    return "1 not UTF-8" in skipped and refused("not UTF-8", "dataset.bad_rows=refuse")(train, small)
+
+
+def hub_variants(train, small):
+    """The configurations of a dataset in a local cache of the hub."""
+    cache = hub_cache(Path(small[0].removeprefix("dataset.path=")) / "hub")
+    words = [*small[1:], "dataset.path=", "dataset.name=me/tiny", f"dataset.cache_dir={cache}"]
+    english, french = (train(*words, f"dataset.config={name}").losses for name in ("en", "fr"))
+    return english != french
+
+
 def workers_restart(train, small):
     """Without `persistent_workers`, other processes tokenise in every epoch."""
     seen = {}
@@ -149,8 +193,8 @@ def workers_restart(train, small):
         batches = pipeline.batches()
         for _ in range(30):  # several epochs
             next(batches)
-            processes.update(pipeline._pool._processes if pipeline._pool else ())
-        batches.close()
+            processes.update(pipeline.workers.pool._processes if pipeline.workers.pool else ())
+        pipeline.workers.close()
         seen[value] = len(processes)
 
     return seen["true"] == 1 < seen["false"]
@@ -167,8 +211,8 @@ def blocks_in_flight(train, small):
         pipeline = data_of(small, *words).train.pipeline
         batches = pipeline.batches()
         next(batches)
-        ahead.append(pipeline.reader.num_read)
-        batches.close()
+        ahead.append(pipeline.lanes[0].sources[0].reader.num_read)
+        pipeline.workers.close()
     return ahead[0] < ahead[1]
 
 
@@ -395,6 +439,13 @@ ROWS = {
     "dataset.cache_dir": cached,
     "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
     "dataset.force_redownload": tokenises_again,
+    "dataset.config": hub_variants,
+    "dataset.trust_remote_code": noted("no longer runs code of a dataset", "dataset.trust_remote_code=true"),
+    "dataset.bad_rows": refuses_bad_rows,
+    "dataset.mixture": mixes,
+    "dataset.mixture_exhausted": mixture_ends,
+    "dataset.lanes": losses("dataset.lanes=2"),
+    "datacollator.mlm_probability_final": losses("datacollator.mlm_probability_final=0.6"),
     "dataset.long_documents": losses("dataset.long_documents=truncate", "tokenizer.max_length=9"),
     "datacollator.mlm_probability": losses("datacollator.mlm_probability=0.4"),
     "datacollator.mask_all": losses("datacollator.mask_all=true"),

@@ -8,12 +8,16 @@ import torch
 from conftest import TEXT
 
 from neobert.data.batch import Collator
-from neobert.data.loader import Loader, Pipeline
+from neobert.data.corpus import open_corpus
+from neobert.data.loader import Loader, Pipeline, lanes_of
 from neobert.data.masking import Masker
+from neobert.data.mixture import Lane, choose_sources
 from neobert.data.order import CorpusReader, Pieces, Rank, StreamReader
 from neobert.data.packing import OnePerRow, Packer, Segmenter
-from neobert.data.prepare import tokenize_files
-from neobert.data.sources import find_splits, open_corpus
+from neobert.data.position import join_positions
+from neobert.data.prepare import open_tokenized
+from neobert.data.rows import RowSource, ShuffleBuffer, Workers
+from neobert.data.sources import find_splits, fingerprint
 from neobert.errors import CheckpointError, DataError
 
 LENGTH = 64
@@ -22,33 +26,58 @@ LENGTH = 64
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tokenizer):
     files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
-    return tokenize_files(files, tokenizer, tmp_path_factory.mktemp("store") / "tokens", 1, False)[0]
+    return open_tokenized(files, tokenizer, tmp_path_factory.mktemp("store") / "tokens", 1, False, False, False)[0]
 
 
 def reader(kind, store, rank, path=TEXT / "validation.txt"):
     files, _ = find_splits(str(path), None, None, None)
     if kind == "stream":
         return StreamReader(files, rank)
-    return CorpusReader(Pieces(store, LENGTH - 2) if kind == "tokens" else open_corpus(files, False, None), 3, rank)
+    return CorpusReader(
+        Pieces(store, LENGTH - 2) if kind == "tokens" else open_corpus(files, fingerprint(files)), 3, rank
+    )
 
 
-def make_loader(kind, store, tokenizer, packed=True, workers=0, rank=None, path=TEXT / "validation.txt", **changed):
+def make_loader(
+    kind,
+    store,
+    tokenizer,
+    packed=True,
+    num_workers=0,
+    rank=None,
+    path=TEXT / "validation.txt",
+    lanes=None,
+    sources=1,
+    **changed,
+):
+    """A loader of the lanes of `rank`; several `sources` are the same text, drawn 2 : 1."""
+    settings = {"shuffle": 50 if kind == "stream" else 0, "num_epochs": None, "exhausted": "repeat", **changed}
+    rank = rank or Rank()
+    lanes = lanes or rank.world
+    workers = Workers(tokenizer, num_workers, persistent=settings.get("persistent", True))
     masker = Masker(1, 0.15, False, tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
-    settings = {
-        "shuffle_size": 50 if kind == "stream" else 0,
-        "seed": 3,
-        "num_workers": workers,
-        "batch_size": 4,
-        **changed,
-    }
-    return Loader(
-        Pipeline(
-            reader(kind, store, rank or Rank(), path),
-            tokenizer,
+
+    def source(lane):
+        return RowSource(
+            reader(kind, store, Rank(lane, lanes), path),
+            workers,
             Segmenter(LENGTH, "split", tokenizer.cls_id, tokenizer.sep_id),
             Packer(LENGTH) if packed else OnePerRow(),
+            ShuffleBuffer(settings["shuffle"], 3),
+            num_epochs=settings["num_epochs"],
+            min_rows=4 if sources == 1 == lanes else 1,
+        )
+
+    owned = range(rank.index, lanes, rank.world)
+    weights = [2.0, 1.0][:sources]
+    return Loader(
+        Pipeline(
+            [Lane(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
+            workers,
             Collator(masker, tokenizer.pad_id, packed, LENGTH),
-            **settings,
+            batch_size=4,
+            seed=3,
+            num_batches=settings.get("num_batches"),
         )
     )
 
@@ -65,27 +94,71 @@ def assert_equal(a, b):
         assert (x.epoch, x.num_targets, x.num_tokens) == (y.epoch, y.num_targets, y.num_tokens)
 
 
+@pytest.mark.parametrize("sources", [1, 2])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
-def test_resume_is_exact_at_any_position(kind, packed, store, tokenizer):
-    whole = make_loader(kind, store, tokenizer, packed)
-    expected = take(whole, 260)  # more than two epochs
-    whole.close()
+def test_resume_is_exact_at_any_position(kind, packed, sources, store, tokenizer):
+    """20 positions in more than two epochs; every document is used once an epoch."""
+    first = make_loader(kind, store, tokenizer, packed, sources=sources)
+    positions = sorted(np.random.default_rng(0).integers(0, 250 * sources, 20).tolist())
+    expected, states = [], {}
+    for number in range(positions[-1] + 11):
+        if number in positions:
+            states[number] = json.dumps(first.state_dict()[0]), first.state_dict()[1]
+        expected += take(first, 1)
+    first.close()
     assert expected[-1].epoch >= 1
-    for position in np.random.default_rng(0).integers(0, 250, 6).tolist():
-        first = make_loader(kind, store, tokenizer, packed)
-        take(first, position)
-        state, arrays = first.state_dict()
-        first.close()
-        second = make_loader(kind, store, tokenizer, packed)
-        second.load_state_dict(json.loads(json.dumps(state)), arrays)
+    for position, (state, arrays) in states.items():
+        second = make_loader(kind, store, tokenizer, packed, sources=sources)
+        second.load_state_dict(json.loads(state), arrays)
         assert_equal(take(second, 10), expected[position : position + 10])
         second.close()
 
 
+@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize("kind", ["stream", "text"])
+def test_resume_is_exact_with_processes(kind, sources, store, tokenizer):
+    """Saved and resumed with two processes, and with another number of them."""
+    whole = make_loader(kind, store, tokenizer, sources=sources)
+    expected = take(whole, 130)
+    whole.close()
+    parallel = make_loader(kind, store, tokenizer, num_workers=2, sources=sources)
+    assert_equal(take(parallel, 120), expected[:120])
+    for workers in (2, 0):
+        second = make_loader(kind, store, tokenizer, num_workers=workers, sources=sources)
+        second.load_state_dict(*parallel.state_dict())
+        assert_equal(take(second, 10), expected[120:])
+        second.close()
+    parallel.close()
+
+
+@pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
+def test_no_document_is_read_twice_nor_lost(kind, store, tokenizer):
+    """The documents before a position and those behind it are the corpus."""
+    for position in (0, 7, 33):
+        first, second = (make_loader(kind, store, tokenizer, num_epochs=1) for _ in range(2))
+        batches = take(first, position)
+        second.load_state_dict(*first.state_dict())
+        batches += list(second)
+        cut = second._snapshot.lanes[0].sources[0].cut
+        assert cut.num_documents == len(Pieces(store, LENGTH - 2) if kind == "tokens" else store)
+        assert tokens_of(batches) == tokens_of([store])
+        first.close()
+        second.close()
+
+
+def tokens_of(batches):
+    """How often each token occurs in the text of batches, or in a store."""
+    if not hasattr(batches[0], "labels"):
+        found = np.concatenate(batches[0].fetch(np.arange(len(batches[0]))))
+        return np.bincount(found, minlength=8192).tolist()
+    tokens = torch.cat([torch.where(b.labels == -100, b.input_ids, b.labels).flatten() for b in batches])
+    return np.bincount(tokens[~torch.isin(tokens, torch.tensor([0, 2, 3]))], minlength=8192).tolist()
+
+
 @pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
 def test_resume_is_exact_up_to_the_last_batch(kind, store, tokenizer):
-    limits = {"num_epochs": 2, "shuffle_size": 10**6 if kind == "stream" else 0}  # the buffer empties in one go
+    limits = {"num_epochs": 2, "shuffle": 10**6 if kind == "stream" else 0}  # the buffer empties in one go
     whole = make_loader(kind, store, tokenizer, **limits)
     expected = list(whole)
     whole.close()
@@ -99,7 +172,7 @@ def test_resume_is_exact_up_to_the_last_batch(kind, store, tokenizer):
 
 
 def test_tokenising_processes_change_nothing(store, tokenizer):
-    plain, parallel = (make_loader("stream", store, tokenizer, workers=n, persistent_workers=False) for n in (0, 2))
+    plain, parallel = (make_loader("stream", store, tokenizer, num_workers=n, persistent=False) for n in (0, 2))
     assert_equal(take(plain, 150), take(parallel, 150))
     state, arrays = parallel.state_dict()
     resumed = make_loader("stream", store, tokenizer)
@@ -112,11 +185,8 @@ def test_tokenising_processes_change_nothing(store, tokenizer):
 @pytest.mark.parametrize("kind", ["stream", "text", "tokens"])
 def test_an_epoch_is_every_token_once(kind, store, tokenizer):
     loader = make_loader(kind, store, tokenizer, num_epochs=1)
-    tokens = torch.cat([torch.where(b.labels == -100, b.input_ids, b.labels).flatten() for b in loader])
+    assert tokens_of(list(loader)) == tokens_of([store])
     loader.close()
-    found = np.bincount(tokens[~torch.isin(tokens, torch.tensor([0, 2, 3]))], minlength=tokenizer.num_real)
-    expected = np.bincount(np.concatenate(store.fetch(np.arange(len(store)))), minlength=tokenizer.num_real)
-    assert np.array_equal(found, expected)
 
 
 def test_microbatches_are_full_and_lengths_sum(store, tokenizer):
@@ -127,13 +197,146 @@ def test_microbatches_are_full_and_lengths_sum(store, tokenizer):
     loader.close()
 
 
-def test_two_ranks_share_the_rows(store, tokenizer):
-    loaders = [make_loader("tokens", store, tokenizer, packed=False, rank=Rank(r, 2)) for r in (0, 1)]
-    a, b = (take(loader, 5) for loader in loaders)
-    rows = [tuple(row.tolist()) for batch in a + b for row in batch.input_ids]
-    assert len(set(rows)) == len(rows)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["stream", "text"])
+def test_ranks_read_disjoint_documents_and_agree_on_batches(kind, packed, tmp_path, store, tokenizer):
+    """Uneven files: the union of what three ranks read is the corpus, nothing twice, and none has more batches."""
+    lines = (TEXT / "validation.txt").read_text().splitlines()
+    for name, part in (("a", lines[:3]), ("b", lines[3:200]), ("c", lines[200:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part))
+    settings = {"num_epochs": 1, "path": tmp_path, "packed": packed}
+    ranks = [Rank(number, 3) for number in range(3)]
+    counts = [make_loader(kind, store, tokenizer, rank=rank, **settings).pipeline.count_batches() for rank in ranks]
+    loaders = [make_loader(kind, store, tokenizer, rank=rank, num_batches=max(counts), **settings) for rank in ranks]
+    batches = [list(loader) for loader in loaders]
+    assert [len(one) for one in batches] == [max(counts)] * 3
+    assert tokens_of([batch for one in batches for batch in one]) == tokens_of([store])
+    assert sum(loader._snapshot.lanes[0].sources[0].cut.num_documents for loader in loaders) == len(lines)
+
+
+def test_a_rank_without_documents_hands_out_empty_batches(tmp_path, store, tokenizer):
+    (tmp_path / "one.txt").write_text("\n".join(["the only document of this corpus"] * 9))
+    settings = {"num_epochs": 1, "path": tmp_path, "packed": False, "num_batches": 3}
+    for number, rows in ((0, 5), (1, 4)):
+        loader = make_loader("stream", store, tokenizer, rank=Rank(number, 2), **settings)
+        batches = list(loader)
+        assert len(batches) == 3
+        assert batches[-1].num_targets == 0
+        assert sum((batch.attention_mask.sum(1) > 2).sum() for batch in batches) == rows
+
+
+@pytest.mark.parametrize("kind", ["stream", "tokens"])
+def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer):
+    """4 lanes: saved by 2 ranks, continued by 1, 2 and 4; the microbatches are those of 4 ranks, row for row."""
+    settings = {"lanes": 4, "packed": True}
+
+    def turns(loaders, count):
+        """The batches of `count` turns, by lane."""
+        lanes = [lane.index for loader in loaders for lane in loader.pipeline.lanes]
+        taken = [batch for loader in loaders for batch in take(loader, count * len(loader.pipeline.lanes))]
+        per_rank = [len(loader.pipeline.lanes) for loader in loaders]
+        out, start = {}, 0
+        for width in per_rank:
+            part = taken[start * count : (start + width) * count]
+            out |= {lanes[start + n]: part[n::width] for n in range(width)}
+            start += width
+        return [batch for lane in sorted(out) for batch in out[lane]]
+
+    def make(world):
+        return [make_loader(kind, store, tokenizer, rank=Rank(r, world), **settings) for r in range(world)]
+
+    four = make(4)
+    turns(four, 6)
+    expected = turns(four, 5)
+    two = make(2)
+    turns(two, 6)
+    saved = join_positions([loader.state_dict() for loader in two])
+    for world in (1, 2, 4):
+        loaders = make(world)
+        for loader in loaders:
+            loader.load_state_dict(*saved)
+        assert_equal(turns(loaders, 5), expected)
+        for loader in loaders:
+            loader.close()
+    with pytest.raises(CheckpointError, match="dealt to 4 lanes, which 3 processes cannot share equally"):
+        lanes_of(0, 3, 4)
+    with pytest.raises(CheckpointError, match="dealt to 4 lanes when the checkpoint was written, and 3 processes"):
+        make_loader(kind, store, tokenizer, rank=Rank(0, 3), lanes=3).load_state_dict(*saved)
+    take(two[0], 1)
+    with pytest.raises(CheckpointError, match="in the middle of a turn"):
+        make(4)[0].load_state_dict(*join_positions([loader.state_dict() for loader in two]))
+    for loader in (*two, *four):
+        loader.close()
+
+
+def test_a_mixture_honours_its_weights():
+    weights = [5.0, 0.01, 3.0, 1.99]
+    for rows in (np.arange(100_000), np.arange(3, 800_000, 8), np.arange(10**9, 10**9 + 100_000)):
+        counts = np.bincount(choose_sources(rows, weights, 7), minlength=4)
+        assert np.abs(counts / len(rows) - np.array(weights) / sum(weights)).max() < 0.0005
+    assert (choose_sources(np.arange(1000), [0.0, 1.0, 0.0], 7) == 1).all()
+    assert not np.array_equal(choose_sources(np.arange(1000), weights, 7), choose_sources(np.arange(1000), weights, 8))
+
+
+@pytest.mark.parametrize("policy", ["drop", "stop"])
+def test_a_source_that_runs_dry(policy, store, tokenizer):
+    """`drop` reads all of both; `stop` ends when the one that is drawn more often has been read; both resume exactly."""
+    settings = {"sources": 2, "num_epochs": 1, "packed": False, "exhausted": policy}
+    loader = make_loader("tokens", store, tokenizer, **settings)
+    expected = list(loader)
+    size = len(Pieces(store, LENGTH - 2))
+    rows = sum(len(batch.input_ids) for batch in expected)
+    assert rows == 2 * size if policy == "drop" else 1.49 * size < rows < 1.51 * size
+    for left in (0, 1, len(expected) // 4, len(expected) // 2):
+        first, second = (make_loader("tokens", store, tokenizer, **settings) for _ in range(2))
+        take(first, len(expected) - left)
+        second.load_state_dict(*first.state_dict())
+        assert_equal(list(second), expected[len(expected) - left :])
+        first.close()
+        second.close()
+
+
+def test_streamed_and_materialised_rows_are_the_same(store, tokenizer):
+    """Unshuffled, from the same seed."""
+    loaders = [make_loader(kind, store, tokenizer, shuffle=0) for kind in ("stream", "text", "tokens")]
+    for loader in loaders[1:]:
+        loader.pipeline.lanes[0].sources[0].reader.seed = None
+    a, b, c = (take(loader, 150) for loader in loaders)
+    assert_equal(a, b)
+    assert_equal(a, c)
     for loader in loaders:
         loader.close()
+
+
+def test_a_killed_worker_is_named(store, tokenizer):
+    """Nothing hangs when the system kills a tokenising process."""
+    loader = make_loader("stream", store, tokenizer, num_workers=1)
+    take(loader, 1)
+    for process in loader.pipeline.workers.pool._processes.values():
+        process.kill()
+    with pytest.raises(DataError, match="a tokenising process ended unexpectedly"):
+        take(loader, 2000)
+    loader.close()
+
+
+@pytest.mark.parametrize("num_documents", [1, 5, 40])
+def test_corpora_shorter_than_everything(num_documents, tmp_path, store, tokenizer):
+    """Shorter than the shuffle buffer, the look-ahead and a block: an epoch is still every document once."""
+    (tmp_path / "a.txt").write_text("\n".join(f"document number {n} of a few" for n in range(num_documents)))
+    loader = make_loader("stream", store, tokenizer, shuffle=1000, path=tmp_path, packed=False, lanes=2, rank=Rank(0, 1),
+                         num_epochs=3)  # fmt: skip
+    if num_documents == 1:
+        with pytest.raises(DataError, match="empty"):  # one lane has nothing
+            list(loader)
+    else:
+        rows = [
+            tuple(row.tolist())
+            for batch in loader
+            for row in torch.where(batch.labels == -100, batch.input_ids, batch.labels)
+        ]
+        assert len(rows) == 3 * num_documents
+        assert len(set(rows)) == num_documents
+    loader.close()
 
 
 def test_other_data_is_refused(store, tokenizer):
@@ -160,11 +363,11 @@ def test_a_token_store_fits_one_tokenizer(tmp_path, store, tokenizer):
     from dataclasses import replace
 
     files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
+    settings = {"num_proc": 1, "show_bar": False, "in_memory": False, "refuse": False}
     with pytest.raises(DataError, match="another tokenizer"):
-        tokenize_files(files, replace(tokenizer, json=tokenizer.json + " "), store.folder, 1, False)
+        open_tokenized(
+            files, replace(tokenizer, json=tokenizer.json.replace("president", "presidant")), store.folder, **settings
+        )
     other, _ = find_splits(str(TEXT / "train.txt"), None, None, None)
     with pytest.raises(DataError, match="another text"):
-        tokenize_files(other, tokenizer, store.folder, 1, False)
-    parallel, made = tokenize_files(files, tokenizer, tmp_path / "parallel", 2, False)
-    assert made
-    assert np.array_equal(parallel.tokens, store.tokens)
+        open_tokenized(other, tokenizer, store.folder, **settings)

@@ -5,12 +5,14 @@ Exit codes: 0 done, 2 something the user can repair (one line per problem on std
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from neobert import cli_data
 from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
@@ -82,7 +84,6 @@ def _pretrain(first: Path, words: list[str], task: str | None) -> None:
     loaded = load_config(*_layers(first, words), task)
     if missing := not_built(loaded.config):
         raise ConfigError(*missing)
-    _quiet_libraries()
     from neobert.insight.report import write_report
     from neobert.tasks import pretraining
 
@@ -104,7 +105,6 @@ def fill_mask(
     Example:
       neobert fill-mask outputs/quickstart "The President of the United [MASK] spoke to Congress."
     """
-    _quiet_libraries()
     from neobert.inference.fill_mask import fill_masks, format_guesses
 
     for guesses in fill_masks(checkpoint, texts, top):
@@ -240,34 +240,46 @@ def _plain(value: Any) -> Any:
     return value.model_dump()
 
 
-@tokenizer_app.command("train")
-def tokenizer_train(
-    files: Annotated[
-        list[str], typer.Argument(metavar="TEXT...", help=".txt, .jsonl or .parquet files, folders or globs.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new tokenizer.")],
-    vocab_size: Annotated[int, typer.Option(min=64, max=1_000_000, help="Tokens in the vocabulary.")] = 8192,
-    cased: Annotated[bool, typer.Option("--cased", help="Keep upper and lower case apart.")] = False,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text, if there are several.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="Longest input of the model.")] = 512,
+@app.command("data", context_settings=WITH_OVERRIDES, options_metavar="[--rows N] [--documents N] " + OVERRIDES)
+def data(
+    context: typer.Context,
+    config: ConfigFile,
+    rows: Annotated[int, typer.Option(min=0, max=100, help="Rows to show.")] = 3,
+    documents: Annotated[int, typer.Option(min=1, help="Documents to look at for the figures.")] = 2000,
 ) -> None:
-    """Train a WordPiece tokenizer on your text, with the special tokens that a masked LM needs.
+    """What training will see: rows with their documents and masks, lengths, fill, tokens per epoch, share cut.
 
     \b
     Example:
-      neobert tokenizer train corpus/*.txt -o tokenizer --vocab-size 16384
+      neobert data my.yaml --rows 5 dataset.path=corpus/
     """
-    _quiet_libraries()
-    from neobert.data.tokenizer import train_from_files
+    cli_data.show_data(*_layers(config, context.args), rows, documents)
 
-    size = train_from_files(files, text_column, output, vocab_size, not cased, max_length)
-    print(f"{output}: {size:,} tokens\nnext: neobert pretrain CONFIG --tokenizer.path {output}")
+
+@app.command("verify-resume", context_settings=WITH_OVERRIDES, options_metavar="[--steps N] " + OVERRIDES)
+def verify_resume(
+    context: typer.Context,
+    config: ConfigFile,
+    steps: Annotated[int, typer.Option(min=4, max=10_000, help="Steps to train.")] = 6,
+) -> None:
+    """Train a few steps, once in one go and once killed and resumed, and compare tokens, masks and losses.
+
+    Nothing is written to the output folder. Exit code 1 when something differs.
+
+    \b
+    Example:
+      neobert verify-resume my.yaml dataset.path=corpus/
+    """
+    if not cli_data.verify_resume(*_layers(config, context.args), steps):
+        raise typer.Exit(1)
+
+
+app.command("tokenize")(cli_data.tokenize)
+tokenizer_app.command("train")(cli_data.tokenizer_train)
 
 
 def _quiet_libraries() -> None:
     """Libraries that print progress and advice of their own would garble our output."""
-    import os
-
     for name, value in {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -276,6 +288,7 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Entry point: user errors become plain lines and exit code 2."""
+    _quiet_libraries()
     try:
         app()
     except UserError as error:

@@ -40,16 +40,31 @@ class TokenizerConfig(Section):
     )
 
 
+class MixtureSource(Section):
+    """One entry of `dataset.mixture`."""
+
+    path: str = key("", "As `dataset.path`.", "the source of text")
+    name: str = key("", "As `dataset.name`.", "the source of text")
+    config: str | None = key(None, "As `dataset.config`.", "the source of text")
+    text_column: str | None = key(None, "As `dataset.text_column`.", "the text that is read")
+    train_split: str | None = key(None, "As `dataset.train_split`.", "the text that is read")
+    eval_split: str | None = key(None, "As `dataset.eval_split`.", "the text that is evaluated")
+    weight: float = key(1.0, "Share of the rows, relative to the other weights.", "order of the data", gt=0)
+
+
 class DatasetConfig(Section):
     """`dataset`: where text comes from and how it is read."""
 
     name: str = key(
-        "refinedweb", "Dataset on the Hugging Face hub; used when `dataset.path` is empty.", "the source of text"
+        "refinedweb",
+        "Dataset on the Hugging Face hub; used when `dataset.path` is empty, or names nothing and this one is set.",
+        "the source of text",
     )
     config: str | None = key(None, "Configuration (variant) of the hub dataset.", "the source of text")
     path: str = key(
         "",
-        "A file, a folder or a glob of .txt, .jsonl or .parquet, or a folder written by `save_to_disk`; wins over `name`.",
+        "A file, a folder or a glob of .txt, .jsonl, .json, .csv (also as .gz, .zst) or .parquet, a folder written by "
+        "`save_to_disk`, or a folder of tokens; wins over `name` when it exists.",
         "the source of text",
     )
     streaming: bool = key(
@@ -63,11 +78,14 @@ class DatasetConfig(Section):
         None, "Column that holds the text; needed when there is more than one candidate.", "the text that is read"
     )
     train_split: str | None = key(
-        None, "Split to train on (default: `train`, or the only one).", "the text that is read"
+        None,
+        "Split to train on, or a slice of one, as `train[:1%]` or `train[1000:]` (default: `train`, or the only one).",
+        "the text that is read",
     )
     eval_split: str | None = key(
         None,
-        "Split to evaluate on (default: validation, valid, dev, eval or test, whichever exists first).",
+        "Split to evaluate on, or a slice of one (default: validation, valid, dev, eval or test, whichever exists first; "
+        "when none does, a stream holds out its first 1 %, at most 1,000 documents).",
         "the text that is evaluated",
     )
     validation_split: float | None = key(
@@ -102,7 +120,8 @@ class DatasetConfig(Section):
     num_proc: int = key(4, "Processes for `pre_tokenize`.", "processes while preparing", ge=1, le=1024)
     shuffle_buffer_size: int = key(
         10000,
-        "Documents in the shuffle buffer of a streamed corpus; 0 or 1 keeps file order.",
+        "Pieces of documents in the shuffle buffer of a streamed corpus; 0 or 1 keeps file order, also with "
+        "`streaming: false`.",
         "order of the data",
         ge=0,
     )
@@ -115,7 +134,11 @@ class DatasetConfig(Section):
         None, "Folder of the tokenised corpus (default: `<trainer.output_dir>/tokenized`).", "where the tokens are"
     )
     cache_dir: str | None = key(None, "Folder for what the `datasets` library caches.", "where cached files are")
-    trust_remote_code: bool = key(False, "Let a hub dataset run its own loading code.", "whether such a dataset loads")
+    trust_remote_code: bool = key(
+        False,
+        "Let a hub dataset run its own loading code; `datasets` no longer does that, and a note says so.",
+        "a note",
+    )
     load_all_from_disk: bool = key(False, "Hold the whole corpus in memory instead of memory-mapping it.", "memory")
     force_redownload: bool = key(
         False, "Make what is cached anew: downloads, and the token folder of `pre_tokenize`.", "cached files"
@@ -130,12 +153,47 @@ class DatasetConfig(Section):
         "(default: split when packing; otherwise as `tokenizer.truncation` says). Beyond the reference.",
         "number of rows; share of tokens cut",
     )
+    bad_rows: Literal["skip", "refuse"] = key(
+        "skip",
+        "Rows whose text is missing, empty, not text or not UTF-8: pass over and count them, or stop at the first. "
+        "Beyond the reference.",
+        "an error, or a count in the summary",
+    )
+    mixture: list[MixtureSource] = key(
+        None,
+        "Several sources with weights, instead of `path` and `name`: a list of {path or name, config, text_column, "
+        "train_split, eval_split, weight}. Which source a row comes from depends on its index only. Beyond the reference.",
+        "the source of text",
+        factory=list,
+    )
+    mixture_exhausted: Literal["repeat", "drop", "stop"] = key(
+        "repeat",
+        "When a source of the mixture has been read: begin it again, go on with the others, or end the run. Beyond the "
+        "reference.",
+        "the source of text; length of the run",
+    )
+    lanes: int | None = key(
+        None,
+        "Equal parts that the corpus is dealt to, document by document; a resumed run may use any number of processes "
+        "that divides it (default: the number of processes). Beyond the reference.",
+        "order of the data",
+        ge=1,
+        le=4096,
+    )
 
 
 class DataCollatorConfig(Section):
     """`datacollator`: rows and their masks."""
 
     mlm_probability: float = key(0.15, "Share of tokens selected for prediction.", "masks", gt=0, lt=1)
+    mlm_probability_final: float | None = key(
+        None,
+        "The share at the end of the run, reached linearly from `mlm_probability` (default: constant). Evaluations keep "
+        "`mlm_probability`. Beyond the reference.",
+        "masks",
+        gt=0,
+        lt=1,
+    )
     mask_all: bool = key(
         False, "Replace every selected token by [MASK]; `false`: 80 % [MASK], 10 % random, 10 % unchanged.", "masks"
     )

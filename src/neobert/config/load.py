@@ -162,6 +162,8 @@ def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
     if kind == "extra_forbidden":
         return Problem(dotted, f"unknown key{nearest_key(dotted)}", where)
     info = known_keys().get(dotted)
+    if info and "Source]" in info.type and len(location) > dotted.count(".") + 2:
+        info, dotted = None, ".".join(location)  # inside an entry of a list
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     message = details["msg"].lower().removeprefix("input ").replace("should be", "must be").replace("should", "must")
     if info is None or kind == "model_type":

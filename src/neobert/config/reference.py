@@ -64,7 +64,7 @@ def _walk(section: type[BaseModel], prefix: str) -> typing.Iterator[KeyInfo]:
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) in (list, dict):
-        return None
+        return None  # a list of sections is one key
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.reference import known_keys
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.errors import Problem
@@ -79,6 +78,32 @@ def pre_tokenize_needs_random_access(config: Config, keys_set: KeysSet) -> Found
         yield Problem("dataset.pre_tokenize", "needs dataset.streaming: false")
     if dataset.pre_tokenize_output and not dataset.pre_tokenize:
         yield Problem("dataset.pre_tokenize_output", "has no effect without dataset.pre_tokenize: true")
+
+
+def mixture_has_sources(config: Config, keys_set: KeysSet) -> Found:
+    """Every source of a mixture names a path or a dataset; one that repeats has no end, so `max_steps` ends the run."""
+    for number, source in enumerate(config.dataset.mixture):
+        if not source.path and not source.name:
+            yield Problem("dataset.mixture", f"entry {number} has neither path nor name")
+    if config.dataset.mixture and config.trainer.max_steps < 0 and config.dataset.mixture_exhausted == "repeat":
+        yield Problem(
+            "dataset.mixture_exhausted",
+            "repeat has no end; set trainer.max_steps, or mixture_exhausted to drop or stop",
+        )
+    if not config.dataset.mixture and config.dataset.mixture_exhausted != "repeat":
+        yield Problem("dataset.mixture_exhausted", "has no effect without dataset.mixture")
+
+
+def mixture_wins_over_path(config: Config, keys_set: KeysSet) -> Found:
+    """The sources of `mixture` are read instead of `path` and `name`."""
+    if config.dataset.mixture and (config.dataset.path or "dataset.name" in keys_set):
+        yield Problem("dataset.mixture", "wins over dataset.path and dataset.name")
+
+
+def no_dataset_code(config: Config, keys_set: KeysSet) -> Found:
+    """`datasets` 4 and later run no code of datasets."""
+    if config.dataset.trust_remote_code:
+        yield Problem("dataset.trust_remote_code", "no effect: the datasets library no longer runs code of a dataset")
 
 
 def decay_follows_warmup(config: Config, keys_set: KeysSet) -> Found:
@@ -248,6 +273,8 @@ RULES = (
          ("datacollator.max_length", "datacollator.pad_to_multiple_of", "datacollator.pack_sequences")),
     Rule("ERROR", pre_tokenize_needs_random_access,
          ("dataset.pre_tokenize", "dataset.pre_tokenize_output", "dataset.streaming")),
+    Rule("ERROR", mixture_has_sources,
+         ("dataset.mixture", "dataset.mixture_exhausted", "trainer.max_steps")),
     Rule("ERROR", decay_follows_warmup, ("scheduler.decay_percent", "scheduler.warmup_percent")),
     Rule("ERROR", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
     Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
@@ -267,6 +294,8 @@ RULES = (
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
     Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
     Rule("PRECEDENCE", path_wins_over_name, ("dataset.path", "dataset.name")),
+    Rule("PRECEDENCE", mixture_wins_over_path, ("dataset.mixture", "dataset.path", "dataset.name")),
+    Rule("WARNING", no_dataset_code, ("dataset.trust_remote_code",)),
     Rule("IMPORTANT", vocabulary_follows_tokenizer, ("model.vocab_size", "tokenizer.vocab_size")),
     Rule("IMPORTANT", pad_id_follows_tokenizer, ("model.pad_token_id",)),
 )  # fmt: skip
@@ -298,13 +327,8 @@ def not_built(config: Config) -> list[Problem]:
     for dotted, values in NOT_BUILT.items():
         if (value := value_of(config, dotted)) in values:
             problems.append(Problem(dotted, f"{value!r} is not part of this version"))
-    for dotted in ("accelerate_config_file", "dataset.config"):
-        if value_of(config, dotted) != known_keys()[dotted].default:
-            problems.append(Problem(dotted, "is not part of this version; leave it out"))
-    if not config.dataset.path:
-        problems.append(
-            Problem("dataset.path", "not set; this version reads local files (.txt, .jsonl, .parquet, saved datasets)")
-        )
+    if config.accelerate_config_file is not None:
+        problems.append(Problem("accelerate_config_file", "is not part of this version; leave it out"))
     return problems
 
 

@@ -20,7 +20,7 @@ class Batch:
     document_lengths: torch.Tensor | None
     num_targets: int
     num_tokens: int  # real ones: no padding
-    epoch: int  # of its last row
+    epoch: int  # that the run is in behind it
 
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
@@ -61,7 +61,7 @@ class Collator:
     row_length: int | None
     multiple: int = 1
 
-    def __call__(self, rows: list[Row]) -> Batch:
+    def __call__(self, rows: list[Row], epoch: int) -> Batch:
         length = self.row_length or max(row.num_tokens for row in rows)
         length = -(-length // self.multiple) * self.multiple
         ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
@@ -80,7 +80,7 @@ class Collator:
             lengths,
             num_targets=int((labels != IGNORED).sum()),
             num_tokens=int(counts.sum()),
-            epoch=rows[-1].epoch,
+            epoch=epoch,
         )
 
 

@@ -8,17 +8,22 @@ The order of a corpus is a keyed permutation that is computed, not stored (a Fei
 cycle walking): position i of epoch e is known without the ones before it, for 10^9 documents as for ten.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from neobert.data.corpus import Corpus
+from neobert.data.documents import Cell, Files, Position, Skips, Unusable, read_text, stream
 from neobert.data.masking import hash_key, mix
-from neobert.data.sources import Corpus, Files, Position, stream
+from neobert.data.sources import fingerprint
 from neobert.data.token_store import TokenStore
+from neobert.data.tokenizer import Ids
 
 BLOCK_DOCUMENTS = 256
+FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
 BLOCK_CHARACTERS = 1_000_000
 
 
@@ -53,15 +58,29 @@ class CorpusReader:
     corpus: Corpus
     seed: int | None
     rank: Rank = field(default_factory=Rank)
+    skips: Skips = field(default_factory=Skips)
     epoch: int = 0
     position: int = 0  # documents of this epoch that all ranks together have passed
 
     @property
     def fingerprint(self) -> str:
-        return self.corpus.fingerprint
+        return self.corpus.fingerprint + ("" if self.seed is not None else "/ordered")
 
     def read(self) -> list[Any]:
-        end = min(len(self.corpus), self.position + BLOCK_DOCUMENTS * self.rank.world)
+        block: list[Any] = []
+        num_characters = 0
+        while self.position < len(self.corpus) and len(block) < BLOCK_DOCUMENTS and num_characters < BLOCK_CHARACTERS:
+            for document in self._fetch():
+                if isinstance(document, Unusable):
+                    self.skips.add(document)
+                    continue
+                block.append(document)
+                num_characters += len(document)
+        return block
+
+    def _fetch(self) -> list[Any]:
+        count = FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS
+        end = min(len(self.corpus), self.position + count * self.rank.world)
         places = np.arange(self.position + self.rank.index, end, self.rank.world)
         self.position = end
         if not len(places):
@@ -73,57 +92,127 @@ class CorpusReader:
     def next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+    def again(self) -> "CorpusReader":
+        """The same reader at its beginning."""
+        return CorpusReader(self.corpus, self.seed, self.rank, Skips(self.skips.refuse))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "skips": self.skips.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
+        self.skips.load_state_dict(state["skips"])
 
 
 @dataclass
 class StreamReader:
-    """Blocks of documents in the order of the files."""
+    """Blocks of documents in the order of the files. Documents of other ranks are passed over without parsing them."""
 
     files: Files
     rank: Rank = field(default_factory=Rank)
+    skips: Skips = field(default_factory=Skips)
     epoch: int = 0
     num_read: int = 0  # documents of this epoch passed by this reader, of all ranks
-    position: Position = field(default_factory=Position)
-    _rows: Iterator[tuple[str, Position]] | None = None
 
-    @property
+    def __post_init__(self) -> None:
+        self.position = self.files.start
+        self._cells: Iterator[tuple[Cell, Position, Position]] | None = None
+
+    @cached_property
     def fingerprint(self) -> str:
-        return self.files.fingerprint
+        return fingerprint(self.files)
 
     def read(self) -> list[str]:
-        if self._rows is None:
-            self._rows = stream(self.files, self.position)
+        if self._cells is None:
+            self._cells = stream(self.files, self.position, self.files.stop)
         block: list[str] = []
         num_characters = 0
-        for text, behind in self._rows:
+        for cell, begin, behind in self._cells:
             self.position = behind
-            if self.num_read % self.rank.world == self.rank.index:
-                block.append(text)
-                num_characters += len(text)
+            is_mine = self.num_read % self.rank.world == self.rank.index
             self.num_read += 1
+            if not is_mine:
+                continue
+            text = read_text(self.files.paths[begin.file], self.files.column, cell, begin.offset)
+            if isinstance(text, Unusable):
+                self.skips.add(text)
+                continue
+            block.append(text)
+            num_characters += len(text)
             if len(block) == BLOCK_DOCUMENTS or num_characters >= BLOCK_CHARACTERS:
                 break
         return block
 
     def next_epoch(self) -> None:
-        self.epoch, self.num_read, self.position, self._rows = self.epoch + 1, 0, Position(), None
+        self.epoch, self.num_read, self.position, self._cells = self.epoch + 1, 0, self.files.start, None
 
-    def state_dict(self) -> dict[str, int]:
-        return {
-            "epoch": self.epoch,
-            "num_read": self.num_read,
-            "file": self.position.file,
-            "offset": self.position.offset,
-        }
+    def again(self) -> "StreamReader":
+        """The same reader at its beginning."""
+        return StreamReader(self.files, self.rank, Skips(self.skips.refuse))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        place = {"file": self.position.file, "offset": self.position.offset}
+        return {"epoch": self.epoch, "num_read": self.num_read, **place, "skips": self.skips.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.num_read = state["epoch"], state["num_read"]
-        self.position, self._rows = Position(state["file"], state["offset"]), None
+        self.position, self._cells = Position(state["file"], state["offset"]), None
+        self.skips.load_state_dict(state["skips"])
+
+
+@dataclass
+class RememberedReader:
+    """A reader that is read many times: its first `limit` tokens are tokenised once and kept. For evaluations."""
+
+    inner: CorpusReader | StreamReader
+    encode: Callable[[list[Any]], list[Ids]]
+    limit: int = 50_000_000
+    blocks: list[list[Ids]] = field(default_factory=list)
+    num_tokens: int = 0
+    place: int = 0  # of the next block that is remembered
+
+    def __post_init__(self) -> None:
+        self._behind = self.inner.state_dict()  # what is remembered
+        self.rank, self.skips = self.inner.rank, self.inner.skips
+
+    @property
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint
+
+    @property
+    def epoch(self) -> int:
+        return self.inner.epoch
+
+    def read(self) -> list[Any]:
+        if self.place < len(self.blocks):
+            self.place += 1
+            return self.blocks[self.place - 1]
+        block: list[Any] = self.inner.read()
+        block = self.encode(block) if block and isinstance(block[0], str) else block
+        if block and self.num_tokens < self.limit and self.place == len(self.blocks):
+            self.blocks.append(block)
+            self.place += 1
+            self.num_tokens += sum(map(len, block))
+            self._behind = self.inner.state_dict()
+        return block
+
+    def next_epoch(self) -> None:
+        self.inner.next_epoch()
+
+    def again(self) -> "RememberedReader":
+        """At the beginning again, with what is remembered."""
+        self.inner.load_state_dict(self._behind)
+        self.place = 0
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("an evaluation is not resumed")
+
+
+Reader = CorpusReader | StreamReader | RememberedReader
 
 
 class Subset:
@@ -136,6 +225,7 @@ class Subset:
         self.corpus = corpus
         self.indices = np.sort(permute(places, size, int(hash_key(seed, 0x5411)[0])))
         self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
+        self.is_tokenized = corpus.is_tokenized
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -151,6 +241,8 @@ class Subset:
 
 class Pieces:
     """A tokenised corpus by pieces of at most `room` tokens, so that shuffling takes long documents apart."""
+
+    is_tokenized = True
 
     def __init__(self, corpus: Any, room: int):
         counts = -(-np.maximum(corpus.lengths, 1) // room)

@@ -1,96 +1,77 @@
-"""Where text comes from: local files and saved datasets, each readable in two ways.
+"""Where text comes from: which files, which split, which part of it, which column.
 
-`stream(files, column, start)` reads documents one behind the other and knows the position behind each, so a resumed run
-seeks instead of re-reading. `open_corpus` gives random access by document number, which allows a new order in every epoch.
-
-A document is a line of a .txt file (empty lines are skipped), a row of a .jsonl or .parquet file, or a row of a folder
-written by `datasets`' `save_to_disk`.
+`find_splits` answers for a local path; `hub.find_hub_splits` for a dataset of the hub. A split may be named with a slice,
+as in `datasets`: `train[:1%]`, `train[1000:]`, `train[-5%:]`.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
+from neobert.data.corpus import line_spans, open_bytes
+from neobert.data.documents import (
+    KINDS,
+    Files,
+    Position,
+    cells,
+    csv_header,
+    is_compressed,
+    kind_of,
+    layout_of,
+    lines,
+    named,
+    open_table,
+    parse_row,
+    read_array,
+    stream,
+    table_schema,
+)
 from neobert.errors import DataError
 
 EVAL_NAMES = ("validation", "valid", "dev", "eval", "test")
-FORMATS = (".txt", ".jsonl", ".parquet")
+WHOLE_HASH_BYTES = 2**28  # corpora up to this size are fingerprinted whole, larger ones by samples
+SAMPLE_BYTES, NUM_SAMPLES = 65536, 16
+FIRST_ROWS = 20  # looked at to find the columns of a text format
+HELD_OUT_SHARE, HELD_OUT_DOCUMENTS = 0.01, 1000
 
-
-class Corpus(Protocol):
-    """Documents by number. `fingerprint` changes when their content or order does."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, indices: np.ndarray) -> list[Any]:
-        """Documents (text, or token ids) in the order asked for."""
-        ...
-
-
-@dataclass(frozen=True)
-class Position:
-    """Behind a document of a stream: file number, and the byte offset (text) or row (tables) where the next begins."""
-
-    file: int = 0
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of one split, in reading order; a single `save_to_disk` folder counts as one file."""
-
-    paths: tuple[str, ...]
-    column: str | None  # None: plain text
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.stat().st_size for entry in self._entries())
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of names, sizes, and the first and last 64 KiB of every file: cheap, and catches what people change."""
-        digest = hashlib.sha256(repr(self.column).encode())
-        for entry in self._entries():
-            size = entry.stat().st_size
-            digest.update(f"{entry.name}:{size}".encode())
-            with open(entry, "rb") as file:
-                digest.update(file.read(65536))
-                file.seek(max(0, size - 65536))
-                digest.update(file.read(65536))
-        return digest.hexdigest()[:16]
-
-    def _entries(self) -> Iterator[Path]:
-        for path in map(Path, self.paths):
-            yield from sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
+_SLICE = re.compile(r"^(?P<name>[^\[\]]+?)(?:\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?$")
 
 
 def find_splits(
     path: str, text_column: str | None, train_split: str | None, eval_split: str | None
 ) -> tuple[Files, Files | None]:
     """(training files, evaluation files or None) below `path`. Raises DataError naming what is missing."""
-    splits = _saved_splits(Path(path)) if _is_saved_dataset(Path(path)) else _file_splits(path)
-    train = train_split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None)
+    splits = _saved_splits(Path(path)) if is_saved_dataset(Path(path)) else _file_splits(path)
+    return choose_splits(splits, path, text_column, train_split, eval_split)
+
+
+def choose_splits(
+    splits: dict[str, list[str]], source: str, text_column: str | None, train_split: str | None, eval_split: str | None
+) -> tuple[Files, Files | None]:
+    """The two splits among those found in `source`, cut to their slices. Raises DataError naming what is missing."""
+    usual = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
+    train, begin, end = _parse_slice(train_split, "dataset.train_split") if train_split else (usual, None, None)
     if train is None or train not in splits:
         wanted = f"no split {train!r}" if train else "no split named train"
-        raise DataError(f"dataset.train_split: {wanted} in {path}; there are: {', '.join(splits)}")
-    evaluation = eval_split or next((name for name in EVAL_NAMES if name in splits and name != train), None)
-    if evaluation is not None and evaluation not in splits:
-        raise DataError(f"dataset.eval_split: no split {evaluation!r} in {path}; there are: {', '.join(splits)}")
-    return tuple(  # type: ignore[return-value]
-        None if name is None else Files(tuple(splits[name]), find_column(splits[name][0], text_column))
-        for name in (train, evaluation)
-    )
+        raise DataError(f"dataset.train_split: {wanted} in {source}; there are: {', '.join(splits)}")
+    training = _slice_rows(_files(splits[train], text_column), begin, end, f"dataset.train_split: {train_split}")
+    if eval_split:
+        evaluation, begin, end = _parse_slice(eval_split, "dataset.eval_split")
+        if evaluation not in splits:
+            raise DataError(f"dataset.eval_split: no split {evaluation!r} in {source}; there are: {', '.join(splits)}")
+        files = _files(splits[evaluation], text_column)
+        return training, _slice_rows(files, begin, end, f"dataset.eval_split: {eval_split}")
+    found = next((name for name in EVAL_NAMES if name in splits and name != train), None)
+    return training, None if found is None else _files(splits[found], text_column)
 
 
-def _is_saved_dataset(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `datasets`' `save_to_disk` wrote this folder."""
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
@@ -101,20 +82,16 @@ def _saved_splits(path: Path) -> dict[str, list[str]]:
 
 
 def _file_splits(path: str) -> dict[str, list[str]]:
-    found = _find_files(path)
-    unknown = [file for file in found if Path(file).suffix not in FORMATS]
-    if unknown:
-        raise DataError(f"{unknown[0]}: not a kind of file that can be read; these can: {', '.join(FORMATS)}")
     splits: dict[str, list[str]] = {}
     names = ("train", *EVAL_NAMES)
-    for file in found:
-        stem = Path(file).stem.lower()
+    for file in _find_files(path):
+        stem = Path(file).name.lower()
         split = next(
             (name for name in names if stem == name or stem.startswith((f"{name}-", f"{name}_", f"{name}."))), None
         )
         splits.setdefault(split or "train", []).append(file)
     for name, files in splits.items():
-        kinds = sorted({Path(file).suffix for file in files})
+        kinds = sorted({str(kind_of(file)) for file in files})
         if len(kinds) > 1:
             raise DataError(
                 f"dataset.path: {path}: split {name} mixes {' and '.join(kinds)}; name one kind, as '{path}/*{kinds[0]}'"
@@ -125,29 +102,44 @@ def _file_splits(path: str) -> dict[str, list[str]]:
 def _find_files(path: str) -> list[str]:
     if not path:
         raise DataError("dataset.path: not set; give a file, a folder or a glob")
-    if Path(path).is_file():
-        return [path]
     if Path(path).is_dir():
-        found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix in FORMATS and file.is_file())
+        found = sorted(str(file) for file in Path(path).rglob("*") if kind_of(file.name) and file.is_file())
         if not found:
-            raise DataError(f"dataset.path: no {', '.join(FORMATS)} file in the folder {path}")
+            raise DataError(f"dataset.path: no {', '.join(KINDS)} file in the folder {path}")
         return found
-    found = sorted(glob(path, recursive=True))
+    found = [path] if Path(path).is_file() else sorted(glob(path, recursive=True))
     if not found:
         raise DataError(f"dataset.path: nothing at {path!r} (looked in {Path.cwd()})")
+    unknown = [file for file in found if kind_of(file) is None or not Path(file).is_file()]
+    if unknown:
+        raise DataError(
+            f"{unknown[0]}: not a kind of file that can be read; these can: {', '.join(KINDS)}, "
+            "text also as .gz or .zst"
+        )
     return found
+
+
+# --- columns -----------
+
+
+def _files(paths: list[str], text_column: str | None) -> Files:
+    """The files with their text column. Raises DataError naming a file that has no such column."""
+    column = find_column(paths[0], text_column)
+    for path in paths[1:] if column is not None and "://" not in paths[0] else []:
+        names = column_names(path, strings_only=False)
+        if names and column not in names:
+            raise DataError(f"{path}: no column {column!r}, which {paths[0]} has; there are: {', '.join(names)}")
+    return Files(tuple(paths), column)
 
 
 def find_column(path: str, wanted: str | None) -> str | None:
     """The text column of a table: `wanted`, or `text`, or the only column that holds strings. None for plain text."""
-    if path.endswith(".txt"):
+    if kind_of(path) == ".txt":
         return None
-    columns = _string_columns(path)
+    columns = column_names(path, strings_only=wanted is None)
     if wanted is not None:
         if wanted not in columns:
-            raise DataError(
-                f"dataset.text_column: no column {wanted!r} with text in {path}; there are: {', '.join(columns)}"
-            )
+            raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
         return wanted
     if "text" in columns:
         return "text"
@@ -158,223 +150,152 @@ def find_column(path: str, wanted: str | None) -> str | None:
     raise DataError(f"dataset.text_column: not set, and {path} has several: {', '.join(columns)}")
 
 
-def _string_columns(path: str) -> list[str]:
-    if path.endswith(".jsonl"):
-        first = next(_jsonl_rows(path, 0), None)
-        if first is None:
-            raise DataError(f"{path}: empty file")
-        return [name for name, value in first[0].items() if isinstance(value, str)]
-    schema = _open_table(path).schema
-    return [field.name for field in schema if str(field.type) in ("string", "large_string", "string_view")]
+def column_names(path: str, strings_only: bool) -> list[str]:
+    """The columns of a file in order, those of text only if asked. Raises DataError for a file that cannot be read."""
+    with named(path):
+        layout = layout_of(path)
+        if layout == "table":
+            schema = table_schema(open_table(path))
+            strings = ("string", "large_string", "string_view")
+            return [field.name for field in schema if not strings_only or str(field.type) in strings]
+        if layout == "csv":
+            return csv_header(path)[0]
+        rows = list(_first_rows(path, layout))
+    if not rows:
+        raise DataError(f"{path}: empty file")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not strings_only:
+        return names
+    return [name for name in names if any(isinstance(row.get(name), str) for row in rows)]
 
 
-def _open_table(path: str) -> Any:
-    """A parquet file, or the Arrow table of a `save_to_disk` folder; both have `.schema`."""
-    import pyarrow
-
-    try:
-        if path.endswith(".parquet"):
-            import pyarrow.parquet
-
-            return _ParquetTable(pyarrow.parquet.ParquetFile(path))
-        from datasets import load_from_disk
-
-        return load_from_disk(path).with_format("arrow").data.table
-    except (pyarrow.ArrowInvalid, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+def _first_rows(path: str, layout: str) -> Iterator[dict[str, Any]]:
+    if layout == "array":
+        yield from (row for row in read_array(path)[:FIRST_ROWS] if isinstance(row, dict))
+        return
+    full = ((line, begin) for line, begin, _ in lines(path, 0) if not line.isspace())
+    for (line, begin), _ in zip(full, range(FIRST_ROWS), strict=False):
+        try:
+            yield parse_row(line, path, begin)
+        except UnicodeDecodeError:
+            continue
 
 
-class _ParquetTable:
-    def __init__(self, file: Any):
-        self.file, self.schema = file, file.schema_arrow
+# --- parts of a split -----------
 
 
-# --- streams -----------
+def _parse_slice(spec: str, key: str) -> tuple[str, str | None, str | None]:
+    """`train[10:20%]` -> ("train", "10", "20%")."""
+    match = _SLICE.match(spec.strip())
+    if match is None:
+        raise DataError(f"{key}: {spec!r} is no split; write a name, or a slice as train[:1%] or train[1000:]")
+    return match["name"], match["begin"], match["end"]
 
 
-def stream(files: Files, start: Position) -> Iterator[tuple[str, Position]]:
-    """Every document behind `start` with the position behind it. Raises DataError naming file and row."""
-    for number in range(start.file, len(files.paths)):
-        path, offset = files.paths[number], start.offset if number == start.file else 0
-        for text, behind in _stream_file(path, files.column, offset):
-            yield text, Position(number, behind)
+def _slice_rows(files: Files, begin: str | None, end: str | None, what: str) -> Files:
+    """The rows of a slice; percentages are rounded to the nearest row, as `datasets` does."""
+    if begin is None and end is None:
+        return files
+    counts = [part for part in (begin, end) if part is not None and ("%" in part or part.startswith("-"))]
+    total = count_rows(files) if counts else None
+
+    def number(part: str) -> int:
+        value = int(part.rstrip("%"))
+        if total is None:
+            return value
+        value = round(total * value / 100) if part.endswith("%") else value
+        return min(total, max(0, value + total if part.startswith("-") else value))
+
+    first = number(begin) if begin is not None else 0
+    last = number(end) if end is not None else None
+    if last is not None and last <= first:
+        raise DataError(f"{what}: no row in it")
+    return part_of(files, first, last)
 
 
-def _stream_file(path: str, column: str | None, offset: int) -> Iterator[tuple[str, int]]:
-    if column is None:
-        yield from _txt_rows(path, offset)
-    elif path.endswith(".jsonl"):
-        for row, begin, behind in _jsonl_rows(path, offset):
-            yield _text_of(row.get(column), column, path, begin), behind
-    else:
-        yield from _table_rows(path, column, offset)
+def part_of(files: Files, first: int, last: int | None) -> Files:
+    """Rows `first` to `last` (excluded) of whole files."""
+    stop = None if last is None else find_row(files, last)
+    return replace(files, rows=(first, last), start=find_row(files, first), stop=stop)
 
 
-def _lines(path: str, offset: int) -> Iterator[tuple[str, int]]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            for line in file:
-                offset += len(line)
-                yield _decode(line, path, offset - len(line)), offset
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+def count_rows(files: Files) -> int:
+    """Rows of all files; tables know it, plain text is scanned, the rest is read once."""
+    return sum(_count_in(path, files.column) for path in files.paths)
 
 
-def _decode(line: bytes, path: str, offset: int) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{_place(path, offset)}: not UTF-8 text (byte {error.start} of the line is 0x{line[error.start]:02x}); "
-            f"convert it, for example with `iconv -f latin1 -t utf-8`"
-        ) from None
+def _count_in(path: str, column: str | None) -> int:
+    layout = layout_of(path)
+    if layout == "table":
+        table = open_table(path)
+        return int(table.metadata.num_rows if path.endswith(".parquet") else table.num_rows)
+    if layout == "lines" and not is_compressed(path) and "://" not in path:
+        return len(line_spans(open_bytes(path)))
+    return sum(1 for _ in cells(path, column, 0))
 
 
-def _place(path: str, offset: int) -> str:
-    """`file:line` of a byte of a text file, `file: row n` of a table; slow, for messages."""
-    if not path.endswith((".txt", ".jsonl")):
-        return f"{path}: row {offset}"
-    number = 1
-    with open(path, "rb") as file:
-        while offset > 0 and (chunk := file.read(min(offset, 2**24))):
-            number += chunk.count(b"\n")
-            offset -= len(chunk)
-    return f"{path}:{number}"
+def find_row(files: Files, row: int) -> Position:
+    """The position of a row, counted over all files; behind the last one when there are fewer."""
+    for number, path in enumerate(files.paths):
+        if layout_of(path) == "table":
+            count = _count_in(path, files.column)
+            if row < count:
+                return Position(number, row)
+            row -= count
+            continue
+        for _, begin, _ in cells(path, files.column, 0):
+            if row == 0:
+                return Position(number, begin)
+            row -= 1
+    return Position(len(files.paths), 0)
 
 
-def _parse_row(line: str, path: str, offset: int) -> dict[str, Any]:
-    """One line of a .jsonl file."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{_place(path, offset)}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{_place(path, offset)}: expected an object with columns")
-    return row
+def hold_out_head(files: Files, num_bytes: int) -> tuple[Files, Files | None]:
+    """(the rest, what is held out): documents from the head, until they are 1 % of the text or 1,000; None for a corpus of one.
+
+    Both are ranges of the same files, so nothing that is evaluated is trained on.
+    """
+    budget, used, first = num_bytes * HELD_OUT_SHARE, 0, files.start
+    for count, (cell, begin, _) in enumerate(stream(files, files.start, files.stop)):
+        if count and (used >= budget or count == HELD_OUT_DOCUMENTS):
+            rows = files.rows[0] + count
+            return (
+                replace(files, start=begin, rows=(rows, files.rows[1])),
+                replace(files, start=first, stop=begin, rows=(files.rows[0], rows)),
+            )
+        used += len(cell) if isinstance(cell, str | bytes) else 0
+    return files, None
 
 
-def _txt_rows(path: str, offset: int) -> Iterator[tuple[str, int]]:
-    return ((text, behind) for line, behind in _lines(path, offset) if (text := line.strip()))
+# --- what is in the files -----------
 
 
-def _jsonl_rows(path: str, offset: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """(row, where its line begins, where the next begins)."""
-    for line, behind in _lines(path, offset):
-        if not line.isspace():
-            yield _parse_row(line, path, offset), offset, behind
-        offset = behind
+def num_bytes(files: Files) -> int:
+    """Size on disk; 0 for files of the hub that are read from there."""
+    return sum(entry.stat().st_size for entry in _entries(files))
 
 
-def _table_rows(path: str, column: str, start: int) -> Iterator[tuple[str, int]]:
-    table, row = _open_table(path), 0
-    for chunk in _column_chunks(table, column):
-        if row + len(chunk) > start:
-            for value in chunk.slice(max(0, start - row)).to_pylist():
-                start += 1
-                yield _text_of(value, column, path, start - 1), start
-        row += len(chunk)
+def fingerprint(files: Files) -> str:
+    """Hash of names, sizes and content: all of it up to 256 MB, beyond that the ends and 16 places in between of each file.
+
+    URLs of the hub name a revision, which is a hash already.
+    """
+    digest = hashlib.sha256(repr((files.column, files.rows)).encode())
+    digest.update("".join(path for path in files.paths if "://" in path).encode())
+    whole = num_bytes(files) <= WHOLE_HASH_BYTES
+    for entry in _entries(files):
+        size = entry.stat().st_size
+        digest.update(f"{entry.name}:{size}".encode())
+        with named(str(entry)), open(entry, "rb") as file:
+            if whole or size <= SAMPLE_BYTES * NUM_SAMPLES:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for number in range(NUM_SAMPLES + 1):
+                file.seek((size - SAMPLE_BYTES) * number // NUM_SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
-def _column_chunks(table: Any, column: str) -> Iterator[Any]:
-    if isinstance(table, _ParquetTable):
-        for group in range(table.file.num_row_groups):
-            yield from table.file.read_row_group(group, columns=[column]).column(0).chunks
-    else:
-        yield from table.column(column).chunks
-
-
-def _text_of(value: Any, column: str, path: str, place: int) -> str:
-    """The text in a cell; a missing one is empty. `place` is its byte offset (text files) or row, for messages."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{_place(path, place)}: column {column!r} holds {type(value).__name__}, not text")
-    return value
-
-
-# --- random access -----------
-
-
-def open_corpus(files: Files, in_memory: bool, cache_dir: str | None) -> Corpus:
-    """Random access to the documents of `files`; `in_memory` reads them all at once."""
-    if in_memory:
-        return _TextsInMemory(files)
-    if files.paths[0].endswith((".txt", ".jsonl")):
-        return _LineCorpus(files)
-    return _TableCorpus(files, cache_dir)
-
-
-class _TextsInMemory:
-    def __init__(self, files: Files):
-        self.fingerprint = files.fingerprint
-        self.texts = [text for text, _ in stream(files, Position())]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def fetch(self, indices: np.ndarray) -> list[str]:
-        return [self.texts[i] for i in indices]
-
-
-class _LineCorpus:
-    """Lines of memory-mapped files, found by an index of their offsets (16 bytes a line, one fast scan to build)."""
-
-    def __init__(self, files: Files):
-        self.fingerprint, self.column = files.fingerprint, files.column
-        self.paths = [path for path in files.paths if Path(path).stat().st_size]
-        self.maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in self.paths]
-        self.spans = [_line_spans(data) for data in self.maps]
-        self.first = np.cumsum([0, *map(len, self.spans)])
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def fetch(self, indices: np.ndarray) -> list[str]:
-        return [self._text(int(index)) for index in indices]
-
-    def _text(self, index: int) -> str:
-        number = int(np.searchsorted(self.first, index, side="right")) - 1
-        begin, end = self.spans[number][index - self.first[number]]
-        path, line = self.paths[number], self.maps[number][begin:end].tobytes()
-        text = _decode(line, path, int(begin))
-        if self.column is None:
-            return text.strip()
-        return _text_of(_parse_row(text, path, int(begin)).get(self.column), self.column, path, int(begin))
-
-
-def _line_spans(raw: np.ndarray, chunk: int = 2**26) -> np.ndarray:
-    """Begin and end of every line with text: int64, lines x 2. Scans by chunks, so that a file may exceed memory."""
-    starts = range(0, len(raw), chunk)
-    ends = np.concatenate([np.flatnonzero(raw[start : start + chunk] == ord("\n")) + start + 1 for start in starts])
-    if not len(ends) or ends[-1] != len(raw):
-        ends = np.append(ends, len(raw))
-    spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
-    short = np.flatnonzero(
-        spans[:, 1] - spans[:, 0] < 8
-    )  # longer lines of white space give no tokens, which is harmless
-    blank = [line for line in short if not raw[slice(*spans[line])].tobytes().strip()]
-    return np.delete(spans, blank, axis=0)
-
-
-class _TableCorpus:
-    """Rows of parquet files or of a `save_to_disk` folder, memory-mapped through `datasets`."""
-
-    def __init__(self, files: Files, cache_dir: str | None):
-        from datasets import Dataset, load_from_disk
-
-        self.fingerprint, self.column = files.fingerprint, files.column
-        self.path = files.paths[0]
-        _open_table(self.path)  # names the file when it cannot be read
-        if self.path.endswith(".parquet"):
-            rows = Dataset.from_parquet(list(files.paths), cache_dir=cache_dir, columns=[files.column])
-        else:
-            rows = load_from_disk(self.path)
-        self.rows = rows.select_columns([files.column])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def fetch(self, indices: np.ndarray) -> list[str]:
-        values = self.rows[indices.tolist()][self.column]
-        return [_text_of(v, str(self.column), self.path, int(i)) for v, i in zip(values, indices, strict=True)]
+def _entries(files: Files) -> Iterator[Path]:
+    for path in map(Path, (path for path in files.paths if "://" not in path)):
+        yield from sorted(path.rglob("*.arrow")) if path.is_dir() else [path]

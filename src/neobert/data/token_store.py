@@ -1,28 +1,42 @@
-"""A tokenised corpus on disk: flat token ids, memory-mapped, with the offsets of the documents.
+"""A tokenised corpus on disk: flat token ids in shards, memory-mapped, with the offsets of the documents.
 
     <folder>/
-      tokens.bin      uint16 or uint32 ids of all documents, without special tokens
-      offsets.npy     uint64, documents + 1
-      manifest.json   written last: counts, dtype, fingerprints of source and tokenizer, checksums
+      plan.json               written first: what the shards are, fingerprints of source and tokenizer
+      tokens-00000.bin        uint16 or uint32 ids of the documents of a shard, without special tokens
+      offsets-00000.npy       uint64, documents of the shard + 1
+      shard-00000.json        written last of a shard: counts and checksums; a shard that has it is whole
+      manifest.json           written when all shards are whole: their counts and checksums; a folder that has it is whole
 
-2 bytes a token for vocabularies up to 65,536. A folder with its final name is whole: it is written under another name
-and renamed.
+2 bytes a token for vocabularies up to 65,536. Every file gets its final name by a rename, and its content depends on text and
+tokenizer only, so several processes may write shards of one folder without talking to each other, even the same ones.
 """
 
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+TOKENS, OFFSETS, SHARD = "tokens-{:05d}.bin", "offsets-{:05d}.npy", "shard-{:05d}.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What a shard says of itself. `skipped`: rows without usable text, by reason."""
+
+    num_documents: int
+    num_tokens: int
+    sha256: dict[str, str]
+    skipped: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -31,93 +45,188 @@ class Manifest:
 
     format: int
     dtype: str
-    num_documents: int
-    num_tokens: int
     source: str
     tokenizer: str
-    sha256: dict[str, str]
+    shards: list[ShardEntry]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        reasons = {reason for shard in self.shards for reason in shard.skipped}
+        return {reason: sum(shard.skipped.get(reason, 0) for shard in self.shards) for reason in sorted(reasons)}
 
 
 class TokenStore:
-    """Random access to tokenised documents (a `Corpus`). Raises DataError when the folder is damaged."""
+    """Random access to tokenised documents (a `Corpus`). Raises DataError when the folder is incomplete or damaged."""
+
+    is_tokenized = True
 
     def __init__(self, folder: str | Path, in_memory: bool = False):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        for name, wanted in self.manifest.sha256.items():
-            if not (self.folder / name).is_file() or _sha256(self.folder / name) != wanted:
-                raise DataError(f"{self.folder / name}: missing or damaged; delete the folder and tokenise again")
-        self.offsets = np.load(self.folder / "offsets.npy")
-        dtype = np.dtype(self.manifest.dtype)
-        if not self.manifest.num_tokens:
-            self.tokens = np.zeros(0, dtype)
-        elif in_memory:
-            self.tokens = np.fromfile(self.folder / "tokens.bin", dtype=dtype)
-        else:
-            self.tokens = np.memmap(self.folder / "tokens.bin", dtype=dtype, mode="r")
+        verify_store(self.folder, self.manifest)
         self.fingerprint = f"{self.manifest.source}:{self.manifest.tokenizer}"
+        dtype, shards = np.dtype(self.manifest.dtype), self.manifest.shards
+        self.first = np.cumsum([0, *(shard.num_documents for shard in shards)])
+        offsets = (self.folder / OFFSETS.format(n) for n in range(len(shards)))
+        self.offsets = [np.asarray(np.load(path, mmap_mode="r")) for path in offsets]  # plain arrays slice faster
+        self.tokens = [_open_tokens(self.folder / TOKENS.format(n), dtype, in_memory) for n in range(len(shards))]
 
     def __len__(self) -> int:
-        return self.manifest.num_documents
+        return int(self.first[-1])
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every document, int64."""
-        return np.diff(self.offsets.astype(np.int64))
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in self.offsets)])
 
     def fetch(self, indices: np.ndarray) -> list[Ids]:
-        begins, ends = self.offsets[indices], self.offsets[indices + 1]
-        return [np.asarray(self.tokens[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+        numbers = np.searchsorted(self.first, indices, side="right") - 1
+        documents: list[Ids] = [np.zeros(0)] * len(indices)
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            local = indices[places] - self.first[number]
+            offsets, tokens = self.offsets[number], self.tokens[number]
+            spans = zip(places.tolist(), offsets[local].tolist(), offsets[local + 1].tolist(), strict=True)
+            for place, begin, end in spans:
+                documents[place] = tokens[begin:end]
+        return documents
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a token folder. Raises DataError when there is none or it is not ours."""
-    try:
-        fields = json.loads((folder / "manifest.json").read_text())
-        manifest = Manifest(**fields)
-    except FileNotFoundError:
-        raise DataError(f"{folder}: no tokenised corpus here (no manifest.json)") from None
-    except (ValueError, TypeError):
-        raise DataError(f"{folder / 'manifest.json'}: not the manifest of a tokenised corpus") from None
-    if manifest.format != FORMAT:
-        raise DataError(f"{folder}: format {manifest.format}; this version reads {FORMAT}. Tokenise again")
-    return manifest
+def _open_tokens(path: Path, dtype: np.dtype[Any], in_memory: bool) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.fromfile(path, dtype=dtype) if in_memory else np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def is_token_store(path: str | Path) -> bool:
-    """Whether a folder holds a tokenised corpus."""
-    return (Path(path) / "manifest.json").is_file()
+    """Whether a folder holds a tokenised corpus, or a part of one."""
+    return any((Path(path) / name).is_file() for name in ("manifest.json", "plan.json"))
 
 
-def write_token_store(
-    folder: str | Path, documents: Iterable[Ids], dtype: type, source: str, tokenizer: str
-) -> Manifest:
-    """Write all documents, replacing what is at `folder` once the new one is whole. Raises DataError when disk is full."""
-    folder = Path(folder)
-    scratch = folder.with_name(f".{folder.name}.tmp")
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a token folder. Raises DataError when there is none, it is not whole, or it is not ours."""
+    plan = read_plan(folder)
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        offsets = [0]
-        with open(scratch / "tokens.bin", "wb") as file:
+        fields = json.loads((folder / "manifest.json").read_text())
+        version = fields["format"]
+        if version == FORMAT:
+            return Manifest(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
+    except FileNotFoundError:
+        if plan is None:
+            raise DataError(f"{folder}: no tokenised corpus here (no manifest.json)") from None
+        missing = [str(n) for n in range(len(plan["shards"])) if not (folder / SHARD.format(n)).is_file()]
+        raise DataError(
+            f"{folder}: not whole: {len(missing)} of {len(plan['shards'])} shards are missing; run the command that makes it "
+            "again, it goes on where it was"
+        ) from None
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{folder / 'manifest.json'}: not the manifest of a tokenised corpus") from None
+    raise DataError(f"{folder}: format {version}; this version reads {FORMAT}. Delete the folder and tokenise again")
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """What the folder is to become, or None for a folder without a plan. Raises DataError for a damaged one."""
+    try:
+        plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+        return plan
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise DataError(f"{folder / 'plan.json'}: damaged; delete the folder and tokenise again") from None
+
+
+def verify_store(folder: Path, manifest: Manifest) -> None:
+    """Compare sizes and checksums with the manifest. Raises DataError naming the first file that differs.
+
+    What was verified once is remembered by size and time of change in `.verified`, so that large folders open at once.
+    """
+    stamp = folder / ".verified"
+    try:
+        known = json.loads(stamp.read_text())
+    except (OSError, ValueError):
+        known = {}
+    seen = {}
+    for name, wanted in ((name, sha) for shard in manifest.shards for name, sha in shard.sha256.items()):
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing; delete the folder and tokenise again")
+        status = path.stat()
+        seen[name] = [status.st_size, status.st_mtime_ns, wanted]
+        if known.get(name) != seen[name] and sha256(path) != wanted:
+            raise DataError(f"{path}: damaged (its checksum differs); delete the folder and tokenise again")
+    if known != seen:
+        try:
+            write_atomically(stamp, json.dumps(seen).encode())
+        except OSError:
+            return  # a folder that cannot be written is verified every time
+
+
+def write_shard(
+    folder: Path, number: int, documents: Iterable[Ids], dtype: type, skipped: dict[str, int]
+) -> ShardEntry:
+    """Write the documents of one shard; `skipped` is read behind the last one. Raises OSError when the disk is full."""
+    offsets, names = [0], (TOKENS.format(number), OFFSETS.format(number))
+    scratch = [folder / f".{name}.{os.getpid()}.tmp" for name in names]
+    try:
+        with open(scratch[0], "wb") as file:
             for ids in documents:
                 file.write(np.ascontiguousarray(ids, dtype=dtype).tobytes())
                 offsets.append(offsets[-1] + len(ids))
             file.flush()
             os.fsync(file.fileno())
-        np.save(scratch / "offsets.npy", np.array(offsets, dtype=np.uint64))
-        sums = {name: _sha256(scratch / name) for name in ("tokens.bin", "offsets.npy")}
-        manifest = Manifest(FORMAT, np.dtype(dtype).name, len(offsets) - 1, offsets[-1], source, tokenizer, sums)
-        (scratch / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot write the tokenised corpus: {error.strerror}") from None
+        with open(scratch[1], "wb") as file:
+            np.save(file, np.array(offsets, dtype=np.uint64))
+            file.flush()
+            os.fsync(file.fileno())
+        sums = {name: sha256(path) for name, path in zip(names, scratch, strict=True)}
+        for name, path in zip(names, scratch, strict=True):
+            os.replace(path, folder / name)
+        entry = ShardEntry(len(offsets) - 1, offsets[-1], sums, dict(skipped))
+        write_json(folder / SHARD.format(number), asdict(entry))
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+        for path in scratch:
+            path.unlink(missing_ok=True)
+    return entry
 
 
-def _sha256(path: Path) -> str:
+def read_shards(folder: Path, num_shards: int) -> list[ShardEntry] | None:
+    """What all shards say of themselves; None when one is missing."""
+    try:
+        return [ShardEntry(**json.loads((folder / SHARD.format(n)).read_text())) for n in range(num_shards)]
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise DataError(f"{folder}: a shard-*.json in it is damaged; delete it and tokenise again") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON under its final name at once."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under another name, flush it to disk, and rename it."""
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a whole file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

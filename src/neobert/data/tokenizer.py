@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 INERT = "[inert{}]"  # fills the vocabulary up to the model's size; never an input, a target or a prediction
+
+LONGEST_PART = 1_000_000  # characters encoded at once
 
 Ids = np.ndarray  # token ids of one document, uint16 or uint32, without special tokens
 
@@ -49,13 +52,23 @@ class TextTokenizer:
         """The smallest unsigned type that holds every id."""
         return np.uint16 if self.num_real <= 2**16 else np.uint32
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Names the mapping from text to ids; two tokenizers with equal fingerprints give equal ids."""
-        return hashlib.sha256(self.json.encode()).hexdigest()[:16]
+        """Names the mapping from text to ids; two tokenizers with equal fingerprints give equal ids.
+
+        Inert tokens, which fit the vocabulary to a model, and settings of truncation and padding make no difference.
+        """
+        settings = json.loads(self.json)
+        inert = INERT.partition("{")[0]
+        added = [token for token in settings.get("added_tokens", []) if not token["content"].startswith(inert)]
+        settings |= {"added_tokens": added, "truncation": None, "padding": None}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def encode(self, texts: list[str]) -> list[Ids]:
-        """Token ids of each text, without special tokens; special tokens written in the text are not interpreted."""
+        """Token ids of each text, without special tokens; special tokens written in the text are not interpreted.
+
+        Very long texts are encoded in parts, cut in front of white space, which bounds the memory this takes.
+        """
         if self._backend is None:
             from tokenizers import Tokenizer
 
@@ -63,8 +76,21 @@ class TextTokenizer:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
+        if any(len(text) > LONGEST_PART for text in texts):
+            return [np.concatenate(self.encode(list(_parts(text)))) for text in texts]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+
+def _parts(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > LONGEST_PART:
+        limit = begin + LONGEST_PART
+        end = max(text.rfind(" ", begin + 1, limit), text.rfind("\n", begin + 1, limit))
+        end = end if end > begin else limit
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def load_tokenizer(name: str, path: str | None) -> Any:
@@ -121,28 +147,55 @@ def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     )
 
 
-def train_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int, lowercase: bool, max_length: int) -> int:
-    """Train a WordPiece tokenizer and save it as a Hugging Face folder. Returns its size.
+def train_tokenizer(
+    texts: Iterable[str], output: str | Path, vocab_size: int, lowercase: bool, max_length: int, kind: str = "wordpiece"
+) -> int:
+    """Train a `wordpiece` or byte-level `bpe` tokenizer and save it as a Hugging Face folder. Returns its size.
 
     Raises DataError when there is no text.
     """
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
-
     first = next(iter_texts := iter(texts), None)
     if first is None:
         raise DataError("no text to train a tokenizer on")
-    trainer = BertWordPieceTokenizer(lowercase=lowercase)
-    trainer.train_from_iterator(
-        chain([first], iter_texts),
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        show_progress=False,
-    )
-    vocabulary = {token: i for token, i in sorted(trainer.get_vocab().items(), key=lambda item: item[1])}
-    fast = BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase, model_max_length=max_length, **SPECIAL_TOKENS)
+    train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}[kind]
+    fast = train(chain([first], iter_texts), vocab_size, lowercase, max_length)
     save_tokenizer(fast, output)
     return len(fast)
+
+
+def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool, max_length: int) -> Any:
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    trainer = BertWordPieceTokenizer(lowercase=lowercase)
+    special = list(SPECIAL_TOKENS.values())
+    trainer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    vocabulary = {token: i for token, i in sorted(trainer.get_vocab().items(), key=lambda item: item[1])}
+    return BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase, model_max_length=max_length, **SPECIAL_TOKENS)
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool, max_length: int) -> Any:
+    """Byte-level: every text can be written with it, so [UNK] never occurs."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = list(SPECIAL_TOKENS.values())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    ends = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **SPECIAL_TOKENS)
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
@@ -153,14 +206,3 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     for private in ("name_or_path", "is_local", "local_files_only"):
         settings.pop(private, None)
     path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def train_from_files(
-    paths: list[str], text_column: str | None, output: str | Path, vocab_size: int, lowercase: bool, max_length: int
-) -> int:
-    """`train_tokenizer` on files, folders or globs. Returns the size. Raises DataError naming what cannot be read."""
-    from neobert.data.sources import Position, find_splits, stream
-
-    files = [find_splits(path, text_column, None, None)[0] for path in paths]
-    texts = (text for one in files for text, _ in stream(one, Position()) if text)
-    return train_tokenizer(texts, output, vocab_size, lowercase, max_length)

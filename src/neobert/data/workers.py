@@ -4,12 +4,21 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from typing import Any, TypeVar
 
 from neobert.data.tokenizer import Ids, TextTokenizer
 from neobert.errors import DataError
+
+Result = TypeVar("Result")
+
+WORKER_DIED = (
+    "a tokenising process ended unexpectedly, most likely killed for want of memory; use fewer (dataset.num_workers, "
+    "dataset.num_proc, --num-proc), and start again: it goes on where it was"
+)
 
 _worker_tokenizer: TextTokenizer | None = None
 
@@ -37,17 +46,27 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_in_worker(texts: list[str]) -> list[Ids]:
+def worker_tokenizer() -> TextTokenizer:
+    """The tokenizer of this worker process."""
     assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode(texts)
+    return _worker_tokenizer
 
 
-def wait_for_worker(future: "Future[list[Ids]]") -> list[Ids]:
-    """The result of a block. Raises DataError when its process died."""
+def encode_in_worker(texts: list[str]) -> list[Ids]:
+    return worker_tokenizer().encode(texts)
+
+
+def submit_to_worker(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+    """Hand work to a process. Raises DataError when one of them has died."""
+    try:
+        return pool.submit(function, *arguments)
+    except BrokenProcessPool:
+        raise DataError(WORKER_DIED) from None
+
+
+def wait_for_worker(future: "Future[Result]") -> Result:
+    """The result of such work. Raises DataError when its process died."""
     try:
         return future.result()
     except BrokenProcessPool:
-        raise DataError(
-            "a tokenising process ended unexpectedly, most likely killed for want of memory; "
-            "lower dataset.num_workers, or set it to 0"
-        ) from None
+        raise DataError(WORKER_DIED) from None

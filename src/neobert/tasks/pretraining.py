@@ -1,7 +1,7 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from neobert.config.load import Loaded, dump_config
 from neobert.config.reference import known_keys
 from neobert.config.rules import resume_needs_a_position, value_of
 from neobert.config.schema import Config
+from neobert.data.batch import Batch
 from neobert.data.loader import Loader, build_steps
 from neobert.data.order import Rank
 from neobert.data.tokenizer import fit_vocabulary, load_tokenizer, save_tokenizer, text_tokenizer
@@ -47,8 +48,8 @@ class Finished:
     exit_code: int = 0
 
 
-def run(loaded: Loaded) -> Finished:
-    """Pretrain as configured. Raises UserError (and its kinds) for what a user can repair."""
+def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
+    """Pretrain as configured; `observe` is shown every training batch. Raises UserError for what a user can repair."""
     config = loaded.config
     runtime = build_runtime(
         use_cpu=config.trainer.use_cpu, mixed_precision=config.trainer.mixed_precision, tf32=config.trainer.tf32
@@ -64,6 +65,7 @@ def run(loaded: Loaded) -> Finished:
         config.trainer.output_dir, config.trainer.resume_from_checkpoint, config.trainer.overwrite_output_dir
     )
     data = build_data(config, tokenizer, Rank(runtime.rank, runtime.world_size), folder, runtime.device.type == "cuda")
+    data.train.observe = observe
     if data.evaluation is None:
         check_needs_evaluation(config.trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
@@ -140,7 +142,8 @@ class Job:
             console.close()
             metrics.close()
             self.data.train.close()
-        print_end(self.state, self.data.num_steps, self.folder, stopwatch, save.last_step)
+        used = self.data.train.describe_used()
+        print_end(self.state, self.data.num_steps, self.folder, stopwatch, save.last_step, used)
         return Finished(self.folder, self.state, stopwatch.data_fraction, 128 + received[0] if received else 0)
 
     def build_sinks(self) -> Sinks:

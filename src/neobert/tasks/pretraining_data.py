@@ -1,28 +1,34 @@
-"""The data of a pretraining run: from the configuration to loaders, and what the summary says of them."""
+"""The data of a pretraining run: from opened sources to loaders, and what the summary says of them."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from neobert.config.schema import Config
 from neobert.data.batch import Batch, Collator
-from neobert.data.loader import Loader, Pipeline
+from neobert.data.corpus import Corpus
+from neobert.data.documents import Files
+from neobert.data.loader import Loader, Pipeline, lanes_of
 from neobert.data.masking import Masker
-from neobert.data.order import CorpusReader, Pieces, Rank, StreamReader, Subset
-from neobert.data.packing import LongDocuments, OnePerRow, Packer, Segmenter
-from neobert.data.prepare import check_store, tokenize_files
-from neobert.data.sources import Corpus, Files, find_splits, open_corpus
-from neobert.data.token_store import TokenStore, is_token_store
+from neobert.data.mixture import Lane
+from neobert.data.order import Rank, Reader, RememberedReader
+from neobert.data.packing import OnePerRow, Packer, Segmenter
+from neobert.data.prepare import cores
+from neobert.data.rows import RowSource, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer
-from neobert.errors import DataError
+from neobert.tasks.pretraining_sources import (
+    Source,
+    build_eval_reader,
+    build_reader,
+    describe_size,
+    long_documents,
+    open_sources,
+    piece_length,
+    row_length,
+)
 
 EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses compare across seeds
-
-Reader = CorpusReader | StreamReader
 
 
 @dataclass(frozen=True)
@@ -32,152 +38,146 @@ class PretrainingData:
     train: Loader
     evaluation: Callable[[], Iterator[Batch]] | None
     num_steps: int
+    row_length: int  # tokens, padding included, at most
     describe: list[str]
 
 
 def build_data(
-    config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir: Path, on_cuda: bool
+    config: Config,
+    tokenizer: TextTokenizer,
+    rank: Rank,
+    output_dir: Path,
+    on_cuda: bool,
+    all_max: Callable[[int], int] = lambda number: number,
 ) -> PretrainingData:
-    """Open, and if asked for tokenise, the corpus. Raises DataError."""
-    train_reader, eval_reader, notes = build_readers(config, tokenizer, rank, output_dir)
-    by_epochs = config.trainer.max_steps < 0
-    num_epochs = config.trainer.num_train_epochs if by_epochs else None
-    num_steps = config.trainer.max_steps
+    """Open, and if asked for tokenise, the corpus. `all_max` is the largest of a number over all ranks. Raises DataError."""
+    sources = open_sources(config, tokenizer, output_dir)
+    num_epochs = _num_epochs(config)
+    notes = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         notes.append("dataset.pin_memory is for CUDA; this run has none")
-    if by_epochs:
-        counting = build_pipeline(config, tokenizer, _copy(train_reader), num_epochs, training=True)
-        num_steps = -(-counting.count_batches() // config.trainer.gradient_accumulation_steps)
+    num_steps, num_batches = config.trainer.max_steps, None
+    num_lanes = config.dataset.lanes or rank.world
+    if config.trainer.max_steps < 0 or (num_epochs is not None and num_lanes > 1):
+        counting = _training_pipeline(config, tokenizer, sources, rank, num_epochs, 0)
+        num_batches = all_max(counting.count_batches()) * len(counting.lanes)
+    if config.trainer.max_steps < 0:
+        num_steps = -(-(num_batches or 0) // config.trainer.gradient_accumulation_steps)
         notes.append(f"{num_epochs} epochs are {num_steps:,} steps")
-    pipeline = build_pipeline(config, tokenizer, train_reader, num_epochs, training=True)
-    evaluation = None
-    if eval_reader is not None:
-        evaluation = _evaluation_pass(config, tokenizer, eval_reader)
-    workers = (
-        f"{pipeline.num_workers} tokenising processes" if pipeline.num_workers else "tokenised in the training process"
-    )
-    if isinstance(train_reader, CorpusReader) and isinstance(train_reader.corpus, TokenStore | Pieces):
-        workers = "tokenised beforehand"
+    pipeline = _training_pipeline(config, tokenizer, sources, rank, num_epochs, num_steps)
+    pipeline.num_batches = num_batches
+    notes[0] += f"; {_describe_workers(pipeline, sources)}"
     return PretrainingData(
         Loader(pipeline, pin_memory=on_cuda),
-        evaluation,
+        _evaluation_pass(config, tokenizer, sources),
         num_steps,
-        [f"{notes[0]}; {workers}", *notes[1:], _describe_rows(config), _describe_evaluation(eval_reader)],
+        pipeline.collator.row_length or piece_length(config),
+        [*notes, _describe_rows(config), _describe_evaluation([source.evaluation for source in sources])],
     )
 
 
-# --- where documents come from -----------
+def _num_epochs(config: Config) -> int | None:
+    """How often a source is read: without end, or as long as `max_steps: -1` or the mixture says."""
+    if config.trainer.max_steps < 0:
+        return config.trainer.num_train_epochs
+    return 1 if config.dataset.mixture and config.dataset.mixture_exhausted != "repeat" else None
 
 
-def build_readers(
-    config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir: Path
-) -> tuple[Reader, Reader | None, list[str]]:
-    """(training reader, evaluation reader or None, lines for the summary)."""
-    dataset = config.dataset
-    if is_token_store(dataset.path) or is_token_store(Path(dataset.path) / "train"):
-        return _store_readers(config, tokenizer, rank, Path(dataset.path))
-    train_files, eval_files = find_splits(dataset.path, dataset.text_column, dataset.train_split, dataset.eval_split)
-    if not train_files.num_bytes:
-        raise DataError(f"dataset.path: {', '.join(train_files.paths)}: empty")
-    if dataset.streaming:
-        evaluation = StreamReader(eval_files) if eval_files else None
-        return StreamReader(train_files, rank), evaluation, [f"streamed: {_size(train_files)}"]
-    if dataset.pre_tokenize:
-        return _pre_tokenized_readers(config, tokenizer, rank, output_dir, train_files, eval_files)
-    train = open_corpus(train_files, dataset.load_all_from_disk, dataset.cache_dir)
-    evaluation = open_corpus(eval_files, dataset.load_all_from_disk, dataset.cache_dir) if eval_files else None
-    return *_corpus_readers(config, rank, train, evaluation), [
-        f"{len(train):,} documents, {_size(train_files)}{_held(config)}"
-    ]
-
-
-def _pre_tokenized_readers(
-    config: Config, tokenizer: TextTokenizer, rank: Rank, output_dir: Path, train_files: Files, eval_files: Files | None
-) -> tuple[Reader, Reader | None, list[str]]:
-    folder = Path(config.dataset.pre_tokenize_output or output_dir / "tokenized")
-    num_proc = min(config.dataset.num_proc, os.cpu_count() or 1)
-    show_bar = not config.trainer.disable_tqdm and os.isatty(2)
-    stores, notes, held = [], [], _held(config)
-    for name, files in (("train", train_files), ("validation", eval_files)):
-        if files is not None:
-            if config.dataset.force_redownload and is_token_store(folder / name):
-                shutil.rmtree(folder / name)
-            store, made = tokenize_files(
-                files, tokenizer, folder / name, num_proc, show_bar, config.dataset.load_all_from_disk
-            )
-            stores.append(store)
-            how = f"tokenised by {num_proc} processes into" if made else "tokens found in"
-            notes.append(
-                f"{store.manifest.num_documents:,} documents, {store.manifest.num_tokens:,} tokens, {how} {folder / name}{held}"
-            )
-    return *_corpus_readers(config, rank, stores[0], stores[1] if eval_files else None), notes[:1]
-
-
-def _store_readers(
-    config: Config, tokenizer: TextTokenizer, rank: Rank, path: Path
-) -> tuple[Reader, Reader | None, list[str]]:
-    in_memory = config.dataset.load_all_from_disk
-    train = TokenStore(path if is_token_store(path) else path / "train", in_memory)
-    evaluation = TokenStore(path / "validation", in_memory) if is_token_store(path / "validation") else None
-    for store in (train, evaluation):
-        if store is not None:
-            check_store(store, tokenizer)
-    note = f"{train.manifest.num_documents:,} documents, {train.manifest.num_tokens:,} tokens in {train.folder}{_held(config)}"
-    return *_corpus_readers(config, rank, train, evaluation), [note]
-
-
-def _corpus_readers(config: Config, rank: Rank, train: Any, evaluation: Any) -> tuple[Reader, Reader | None]:
-    """Readers of random-access corpora; holds out `validation_split`, and shuffles by pieces where lengths are known."""
-    share = config.dataset.validation_split
-    if share is not None:
-        if len(train) < 2:
-            raise DataError("dataset.validation_split: one document cannot be split")
-        train, evaluation = (Subset(train, share, config.seed, rest) for rest in (True, False))
-    if not len(train):
-        raise DataError(f"dataset.path: {config.dataset.path}: no document in it")
-    room = _piece_length(config) - 2
-    if _is_tokenized(train) and _long_documents(config) == "split":
-        train = Pieces(train, room)
-    return CorpusReader(train, config.seed, rank), None if evaluation is None else CorpusReader(evaluation, None)
-
-
-def _is_tokenized(corpus: Corpus) -> bool:
-    return isinstance(corpus.corpus if isinstance(corpus, Subset) else corpus, TokenStore)
-
-
-# --- what is made of them -----------
-
-
-def build_pipeline(
-    config: Config, tokenizer: TextTokenizer, reader: Reader, num_epochs: int | None, training: bool
+def _training_pipeline(
+    config: Config, tokenizer: TextTokenizer, sources: list[Source], rank: Rank, num_epochs: int | None, num_steps: int
 ) -> Pipeline:
-    """Documents to masked batches, as the configuration says."""
-    packed, dataset = config.datacollator.pack_sequences, config.dataset
-    batch_size = config.trainer.per_device_train_batch_size if training else config.trainer.per_device_eval_batch_size
-    is_text = isinstance(reader, StreamReader) or not _is_tokenized(getattr(reader.corpus, "corpus", reader.corpus))
-    workers = min(dataset.num_workers, os.cpu_count() or 1) if is_text and training else 0
-    segmenter = Segmenter(_piece_length(config), _long_documents(config), tokenizer.cls_id, tokenizer.sep_id)
-    return Pipeline(
-        reader,
+    """Documents to masked batches of a rank."""
+    dataset, packed = config.dataset, config.datacollator.pack_sequences
+    num_lanes = dataset.lanes or rank.world
+    batch_size = config.trainer.per_device_train_batch_size
+    is_text = not all(source.is_tokenized for source in sources)
+    workers = Workers(
         tokenizer,
-        segmenter,
-        Packer(_row_length(config)) if packed else OnePerRow(),
-        build_collator(config, tokenizer, config.seed if training else EVAL_SEED),
+        min(dataset.num_workers, cores()) if is_text else 0,
+        dataset.prefetch_factor or 2,
+        dataset.persistent_workers,
+    )
+    min_rows = batch_size if num_lanes == len(sources) == 1 else 1
+    lanes = [
+        Lane(
+            number,
+            num_lanes,
+            [
+                _row_source(
+                    config,
+                    workers,
+                    build_reader(config, source.train, Rank(number, num_lanes)),
+                    num_epochs,
+                    min_rows,
+                    source,
+                )
+                for source in sources
+            ],
+            [source.weight for source in sources],
+            dataset.mixture_exhausted,
+            config.seed,
+        )
+        for number in lanes_of(rank.index, rank.world, num_lanes)
+    ]
+    num_rows = num_steps * config.trainer.gradient_accumulation_steps * batch_size * rank.world
+    return Pipeline(
+        lanes,
+        workers,
+        build_collator(config, tokenizer, config.seed, num_rows),
         batch_size,
-        shuffle_size=dataset.shuffle_buffer_size if training and dataset.streaming else 0,
-        seed=config.seed,
-        num_epochs=num_epochs,
-        keep_short_batch=not (training and packed and config.trainer.enforce_full_packed_batches),
-        flush_every_block=packed and not config.trainer.enforce_full_packed_batches,
-        num_workers=workers,
-        prefetch_factor=dataset.prefetch_factor or 2,
-        persistent_workers=dataset.persistent_workers,
-        training=training,
+        config.seed,
+        fill_last=packed and config.trainer.enforce_full_packed_batches,
     )
 
 
-def build_collator(config: Config, tokenizer: TextTokenizer, seed: int) -> Collator:
-    """Rows to masked batches."""
+def _row_source(
+    config: Config, workers: Workers, reader: Reader, num_epochs: int | None, min_rows: int, source: Source | None
+) -> RowSource:
+    packed, tokenizer, training = config.datacollator.pack_sequences, workers.tokenizer, source is not None
+    trainer = config.trainer
+    batch_size = trainer.per_device_train_batch_size if training else trainer.per_device_eval_batch_size
+    return RowSource(
+        reader,
+        workers,
+        Segmenter(piece_length(config), long_documents(config), tokenizer.cls_id, tokenizer.sep_id),
+        Packer(row_length(config)) if packed else OnePerRow(),
+        ShuffleBuffer(config.dataset.shuffle_buffer_size if training and config.dataset.streaming else 0, config.seed),
+        source.name if source else "",
+        num_epochs,
+        group=batch_size if packed and not config.trainer.enforce_full_packed_batches else None,
+        min_rows=min_rows,
+    )
+
+
+def _evaluation_pass(
+    config: Config, tokenizer: TextTokenizer, sources: list[Source]
+) -> Callable[[], Iterator[Batch]] | None:
+    """A function that gives all evaluation batches; text is tokenised the first time only."""
+    readers = [
+        (RememberedReader(build_eval_reader(config, source.evaluation), tokenizer.encode), source.weight)
+        for source in sources
+        if source.evaluation is not None
+    ]
+    if not readers:
+        return None
+
+    def batches() -> Iterator[Batch]:
+        workers = Workers(tokenizer)
+        rows = [_row_source(config, workers, reader.again(), 1, 0, None) for reader, _ in readers]
+        pipeline = Pipeline(
+            [Lane(0, 1, rows, [weight for _, weight in readers], "drop", EVAL_SEED)],
+            workers,
+            build_collator(config, tokenizer, EVAL_SEED, None),
+            config.trainer.per_device_eval_batch_size,
+        )
+        with closing(Loader(pipeline)) as loader:
+            yield from loader
+
+    return batches
+
+
+def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows: int | None) -> Collator:
+    """Rows to masked batches. `num_rows`: of the whole run; None for evaluation, whose rate is constant."""
     datacollator, packed = config.datacollator, config.datacollator.pack_sequences
     masker = Masker(
         seed,
@@ -186,63 +186,37 @@ def build_collator(config: Config, tokenizer: TextTokenizer, seed: int) -> Colla
         tokenizer.mask_id,
         tokenizer.special_ids,
         tokenizer.num_real,
+        None if num_rows is None else datacollator.mlm_probability_final,
+        num_rows or 0,
     )
     to_full_length = packed or config.tokenizer.padding == "max_length"
-    row_length = (_row_length(config) if packed else _piece_length(config)) if to_full_length else None
-    return Collator(masker, tokenizer.pad_id, packed, row_length, datacollator.pad_to_multiple_of or 1)
+    length = (row_length(config) if packed else piece_length(config)) if to_full_length else None
+    return Collator(masker, tokenizer.pad_id, packed, length, datacollator.pad_to_multiple_of or 1)
 
 
-def _evaluation_pass(config: Config, tokenizer: TextTokenizer, reader: Reader) -> Callable[[], Iterator[Batch]]:
-    def batches() -> Iterator[Batch]:
-        with closing(Loader(build_pipeline(config, tokenizer, _copy(reader), 1, training=False))) as loader:
-            yield from loader
-
-    return batches
+# --- words for the summary -----------
 
 
-def _copy(reader: Reader) -> Reader:
-    if isinstance(reader, StreamReader):
-        return StreamReader(reader.files, reader.rank)
-    return CorpusReader(reader.corpus, reader.seed, reader.rank)
-
-
-def _row_length(config: Config) -> int:
-    return config.datacollator.max_length or config.dataset.max_seq_length
-
-
-def _piece_length(config: Config) -> int:
-    return min(config.tokenizer.max_length, _row_length(config))
-
-
-def _long_documents(config: Config) -> LongDocuments:
-    if config.dataset.long_documents:
-        return config.dataset.long_documents
-    return "truncate" if config.tokenizer.truncation and not config.datacollator.pack_sequences else "split"
+def _describe_workers(pipeline: Pipeline, sources: list[Source]) -> str:
+    if all(source.is_tokenized for source in sources):
+        return "tokenised beforehand"
+    count = pipeline.workers.count
+    return f"{count} tokenising processes" if count else "tokenised in the training process"
 
 
 def _describe_rows(config: Config) -> str:
+    longer = f"longer documents: {long_documents(config)}"
     if config.datacollator.pack_sequences:
-        return f"packed rows of {_row_length(config)} tokens; longer documents: {_long_documents(config)}"
+        return f"packed rows of {row_length(config)} tokens; {longer}"
     how = "all of that length" if config.tokenizer.padding == "max_length" else "as long as the longest of their batch"
-    return f"one document a row, at most {_piece_length(config)} tokens, {how}; longer documents: {_long_documents(config)}"
+    return f"one document a row, at most {piece_length(config)} tokens, {how}; {longer}"
 
 
-def _describe_evaluation(reader: Reader | None) -> str:
-    if reader is None:
+def _describe_evaluation(texts: list[Files | Corpus | None]) -> str:
+    found = [text for text in texts if text is not None]
+    if not found:
         return (
             "no evaluation: no split named validation or test (or set dataset.validation_split with streaming: false)"
         )
-    if isinstance(reader, StreamReader):
-        return f"evaluated on {_size(reader.files)}"
-    return f"evaluated on {len(reader.corpus):,} documents"
-
-
-def _held(config: Config) -> str:
-    return ", held in memory" if config.dataset.load_all_from_disk else ""
-
-
-def _size(files: Files) -> str:
-    size = files.num_bytes
-    unit, scale = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e5 else ("kB", 1e3)
-    many = f" in {len(files.paths)} files" if len(files.paths) > 1 else f", {files.paths[0]}"
-    return f"{size / scale:.1f} {unit}{many}"
+    parts = [describe_size(text) if isinstance(text, Files) else f"{len(text):,} documents" for text in found]
+    return f"evaluated on {', '.join(parts)}"

@@ -25,7 +25,7 @@ def describe_run(
     trainer, m = config.trainer, model.config
     num_parameters = sum(p.numel() for p in model.parameters())
     in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
-    length = data.train.pipeline.collator.row_length or data.train.pipeline.segmenter.max_length
+    length = data.row_length
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
     norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
     kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
@@ -38,7 +38,7 @@ def describe_run(
         "parameters": f"{num_parameters:,} ({num_parameters - in_vocabulary:,} without embeddings and decoder)",
         "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
         "data": data.describe,
-        "masking": f"{config.datacollator.mlm_probability:.0%} of the tokens, {masks}",
+        "masking": f"{_rates(config)} of the tokens, {masks}",
         "step": f"{rows} rows x {length} = {rows * length:,} tokens"
         + (
             f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""
@@ -50,6 +50,11 @@ def describe_run(
         "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
         "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",
     }
+
+
+def _rates(config: Config) -> str:
+    first, last = config.datacollator.mlm_probability, config.datacollator.mlm_probability_final
+    return f"{first:.0%}" if last is None else f"{first:.0%}, linearly to {last:.0%} at the end,"
 
 
 def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None:
@@ -64,7 +69,9 @@ def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None
     print(flush=True)
 
 
-def print_end(state: TrainState, num_steps: int, folder: Path, stopwatch: Stopwatch, last_saved: int) -> None:
+def print_end(
+    state: TrainState, num_steps: int, folder: Path, stopwatch: Stopwatch, last_saved: int, notes: list[str]
+) -> None:
     """Where things are and what to type next."""
     seconds = stopwatch.total_seconds
     trained = sum(seconds[name] for name in ("data", "compute", "optimizer"))
@@ -76,6 +83,8 @@ def print_end(state: TrainState, num_steps: int, folder: Path, stopwatch: Stopwa
         f"{duration(seconds['evaluate'])} of evaluation, {duration(seconds['save'])} of saving"
     )
     print(f"waiting for data: {stopwatch.data_fraction:.2%} of the step time")
+    for note in notes:
+        print(note)
     last = folder / "checkpoints" / str(last_saved)
     if last_saved >= 0:
         best = f" (best: step {state.best_step:,})" if state.best_step is not None else ""
