@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def tokenize_rows(
     limit = max_length if truncate else None
     if num_proc > 1:
         bounds = np.linspace(0, len(texts[0]), num_proc + 1).astype(int)
-        parts = [tuple(column[a:b] for column in texts) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [tuple(column[a:b] for column in texts) for a, b in pairwise(bounds)]
         with ProcessPoolExecutor(num_proc) as pool:
             done = list(pool.map(_encode, [hf_tokenizer] * num_proc, parts, [limit] * num_proc))
     else:

@@ -86,6 +86,8 @@ class Job:
 
     def run(self) -> Finished:
         trainer, max_steps = self.config.trainer, self.num_steps
+        if trainer.early_stopping and self.state.num_evaluations_without_gain >= trainer.early_stopping:
+            self.state.stop_reason = "it had stopped early when it was saved"
         stopwatch = Stopwatch()
         metrics = self.build_sinks()
         console = Console(max_steps, self.state.step, not trainer.disable_tqdm)

@@ -9,15 +9,15 @@ from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.loader import build_steps
 from neobert.data.order import Rank
-from neobert.data.tokenizer import fit_vocabulary, load_tokenizer, text_tokenizer
-from neobert.errors import ConfigError, DataError, Problem
+from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+from neobert.errors import ConfigError, DataError
 from neobert.inference.load import load_model_weights
-from neobert.model.layouts import eurobert_config, is_eurobert, to_eurobert
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.tasks.encoder import build_model, prepare_model
+from neobert.model.layouts import is_eurobert, to_eurobert
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+from neobert.tasks.encoder import build_model, build_vocabulary, checkpoint_config, prepare_model
 from neobert.tasks.hooks import Measure, check_needs_evaluation
 from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, load_training_state
-from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
+from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
 from neobert.tasks.summary import describe_run, print_summary
@@ -49,7 +49,7 @@ def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> 
         check_needs_evaluation(config.trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
     lines = prepare_model(config, model, runtime)
-    optimizer = build_pretraining_optimizer(config, model, runtime.dtype)
+    optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
     schedule, warnings = build_run_schedule(config, data.num_steps)
     storage = Storage(
@@ -102,55 +102,8 @@ def build_measure(config: Config, model: NeoBERTForMaskedLM, data: PretrainingDa
     return Measure(measure, headline, "loss")
 
 
-# --- building the parts -----------
-
-
-def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any) -> tuple[int, list[str]]:
-    """Make `len(tokenizer)` the model's vocabulary size; returns it with notes where it differs from the YAML."""
-    real = len(hf_tokenizer)
-    follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
-    wanted = None if follows else config.model.vocab_size
-    size = fit_vocabulary(hf_tokenizer, wanted)
-    expected = config.tokenizer.vocab_size
-    if expected is not None and expected not in (real, size):
-        raise ConfigError(Problem("tokenizer.vocab_size", f"expected {expected}, but the tokenizer has {real} tokens"))
-    notes = []
-    if wanted is not None and wanted != size:
-        notes.append(
-            f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
-        )
-    if "model.pad_token_id" in keys_set and config.model.pad_token_id != hf_tokenizer.pad_token_id:
-        notes.append(
-            f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
-        )
-    return size, notes
-
-
 def checkpoint_model(model: NeoBERTForMaskedLM, hf_tokenizer: Any, name: str | None) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the config.json of a checkpoint."""
     weights = model.state_dict()
     model_config = checkpoint_config(model.config, hf_tokenizer, name)
     return to_eurobert(weights) if is_eurobert(model.config) else weights, model_config
-
-
-def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
-    """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
-    own = {
-        field: getattr(model_config, field) for field in NeoBERTConfig.__annotations__ if hasattr(model_config, field)
-    }
-    if name is not None:
-        own["name"] = name
-    if not is_eurobert(model_config):
-        return {
-            "model_type": "neobert",
-            "architectures": ["NeoBERTForMaskedLM"],
-            "dtype": "float32",
-            **own,
-            "neobert": own,
-        }
-    special = {
-        "bos_token_id": hf_tokenizer.cls_token_id,
-        "eos_token_id": hf_tokenizer.sep_token_id,
-        "mask_token_id": hf_tokenizer.mask_token_id,
-    }
-    return {**eurobert_config(model_config, special), "neobert": own}
