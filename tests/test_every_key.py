@@ -23,7 +23,7 @@ from neobert.data.order import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.tasks import pretraining
-from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
+from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import build_data
 from neobert.training.choices import choose_device, describe_arithmetic
 
@@ -366,7 +366,7 @@ def anomalies(train, small):
     for value in ("true", "false"):
         config = load_config([], [*TINY, "optimizer.name=muonclip", f"{MUON}detect_anomalies={value}"]).config
         model = pretraining.build_model(config, 64, 0)
-        optimizer = build_pretraining_optimizer(config, model, None)
+        optimizer = build_run_optimizer(config, model, None)
         model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, torch.nan)
         try:
             messages.append(optimizer.step())

@@ -6,7 +6,7 @@ from conftest import TINY
 from neobert.config.load import load_config
 from neobert.errors import ConfigError
 from neobert.tasks import pretraining
-from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
+from neobert.tasks.optimizers import build_clip, build_run_optimizer
 
 MUON = "optimizer.muon_config."
 REFUSED = {
@@ -30,7 +30,7 @@ REFUSED = {
 def build(*words):
     config = load_config([], [*TINY, "optimizer.name=muonclip", *words]).config
     model = pretraining.build_model(config, 64, 0)
-    return build_pretraining_optimizer(config, model, None), build_clip(config, model)
+    return build_run_optimizer(config, model, None), build_clip(config, model)
 
 
 @pytest.mark.parametrize("word", REFUSED)

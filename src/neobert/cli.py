@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neobert import cli_data
+from neobert import cli_data, cli_glue
 from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ def run(context: typer.Context, config: ConfigFile) -> None:
       neobert run base.yaml mine.yaml --trainer.output_dir runs/second
       neobert run outputs/quickstart/config.yaml --trainer.resume_from_checkpoint latest
     """
-    _pretrain(config, context.args, task=None)
+    _run(config, context.args, task=None)
 
 
 @app.command(context_settings=WITH_OVERRIDES, options_metavar=OVERRIDES)
@@ -66,7 +66,7 @@ def pretrain(context: typer.Context, config: ConfigFile) -> None:
           --tokenizer.path tokenizer/ --trainer.output_dir runs/first
       neobert pretrain my.yaml --trainer.resume_from_checkpoint latest --trainer.max_steps 20000
     """
-    _pretrain(config, context.args, task="pretraining")
+    _run(config, context.args, task="pretraining")
 
 
 def _layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
@@ -77,7 +77,33 @@ def _layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
     return [str(first), *words[:count]], words[count:]
 
 
-def _pretrain(first: Path, words: list[str], task: str | None) -> None:
+@app.command(context_settings=WITH_OVERRIDES, options_metavar="[OPTIONS] " + OVERRIDES)
+def glue(
+    context: typer.Context,
+    config: ConfigFile,
+    tasks: Annotated[
+        str | None, typer.Option(help="`all`, or names: cola,rte. A suite: one run per task and seed.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=1000, help="Runs per task, from `seed` up.")] = None,
+    predict: Annotated[bool, typer.Option("--predict", help="Write the files that GLUE's server takes.")] = False,
+) -> None:
+    """Fine-tune on GLUE: one task, or a suite over tasks and seeds with a table.
+
+    A suite that was stopped goes on with the runs that are missing. Its table is on the terminal and in
+    results.md and results.json of trainer.output_dir.
+
+    \b
+    Examples:
+      neobert glue configs/glue/small.yaml --glue.task_name rte
+      neobert glue configs/glue/small.yaml --tasks all --seeds 5 --dataset.path glue/
+      neobert glue outputs/glue-small/config.yaml --predict
+    """
+    code = cli_glue.run_glue(*_layers(config, context.args), tasks, seeds, predict)
+    if code:
+        raise typer.Exit(code)
+
+
+def _run(first: Path, words: list[str], task: str | None) -> None:
     from neobert.config.load import load_config
     from neobert.config.rules import not_built
 
@@ -85,9 +111,10 @@ def _pretrain(first: Path, words: list[str], task: str | None) -> None:
     if missing := not_built(loaded.config):
         raise ConfigError(*missing)
     from neobert.insight.report import write_report
+    from neobert.tasks import glue as glue_task
     from neobert.tasks import pretraining
 
-    finished = pretraining.run(loaded)
+    finished = {"pretraining": pretraining.run, "glue": glue_task.run}[loaded.config.task](loaded)
     write_report(finished.folder)
     if finished.exit_code:
         raise typer.Exit(finished.exit_code)

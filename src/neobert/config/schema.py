@@ -63,9 +63,14 @@ class ModelConfig(Section):
     )
     decoder_init_range: float = key(0.02, "Matrices start uniform within plus or minus this.", "initial weights", gt=0)
     classifier_init_range: float = key(
-        0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0
+        0.02, "Standard deviation of a classifier's first weights.", "initial weights", gt=0
     )
-    from_hub: bool = key(False, "Start from the weights of `model.name`.", "initial weights")
+    from_hub: bool = key(
+        False,
+        "GLUE: fine-tune the encoder `model.name`, a Hugging Face folder or hub name that `AutoModel` loads; its "
+        "architecture and tokenizer are used.",
+        "initial weights",
+    )
 
 
 class GlueConfig(Section):
@@ -74,19 +79,48 @@ class GlueConfig(Section):
     task_name: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"] = key(
         "cola", "GLUE task.", "data, head and metrics"
     )
-    num_labels: int = key(2, "Number of labels; 1 is regression.", "shape of the head", ge=1)
-    max_seq_length: int = key(128, "Longest pair of sentences, in tokens.", "length of rows", ge=8)
-    pretrained_model_path: str | None = key(None, "Pretrained model's folder or config.", "initial weights")
-    pretrained_checkpoint_dir: str | None = key(None, "Folder that holds checkpoints.", "initial weights")
-    pretrained_checkpoint: str | int | None = key(None, "Which of them: `latest`, a step, a path.", "initial weights")
-    allow_random_weights: bool = key(False, "Train without pretrained weights.", "an error, or not")
+    num_labels: int = key(2, "Number of labels; 1 is regression. Follows the task.", "an error when they differ", ge=1)
+    max_seq_length: int = key(128, "Longest row, a sentence or a pair, in tokens.", "length of rows", ge=8)
+    pretrained_model_path: str | None = key(
+        None,
+        "Pretrained model: a run's folder, a checkpoint, or the config file in one. With `pretrained_checkpoint_dir` it "
+        "only says which architecture is expected there.",
+        "initial weights",
+    )
+    pretrained_checkpoint_dir: str | None = key(
+        None, "Folder that holds checkpoints, as <output_dir> or <output_dir>/checkpoints.", "initial weights"
+    )
+    pretrained_checkpoint: str | int | None = key(
+        None,
+        "Which of them: `latest`, `best`, a step; or the path of one (default: top-level `pretrained_checkpoint`).",
+        "initial weights",
+    )
+    allow_random_weights: bool = key(
+        False, "Train without pretrained weights where none are named.", "an error, or not"
+    )
     classifier_dropout: float = key(0.1, "Dropout before the classifier.", "training noise", ge=0, lt=1)
     classifier_init_range: float = key(
-        0.02, "Classifier weights start within plus or minus this.", "initial weights", gt=0
+        0.02,
+        "Standard deviation of the classifier's first weights; wins over `model.classifier_init_range`.",
+        "initial weights",
+        gt=0,
     )
-    transfer_from_task: bool = key(False, "Start from a checkpoint of another GLUE task.", "initial weights")
-    num_workers: int = key(4, "Data processes.", "processes", ge=0, le=1024)
-    preprocessing_num_proc: int = key(4, "Processes for tokenising the task.", "processes", ge=1, le=1024)
+    transfer_from_task: bool = key(
+        False,
+        "Start from a checkpoint of another GLUE task (its encoder and hidden layer). In a suite: rte, mrpc and stsb from "
+        "mnli of the same seed.",
+        "initial weights",
+    )
+    num_workers: int = key(4, "Threads that put batches together ahead.", "speed", ge=0, le=1024)
+    preprocessing_num_proc: int = key(
+        4, "Most processes for tokenising the task; one takes 20,000 rows.", "speed", ge=1, le=1024
+    )
+    pooling: Literal["cls", "mean"] = key(
+        "cls", "What the classifier sees of a row: its first token, or the mean of all.", "shape of the head"
+    )
+    group_by_length: bool = key(
+        False, "Rows of similar length come in one batch: less padding where padding costs.", "order of the data"
+    )
 
 
 class ContrastiveConfig(Section):
@@ -112,7 +146,9 @@ class Config(Section):
     wandb: WandbConfig = key(None, "The Weights & Biases tracker.", "", factory=WandbConfig)
     glue: GlueConfig = key(None, "Fine-tuning on a GLUE task.", "", factory=GlueConfig)
     contrastive: ContrastiveConfig = key(None, "Training sentence embeddings.", "", factory=ContrastiveConfig)
-    pretrained_checkpoint: str = key("latest", "Checkpoint that a downstream task starts from.", "initial weights")
+    pretrained_checkpoint: str = key(
+        "latest", "Checkpoint that a downstream task starts from: `latest`, `best`, or a step.", "initial weights"
+    )
     mteb_task_type: str = key("all", "Which MTEB tasks to run.", "results", min_length=1)
     mteb_batch_size: int = key(32, "Texts per MTEB batch.", "speed", ge=1)
     mteb_pooling: Literal["mean", "avg", "cls", "max"] = key("mean", "How token vectors become one.", "results")

@@ -7,8 +7,8 @@ from typing import Any
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError
 from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.training.checkpoint import find_checkpoint, load_weights, verify_checkpoint
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTPreTrainedModel
+from neobert.training.checkpoint import Tensors, find_checkpoint, load_weights, verify_checkpoint
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
@@ -20,15 +20,27 @@ def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
     return model.eval(), load_tokenizer("", str(folder / "tokenizer"))
 
 
-def load_model_weights(folder: Path, model: NeoBERTForMaskedLM) -> None:
+def load_model_weights(folder: Path, model: NeoBERTPreTrainedModel) -> None:
     """Load a checkpoint's weights. Raises CheckpointError listing the first that do not fit."""
+    weights = read_weights(folder, model.config)
+    check_fit(folder, weights, model.state_dict())
+    model.load_state_dict(weights)
+
+
+def read_weights(folder: Path, architecture: NeoBERTConfig) -> Tensors:
+    """A checkpoint's tensors under our names. Raises CheckpointError when a part of one is missing."""
     weights = load_weights(folder)
-    if is_eurobert(model.config):
-        weights = from_eurobert(weights)
-    if wrong := mismatches(weights, model.state_dict()):
+    try:
+        return from_eurobert(weights) if is_eurobert(architecture) else weights
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit the model: {error.args[0]} is missing") from None
+
+
+def check_fit(folder: Path, weights: Tensors, own: Tensors) -> None:
+    """Raises CheckpointError listing the first tensors that keep `weights` from being loaded into `own`."""
+    if wrong := mismatches(weights, own):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(weights)
 
 
 def load_model_config(folder: Path) -> NeoBERTConfig:
@@ -36,4 +48,5 @@ def load_model_config(folder: Path) -> NeoBERTConfig:
     fields = json.loads((folder / "config.json").read_text()).get("neobert")
     if fields is None:
         raise CheckpointError(f"{folder / 'config.json'}: no `neobert` section; this is not one of our checkpoints")
-    return NeoBERTConfig(**{name: value for name, value in fields.items() if name != "name"})
+    known = {*NeoBERTConfig.__annotations__, "num_labels"}
+    return NeoBERTConfig(**{name: value for name, value in fields.items() if name in known})

@@ -62,6 +62,30 @@ class MaskedLMLossOutput(MaskedLMOutput):
     num_correct: Tensor | None = None
 
 
+@dataclass
+class ClassifierLossOutput(SequenceClassifierOutput):
+    """`loss` is the mean over rows; `loss_sum` their sum. `num_correct` is an int64 scalar, 0 for a regression."""
+
+    loss_sum: Tensor | None = None
+    num_correct: Tensor | None = None
+
+
+def classifier_output(logits: Tensor, labels: Tensor | None) -> ClassifierLossOutput:
+    """Cross-entropy of n x num_labels logits, or the squared error where there is one label; n `labels`."""
+    logits = logits.float()
+    if labels is None:
+        return ClassifierLossOutput(logits=logits)
+    if logits.shape[1] == 1:
+        loss_sum = F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        num_correct = labels.new_zeros((), dtype=torch.int64)
+    else:
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        num_correct = (logits.argmax(-1) == labels).sum()
+    return ClassifierLossOutput(
+        loss=loss_sum / max(1, len(labels)), logits=logits, loss_sum=loss_sum, num_correct=num_correct
+    )
+
+
 def build_block(config: NeoBERTConfig) -> Block:
     """One layer of the variant that `config` describes."""
     width = config.hidden_size
@@ -298,13 +322,8 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         document_lengths: Tensor | None = None,
         labels: Tensor | None = None,
         **_: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> ClassifierLossOutput:
         """Logits n x num_labels in float32. `labels` n: class ids, or numbers where there is one label."""
         pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling
         pooled = self.dropout(self.model.embed(input_ids, attention_mask, document_lengths, pooling))
-        logits = self.classifier(self.dropout(F.gelu(self.dense(pooled)))).float()
-        if labels is None:
-            return SequenceClassifierOutput(logits=logits)
-        if self.config.num_labels == 1:
-            return SequenceClassifierOutput(loss=F.mse_loss(logits.squeeze(-1), labels.float()), logits=logits)
-        return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+        return classifier_output(self.classifier(self.dropout(F.gelu(self.dense(pooled)))), labels)

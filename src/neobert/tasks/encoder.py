@@ -1,9 +1,14 @@
 """The model of a run: fresh weights, and the kernels and compilation that the machine allows."""
 
+from typing import Any
+
 import torch
 
 from neobert.config.schema import Config
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
+from neobert.data.tokenizer import fit_vocabulary
+from neobert.errors import ConfigError, Problem
+from neobert.model.layouts import eurobert_config, is_eurobert
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.training.choices import choose_attention, choose_kernels
 from neobert.training.runtime import Runtime, compile_blocks, find_kernels, gpu_capability
 
@@ -11,17 +16,65 @@ from neobert.training.runtime import Runtime, compile_blocks, find_kernels, gpu_
 def build_model(config: Config, vocab_size: int, pad_token_id: int) -> NeoBERTForMaskedLM:
     """The model with fresh weights drawn by `seed`."""
     torch.manual_seed(config.seed)
-    names = set(NeoBERTConfig.__annotations__) & set(type(config.model).model_fields)
-    fields = {name: getattr(config.model, name) for name in names} | {
-        "vocab_size": vocab_size,
-        "pad_token_id": pad_token_id,
-    }
-    model = NeoBERTForMaskedLM(NeoBERTConfig(**fields))
+    model = NeoBERTForMaskedLM(model_config(config, vocab_size, pad_token_id))
     model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
     return model
 
 
-def prepare_model(config: Config, model: NeoBERTForMaskedLM, runtime: Runtime) -> dict[str, str]:
+def model_config(config: Config, vocab_size: int, pad_token_id: int, **head: Any) -> NeoBERTConfig:
+    """The architecture that the configuration describes, with the fields of a head."""
+    names = set(NeoBERTConfig.__annotations__) & set(type(config.model).model_fields)
+    fields = {name: getattr(config.model, name) for name in names}
+    return NeoBERTConfig(**{**fields, "vocab_size": vocab_size, "pad_token_id": pad_token_id, **head})
+
+
+def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any) -> tuple[int, list[str]]:
+    """Make `len(tokenizer)` the model's vocabulary size; returns it with notes where it differs from the YAML."""
+    real = len(hf_tokenizer)
+    follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
+    wanted = None if follows else config.model.vocab_size
+    size = fit_vocabulary(hf_tokenizer, wanted)
+    expected = config.tokenizer.vocab_size
+    if expected is not None and expected not in (real, size):
+        raise ConfigError(Problem("tokenizer.vocab_size", f"expected {expected}, but the tokenizer has {real} tokens"))
+    notes = []
+    if wanted is not None and wanted != size:
+        notes.append(
+            f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
+        )
+    if "model.pad_token_id" in keys_set and config.model.pad_token_id != hf_tokenizer.pad_token_id:
+        notes.append(
+            f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
+        )
+    return size, notes
+
+
+def checkpoint_config(architecture: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
+    """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
+    own = {
+        field: getattr(architecture, field) for field in NeoBERTConfig.__annotations__ if hasattr(architecture, field)
+    }
+    if name is not None:
+        own["name"] = name
+    if not is_eurobert(architecture):
+        return {
+            "model_type": "neobert",
+            "architectures": ["NeoBERTForMaskedLM"],
+            "dtype": "float32",
+            **own,
+            "neobert": own,
+        }
+    special = {
+        "bos_token_id": hf_tokenizer.cls_token_id,
+        "eos_token_id": hf_tokenizer.sep_token_id,
+        "mask_token_id": hf_tokenizer.mask_token_id,
+    }
+    return {**eurobert_config(architecture, special), "neobert": own}
+
+
+def prepare_model(
+    config: Config, model: NeoBERTForMaskedLM | NeoBERTForSequenceClassification, runtime: Runtime
+) -> dict[str, str]:
     """Choose kernels and compile; returns what runs and why, for the summary. Raises ConfigError."""
     kind, (packages, has_liger) = runtime.device.type, find_kernels()
     attention, attention_why = choose_attention(

@@ -1,6 +1,6 @@
 """What happens between steps: logging, evaluation, checkpoints. Plain functions made from what they need."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from neobert.config.schema import TrainerConfig
-from neobert.errors import ConfigError, DataError, Problem
+from neobert.errors import ConfigError, Problem
 from neobert.tasks.qk_clip import clip_metrics
 from neobert.training.checkpoint import Content, prune, save_checkpoint, write_pointer
-from neobert.training.loop import Hook, StepResult, TrainState, evaluate
-from neobert.training.metrics import Console, Stopwatch, duration, perplexity
-from neobert.training.runtime import Runtime
+from neobert.training.loop import Hook, StepResult, TrainState
+from neobert.training.metrics import Console, Stopwatch, duration
 from neobert.training.trackers import Sinks
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
@@ -85,19 +84,27 @@ def weight_norm(model: nn.Module) -> float:
     return float(torch.nn.utils.get_total_norm(list(model.parameters())))
 
 
+@dataclass(frozen=True)
+class Measure:
+    """An evaluation: `run` gives its values, `headline` says them in a line, `default` names the one that counts."""
+
+    run: Callable[[], dict[str, float]]
+    headline: Callable[[dict[str, float]], str]
+    default: str
+
+
 @dataclass
 class Evaluate:
     """Runs the evaluation when it is due, keeps track of the best, and asks for a stop when it no longer improves."""
 
     trainer: TrainerConfig
-    model: nn.Module
-    batches: Callable[[], Iterable[Any]]
-    runtime: Runtime
+    measure: Measure
     metrics: Sinks
     console: Console
     stopwatch: Stopwatch
     last_step: int = -1
     improved: bool = False
+    values: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, state: TrainState, due: bool) -> None:
         self.improved = False
@@ -108,23 +115,17 @@ class Evaluate:
         """Evaluate and say so; `compare` with the best so far."""
         self.last_step = state.step
         with self.stopwatch.phase("evaluate"):
-            values = evaluate(self.model, self.batches(), self.runtime, self.trainer.eval_max_batches)
-        if not values:
-            raise DataError("dataset.eval_split: the evaluation data has no text")
-        values["perplexity"] = perplexity(values["loss"])
+            values = self.values = self.measure.run()
         if compare:
             self._compare(state, values)
         self.metrics.write(
             {"kind": "eval", "step": state.step, **{f"eval_{name}": value for name, value in values.items()}}
         )
         best = "  best so far" if self.improved else ""
-        self.console.line(
-            f"evaluation at step {state.step:,}: loss {values['loss']:.4f}  perplexity {values['perplexity']:,.1f}  "
-            f"accuracy {values['accuracy']:.1%}{best}"
-        )
+        self.console.line(f"evaluation at step {state.step:,}: {self.measure.headline(values)}{best}")
 
     def _compare(self, state: TrainState, values: dict[str, float]) -> None:
-        name = (self.trainer.metric_for_best_model or "loss").removeprefix("eval_")
+        name = (self.trainer.metric_for_best_model or self.measure.default).removeprefix("eval_")
         if name not in values:
             raise ConfigError(
                 Problem("trainer.metric_for_best_model", f"no metric {name!r}; there are: {', '.join(values)}")

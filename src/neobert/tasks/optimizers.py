@@ -13,7 +13,7 @@ from neobert.optim.qk_clip import QKClipSettings
 from neobert.tasks.qk_clip import QKClip
 
 
-def build_pretraining_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | None) -> torch.optim.Optimizer:
+def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | None) -> torch.optim.Optimizer:
     """The optimizer with its groups; Muon's products are computed in `dtype`, as the model's are (None: float32).
 
     Raises ConfigError for patterns that act on nothing, and for a model without matrices for Muon.

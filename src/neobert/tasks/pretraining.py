@@ -1,51 +1,30 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
-from neobert.config.reference import known_keys
-from neobert.config.rules import resume_needs_a_position, value_of
+from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
-from neobert.data.loader import Loader, build_steps
+from neobert.data.loader import build_steps
 from neobert.data.order import Rank
-from neobert.data.tokenizer import fit_vocabulary, load_tokenizer, save_tokenizer, text_tokenizer
-from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+from neobert.errors import ConfigError, DataError
 from neobert.inference.load import load_model_weights
-from neobert.model.layouts import eurobert_config, is_eurobert, to_eurobert
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.optim.build import load_optimizer_state, optimizer_state
-from neobert.optim.schedule import Schedule, build_schedule, lr_scale
-from neobert.tasks.encoder import build_model, prepare_model
-from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, step_hooks
-from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
+from neobert.model.layouts import is_eurobert, to_eurobert
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+from neobert.tasks.encoder import build_model, build_vocabulary, checkpoint_config, prepare_model
+from neobert.tasks.hooks import Measure, check_needs_evaluation
+from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, load_training_state
+from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
-from neobert.tasks.qk_clip import QKClip
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
-from neobert.tasks.summary import describe_run, print_end, print_summary
-from neobert.training.checkpoint import Content, has_data, load_data, load_optimizer, verify_checkpoint
-from neobert.training.loop import StepSettings, TrainState, train
-from neobert.training.metrics import Console, MetricsFile, Stopwatch
+from neobert.tasks.summary import describe_run, print_summary
+from neobert.training.checkpoint import Tensors, has_data
+from neobert.training.loop import TrainState, evaluate
+from neobert.training.metrics import perplexity
 from neobert.training.runtime import Runtime, build_runtime
-from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a run came to."""
-
-    folder: Path
-    state: TrainState
-    data_fraction: float
-    exit_code: int = 0
 
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
@@ -70,226 +49,61 @@ def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> 
         check_needs_evaluation(config.trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
     lines = prepare_model(config, model, runtime)
-    optimizer = build_pretraining_optimizer(config, model, runtime.dtype)
+    optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
-    schedule = build_pretraining_schedule(config, data.num_steps)
+    schedule, warnings = build_run_schedule(config, data.num_steps)
+    storage = Storage(
+        content=lambda: checkpoint_model(model, hf_tokenizer, config.model.name),
+        load=lambda path: load_model_weights(path, model),
+    )
     state = TrainState()
     if resume is not None:
         if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
             raise ConfigError(*missing)
-        load_training_state(resume, model, optimizer, data.train, state)
+        load_training_state(resume, storage, optimizer, data.train, state)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
-    if config.trainer.max_steps < 0 and schedule.warmup_steps >= data.num_steps:
-        peak = config.optimizer.lr * lr_scale(data.num_steps - 1, schedule)
-        told.append(
-            f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
-            f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
-        )
     facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
     write_run_files(folder, dump_config(config), facts)
-    print_summary(facts, [*notes, *told], folder)
-    job = Job(config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None, clip)
+    print_summary(facts, [*notes, *told, *warnings], folder)
+    job = Job(
+        config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
+        fetch=build_steps(data.train, config.trainer.gradient_accumulation_steps),
+        num_steps=data.num_steps,
+        measure=build_measure(config, model, data, runtime),
+        storage=storage,
+        folder=folder,
+        state=state,
+        resumed=resume is not None,
+        clip=clip,
+        model_inputs={
+            "masked_only": config.trainer.masked_logits_only_loss, "count_correct": config.trainer.log_train_accuracy
+        },
+        end_notes=data.train.describe_used,
+        next_command='neobert fill-mask {checkpoint} "The capital of France is [MASK]."',
+    )  # fmt: skip
     return job.run()
 
 
-@dataclass
-class Job:
-    """The parts of a run, put together; `run` trains."""
+def build_measure(config: Config, model: NeoBERTForMaskedLM, data: PretrainingData, runtime: Runtime) -> Measure | None:
+    """Loss, perplexity and accuracy on the evaluation data, where there is any."""
+    batches = data.evaluation
+    if batches is None:
+        return None
 
-    config: Config
-    runtime: Runtime
-    hf_tokenizer: Any
-    model: NeoBERTForMaskedLM
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    data: PretrainingData
-    folder: Path
-    state: TrainState
-    resumed: bool
-    clip: QKClip | None = None
+    def measure() -> dict[str, float]:
+        values = evaluate(model, batches(), runtime, config.trainer.eval_max_batches)
+        if not values:
+            raise DataError("dataset.eval_split: the evaluation data has no text")
+        return {**values, "perplexity": perplexity(values["loss"])}
 
-    def run(self) -> Finished:
-        trainer, max_steps = self.config.trainer, self.data.num_steps
-        stopwatch = Stopwatch()
-        metrics = self.build_sinks()
-        console = Console(max_steps, self.state.step, not trainer.disable_tqdm)
-        log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug)
-        root = self.folder / "checkpoints"
-        evaluation = None
-        if self.data.evaluation is not None:
-            evaluation = Evaluate(trainer, self.model, self.data.evaluation, self.runtime, metrics, console, stopwatch)
-        save = Save(trainer, root, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
-        settings = StepSettings(
-            seed=self.config.seed,
-            lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
-            gradient_clipping=trainer.gradient_clipping,
-            needs_grad_norm=trainer.log_grad_norm,
-            after_update=self.model.normalize_matrices,
-            model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
-            clip=self.clip,
-        )
-        fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
-        hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
-        try:
-            with stop_signals(self.state) as received:
-                train(
-                    self.model, self.optimizer, fetch, self.runtime, settings, self.state, max_steps, hooks, stopwatch
-                )
-                if trainer.save_model or received:
-                    save.run(self.state)
-                self.load_best(root, evaluation)
-        finally:
-            console.close()
-            metrics.close()
-            self.data.train.close()
-        used = self.data.train.describe_used()
-        print_end(self.state, self.data.num_steps, self.folder, stopwatch, save.last_step, used)
-        return Finished(self.folder, self.state, stopwatch.data_fraction, 128 + received[0] if received else 0)
+    def headline(values: dict[str, float]) -> str:
+        return f"loss {values['loss']:.4f}  perplexity {values['perplexity']:,.1f}  accuracy {values['accuracy']:.1%}"
 
-    def build_sinks(self) -> Sinks:
-        """metrics.jsonl and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
-        config = self.config
-        names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
-        wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
-        if "wandb" in names:
-            Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
-            keep = self.resumed and config.wandb.resume != "never"
-            wandb["id"] = wandb_run_id(self.folder, keep)
-        flat = {key: plain_json(value_of(config, key)) for key in known_keys() if "muon_config." not in key}
-        trackers = build_trackers(names, config.wandb.project, self.folder / "trackers", flat, wandb)
-        step = self.state.step if self.resumed else None
-        return Sinks(MetricsFile(self.folder / "metrics.jsonl", step), trackers)
-
-    def checkpoint_content(self, state: TrainState) -> Content:
-        """Everything a checkpoint of this moment holds."""
-        weights = self.model.state_dict()
-        model_config = checkpoint_config(self.model.config, self.hf_tokenizer, self.config.model.name)
-        return Content(
-            step=state.step,
-            weights=to_eurobert(weights) if is_eurobert(self.model.config) else weights,
-            model_config=model_config,
-            save_tokenizer=lambda path: save_tokenizer(self.hf_tokenizer, path),
-            config_yaml=dump_config(self.config),
-            optimizer=optimizer_state(self.optimizer),
-            data=self.data.train.state_dict(),
-            state={
-                **state.state_dict(),
-                "world_size": self.runtime.world_size,
-                "metadata": self.config.pretraining_metadata,
-            },
-        )
-
-    def load_best(self, root: Path, evaluation: Evaluate | None) -> None:
-        """`load_best_model_at_end`: go back to the weights of the best evaluation, and say so."""
-        best = self.state.best_step
-        if not self.config.trainer.load_best_model_at_end or evaluation is None or best in (None, self.state.step):
-            return
-        load_model_weights(root / str(best), self.model)
-        evaluation.console.line(f"loading the best checkpoint, step {best:,}")
-        evaluation.improved = False
-        evaluation.run(self.state, compare=False)
+    return Measure(measure, headline, "loss")
 
 
-# --- building the parts -----------
-
-
-def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any) -> tuple[int, list[str]]:
-    """Make `len(tokenizer)` the model's vocabulary size; returns it with notes where it differs from the YAML."""
-    real = len(hf_tokenizer)
-    follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
-    wanted = None if follows else config.model.vocab_size
-    size = fit_vocabulary(hf_tokenizer, wanted)
-    expected = config.tokenizer.vocab_size
-    if expected is not None and expected not in (real, size):
-        raise ConfigError(Problem("tokenizer.vocab_size", f"expected {expected}, but the tokenizer has {real} tokens"))
-    notes = []
-    if wanted is not None and wanted != size:
-        notes.append(
-            f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
-        )
-    if "model.pad_token_id" in keys_set and config.model.pad_token_id != hf_tokenizer.pad_token_id:
-        notes.append(
-            f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
-        )
-    return size, notes
-
-
-def build_pretraining_schedule(config: Config, num_steps: int) -> Schedule:
-    """The learning-rate schedule of `num_steps`. Raises ConfigError."""
-    s = config.scheduler
-    try:
-        return build_schedule(
-            s.name,
-            num_steps,
-            warmup_steps=s.warmup_steps,
-            warmup_percent=s.warmup_percent,
-            total_steps=s.total_steps,
-            decay_steps=s.decay_steps,
-            decay_percent=s.decay_percent,
-            final_lr_ratio=s.final_lr_ratio,
-            num_cycles=s.num_cycles,
-            power=s.power,
-            wsd_decay_percent=s.wsd_decay_percent,
-        )
-    except ValueError as error:
-        raise ConfigError(Problem("scheduler", str(error))) from None
-
-
-def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
-    """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
-    own = {
-        field: getattr(model_config, field) for field in NeoBERTConfig.__annotations__ if hasattr(model_config, field)
-    }
-    if name is not None:
-        own["name"] = name
-    if not is_eurobert(model_config):
-        return {
-            "model_type": "neobert",
-            "architectures": ["NeoBERTForMaskedLM"],
-            "dtype": "float32",
-            **own,
-            "neobert": own,
-        }
-    special = {
-        "bos_token_id": hf_tokenizer.cls_token_id,
-        "eos_token_id": hf_tokenizer.sep_token_id,
-        "mask_token_id": hf_tokenizer.mask_token_id,
-    }
-    return {**eurobert_config(model_config, special), "neobert": own}
-
-
-# --- resuming -----------
-
-
-def load_training_state(
-    folder: Path, model: NeoBERTForMaskedLM, optimizer: torch.optim.Optimizer, loader: Loader, state: TrainState
-) -> None:
-    """Continue exactly where `folder` was saved. Raises CheckpointError where that cannot be exact."""
-    saved = verify_checkpoint(folder)
-    if saved["world_size"] != 1:
-        raise CheckpointError(f"{folder}: saved by {saved['world_size']} processes; this version resumes with one")
-    load_model_weights(folder, model)
-    try:
-        load_optimizer_state(optimizer, load_optimizer(folder))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
-    loader.load_state_dict(*load_data(folder))
-    state.load_state_dict(saved)
-
-
-@contextmanager
-def stop_signals(state: TrainState) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        received.append(number)
-        state.stop_reason = f"received {signal.Signals(number).name}"
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def checkpoint_model(model: NeoBERTForMaskedLM, hf_tokenizer: Any, name: str | None) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors and the config.json of a checkpoint."""
+    weights = model.state_dict()
+    model_config = checkpoint_config(model.config, hf_tokenizer, name)
+    return to_eurobert(weights) if is_eurobert(model.config) else weights, model_config

@@ -70,9 +70,15 @@ def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None
 
 
 def print_end(
-    state: TrainState, num_steps: int, folder: Path, stopwatch: Stopwatch, last_saved: int, notes: list[str]
+    state: TrainState,
+    num_steps: int,
+    folder: Path,
+    stopwatch: Stopwatch,
+    last_saved: int,
+    notes: list[str],
+    next_command: str,
 ) -> None:
-    """Where things are and what to type next."""
+    """Where things are and what to type next; `{checkpoint}` in `next_command` is the last one."""
     seconds = stopwatch.total_seconds
     trained = sum(seconds[name] for name in ("data", "compute", "optimizer"))
     print()
@@ -92,6 +98,8 @@ def print_end(
     print(f"metrics     {folder / 'metrics.jsonl'}")
     print(f"report      {folder / 'report.html'}")
     if last_saved >= 0:
-        print(f'next        neobert fill-mask {last} "The capital of France is [MASK]."')
+        commands = [next_command.format(checkpoint=last)] if next_command else []
         if state.step < num_steps:
-            print(f"            neobert run {folder / 'config.yaml'} --trainer.resume_from_checkpoint latest")
+            commands.append(f"neobert run {folder / 'config.yaml'} --trainer.resume_from_checkpoint latest")
+        for number, command in enumerate(commands):
+            print(f"{'' if number else 'next':<11} {command}")

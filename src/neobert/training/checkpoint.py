@@ -194,16 +194,32 @@ def load_data(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return json.loads((folder / f"{name}.json").read_text()), load_arrays(folder / f"{name}.safetensors")
 
 
-def prune(root: Path, keep: int | None, protected: set[int]) -> list[int]:
-    """Delete the oldest checkpoints beyond `keep`, never a protected one nor the newest; returns the steps deleted."""
+def prune(root: Path, keep: int | None, protected: set[int], keep_newest: bool = True) -> list[int]:
+    """Delete the oldest checkpoints beyond `keep`, never a protected one; nor the newest, unless `keep_newest` is off.
+
+    Returns the steps deleted.
+    """
     if keep is None:
         return []
     steps = list_steps(root)
     spare = max(0, len(steps) - keep)
-    doomed = [step for step in steps[:-1] if step not in protected][:spare]
+    doomed = [step for step in (steps[:-1] if keep_newest else steps) if step not in protected][:spare]
     for step in doomed:
         _remove(root / str(step))
     return doomed
+
+
+def strip_checkpoint(folder: Path) -> None:
+    """Leave out what only resuming needs; what is left verifies as before. Does nothing the second time."""
+    state = json.loads((folder / STATE).read_text())
+    spare = [name for name in state["sha256"] if name.startswith(("optimizer/", "data_rank"))]
+    if spare:
+        state["sha256"] = {name: value for name, value in state["sha256"].items() if name not in spare}
+        del state["checksum"]
+        write_pointer(folder / STATE, json.dumps({**state, "checksum": _checksum(state)}, indent=2))
+    shutil.rmtree(folder / "optimizer", ignore_errors=True)
+    for path in folder.glob("data_rank*"):
+        path.unlink()
 
 
 def _remove(folder: Path) -> None:

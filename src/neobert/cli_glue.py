@@ -1,0 +1,38 @@
+"""The command `glue`: one run, a suite, or predictions. Registered in `cli.py`."""
+
+from neobert.errors import ConfigError, Problem
+
+
+def run_glue(files: list[str], overrides: list[str], tasks: str | None, seeds: int | None, predict: bool) -> int:
+    """Returns the exit code. Raises UserError."""
+    from neobert.config.load import load_config
+    from neobert.config.rules import not_built
+
+    loaded = load_config(files, overrides, "glue")
+    if missing := not_built(loaded.config):
+        raise ConfigError(*missing)
+    from neobert.insight.report import write_report
+    from neobert.tasks import glue, glue_predict, glue_suite
+
+    if tasks is not None or seeds is not None:
+        names = parse_tasks(tasks or loaded.config.glue.task_name)
+        return glue_suite.run_suite(files, overrides, names, seeds or 1, predict)
+    if predict:
+        glue_predict.predict_run(loaded.config)
+        return 0
+    finished = glue.run(loaded)
+    write_report(finished.folder)
+    return finished.exit_code
+
+
+def parse_tasks(text: str) -> list[str]:
+    """`all` or `cola,rte` -> names in the order of GLUE's table. Raises ConfigError."""
+    from neobert.data.glue import TASKS
+
+    trained = [task.name for task in TASKS.values() if task.trains]
+    names = trained if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in trained:
+            hint = "; ax is predicted by mnli's models, with --predict" if name == "ax" else ""
+            raise ConfigError(Problem("--tasks", f"no task {name!r}; there are: all, {', '.join(trained)}{hint}"))
+    return [name for name in trained if name in names]

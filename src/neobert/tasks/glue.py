@@ -1,0 +1,285 @@
+"""`task: glue`: fine-tuning on one GLUE task, from a configuration to a score with its protocol in result.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from neobert.config.load import Loaded, dump_config
+from neobert.config.rules import resume_needs_a_position
+from neobert.config.schema import Config
+from neobert.data.classification import LabelCollator, Rows, in_order
+from neobert.data.glue import REPOSITORY, TASKS, GlueTask
+from neobert.errors import ConfigError, Problem
+from neobert.model.foreign import ForeignForSequenceClassification
+from neobert.tasks import glue_metrics
+from neobert.tasks.encoder import build_vocabulary, prepare_model
+from neobert.tasks.glue_data import MOST_THREADS, GlueData, build_data, first_rows
+from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
+from neobert.tasks.glue_start import ARCHITECTURE, Start, find_start, find_tokenizer
+from neobert.tasks.hooks import Measure
+from neobert.tasks.job import Finished, Job, build_run_schedule, load_training_state
+from neobert.tasks.optimizers import build_clip, build_run_optimizer
+from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.summary import print_summary
+from neobert.training.checkpoint import has_data, write_json
+from neobert.training.loop import TrainState
+from neobert.training.runtime import Runtime, build_runtime
+
+RESULT = "result.json"
+
+
+def run(loaded: Loaded) -> Finished:
+    """Fine-tune as configured and write result.json. Raises UserError (and its kinds) for what a user can repair."""
+    task = TASKS[loaded.config.glue.task_name]
+    if not task.trains:
+        problem = f"{task.name} is predicted by a model of mnli, not trained on: neobert glue CONFIG --predict, of an mnli run"
+        raise ConfigError(Problem("glue.task_name", problem))
+    glue_metrics.check_metrics()
+    trainer = loaded.config.trainer
+    runtime = build_runtime(use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32)
+    start = find_start(loaded.config, loaded.keys_set)
+    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, loaded.keys_set, start)
+    config = settle(loaded.config, loaded.keys_set, task, start, tokenizer_keys)
+    vocab_size, notes = len(hf_tokenizer), []
+    if start.folder is None and start.hub is None:
+        vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
+    _check_length(config, start)
+    data = build_data(config, task, hf_tokenizer)
+    model, weights_line = build_classifier(config, task, start, vocab_size, hf_tokenizer.pad_token_id)
+    model.to(runtime.device)
+    kernels = describe_kernels(config, model, runtime)
+    optimizer = build_run_optimizer(config, model, runtime.dtype)
+    clip, clip_line = build_clip(config, model)
+    schedule, warnings = build_run_schedule(config, data.num_steps)
+    storage = build_storage(config, model, task, hf_tokenizer)
+    folder, resume, told = prepare_run_folder(
+        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir
+    )
+    state = TrainState()
+    if resume is not None:
+        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
+            raise ConfigError(*missing)
+        load_training_state(resume, storage, optimizer, data.train, state)
+        told.append(f"resuming from {resume}: step {state.step:,}")
+    facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
+    for note in loaded.warnings:
+        print(f"note: {note}")
+    if config.debug:
+        print(dump_config(config))
+    write_run_files(folder, dump_config(config), facts)
+    print_summary(facts, [*notes, *told, *warnings, *data.notes], folder)
+    measure = build_measure(config, task, model, data, runtime)
+    job = Job(
+        config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
+        fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
+        num_steps=data.num_steps, measure=measure, storage=storage, folder=folder, state=state, resumed=resume is not None,
+        clip=clip,
+        next_command=f"neobert glue {folder / 'config.yaml'} --predict",
+    )  # fmt: skip
+    finished = job.run()
+    if not finished.exit_code:
+        write_result(config, task, start, finished, measure, weights_line)
+    return finished
+
+
+# --- what the configuration comes to -----------
+
+
+def settle(
+    config: Config, keys_set: frozenset[str], task: GlueTask, start: Start, tokenizer_keys: dict[str, Any]
+) -> Config:
+    """The configuration with what follows from task and weights filled in, as it is saved: it loads to the same run."""
+    glue, model = config.glue, config.model
+    from_model = "model.classifier_init_range" in keys_set and "glue.classifier_init_range" not in keys_set
+    init_range = model.classifier_init_range if from_model else glue.classifier_init_range
+    changed: dict[str, Any] = {"classifier_init_range": init_range}
+    if start.architecture is not None:
+        changed |= {name: getattr(start.architecture, name) for name in ARCHITECTURE}
+    if start.architecture is not None and "model.dropout_prob" not in keys_set:
+        changed["dropout_prob"] = start.architecture.dropout_prob
+    name = config.dataset.name if "dataset.name" in keys_set else REPOSITORY
+    return config.model_copy(
+        update={
+            "glue": glue.model_copy(update={"num_labels": task.num_labels, "classifier_init_range": init_range}),
+            "model": model.model_copy(update=changed),
+            "tokenizer": config.tokenizer.model_copy(update=tokenizer_keys),
+            "dataset": config.dataset.model_copy(update={} if config.dataset.path else {"name": name}),
+        }
+    )
+
+
+def protocol(config: Config, start: Start) -> dict[str, Any]:
+    """What a score depends on, besides task, seed and machine: two runs with equal protocols may be compared."""
+    trainer, glue, optimizer, scheduler = config.trainer, config.glue, config.optimizer, config.scheduler
+    return {
+        "weights": start.describe,
+        "weights_identity": start.identity,
+        "data": config.dataset.path or config.dataset.name,
+        "max_seq_length": glue.max_seq_length,
+        "batch_size": trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps,
+        "epochs": trainer.num_train_epochs,
+        "max_steps": trainer.max_steps,
+        "optimizer": optimizer.model_dump(),
+        "scheduler": scheduler.model_dump(),
+        "gradient_clipping": trainer.gradient_clipping,
+        "precision": trainer.mixed_precision,
+        "pooling": glue.pooling,
+        "classifier_dropout": glue.classifier_dropout,
+        "classifier_init_range": glue.classifier_init_range,
+        "dropout": config.model.dropout_prob,
+        "group_by_length": glue.group_by_length,
+        "early_stopping": trainer.early_stopping,
+        "selection": _selection(config),
+        "eval_max_batches": trainer.eval_max_batches,
+    }
+
+
+def _selection(config: Config) -> str:
+    if not config.trainer.load_best_model_at_end:
+        return "the last step"
+    how = f"every {config.trainer.eval_steps} steps" if config.trainer.eval_strategy == "steps" else "every epoch"
+    metric = config.trainer.metric_for_best_model or "score"
+    return f"the step with the best {metric} on the evaluation split, of an evaluation {how}"
+
+
+def _check_length(config: Config, start: Start) -> None:
+    longest = config.model.max_position_embeddings
+    if start.hub is None and config.glue.max_seq_length > longest:
+        problem = f"{config.glue.max_seq_length} is longer than the model's max_position_embeddings {longest}"
+        raise ConfigError(Problem("glue.max_seq_length", problem))
+
+
+def describe(
+    config: Config, task: GlueTask, data: GlueData, runtime: Runtime, weights: str, warmup_steps: int
+) -> dict[str, Any]:
+    """The lines of the summary."""
+    trainer, rows = config.trainer, data.train.rows
+    size = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    threads = min(config.glue.num_workers, MOST_THREADS)
+    ahead = f"batches prepared ahead by {threads} threads" if threads else "batches prepared in the training process"
+    splits = zip(task.evaluation, data.evaluation, strict=True)
+    evaluated = " and ".join(f"{len(split):,} rows of {name}" for name, split in splits)
+    kinds = f"{task.num_labels} labels" if task.labels else "regression"
+    return {
+        "task": f"GLUE {task.title}: {', '.join(task.columns)}; {kinds}; score: {' and '.join(task.metrics)}",
+        "data": [
+            f"{len(rows):,} rows, {rows.num_tokens:,} tokens, from {config.dataset.path or config.dataset.name}; {ahead}",
+            f"evaluated on {evaluated}",
+        ],
+        "weights": weights,
+        "head": f"{config.glue.pooling} pooling, hidden layer, classifier; dropout {config.glue.classifier_dropout:g}",
+        "step": f"{size} rows of at most {config.glue.max_seq_length} tokens, {_layout(config)}",
+        "run": f"{data.num_steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
+        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {config.scheduler.name}, warmup {warmup_steps:,}",
+        "result of": _selection(config),
+        "device": runtime.describe,
+    }  # fmt: skip
+
+
+def _layout(config: Config) -> str:
+    if config.datacollator.pack_sequences:
+        return "packed one behind the other"
+    grouped = ", grouped by length" if config.glue.group_by_length else ""
+    return ("padded to that" if config.tokenizer.padding == "max_length" else "padded to the longest") + grouped
+
+
+def describe_kernels(config: Config, model: Classifier, runtime: Runtime) -> dict[str, str]:
+    """Choose what runs and say it. Raises ConfigError for what is not done with an encoder of transformers."""
+    if not isinstance(model, ForeignForSequenceClassification):
+        return prepare_model(config, model, runtime)
+    for dotted, is_asked in (
+        ("trainer.torch_compile", config.trainer.torch_compile),
+        ("datacollator.pack_sequences", config.datacollator.pack_sequences),
+    ):
+        if is_asked:
+            raise ConfigError(Problem(dotted, "is for our own encoder; leave it out with model.from_hub"))
+    return {"attention": f"transformers' {model.config._attn_implementation}", "kernels": "transformers'"}
+
+
+# --- evaluation -----------
+
+
+@torch.no_grad()
+def predict_logits(
+    model: Classifier, rows: Rows, collator: LabelCollator, batch_size: int, runtime: Runtime
+) -> tuple[np.ndarray, float]:
+    """(logits of every row in its order, sum of the losses; 0 without labels). Leaves the model in evaluation mode."""
+    model.eval()
+    logits, loss = np.zeros((len(rows), model.classifier.out_features), dtype=np.float32), 0.0
+    for places, batch in in_order(rows, collator, batch_size):
+        with runtime.autocast():
+            output = model(**batch.to(runtime.device).inputs())
+        logits[places] = output.logits.float().cpu().numpy()
+        loss += 0.0 if output.loss_sum is None else float(output.loss_sum)
+    return logits, loss
+
+
+def build_measure(config: Config, task: GlueTask, model: Classifier, data: GlueData, runtime: Runtime) -> Measure:
+    """Loss, metrics and score on the evaluation splits."""
+    trainer = config.trainer
+    size, most = trainer.per_device_eval_batch_size, trainer.eval_max_batches
+    splits = [first_rows(rows, None if most is None else most * size) for rows in data.evaluation]
+
+    def measure() -> dict[str, float]:
+        values, losses = {}, 0.0
+        for rows, suffix in zip(splits, glue_metrics.suffixes(task), strict=True):
+            logits, loss = predict_logits(model, rows, data.collator, size, runtime)
+            assert rows.labels is not None
+            values |= {f"{k}{suffix}": v for k, v in glue_metrics.measure(task, logits, rows.labels).items()}
+            losses += loss
+        model.train()
+        loss = losses / sum(map(len, splits))
+        return {"loss": loss, "score": glue_metrics.score(task, values), **values}
+
+    def headline(values: dict[str, float]) -> str:
+        return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+    check_best_metric(config, task)
+    return Measure(measure, headline, "score")
+
+
+def check_best_metric(config: Config, task: GlueTask) -> None:
+    """Raises ConfigError where `metric_for_best_model` is none of the task's."""
+    name = (config.trainer.metric_for_best_model or "score").removeprefix("eval_")
+    metrics = dict.fromkeys([*task.metrics, *(["accuracy"] if task.labels else [])])
+    known = ["loss", "score", *(f"{m}{suffix}" for suffix in glue_metrics.suffixes(task) for m in metrics)]
+    if name not in known:
+        problem = f"{task.name} has no metric {name!r}; there are: {', '.join(known)}"
+        raise ConfigError(Problem("trainer.metric_for_best_model", problem))
+
+
+# --- the result -----------
+
+
+def write_result(
+    config: Config, task: GlueTask, start: Start, finished: Finished, measure: Measure, weights_line: str
+) -> dict[str, Any]:
+    """result.json of a run that came to its end, and a line on the console."""
+    state = finished.state
+    values = finished.values or measure.run()
+    best = state.best_step if config.trainer.load_best_model_at_end else None
+    result = {
+        "task": task.name,
+        "seed": config.seed,
+        "score": values["score"],
+        "metrics": values,
+        "step": state.step if best is None else best,
+        "steps_trained": state.step,
+        "stopped": state.stop_reason,
+        "weights": weights_line,
+        "transferred_from": start.task,
+        "pretraining_metadata": (start.state or {}).get("metadata", {}),
+        "protocol": protocol(config, start),
+    }
+    write_json(finished.folder / RESULT, result)
+    print(f"result      {task.title}: {measure.headline(values)}\n            {finished.folder / RESULT}")
+    return result
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a run, or None when it has not come to its end."""
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,179 @@
+"""The classifier of a GLUE run: built, given its first weights, and stored in checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neobert.config.schema import Config
+from neobert.data.glue import TASKS, GlueTask
+from neobert.data.tokenizer import load_tokenizer
+from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.inference.load import check_fit, load_model_config, load_model_weights, read_weights
+from neobert.model.foreign import ForeignForSequenceClassification
+from neobert.model.layouts import is_eurobert, to_eurobert
+from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
+from neobert.tasks.encoder import checkpoint_config, model_config
+from neobert.tasks.glue_start import FOREIGN, Start, read_config
+from neobert.tasks.job import Storage
+from neobert.training.checkpoint import Tensors, load_weights, verify_checkpoint
+
+Classifier = NeoBERTForSequenceClassification | ForeignForSequenceClassification
+POOLING = {"cls": "bos", "mean": "mean"}  # ours -> transformers' names
+HEAD = ("dense.", "classifier.")
+
+
+def build_classifier(
+    config: Config, task: GlueTask, start: Start, vocab_size: int, pad_id: int
+) -> tuple[Classifier, str]:
+    """(the model with its first weights, what was loaded in one line). `seed` draws the rest. Raises CheckpointError."""
+    torch.manual_seed(config.seed)
+    if start.hub is not None:
+        model: Classifier = _foreign(config, task, start.hub)
+        if vocab_size > model.config.vocab_size:
+            raise CheckpointError(
+                f"tokenizer: {vocab_size} tokens, but {start.hub} has embeddings of {model.config.vocab_size}"
+            )
+        if start.folder is None:
+            return model, f"{start.hub}, all of the encoder; new: dense, classifier"
+        return model, load_encoder(start.folder, model, model.from_checkpoint(load_weights(start.folder)), True)
+    architecture = model_config(
+        config, vocab_size, pad_id,
+        num_labels=task.num_labels,
+        classifier_dropout=config.glue.classifier_dropout,
+        classifier_init_range=config.glue.classifier_init_range,
+        classifier_pooling=POOLING[config.glue.pooling],
+    )  # fmt: skip
+    model = NeoBERTForSequenceClassification(architecture)
+    model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    if start.folder is None:
+        return model, "random"
+    if start.architecture is not None and start.architecture.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{start.folder}: embeddings of {start.architecture.vocab_size} tokens, but its tokenizer has {vocab_size}"
+        )
+    return model, load_encoder(start.folder, model, read_weights(start.folder, architecture), start.task is not None)
+
+
+def load_encoder(folder: Path, model: Classifier, weights: Tensors, with_dense: bool) -> str:
+    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded.
+
+    Raises CheckpointError listing what does not fit.
+    """
+    kinds = ("model.", "dense.") if with_dense else ("model.",)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}
+    used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
+    check_fit(folder, used, own)
+    model.load_state_dict(used, strict=False)
+    left = sorted({name.split(".")[0] for name in weights if name not in used})
+    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
+    unused = f"; not used: {', '.join(left)}" if left else ""
+    return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}; new: {', '.join(new)}{unused}"
+
+
+def _foreign(config: Config, task: GlueTask, name: str) -> ForeignForSequenceClassification:
+    """Any encoder of `AutoModel` under our head. Raises ConfigError when it cannot be loaded, or not whole."""
+    from transformers import AutoModel
+
+    try:
+        encoder, found = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(Problem("model.name", f"{name!r} cannot be loaded: {reason}")) from None
+    if getattr(encoder.config, "is_encoder_decoder", False):
+        raise ConfigError(Problem("model.name", f"{name!r} is an encoder with a decoder; an encoder alone is needed"))
+    missing = sorted(key for key in found["missing_keys"] if "pooler." not in key)
+    if missing or found["mismatched_keys"]:
+        listed = [*missing, *map(str, found["mismatched_keys"])]
+        problem = f"{name!r}: {len(listed)} tensors were not loaded: {', '.join(listed[:3])}"
+        raise ConfigError(Problem("model.name", problem))
+    return _head_on(encoder, task, config.glue.pooling, config.glue.classifier_dropout, config)
+
+
+def _head_on(
+    encoder: Any, task: GlueTask, pooling: str, dropout: float, config: Config
+) -> ForeignForSequenceClassification:
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # of BERT's next-sentence task; our head has a layer of its own
+    if config.trainer.gradient_checkpointing:
+        encoder.gradient_checkpointing_enable()
+    return ForeignForSequenceClassification(
+        encoder, task.num_labels, POOLING[pooling], dropout, config.glue.classifier_init_range
+    )
+
+
+# --- checkpoints -----------
+
+
+def build_storage(config: Config, model: Classifier, task: GlueTask, hf_tokenizer: Any) -> Storage:
+    """How the classifier is written to checkpoints and read back; transformers reads them too (EuroBERT's classifier)."""
+    if isinstance(model, ForeignForSequenceClassification):
+        return _foreign_storage(config, model, task)
+
+    def content() -> tuple[Tensors, dict[str, Any]]:
+        weights = model.state_dict()
+        if not is_eurobert(model.config):
+            return weights, classifier_config(config, model, task, hf_tokenizer)
+        return to_eurobert(weights), classifier_config(config, model, task, hf_tokenizer)
+
+    return Storage(content, lambda folder: load_model_weights(folder, model))
+
+
+def classifier_config(
+    config: Config, model: NeoBERTForSequenceClassification, task: GlueTask, hf_tokenizer: Any
+) -> dict[str, Any]:
+    """config.json of a classifier."""
+    fields = checkpoint_config(model.config, hf_tokenizer, config.model.name)
+    own = fields["neobert"] | {"num_labels": task.num_labels, "glue_task": task.name}
+    kind = "EuroBert" if is_eurobert(model.config) else "NeoBERT"
+    return {
+        **fields, **label_names(task), "neobert": own,
+        "architectures": [f"{kind}ForSequenceClassification"],
+        "classifier_pooling": model.config.classifier_pooling,
+    }  # fmt: skip
+
+
+def label_names(task: GlueTask) -> dict[str, Any]:
+    """The fields of transformers' config.json about labels."""
+    names = task.labels or ("score",)
+    kind = "single_label_classification" if task.labels else "regression"
+    by_id = {str(number): name for number, name in enumerate(names)}
+    return {"id2label": by_id, "label2id": {name: i for i, name in enumerate(names)}, "problem_type": kind}
+
+
+def _foreign_storage(config: Config, model: ForeignForSequenceClassification, task: GlueTask) -> Storage:
+    def content() -> tuple[Tensors, dict[str, Any]]:
+        fields = json.loads(model.config.to_json_string(use_diff=False))
+        head = {
+            "glue_task": task.name, "pooling": config.glue.pooling, "classifier_dropout": config.glue.classifier_dropout,
+            "num_labels": task.num_labels,
+        }  # fmt: skip
+        return model.to_checkpoint(), {**fields, **label_names(task), FOREIGN: head}
+
+    def load(folder: Path) -> None:
+        weights = model.from_checkpoint(load_weights(folder))
+        check_fit(folder, weights, model.state_dict())
+        model.load_state_dict(weights)
+
+    return Storage(content, load)
+
+
+def load_finetuned(folder: Path, config: Config) -> tuple[Classifier, Any, GlueTask]:
+    """(model in evaluation mode, tokenizer, task) of a GLUE checkpoint. Raises CheckpointError."""
+    verify_checkpoint(folder)
+    found = read_config(folder)
+    head = found.get("neobert", found.get(FOREIGN, {}))
+    if "glue_task" not in head:
+        raise CheckpointError(f"{folder}: not a checkpoint of a GLUE task")
+    task = TASKS[head["glue_task"]]
+    if FOREIGN in found:
+        from transformers import AutoConfig, AutoModel
+
+        encoder = AutoModel.from_config(AutoConfig.from_pretrained(str(folder)))
+        model: Classifier = _head_on(encoder, task, head["pooling"], head["classifier_dropout"], config)
+    else:
+        model = NeoBERTForSequenceClassification(load_model_config(folder))
+    tokenizer = load_tokenizer("", str(folder / "tokenizer"))
+    build_storage(config, model, task, tokenizer).load(folder)
+    return model.eval(), tokenizer, task

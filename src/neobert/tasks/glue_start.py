@@ -1,0 +1,197 @@
+"""What a GLUE run starts from: a checkpoint of ours, any encoder of `AutoModel`, or nothing. Found and checked here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neobert.config.load import load_config
+from neobert.config.schema import Config
+from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.inference.load import load_model_config
+from neobert.model.modeling_neobert import NeoBERTConfig
+from neobert.training.checkpoint import STATE, WEIGHTS, find_checkpoint, list_steps, verify_checkpoint
+
+# What must agree where the YAML says it too; the checkpoint decides.
+ARCHITECTURE = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+    "hidden_act", "rms_norm", "rope", "norm_eps", "ngpt", "base_scale",
+)  # fmt: skip
+FOREIGN = "neobert_head"  # section of config.json under which our head on another encoder stands
+
+NOTHING = (
+    "no weights to start from: name a run in glue.pretrained_checkpoint_dir, a model in glue.pretrained_model_path, or an "
+    "encoder of transformers in model.name with model.from_hub: true; glue.allow_random_weights: true trains without"
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the first weights come from. `folder` is a checkpoint; `hub` the name of an encoder for `AutoModel`; neither:
+    random weights. `task` is the GLUE task of the checkpoint, if it is one's; `state` what it counts."""
+
+    folder: Path | None = None
+    hub: str | None = None
+    architecture: NeoBERTConfig | None = None
+    task: str | None = None
+    state: dict[str, Any] | None = None
+
+    @property
+    def describe(self) -> str:
+        """In words, for the summary and the protocol."""
+        if self.folder is None:
+            return f"{self.hub} (transformers)" if self.hub else "random"
+        what = f"GLUE {self.task}" if self.task else "pretraining"
+        step = f", {what} step {self.state['step']:,}" if self.state else ""
+        return f"{self.folder}{step}"
+
+    @property
+    def identity(self) -> str:
+        """Tells one set of weights from another."""
+        return str(self.state["checksum"])[:16] if self.state else self.describe
+
+
+def find_start(config: Config, keys_set: frozenset[str]) -> Start:
+    """The weights that the configuration names. Raises ConfigError or CheckpointError."""
+    glue, model = config.glue, config.model
+    if model.from_hub and not model.name:
+        raise ConfigError(Problem("model.name", "not set; model.from_hub loads the encoder that it names"))
+    folder = find_folder(config)
+    if folder is None:
+        if glue.transfer_from_task:
+            problem = "needs a checkpoint of another task: glue.pretrained_checkpoint_dir"
+            raise ConfigError(Problem("glue.transfer_from_task", problem))
+        if not model.from_hub and not glue.allow_random_weights:
+            raise ConfigError(Problem("glue.pretrained_checkpoint_dir", NOTHING))
+        return Start(hub=model.name if model.from_hub else None)
+    state = read_state(folder)
+    task = glue_task(folder)
+    _check_transfer(folder, task, glue.transfer_from_task)
+    if model.from_hub:
+        if task is None or FOREIGN not in read_config(folder):
+            raise ConfigError(
+                Problem("model.from_hub", f"{folder} is not a checkpoint of {model.name}; leave one of them out")
+            )
+        return Start(folder, model.name, None, task, state)
+    architecture = load_model_config(folder)
+    _check_architecture(config, keys_set, folder, architecture)
+    return Start(folder, None, architecture, task, state)
+
+
+def find_folder(config: Config) -> Path | None:
+    """The checkpoint that `glue.pretrained_*` name, or None. Raises CheckpointError or ConfigError."""
+    glue = config.glue
+    chosen = glue.pretrained_checkpoint
+    selector = str(config.pretrained_checkpoint if chosen is None else chosen)
+    is_name = selector in ("latest", "best") or selector.isdigit()
+    if not is_name:
+        return find_checkpoint(selector)
+    if glue.pretrained_checkpoint_dir is not None:
+        root = Path(glue.pretrained_checkpoint_dir)
+        return find_checkpoint(selector, root / "checkpoints" if (root / "checkpoints").is_dir() else root)
+    if glue.pretrained_model_path is not None:
+        path = Path(glue.pretrained_model_path)
+        path = path.parent if path.is_file() else path
+        if not list_steps(path) and not list_steps(path / "checkpoints") and (path / WEIGHTS).is_file():
+            return path
+        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        return find_checkpoint(selector, root)
+    if chosen is not None:
+        raise ConfigError(
+            Problem("glue.pretrained_checkpoint", f"{selector} of what? set glue.pretrained_checkpoint_dir")
+        )
+    return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises CheckpointError."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder / 'config.json'}: missing or not JSON; this is no folder of a model") from None
+    if not isinstance(found, dict) or not ({"neobert", FOREIGN} & set(found)):
+        raise CheckpointError(
+            f"{folder}: not one of our checkpoints; to start from an encoder of transformers set model.from_hub: true and "
+            f"model.name: {folder}"
+        )
+    return found
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint counts, with its own checksum, once it is verified; None for a folder that is only a model."""
+    if not (folder / STATE).is_file():
+        return None
+    state = verify_checkpoint(folder)
+    return {**state, "checksum": json.loads((folder / STATE).read_text())["checksum"]}
+
+
+def glue_task(folder: Path) -> str | None:
+    """The GLUE task that a checkpoint was fine-tuned on, or None."""
+    found = read_config(folder)
+    return found.get("neobert", found.get(FOREIGN, {})).get("glue_task")
+
+
+def _check_transfer(folder: Path, task: str | None, transfer: bool) -> None:
+    if task is not None and not transfer:
+        problem = f"{folder} is a checkpoint of the GLUE task {task}; set it to true to start from there"
+        raise ConfigError(Problem("glue.transfer_from_task", problem))
+    if task is None and transfer:
+        raise ConfigError(Problem("glue.transfer_from_task", f"{folder} is not a checkpoint of a GLUE task"))
+
+
+def _check_architecture(config: Config, keys_set: frozenset[str], folder: Path, found: NeoBERTConfig) -> None:
+    """What the YAML says of the model, and the model that `pretrained_model_path` names, must be what is in `folder`."""
+    problems = [
+        Problem(
+            f"model.{name}", f"{getattr(config.model, name)}, but {folder} has {getattr(found, name)}; leave it out"
+        )
+        for name in ARCHITECTURE
+        if f"model.{name}" in keys_set and getattr(config.model, name) != getattr(found, name)
+    ]
+    path = config.glue.pretrained_model_path
+    if path is not None and config.glue.pretrained_checkpoint_dir is not None:
+        expected = _expected_architecture(Path(path))
+        problems += [
+            Problem("glue.pretrained_model_path", f"{path} has {name} {getattr(expected, name)}, {folder} has {value}")
+            for name in ARCHITECTURE
+            if getattr(expected, name) != (value := getattr(found, name))
+        ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _expected_architecture(path: Path) -> Any:
+    if path.suffix in (".yaml", ".yml"):
+        return load_config([str(path)]).config.model
+    if not path.is_file() and not (path / "config.json").is_file():
+        path = find_checkpoint(str(path))
+    return load_model_config(path.parent if path.is_file() else path)
+
+
+# --- the tokenizer -----------
+
+
+def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tuple[Any, dict[str, Any]]:
+    """(tokenizer, the keys of `tokenizer` that name it): the one that the weights were trained with.
+
+    Raises CheckpointError when the YAML names another one.
+    """
+    named, asked = config.tokenizer, config.tokenizer.path is not None
+    asked = asked or ("tokenizer.name" in keys_set and named.name != type(named).model_fields["name"].default)
+    wanted = load_tokenizer(named.name, named.path) if asked or not (start.folder or start.hub) else None
+    if start.folder is not None:
+        inner = start.folder / "tokenizer"
+        keys = {"path": str(inner if inner.is_dir() else start.folder)}
+    elif start.hub is not None:
+        keys = {"path": start.hub} if Path(start.hub).is_dir() else {"name": start.hub, "path": None}
+    else:
+        return wanted, {}
+    found = load_tokenizer(keys.get("name", ""), keys["path"])
+    if wanted is not None and text_tokenizer(wanted).fingerprint != text_tokenizer(found).fingerprint:
+        where = f"tokenizer.{'path' if named.path else 'name'}: {named.path or named.name!r}"
+        raise CheckpointError(
+            f"{where} is another tokenizer than that of {start.folder or start.hub}; leave it out: the tokenizer follows "
+            "the weights"
+        )
+    return found, keys

@@ -1,0 +1,135 @@
+"""`neobert glue CONFIG --tasks .. --seeds ..`: one run per task and seed, and a table of them.
+
+    <output_dir>/<task>/seed-<n>/     a run each: result.json when it has come to its end
+    <output_dir>/results.json  results.md  submission/
+
+A suite that was stopped goes on: finished runs stand, a run in progress resumes from its checkpoint, exactly. Of a finished
+run only the weights of its result are kept.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neobert.config.load import Loaded, load_config
+from neobert.data.glue import TASKS
+from neobert.errors import ConfigError, Problem
+from neobert.tasks import glue
+from neobert.tasks.glue_data import find_all_files
+from neobert.tasks.glue_metrics import check_metrics
+from neobert.tasks.glue_predict import FOLDER, write_predictions
+from neobert.tasks.glue_start import find_start
+from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
+from neobert.training.checkpoint import list_steps, prune, strip_checkpoint, write_json
+
+TRANSFERRED = ("rte", "mrpc", "stsb")  # from mnli, with glue.transfer_from_task
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a suite."""
+
+    task: str
+    seed: int
+    folder: Path
+    loaded: Loaded
+
+
+def run_suite(files: list[str], overrides: list[str], tasks: list[str], num_seeds: int, predict: bool) -> int:
+    """Run what is missing, then write the table. Returns the exit code. Raises UserError, before anything is trained."""
+    check_metrics()
+    base = load_config(files, overrides, "glue")
+    for note in base.warnings:
+        print(f"note: {note}")
+    plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
+    check_plan(plan)
+    results: list[dict[str, Any]] = []
+    for number, one in enumerate(plan, 1):
+        result = finished_result(one)
+        if result is None:
+            print(f"\n=== {number} of {len(plan)}: {one.task}, seed {one.seed} ===", flush=True)
+            finished = glue.run(one.loaded)
+            if finished.exit_code:
+                print(f"\n{len(results)} of {len(plan)} runs are finished; the same command goes on with the rest")
+                return finished.exit_code
+            result = glue.read_result(one.folder)
+            assert result is not None
+            keep_weights_only(one.folder, result["step"])
+        results.append(result)
+    summary = summarize(results)
+    write_json(output / "results.json", summary)
+    (output / "results.md").write_text(to_markdown(summary))
+    print("\n" + to_terminal(summary) + f"\ntable       {output / 'results.md'}, {output / 'results.json'}")
+    if predict:
+        predict_best(plan, results, output / FOLDER)
+    return 0
+
+
+def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[str], num_seeds: int) -> list[Planned]:
+    """The runs in their order; those that transfer come behind the mnli they start from."""
+    glue_config, output = base.config.glue, Path(base.config.trainer.output_dir)
+    transfer = glue_config.transfer_from_task
+    if transfer and "mnli" not in tasks:
+        problem = "a suite transfers from mnli to rte, mrpc and stsb, and --tasks has no mnli"
+        raise ConfigError(Problem("glue.transfer_from_task", problem))
+    ordered = sorted(tasks, key=lambda name: transfer and name in TRANSFERRED)
+    plan = []
+    for task in ordered:
+        for seed in range(base.config.seed, base.config.seed + num_seeds):
+            folder = output / task / f"seed-{seed}"
+            words = [
+                f"glue.task_name={task}", f"glue.num_labels={TASKS[task].num_labels}", f"seed={seed}",
+                f"trainer.output_dir={folder}", "trainer.resume_from_checkpoint=latest",
+                f"glue.transfer_from_task={str(transfer and task in TRANSFERRED).lower()}",
+            ]  # fmt: skip
+            if transfer and task in TRANSFERRED:
+                donor = output / "mnli" / f"seed-{seed}"
+                words += [f"glue.pretrained_checkpoint_dir={donor}", "glue.pretrained_checkpoint=latest"]
+            plan.append(Planned(task, seed, folder, load_config(files, [*overrides, *words], "glue")))
+    return plan
+
+
+def check_plan(plan: list[Planned]) -> None:
+    """Find at once what would stop a run hours later: metrics, files, weights. Raises UserError."""
+    for one in {planned.task: planned for planned in plan}.values():
+        config = one.loaded.config
+        glue.check_best_metric(config, TASKS[one.task])
+        find_all_files(config, TASKS[one.task])
+        if not config.glue.transfer_from_task:
+            find_start(config, one.loaded.keys_set)
+
+
+def finished_result(one: Planned) -> dict[str, Any] | None:
+    """The result of a run that was finished before, under the same protocol. Raises ConfigError when it was another."""
+    result = glue.read_result(one.folder)
+    if result is None:
+        return None
+    start = find_start(one.loaded.config, one.loaded.keys_set)
+    task = TASKS[one.task]
+    now = glue.protocol(glue.settle(one.loaded.config, one.loaded.keys_set, task, start, {}), start)
+    changed = [name for name, value in now.items() if result["protocol"].get(name) != value]
+    if changed:
+        was, is_now = result["protocol"].get(changed[0]), now[changed[0]]
+        problem = (
+            f"{one.folder} was run with {changed[0]} {was}, not {is_now}; choose another folder, or remove that one"
+        )
+        raise ConfigError(Problem("trainer.output_dir", problem))
+    print(f"{one.task}, seed {one.seed}: finished, score {result['score']:.4f}")
+    keep_weights_only(one.folder, result["step"])
+    return result
+
+
+def keep_weights_only(folder: Path, step: int) -> None:
+    """Of a finished run keep the checkpoint of its result, without what resuming needs."""
+    root = folder / "checkpoints"
+    if step in list_steps(root):
+        strip_checkpoint(root / str(step))
+        prune(root, 1, {step}, keep_newest=False)
+
+
+def predict_best(plan: list[Planned], results: list[dict[str, Any]], output: Path) -> None:
+    """The submission of every task, by the seed that scored best on the evaluation split."""
+    for task in dict.fromkeys(one.task for one in plan):
+        pairs = [(r["score"], one) for one, r in zip(plan, results, strict=True) if one.task == task]
+        best = max(pairs, key=lambda pair: pair[0])[1]
+        write_predictions(best.loaded.config, best.folder, output)

@@ -1,0 +1,234 @@
+"""What every training task shares: a run put together from its parts, its checkpoints, resuming, and signals.
+
+A task builds model, batches and evaluation, says how its model is stored, and hands all to a `Job`, which trains with the one
+loop and the one checkpoint format.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from neobert.config.explain import plain_json
+from neobert.config.load import dump_config
+from neobert.config.reference import known_keys
+from neobert.config.rules import value_of
+from neobert.config.schema import Config
+from neobert.data.tokenizer import save_tokenizer
+from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.optim.build import load_optimizer_state, optimizer_state
+from neobert.optim.schedule import Schedule, build_schedule, lr_scale
+from neobert.tasks.hooks import Evaluate, Log, Measure, Save, step_hooks
+from neobert.tasks.qk_clip import QKClip
+from neobert.tasks.summary import print_end
+from neobert.training.checkpoint import Content, Tensors, load_data, load_optimizer, verify_checkpoint
+from neobert.training.loop import MicroBatch, StepSettings, TrainState, train
+from neobert.training.metrics import Console, MetricsFile, Stopwatch
+from neobert.training.runtime import Runtime
+from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
+
+
+class Batches(Protocol):
+    """A source of microbatches whose position can be saved."""
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+    def load_state_dict(self, state: dict[str, Any], arrays: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a task's model goes into a checkpoint, as tensors and config.json, and comes back."""
+
+    content: Callable[[], tuple[Tensors, dict[str, Any]]]
+    load: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run came to. `values` are the last evaluation's, if there was one."""
+
+    folder: Path
+    state: TrainState
+    data_fraction: float
+    exit_code: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Job:
+    """The parts of a run, put together; `run` trains. `fetch` gives the microbatches of a step, drawn from `batches`."""
+
+    config: Config
+    runtime: Runtime
+    hf_tokenizer: Any
+    model: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    batches: Batches
+    fetch: Callable[[], list[MicroBatch]]
+    num_steps: int
+    measure: Measure | None
+    storage: Storage
+    folder: Path
+    state: TrainState
+    resumed: bool
+    clip: QKClip | None = None
+    model_inputs: dict[str, Any] = field(default_factory=dict)
+    end_notes: Callable[[], list[str]] = list
+    next_command: str = ""
+
+    def run(self) -> Finished:
+        trainer, max_steps = self.config.trainer, self.num_steps
+        if trainer.early_stopping and self.state.num_evaluations_without_gain >= trainer.early_stopping:
+            self.state.stop_reason = "it had stopped early when it was saved"
+        stopwatch = Stopwatch()
+        metrics = self.build_sinks()
+        console = Console(max_steps, self.state.step, not trainer.disable_tqdm)
+        log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug)
+        evaluation = None
+        if self.measure is not None:
+            evaluation = Evaluate(trainer, self.measure, metrics, console, stopwatch)
+        root = self.folder / "checkpoints"
+        save = Save(trainer, root, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
+        hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
+        try:
+            with stop_signals(self.state) as received:
+                train(
+                    self.model, self.optimizer, self.fetch, self.runtime, self.step_settings(), self.state, max_steps,
+                    hooks, stopwatch,
+                )  # fmt: skip
+                if trainer.save_model or received:
+                    save.run(self.state)
+                self.load_best(root, evaluation)
+        finally:
+            console.close()
+            metrics.close()
+            self.batches.close()
+        print_end(self.state, max_steps, self.folder, stopwatch, save.last_step, self.end_notes(), self.next_command)
+        values = evaluation.values if evaluation is not None else {}
+        code = 128 + received[0] if received else 0
+        return Finished(self.folder, self.state, stopwatch.data_fraction, code, values)
+
+    def step_settings(self) -> StepSettings:
+        """The numbers that every step depends on."""
+        trainer = self.config.trainer
+        return StepSettings(
+            seed=self.config.seed,
+            lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
+            gradient_clipping=trainer.gradient_clipping,
+            needs_grad_norm=trainer.log_grad_norm,
+            after_update=self.model.normalize_matrices,
+            model_inputs=self.model_inputs,
+            clip=self.clip,
+        )
+
+    def build_sinks(self) -> Sinks:
+        """metrics.jsonl and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
+        config = self.config
+        names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
+        wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
+        if "wandb" in names:
+            Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
+            keep = self.resumed and config.wandb.resume != "never"
+            wandb["id"] = wandb_run_id(self.folder, keep)
+        flat = {key: plain_json(value_of(config, key)) for key in known_keys() if "muon_config." not in key}
+        trackers = build_trackers(names, config.wandb.project, self.folder / "trackers", flat, wandb)
+        step = self.state.step if self.resumed else None
+        return Sinks(MetricsFile(self.folder / "metrics.jsonl", step), trackers)
+
+    def checkpoint_content(self, state: TrainState) -> Content:
+        """Everything a checkpoint of this moment holds."""
+        weights, model_config = self.storage.content()
+        return Content(
+            step=state.step,
+            weights=weights,
+            model_config=model_config,
+            save_tokenizer=lambda path: save_tokenizer(self.hf_tokenizer, path),
+            config_yaml=dump_config(self.config),
+            optimizer=optimizer_state(self.optimizer),
+            data=self.batches.state_dict(),
+            state={
+                **state.state_dict(),
+                "world_size": self.runtime.world_size,
+                "metadata": self.config.pretraining_metadata,
+            },
+        )
+
+    def load_best(self, root: Path, evaluation: Evaluate | None) -> None:
+        """`load_best_model_at_end`: go back to the weights of the best evaluation, and say so."""
+        best = self.state.best_step
+        if not self.config.trainer.load_best_model_at_end or evaluation is None or best in (None, self.state.step):
+            return
+        self.storage.load(root / str(best))
+        evaluation.console.line(f"loading the best checkpoint, step {best:,}")
+        evaluation.improved = False
+        evaluation.run(self.state, compare=False)
+
+
+def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[str]]:
+    """The learning-rate schedule of `num_steps`, and what to tell the user of it. Raises ConfigError."""
+    s = config.scheduler
+    try:
+        schedule = build_schedule(
+            s.name,
+            num_steps,
+            warmup_steps=s.warmup_steps,
+            warmup_percent=s.warmup_percent,
+            total_steps=s.total_steps,
+            decay_steps=s.decay_steps,
+            decay_percent=s.decay_percent,
+            final_lr_ratio=s.final_lr_ratio,
+            num_cycles=s.num_cycles,
+            power=s.power,
+            wsd_decay_percent=s.wsd_decay_percent,
+        )
+    except ValueError as error:
+        raise ConfigError(Problem("scheduler", str(error))) from None
+    if config.trainer.max_steps != num_steps and schedule.warmup_steps >= num_steps:
+        peak = config.optimizer.lr * lr_scale(num_steps - 1, schedule)
+        return schedule, [
+            f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
+            f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
+        ]
+    return schedule, []
+
+
+def load_training_state(
+    folder: Path, storage: Storage, optimizer: torch.optim.Optimizer, batches: Batches, state: TrainState
+) -> None:
+    """Continue exactly where `folder` was saved. Raises CheckpointError where that cannot be exact."""
+    saved = verify_checkpoint(folder)
+    if saved["world_size"] != 1:
+        raise CheckpointError(f"{folder}: saved by {saved['world_size']} processes; this version resumes with one")
+    storage.load(folder)
+    try:
+        load_optimizer_state(optimizer, load_optimizer(folder))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
+    batches.load_state_dict(*load_data(folder))
+    state.load_state_dict(saved)
+
+
+@contextmanager
+def stop_signals(state: TrainState) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        received.append(number)
+        state.stop_reason = f"received {signal.Signals(number).name}"
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
