@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PYTEST := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN := outputs/quickstart
@@ -21,13 +22,13 @@ quickstart: .venv/.installed
 	$(BIN)/python examples/quickstart/load_in_transformers.py $(RUN)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: .venv/.installed-dev
 	$(BIN)/ruff format .

@@ -8,7 +8,7 @@ padding does not count.
 The second figure is the share of a limit: the floating-point operations of our step per second, against a bare loop of
 the same matrix products (forward and both backward ones, of these very shapes) in the same run. It is that of the better of our
 two rows, as it comes and with `trainer.torch_compile: true`; the first figure is always the plain one's. Every row is a
-process of its own, taken in turn.
+process of its own, one after the other.
 """
 
 import itertools
@@ -86,7 +86,7 @@ def batches(documents: list[list[int]], rows: int, packed: bool) -> Iterator[Bat
         for document in documents:
             ready += maker.add(np.array(document, dtype=np.int32), epoch)
             if len(ready) >= rows:
-                yield collate([replace(row, index=index) for index, row in enumerate(ready[:rows])])
+                yield collate([replace(row, index=index) for index, row in enumerate(ready[:rows])], epoch)
                 del ready[:rows]
 
 
@@ -197,17 +197,13 @@ def child(name: str, size: Size, num_steps: int) -> None:
     print(json.dumps([rate, step_flops(size, batch) / batch.num_tokens if ours else 0.0, limit]))
 
 
-def measure(size: Size, num_rounds: int, num_steps: int) -> None:
+def measure(size: Size, num_steps: int) -> None:
     peers = [f"{kind} {rows}" for kind in ("EuroBERT", "ModernBERT") for rows in size.peer_rows]
-    found: dict[str, list[list[float]]] = {name: [] for name in ("ours", "compiled", *peers)}
-    for _ in range(num_rounds):
-        for name, values in found.items():
-            words = [sys.executable, __file__, "--child", name, "--size", size.name, "--steps", num_steps]
-            values.append(json.loads(run(words).splitlines()[-1]))
-    rates, flops, limits = (
-        {name: statistics.median(one[column] for one in values) for name, values in found.items()}
-        for column in range(3)
-    )
+    found = {}
+    for name in ("ours", "compiled", *peers):
+        words = [sys.executable, __file__, "--child", name, "--size", size.name, "--steps", num_steps]
+        found[name] = json.loads(run(words).splitlines()[-1])
+    rates, flops, limits = ({name: values[column] for name, values in found.items()} for column in range(3))
     flops_per_token = flops["ours"]
     shares = {name: rates[name] * flops_per_token / limits[name] for name in ("ours", "compiled")}
     print(f"{size.name}: {size.rows} rows of {LENGTH} tokens a step, {'bf16 autocast' if BF16 else 'float32'}")
@@ -233,9 +229,9 @@ def main() -> None:
     if options.child:
         child(options.child, sizes[options.size], options.steps)
         return
-    for size in SIZES[:1] if options.quick else SIZES:
-        if options.size in (None, size.name):
-            measure(size, num_rounds=1 if options.quick else 2, num_steps=3 if options.quick else 5)
+    for size in SIZES:
+        if options.size == size.name or (options.size is None and (size is SIZES[0] or not options.quick)):
+            measure(size, num_steps=3 if options.quick else 5)
     finish()
 
 

@@ -11,7 +11,7 @@ Ragged attention runs on the CPU as `BucketAttention`; on CUDA by a variable-len
 torch's own, where `Layout.kernel` names one, else by one SDPA call per document.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -60,6 +60,7 @@ class Layout:
     mask_BT: Tensor | None = None  # true where a token is real
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
+    _starts: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def buckets(self) -> Buckets:
@@ -68,10 +69,14 @@ class Layout:
         return Buckets.of(self.lengths)
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
-        """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length."""
+        """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length.
+
+        Copied to the device once per batch, as all layers ask for it.
+        """
         assert self.lengths is not None
-        ends = torch.tensor((0, *self.lengths)).cumsum(0).to(device, torch.int32, non_blocking=True)
-        return ends, max(self.lengths)
+        if self._starts is None:
+            self._starts = torch.tensor((0, *self.lengths)).cumsum(0).to(device, torch.int32, non_blocking=True)
+        return self._starts, max(self.lengths)
 
 
 def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float) -> Tensor:
