@@ -11,11 +11,11 @@ def run_glue(files: list[str], overrides: list[str], tasks: str | None, seeds: i
     loaded = load_config(files, overrides, "glue")
     if missing := not_built(loaded.config):
         raise ConfigError(*missing)
+    names = parse_tasks(tasks or loaded.config.glue.task_name) if tasks is not None or seeds is not None else []
     from neobert.insight.report import write_report
     from neobert.tasks import glue, glue_predict, glue_suite
 
-    if tasks is not None or seeds is not None:
-        names = parse_tasks(tasks or loaded.config.glue.task_name)
+    if names:
         return glue_suite.run_suite(files, overrides, names, seeds or 1, predict)
     if predict:
         glue_predict.predict_run(loaded.config)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from neobert.config.reference import known_keys
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.errors import Problem
@@ -165,6 +166,36 @@ def labels_fit_task(config: Config, keys_set: KeysSet) -> Found:
         yield Problem("glue.num_labels", f"{config.glue.num_labels}, but {config.glue.task_name} has {wanted}")
 
 
+# Keys of pretraining's rows and loss: GLUE's are in `glue`.
+NOT_GLUES = (
+    "dataset.streaming", "dataset.max_seq_length", "dataset.text_column", "dataset.train_split", "dataset.eval_split",
+    "dataset.validation_split", "dataset.pre_tokenize", "dataset.mixture", "tokenizer.max_length", "datacollator.max_length",
+    "datacollator.mlm_probability", "datacollator.mask_all", "trainer.masked_logits_only_loss",
+    "trainer.enforce_full_packed_batches",
+)  # fmt: skip
+
+
+def glue_has_rows_of_its_own(config: Config, keys_set: KeysSet) -> Found:
+    """GLUE's rows are sentences of a length of their own: what describes pretraining's rows and masks does not act."""
+    for path in NOT_GLUES:
+        is_asked = path in keys_set and value_of(config, path) != known_keys()[path].default
+        if config.task == "glue" and is_asked:
+            yield Problem(path, "has no effect in task: glue")
+
+
+def hub_weights_are_for_glue(config: Config, keys_set: KeysSet) -> Found:
+    """Other encoders are fine-tuned on GLUE; pretraining starts from fresh weights."""
+    if config.model.from_hub and config.task == "pretraining":
+        yield Problem("model.from_hub", "is for task: glue; pretraining starts from fresh weights")
+
+
+def classifier_range_of_glue_wins(config: Config, keys_set: KeysSet) -> Found:
+    """`glue.classifier_init_range` wins over `model.classifier_init_range`."""
+    names = ("glue.classifier_init_range", "model.classifier_init_range")
+    if set(names) <= keys_set and value_of(config, names[0]) != value_of(config, names[1]):
+        yield Problem(names[0], f"wins over {names[1]}")
+
+
 def resume_needs_a_position(config: Config, keys_set: KeysSet, has_position: bool = True) -> Found:
     """A run resumes at the position of its data, streamed or not; a checkpoint that holds none is refused."""
     if config.trainer.resume_from_checkpoint is not None and not has_position:
@@ -282,6 +313,7 @@ RULES = (
     Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
     Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
     Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
+    Rule("ERROR", hub_weights_are_for_glue, ("model.from_hub", "task")),
     Rule("ERROR", resume_needs_a_position, ("trainer.resume_from_checkpoint", "dataset.streaming")),
     Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", "use_deepspeed", "accelerate_config_file")),
     Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),
@@ -293,6 +325,8 @@ RULES = (
          ("trainer.torch_compile", "trainer.torch_compile_backend", "trainer.torch_compile_dynamic")),
     Rule("PRECEDENCE", ngpt_has_no_norms,
          ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
+    Rule("WARNING", glue_has_rows_of_its_own, ("task", *NOT_GLUES)),
+    Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
     Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
     Rule("PRECEDENCE", path_wins_over_name, ("dataset.path", "dataset.name")),

@@ -33,8 +33,9 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any) -> GlueData:
     train = encode_split(source, task, "train", True, shared, limits)
     evaluation = [encode_split(source, task, split, True, shared, limits) for split in task.evaluation]
     collator = build_collator(config, task, hf_tokenizer.pad_token_id)
+    num_threads = min(glue.num_workers, MOST_THREADS)
     loader = EpochLoader(
-        train, collator, trainer.per_device_train_batch_size, config.seed, glue.group_by_length, min(glue.num_workers, MOST_THREADS),
+        train, collator, trainer.per_device_train_batch_size, config.seed, glue.group_by_length, num_threads,
         {"task": task.name, "tokenizer": fingerprint, "max_seq_length": glue.max_seq_length,
          "accumulation": trainer.gradient_accumulation_steps},
     )  # fmt: skip

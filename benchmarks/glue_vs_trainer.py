@@ -1,0 +1,164 @@
+"""GLUE fine-tuning: ours against transformers' Trainer, on the same weights and hyper-parameters: scores and wall-clock.
+
+The peer is the same model, read from our checkpoint as EuroBertForSequenceClassification (mean pooling, no head dropout), with
+rows padded to the longest of their batch, fused AdamW, the same learning rates, epochs, clipping and precision. Seeds differ in
+the head's first weights and the order of the rows. The clock runs from reading the rows to the final evaluation, in a
+process of its own for every run; imports and checkpoints are left out on both sides. The runs take turns.
+
+Weights are those of `--weights`, a run's folder; without it a small encoder is trained for a minute first. The data is a folder
+with <task>/train.jsonl and validation.jsonl (`--data`).
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _bench import QUICKSTART, ROOT, arguments, bar, finish, neobert, run, table
+
+RATE, ROWS, LENGTH = 3e-4, 32, 128
+OPTIONS = {
+    "weights": {"default": None}, "data": {"default": str(ROOT.parent / "shared/data/glue")},
+    "tasks": {"default": "mrpc,stsb,rte"}, "seeds": {"type": int, "default": 3}, "epochs": {"type": int, "default": 2},
+    "one": {"default": None, "help": "ours or peer: one run, in this process"},
+}  # fmt: skip
+
+
+def precision() -> str:
+    """bf16 where the CPU computes it, else float32: for both."""
+    import torch
+
+    return "bf16" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+def one_of_ours(args, task: str, seed: int) -> tuple[float, float]:
+    """(score, seconds)."""
+    from neobert.config.load import load_config
+    from neobert.tasks import glue
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = [
+            f"dataset.path={args.data}", f"glue.task_name={task}", f"glue.pretrained_checkpoint_dir={args.weights}",
+            "glue.pooling=mean", "glue.classifier_dropout=0", f"glue.max_seq_length={LENGTH}", f"seed={seed}",
+            f"trainer.output_dir={folder}", f"trainer.per_device_train_batch_size={ROWS}", "trainer.max_steps=-1",
+            f"trainer.num_train_epochs={args.epochs}", "trainer.save_strategy=no", "trainer.save_model=false",
+            "trainer.gradient_clipping=1.0", f"trainer.mixed_precision={precision()}", f"optimizer.lr={RATE}",
+            "scheduler.name=linear", "scheduler.warmup_percent=10", "scheduler.final_lr_ratio=0.0",
+        ]  # fmt: skip
+        loaded, begin = load_config([], words, "glue"), time.perf_counter()
+        finished = glue.run(loaded)
+        seconds = time.perf_counter() - begin
+        return glue.read_result(finished.folder)["score"], seconds
+
+
+def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
+    """(score, seconds)."""
+    import numpy as np
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    from neobert.data.glue import TASKS, Source, read_split
+    from neobert.tasks import glue_metrics
+    from neobert.training.checkpoint import find_checkpoint
+
+    task, checkpoint = TASKS[name], find_checkpoint(args.weights)
+    begin = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+
+    def rows(split: str) -> list[dict]:
+        found = read_split(Source(args.data), task, split)
+        encoded = tokenizer(*found.texts, truncation="longest_first", max_length=LENGTH)["input_ids"]
+        kind = int if task.labels else float
+        return [{"input_ids": ids, "labels": kind(y)} for ids, y in zip(encoded, found.labels, strict=True)]
+
+    train, validation = rows("train"), rows("validation")
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, num_labels=task.num_labels, classifier_pooling="mean"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, num_train_epochs=args.epochs,
+            learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.1, weight_decay=0.01, max_grad_norm=1.0,
+            bf16=precision() == "bf16", optim="adamw_torch_fused", save_strategy="no", report_to=[], seed=seed,
+            disable_tqdm=True, use_cpu=True, logging_strategy="no", dataloader_num_workers=0,
+        )  # fmt: skip
+        trainer = Trainer(
+            model, settings, train_dataset=train, eval_dataset=validation,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )  # fmt: skip
+        trainer.train()
+        logits = trainer.predict(validation).predictions
+    labels = np.array([row["labels"] for row in validation], dtype=float)
+    score = glue_metrics.score(task, glue_metrics.measure(task, np.asarray(logits).reshape(len(labels), -1), labels))
+    return score, time.perf_counter() - begin
+
+
+def measure(args, system: str, task: str, seed: int) -> tuple[float, float]:
+    """One run in a process of its own."""
+    words = ["--one", system, "--tasks", task, "--weights", args.weights, "--data", args.data, "--epochs", args.epochs]
+    printed = run([sys.executable, __file__, *words, "--seeds", seed], PYTHONWARNINGS="ignore")
+    return tuple(json.loads(printed.splitlines()[-1]))
+
+
+def main() -> None:
+    args = arguments(__doc__, **OPTIONS)
+    if args.one is not None:
+        function = {"ours": one_of_ours, "peer": one_of_the_peer}[args.one]
+        print(json.dumps(function(args, args.tasks, args.seeds)))
+        return
+    if not Path(args.data).is_dir():
+        print(f"no data at {args.data}: name it with --data")
+        return
+    if args.quick:
+        args.tasks, args.seeds, args.epochs = "rte", 1, 1
+    with tempfile.TemporaryDirectory() as folder:
+        if args.weights is None:
+            steps = 40 if args.quick else 300
+            run(neobert("pretrain", QUICKSTART, f"trainer.output_dir={folder}", f"trainer.max_steps={steps}"))
+            args.weights = folder
+        compare(args)
+    finish()
+
+
+def compare(args) -> None:
+    """The table, and the bars."""
+    lines, ratios = [("task", "ours", "Trainer", "ours s", "Trainer s", "ratio")], []
+    apart = {}
+    for task in args.tasks.split(","):
+        found = {"ours": [], "peer": []}
+        for seed in range(args.seeds):
+            for system, values in found.items():
+                values.append(measure(args, system, task, seed))
+        scores = {system: [score for score, _ in values] for system, values in found.items()}
+        seconds = {system: statistics.median(s for _, s in values) for system, values in found.items()}
+        ratios.append(seconds["peer"] / seconds["ours"])
+        told = {system: f"{100 * statistics.fmean(v):.2f} ± {100 * spread(v):.2f}" for system, v in scores.items()}
+        lines.append(
+            (task, told["ours"], told["peer"], f"{seconds['ours']:.1f}", f"{seconds['peer']:.1f}", f"{ratios[-1]:.2f}")
+        )
+        larger = max(map(spread, scores.values()))
+        difference = abs(statistics.fmean(scores["ours"]) - statistics.fmean(scores["peer"]))
+        apart[task] = difference / larger if larger else 0.0
+    table(lines)
+    if args.seeds > 1:
+        for task, value in apart.items():
+            bar(f"glue_{task}_means_apart_in_sd", value, 1.0, at_most=True)
+    bar("glue_seconds_over_trainer", statistics.geometric_mean(ratios), 1.3)
+
+
+def spread(values: list[float]) -> float:
+    """Sample standard deviation; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    main()
