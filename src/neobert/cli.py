@@ -88,7 +88,8 @@ def _pretrain(first: Path, words: list[str], task: str | None) -> None:
     from neobert.tasks import pretraining
 
     finished = pretraining.run(loaded)
-    write_report(finished.folder)
+    if finished.is_main:
+        write_report(finished.folder)
     if finished.exit_code:
         raise typer.Exit(finished.exit_code)
 

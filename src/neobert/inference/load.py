@@ -9,6 +9,7 @@ from neobert.errors import CheckpointError
 from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.training.checkpoint import find_checkpoint, load_weights, verify_checkpoint
+from neobert.training.runtime import load_whole
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
@@ -28,7 +29,7 @@ def load_model_weights(folder: Path, model: NeoBERTForMaskedLM) -> None:
     if wrong := mismatches(weights, model.state_dict()):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(weights)
+    load_whole(model, weights)
 
 
 def load_model_config(folder: Path) -> NeoBERTConfig:

@@ -1,13 +1,14 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
@@ -15,26 +16,29 @@ from neobert.config.reference import known_keys
 from neobert.config.rules import resume_needs_a_position, value_of
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
-from neobert.data.loader import Loader, build_steps
+from neobert.data.loader import build_steps
 from neobert.data.order import Rank
 from neobert.data.tokenizer import fit_vocabulary, load_tokenizer, save_tokenizer, text_tokenizer
-from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.errors import ConfigError, Problem
 from neobert.inference.load import load_model_weights
 from neobert.model.layouts import eurobert_config, is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.optim.build import load_optimizer_state, optimizer_state
+from neobert.optim.build import optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 from neobert.tasks.encoder import build_model, prepare_model
-from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, step_hooks
+from neobert.tasks.hooks import Evaluate, Log, Save, check_needs_evaluation, finish_evaluation, step_hooks
 from neobert.tasks.optimizers import build_clip, build_pretraining_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.qk_clip import QKClip
+from neobert.tasks.resuming import load_training_state, with_saved_lanes
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import describe_run, print_end, print_summary
-from neobert.training.checkpoint import Content, has_data, load_data, load_optimizer, verify_checkpoint
-from neobert.training.loop import StepSettings, TrainState, train
+from neobert.training.background import Saver
+from neobert.training.checkpoint import Content, has_data, verify_checkpoint
+from neobert.training.loop import Interrupt, StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
-from neobert.training.runtime import Runtime, build_runtime
+from neobert.training.runtime import Runtime, build_runtime, held_parts, whole_weights
 from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
 
 
@@ -46,14 +50,34 @@ class Finished:
     state: TrainState
     data_fraction: float
     exit_code: int = 0
+    is_main: bool = True
 
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
     """Pretrain as configured; `observe` is shown every training batch. Raises UserError for what a user can repair."""
+    trainer, interrupt = loaded.config.trainer, Interrupt()
+    with stop_signals(interrupt):
+        runtime = build_runtime(
+            use_cpu=trainer.use_cpu,
+            mixed_precision=trainer.mixed_precision,
+            tf32=trainer.tf32,
+            engine=trainer.engine,
+            use_deepspeed=loaded.config.use_deepspeed,
+        )
+        if runtime.is_main:
+            finished = build_job(loaded, runtime, interrupt, observe).run()
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                finished = build_job(loaded, runtime, interrupt, observe).run()
+        runtime.close()
+    return finished
+
+
+def build_job(
+    loaded: Loaded, runtime: Runtime, interrupt: Interrupt, observe: Callable[[Batch, int], None] | None
+) -> "Job":
+    """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
     config = loaded.config
-    runtime = build_runtime(
-        use_cpu=config.trainer.use_cpu, mixed_precision=config.trainer.mixed_precision, tf32=config.trainer.tf32
-    )
     for warning in loaded.warnings:
         print(f"note: {warning}")
     if config.debug:
@@ -61,35 +85,46 @@ def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> 
     hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
     vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
     tokenizer = text_tokenizer(hf_tokenizer)
-    folder, resume, told = prepare_run_folder(
-        config.trainer.output_dir, config.trainer.resume_from_checkpoint, config.trainer.overwrite_output_dir
+    trainer = config.trainer
+    folder, resume, told = runtime.on_main(
+        lambda: prepare_run_folder(trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir)
     )
-    data = build_data(config, tokenizer, Rank(runtime.rank, runtime.world_size), folder, runtime.device.type == "cuda")
+    saved = None
+    if resume is not None:
+        saved = runtime.on_main(lambda: verify_checkpoint(resume))
+        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
+            raise ConfigError(*missing)
+        config = with_saved_lanes(config, resume, runtime.world_size)
+    data = build_data(
+        config,
+        tokenizer,
+        Rank(runtime.rank, runtime.world_size),
+        folder,
+        runtime.device.type == "cuda",
+        all_max=lambda number: int(runtime.all_max(number)[0]),
+        main_first=runtime.main_first,
+    )
     data.train.observe = observe
     if data.evaluation is None:
-        check_needs_evaluation(config.trainer)
+        check_needs_evaluation(trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
     lines = prepare_model(config, model, runtime)
+    wrapped = runtime.distribute(model, model.model.layers)
     optimizer = build_pretraining_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
     schedule = build_pretraining_schedule(config, data.num_steps)
     state = TrainState()
-    if resume is not None:
-        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
-            raise ConfigError(*missing)
-        load_training_state(resume, model, optimizer, data.train, state)
+    if resume is not None and saved is not None:
+        load_training_state(resume, saved, runtime, model, optimizer, data.train, state)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
-    if config.trainer.max_steps < 0 and schedule.warmup_steps >= data.num_steps:
-        peak = config.optimizer.lr * lr_scale(data.num_steps - 1, schedule)
-        told.append(
-            f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
-            f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
-        )
+    told += warmup_note(config, schedule, data.num_steps)
     facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
-    write_run_files(folder, dump_config(config), facts)
+    runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *told], folder)
-    job = Job(config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None, clip)
-    return job.run()
+    return Job(
+        config, runtime, hf_tokenizer, model, optimizer, schedule, data, folder, state, resume is not None, clip,
+        wrapped, interrupt,
+    )  # fmt: skip
 
 
 @dataclass
@@ -106,20 +141,62 @@ class Job:
     folder: Path
     state: TrainState
     resumed: bool
-    clip: QKClip | None = None
+    clip: QKClip | None
+    wrapped: nn.Module  # the model as it is called
+    interrupt: Interrupt
 
     def run(self) -> Finished:
-        trainer, max_steps = self.config.trainer, self.data.num_steps
+        trainer, max_steps, runtime = self.config.trainer, self.data.num_steps, self.runtime
         stopwatch = Stopwatch()
         metrics = self.build_sinks()
-        console = Console(max_steps, self.state.step, not trainer.disable_tqdm)
+        console = Console(max_steps, self.state.step, runtime.is_main and not trainer.disable_tqdm)
         log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug)
         root = self.folder / "checkpoints"
         evaluation = None
         if self.data.evaluation is not None:
-            evaluation = Evaluate(trainer, self.model, self.data.evaluation, self.runtime, metrics, console, stopwatch)
-        save = Save(trainer, root, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
-        settings = StepSettings(
+            evaluation = Evaluate(
+                trainer, self.wrapped, self.data.evaluation, runtime, metrics, console, stopwatch, self.interrupt
+            )
+        saver = Saver(root, runtime.team(), trainer.save_in_background)
+        save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
+        self.interrupt.failed, self.interrupt.explain = saver.has_failed, saver.explain
+        fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
+        hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
+        try:
+            self.interrupt.start()
+            if self.state.is_evaluation_open and evaluation is not None:
+                finish_evaluation(evaluation, save, self.state)
+            train(
+                self.wrapped,
+                self.optimizer,
+                fetch,
+                runtime,
+                self.step_settings(),
+                self.state,
+                max_steps,
+                hooks,
+                stopwatch,
+            )
+            stopped_by = int(runtime.all_max(self.interrupt.signal)[0])
+            if trainer.save_model or stopped_by:
+                save.run(self.state)
+            saver.wait()
+            if not stopped_by:
+                self.load_best(root, evaluation)
+        finally:
+            console.close()
+            metrics.close()
+            self.data.train.close()
+            saver.close()
+        used = [*self.data.train.describe_used(), *saver.describe(stopwatch.total_seconds["save"])]
+        print_end(self.state, self.data.num_steps, self.folder, stopwatch, save.last_step, used)
+        code = 128 + stopped_by if stopped_by else 0
+        return Finished(self.folder, self.state, stopwatch.data_fraction, code, runtime.is_main)
+
+    def step_settings(self) -> StepSettings:
+        """The numbers that a step depends on."""
+        trainer = self.config.trainer
+        return StepSettings(
             seed=self.config.seed,
             lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
             gradient_clipping=trainer.gradient_clipping,
@@ -127,28 +204,14 @@ class Job:
             after_update=self.model.normalize_matrices,
             model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
             clip=self.clip,
+            interrupt=self.interrupt,
         )
-        fetch = build_steps(self.data.train, trainer.gradient_accumulation_steps)
-        hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
-        try:
-            with stop_signals(self.state) as received:
-                train(
-                    self.model, self.optimizer, fetch, self.runtime, settings, self.state, max_steps, hooks, stopwatch
-                )
-                if trainer.save_model or received:
-                    save.run(self.state)
-                self.load_best(root, evaluation)
-        finally:
-            console.close()
-            metrics.close()
-            self.data.train.close()
-        used = self.data.train.describe_used()
-        print_end(self.state, self.data.num_steps, self.folder, stopwatch, save.last_step, used)
-        return Finished(self.folder, self.state, stopwatch.data_fraction, 128 + received[0] if received else 0)
 
     def build_sinks(self) -> Sinks:
         """metrics.jsonl and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
         config = self.config
+        if not self.runtime.is_main:
+            return Sinks(MetricsFile(Path(os.devnull), None), [])
         names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
         wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
         if "wandb" in names:
@@ -161,8 +224,9 @@ class Job:
         return Sinks(MetricsFile(self.folder / "metrics.jsonl", step), trackers)
 
     def checkpoint_content(self, state: TrainState) -> Content:
-        """Everything a checkpoint of this moment holds."""
-        weights = self.model.state_dict()
+        """Everything a checkpoint of this moment holds; copies, so that training can go on."""
+        weights = whole_weights(self.model)
+        parts, first_rows = held_parts(optimizer_state(self.optimizer), self.runtime.is_main)
         model_config = checkpoint_config(self.model.config, self.hf_tokenizer, self.config.model.name)
         return Content(
             step=state.step,
@@ -170,11 +234,13 @@ class Job:
             model_config=model_config,
             save_tokenizer=lambda path: save_tokenizer(self.hf_tokenizer, path),
             config_yaml=dump_config(self.config),
-            optimizer=optimizer_state(self.optimizer),
+            optimizer=parts,
+            first_rows=first_rows,
             data=self.data.train.state_dict(),
             state={
                 **state.state_dict(),
                 "world_size": self.runtime.world_size,
+                "engine": self.runtime.engine,
                 "metadata": self.config.pretraining_metadata,
             },
         )
@@ -235,6 +301,17 @@ def build_pretraining_schedule(config: Config, num_steps: int) -> Schedule:
         raise ConfigError(Problem("scheduler", str(error))) from None
 
 
+def warmup_note(config: Config, schedule: Schedule, num_steps: int) -> list[str]:
+    """What to say of a warmup that is longer than a run of so many epochs."""
+    if config.trainer.max_steps > 0 or schedule.warmup_steps < num_steps:
+        return []
+    peak = config.optimizer.lr * lr_scale(num_steps - 1, schedule)
+    return [
+        f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
+        f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
+    ]
+
+
 def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
     """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
     own = {
@@ -256,40 +333,3 @@ def checkpoint_config(model_config: NeoBERTConfig, hf_tokenizer: Any, name: str 
         "mask_token_id": hf_tokenizer.mask_token_id,
     }
     return {**eurobert_config(model_config, special), "neobert": own}
-
-
-# --- resuming -----------
-
-
-def load_training_state(
-    folder: Path, model: NeoBERTForMaskedLM, optimizer: torch.optim.Optimizer, loader: Loader, state: TrainState
-) -> None:
-    """Continue exactly where `folder` was saved. Raises CheckpointError where that cannot be exact."""
-    saved = verify_checkpoint(folder)
-    if saved["world_size"] != 1:
-        raise CheckpointError(f"{folder}: saved by {saved['world_size']} processes; this version resumes with one")
-    load_model_weights(folder, model)
-    try:
-        load_optimizer_state(optimizer, load_optimizer(folder))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
-    loader.load_state_dict(*load_data(folder))
-    state.load_state_dict(saved)
-
-
-@contextmanager
-def stop_signals(state: TrainState) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        received.append(number)
-        state.stop_reason = f"received {signal.Signals(number).name}"
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
