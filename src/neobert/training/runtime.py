@@ -196,9 +196,21 @@ PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets 
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all together, whole tensors or shards; every process has to ask."""
-    norm = torch.nn.utils.get_total_norm(list(tensors))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    """Euclidean norm of all together, whole tensors or shards; every process has to ask.
+
+    Norms of rows, which nobody splits, are summed in float64, so that the result does not depend on who holds which rows.
+    """
+    whole: list[Tensor] = []
+    split: list[Tensor] = []
+    for tensor in tensors:
+        is_split = isinstance(tensor, DTensor)
+        held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        rows = torch.linalg.vector_norm(held, dim=-1) if held.ndim > 1 else held
+        (split if is_split else whole).append(rows.double().square().sum())
+    total = torch.stack(split).sum() if split else torch.zeros((), dtype=torch.float64, device=whole[0].device)
+    if split:
+        dist.all_reduce(total)
+    return (total + sum(whole)).sqrt().float()
 
 
 def whole_weights(model: nn.Module) -> Tensors:
