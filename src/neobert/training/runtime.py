@@ -46,6 +46,7 @@ class Runtime:
     engine: str = "plain"
     why: str = ""  # why this engine
     patient: dist.ProcessGroup | None = None  # all processes, for long waits
+    owns_group: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -161,8 +162,8 @@ class Runtime:
         return Team(self.rank, self.world_size, gather)
 
     def close(self) -> None:
-        """Leave the other processes in order."""
-        if self.world_size > 1:
+        """Leave the other processes in order, if `build_runtime` connected them."""
+        if self.owns_group:
             dist.destroy_process_group()
 
 
@@ -181,12 +182,12 @@ def build_runtime(
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
     dtype, note = choose_precision(mixed_precision, kind, torch.cpu._is_amx_tile_supported())
-    patient = None
+    patient, owns_group = None, world_size > 1 and not dist.is_initialized()
+    if owns_group:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if world_size > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, patient)
+    return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, patient, owns_group)
 
 
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets them
