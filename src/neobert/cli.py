@@ -6,9 +6,12 @@ Exit codes: 0 done, 2 something the user can repair (one line per problem on std
 import errno
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,11 +37,14 @@ app.add_typer(tokenizer_app, name="tokenizer")
 OVERRIDES = "[--SECTION.KEY VALUE]..."
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; every key: neobert config keys.")]
+NumProcesses = Annotated[
+    int | None, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine [1, or as launched].")
+]
 DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only"}
 
 
-@app.command(context_settings=WITH_OVERRIDES, options_metavar=OVERRIDES)
-def run(context: typer.Context, config: ConfigFile) -> None:
+@app.command(context_settings=WITH_OVERRIDES, options_metavar="[--nproc N] " + OVERRIDES)
+def run(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Run what the file's `task` says.
 
     Keys can be set behind the file, as --section.key value or section.key=value; the last one wins. Further YAML files
@@ -49,12 +55,14 @@ def run(context: typer.Context, config: ConfigFile) -> None:
       neobert run configs/pretraining/quickstart.yaml --trainer.max_steps 100 optimizer.lr=3e-4
       neobert run base.yaml mine.yaml --trainer.output_dir runs/second
       neobert run outputs/quickstart/config.yaml --trainer.resume_from_checkpoint latest
+      neobert run my.yaml --nproc 2 --trainer.engine fsdp2
+      torchrun --nproc-per-node 8 --module neobert run my.yaml
     """
-    _run(config, context.args, task=None)
+    _run(config, context.args, None, nproc)
 
 
-@app.command(context_settings=WITH_OVERRIDES, options_metavar=OVERRIDES)
-def pretrain(context: typer.Context, config: ConfigFile) -> None:
+@app.command(context_settings=WITH_OVERRIDES, options_metavar="[--nproc N] " + OVERRIDES)
+def pretrain(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Masked-LM pretraining on your text.
 
     Stop with Ctrl-C at any time: a checkpoint is written. Go on with --trainer.resume_from_checkpoint latest.
@@ -66,7 +74,7 @@ def pretrain(context: typer.Context, config: ConfigFile) -> None:
           --tokenizer.path tokenizer/ --trainer.output_dir runs/first
       neobert pretrain my.yaml --trainer.resume_from_checkpoint latest --trainer.max_steps 20000
     """
-    _run(config, context.args, task="pretraining")
+    _run(config, context.args, "pretraining", nproc)
 
 
 def _layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
@@ -103,19 +111,29 @@ def glue(
         raise typer.Exit(code)
 
 
-def _run(first: Path, words: list[str], task: str | None) -> None:
+def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> None:
     from neobert.config.load import load_config
     from neobert.config.rules import not_built
 
     loaded = load_config(*_layers(first, words), task)
     if missing := not_built(loaded.config):
         raise ConfigError(*missing)
+    if loaded.config.task == "glue" and (nproc or 1) > 1:
+        raise UserError(
+            "--nproc: GLUE fine-tunes in one process; a suite can be shared by starting it with different --tasks"
+        )
+    if nproc is not None and nproc > 1:
+        from neobert.tasks.launch import launch
+
+        command = ["run" if task is None else "pretrain", str(first), *words]
+        raise typer.Exit(launch(command, nproc, loaded.config.trainer.use_cpu))
     from neobert.insight.report import write_report
     from neobert.tasks import glue as glue_task
     from neobert.tasks import pretraining
 
     finished = {"pretraining": pretraining.run, "glue": glue_task.run}[loaded.config.task](loaded)
-    write_report(finished.folder)
+    if finished.is_main:
+        write_report(finished.folder)
     if finished.exit_code:
         raise typer.Exit(finished.exit_code)
 
@@ -313,15 +331,40 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    """A signal, where nothing better is done about it: exit code 128 + its number, as the shell has it."""
+    sys.exit(128 + number)
+
+
+def _complain(message: str) -> NoReturn:
+    """Print what is wrong and exit. What all processes find wrong, the main one says; it is given the time to."""
+    number = int(os.environ.get("RANK", "0"))
+    if number:
+        time.sleep(3)
+    for line in message.splitlines():
+        print(f"error: {f'process {number}: ' if number else ''}{line}", file=sys.stderr, flush=True)
+    os._exit(2) if number else sys.exit(2)
+
+
+def _has_lost_peer(error: RuntimeError) -> bool:
+    from neobert.training.runtime import is_lost_peer
+
+    return is_lost_peer(error)
+
+
 def main() -> None:
     """Entry point: user errors become plain lines and exit code 2."""
     _quiet_libraries()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end)
     try:
         app()
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _complain(str(error))
+    except RuntimeError as error:
+        if not _has_lost_peer(error):
+            raise
+        _complain("the connection to another process broke off: it has ended, and its own message says why")
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

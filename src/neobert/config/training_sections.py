@@ -91,6 +91,17 @@ class TrainerConfig(Section):
     dataloader_num_workers: int = key(
         0, "Older name of `dataset.num_workers`; acts when that one is not set.", "processes", ge=0, le=1024
     )
+    engine: Literal["auto", "ddp", "fsdp2"] = key(
+        "auto",
+        "What several processes run on: `ddp` (each holds the whole model), `fsdp2` (each holds a part), or as they were "
+        "launched (`auto`: DDP unless the launcher says otherwise).",
+        "memory; communication",
+    )
+    save_in_background: bool = key(
+        True,
+        "Write checkpoints while training goes on; needs memory for a copy of weights and optimizer state.",
+        "speed",
+    )
     use_cpu: bool = key(False, "Train on the CPU even where there is a GPU.", "the device")
     report_to: list[str] = key(
         None,

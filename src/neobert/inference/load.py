@@ -9,6 +9,7 @@ from neobert.errors import CheckpointError
 from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTPreTrainedModel
 from neobert.training.checkpoint import Tensors, find_checkpoint, load_weights, verify_checkpoint
+from neobert.training.runtime import load_whole
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
@@ -24,7 +25,7 @@ def load_model_weights(folder: Path, model: NeoBERTPreTrainedModel) -> None:
     """Load a checkpoint's weights. Raises CheckpointError listing the first that do not fit."""
     weights = read_weights(folder, model.config)
     check_fit(folder, weights, model.state_dict())
-    model.load_state_dict(weights)
+    load_whole(model, weights)
 
 
 def read_weights(folder: Path, architecture: NeoBERTConfig) -> Tensors:

@@ -58,10 +58,10 @@ class ForeignForSequenceClassification(nn.Module):
     def normalize_matrices(self) -> None:
         """Nothing: only nGPT has matrices of length 1."""
 
-    def to_checkpoint(self) -> Tensors:
-        """Tensors under the names that the encoder's own task models use, so that `AutoModel` reads the encoder."""
+    def to_checkpoint(self, weights: Tensors) -> Tensors:
+        """This model's tensors under the names of the encoder's own task models, so that `AutoModel` reads the encoder."""
         prefix = self.model.base_model_prefix
-        return {_renamed(name, "model.", f"{prefix}."): tensor for name, tensor in self.state_dict().items()}
+        return {_renamed(name, "model.", f"{prefix}."): tensor for name, tensor in weights.items()}
 
     def from_checkpoint(self, weights: Tensors) -> Tensors:
         """The inverse of `to_checkpoint`."""

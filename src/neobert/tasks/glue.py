@@ -12,7 +12,7 @@ from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.data.classification import LabelCollator, Rows, in_order
 from neobert.data.glue import REPOSITORY, TASKS, GlueTask
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, Problem, UserError
 from neobert.model.foreign import ForeignForSequenceClassification
 from neobert.tasks import glue_metrics
 from neobert.tasks.encoder import build_vocabulary, prepare_model
@@ -20,12 +20,14 @@ from neobert.tasks.glue_data import MOST_THREADS, GlueData, build_data, first_ro
 from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
 from neobert.tasks.glue_start import ARCHITECTURE, Start, find_start, find_tokenizer
 from neobert.tasks.hooks import Measure
-from neobert.tasks.job import Finished, Job, build_run_schedule, load_training_state
+from neobert.tasks.job import Finished, Job, build_run_schedule
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
+from neobert.tasks.resuming import load_training_state
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_summary
-from neobert.training.checkpoint import has_data, write_json
-from neobert.training.loop import TrainState
+from neobert.training.checkpoint import has_data, verify_checkpoint, write_json
+from neobert.training.loop import Interrupt, TrainState
 from neobert.training.runtime import Runtime, build_runtime
 
 RESULT = "result.json"
@@ -33,6 +35,12 @@ RESULT = "result.json"
 
 def run(loaded: Loaded) -> Finished:
     """Fine-tune as configured and write result.json. Raises UserError (and its kinds) for what a user can repair."""
+    interrupt = Interrupt()
+    with stop_signals(interrupt):
+        return _run(loaded, interrupt)
+
+
+def _run(loaded: Loaded, interrupt: Interrupt) -> Finished:
     task = TASKS[loaded.config.glue.task_name]
     if not task.trains:
         problem = f"{task.name} is predicted by a model of mnli, not trained on: neobert glue CONFIG --predict, of an mnli run"
@@ -40,6 +48,8 @@ def run(loaded: Loaded) -> Finished:
     glue_metrics.check_metrics()
     trainer = loaded.config.trainer
     runtime = build_runtime(use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32)
+    if runtime.world_size > 1:
+        raise UserError("started as one of several processes; GLUE fine-tunes in one")
     start = find_start(loaded.config, loaded.keys_set)
     hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, loaded.keys_set, start)
     config = settle(loaded.config, loaded.keys_set, task, start, tokenizer_keys)
@@ -62,7 +72,7 @@ def run(loaded: Loaded) -> Finished:
     if resume is not None:
         if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
             raise ConfigError(*missing)
-        load_training_state(resume, storage, optimizer, data.train, state)
+        load_training_state(resume, verify_checkpoint(resume), runtime, storage, optimizer, data.train, state)
         told.append(f"resuming from {resume}: step {state.step:,}")
     facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
     for note in loaded.warnings:
@@ -76,7 +86,7 @@ def run(loaded: Loaded) -> Finished:
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
         fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
         num_steps=data.num_steps, measure=measure, storage=storage, folder=folder, state=state, resumed=resume is not None,
-        clip=clip,
+        wrapped=model, interrupt=interrupt, clip=clip,
         next_command=f"neobert glue {folder / 'config.yaml'} --predict",
     )  # fmt: skip
     finished = job.run()

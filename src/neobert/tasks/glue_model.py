@@ -18,6 +18,7 @@ from neobert.tasks.encoder import checkpoint_config, model_config
 from neobert.tasks.glue_start import FOREIGN, Start, read_config
 from neobert.tasks.job import Storage
 from neobert.training.checkpoint import Tensors, load_weights, verify_checkpoint
+from neobert.training.runtime import whole_weights
 
 Classifier = NeoBERTForSequenceClassification | ForeignForSequenceClassification
 POOLING = {"cls": "bos", "mean": "mean"}  # ours -> transformers' names
@@ -112,7 +113,7 @@ def build_storage(config: Config, model: Classifier, task: GlueTask, hf_tokenize
         return _foreign_storage(config, model, task)
 
     def content() -> tuple[Tensors, dict[str, Any]]:
-        weights = model.state_dict()
+        weights = whole_weights(model)
         if not is_eurobert(model.config):
             return weights, classifier_config(config, model, task, hf_tokenizer)
         return to_eurobert(weights), classifier_config(config, model, task, hf_tokenizer)
@@ -149,7 +150,7 @@ def _foreign_storage(config: Config, model: ForeignForSequenceClassification, ta
             "glue_task": task.name, "pooling": config.glue.pooling, "classifier_dropout": config.glue.classifier_dropout,
             "num_labels": task.num_labels,
         }  # fmt: skip
-        return model.to_checkpoint(), {**fields, **label_names(task), FOREIGN: head}
+        return model.to_checkpoint(whole_weights(model)), {**fields, **label_names(task), FOREIGN: head}
 
     def load(folder: Path) -> None:
         weights = model.from_checkpoint(load_weights(folder))

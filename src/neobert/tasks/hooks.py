@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,11 @@ from torch import nn
 from neobert.config.schema import TrainerConfig
 from neobert.errors import ConfigError, Problem
 from neobert.tasks.qk_clip import clip_metrics
-from neobert.training.checkpoint import Content, prune, save_checkpoint, write_pointer
-from neobert.training.loop import Hook, StepResult, TrainState
+from neobert.training.background import Saver
+from neobert.training.checkpoint import Content, prune, write_pointer
+from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
 from neobert.training.metrics import Console, Stopwatch, duration
+from neobert.training.runtime import Runtime, total_norm
 from neobert.training.trackers import Sinks
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
@@ -81,14 +82,14 @@ class Log:
 @torch.no_grad()
 def weight_norm(model: nn.Module) -> float:
     """Euclidean norm of all weights."""
-    return float(torch.nn.utils.get_total_norm(list(model.parameters())))
+    return float(total_norm(model.parameters()))
 
 
 @dataclass(frozen=True)
 class Measure:
     """An evaluation: `run` gives its values, `headline` says them in a line, `default` names the one that counts."""
 
-    run: Callable[[], dict[str, float]]
+    run: Callable[[], dict[str, float] | None]  # None: it was broken off
     headline: Callable[[dict[str, float]], str]
     default: str
 
@@ -99,9 +100,11 @@ class Evaluate:
 
     trainer: TrainerConfig
     measure: Measure
+    runtime: Runtime
     metrics: Sinks
     console: Console
     stopwatch: Stopwatch
+    interrupt: Interrupt
     last_step: int = -1
     improved: bool = False
     values: dict[str, float] = field(default_factory=dict)
@@ -115,7 +118,12 @@ class Evaluate:
         """Evaluate and say so; `compare` with the best so far."""
         self.last_step = state.step
         with self.stopwatch.phase("evaluate"):
-            values = self.values = self.measure.run()
+            values = self.measure.run()
+        state.is_evaluation_open = values is None
+        if values is None:
+            self.interrupt.act(state, self.runtime)
+            return
+        self.values = values
         if compare:
             self._compare(state, values)
         self.metrics.write(
@@ -161,7 +169,7 @@ class Save:
     """Writes checkpoints when they are due and removes the oldest beyond the limit."""
 
     trainer: TrainerConfig
-    root: Path
+    saver: Saver
     content: Callable[[TrainState], Content]
     stopwatch: Stopwatch
     last_step: int = -1
@@ -169,12 +177,27 @@ class Save:
     def run(self, state: TrainState) -> None:
         if self.last_step == state.step:
             return
+        step, best = state.step, state.best_step
         with self.stopwatch.phase("save"):
-            save_checkpoint(self.root, self.content(state))
-            self.last_step = state.step
-            if state.best_step is not None and (self.root / str(state.best_step)).is_dir():
-                write_pointer(self.root / "best", str(state.best_step))
-            prune(self.root, self.trainer.save_total_limit, {state.step, state.best_step or state.step})
+            self.saver.submit(self.content(state), lambda: self._tidy(step, best))
+        self.last_step = step
+
+    def _tidy(self, step: int, best: int | None) -> None:
+        """When a checkpoint is whole: point at the best one, remove old ones."""
+        root = self.saver.root
+        if self.saver.team.rank:
+            return
+        if best is not None and (root / str(best)).is_dir():
+            write_pointer(root / "best", str(best))
+        prune(root, self.trainer.save_total_limit, {step, step if best is None else best})
+
+
+def finish_evaluation(evaluation: Evaluate, save: Save, state: TrainState) -> None:
+    """An evaluation that a signal broke off is made up for when the run goes on, and the checkpoint saved with its result."""
+    evaluation.run(state)
+    if not state.is_evaluation_open:
+        save.last_step = -1
+        save.run(state)
 
 
 def step_hooks(
@@ -188,6 +211,8 @@ def step_hooks(
         if evaluation is not None:
             by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
             evaluation(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or state.step == max_steps)
+        if state.is_evaluation_open:
+            return  # the run ends here, with a checkpoint
         due = {
             "steps": state.step % trainer.save_steps == 0,
             "epoch": new_epoch,

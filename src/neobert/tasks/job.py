@@ -4,14 +4,14 @@ A task builds model, batches and evaluation, says how its model is stored, and h
 loop and the one checkpoint format.
 """
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from neobert.config.explain import plain_json
 from neobert.config.load import dump_config
@@ -19,16 +19,17 @@ from neobert.config.reference import known_keys
 from neobert.config.rules import value_of
 from neobert.config.schema import Config
 from neobert.data.tokenizer import save_tokenizer
-from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.optim.build import load_optimizer_state, optimizer_state
+from neobert.errors import ConfigError, Problem
+from neobert.optim.build import optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
-from neobert.tasks.hooks import Evaluate, Log, Measure, Save, step_hooks
+from neobert.tasks.hooks import Evaluate, Log, Measure, Save, finish_evaluation, step_hooks
 from neobert.tasks.qk_clip import QKClip
 from neobert.tasks.summary import print_end
-from neobert.training.checkpoint import Content, Tensors, load_data, load_optimizer, verify_checkpoint
-from neobert.training.loop import MicroBatch, StepSettings, TrainState, train
+from neobert.training.background import Saver
+from neobert.training.checkpoint import Content, Tensors
+from neobert.training.loop import Interrupt, MicroBatch, StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
-from neobert.training.runtime import Runtime
+from neobert.training.runtime import Runtime, held_parts
 from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
 
 
@@ -44,7 +45,9 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Storage:
-    """How a task's model goes into a checkpoint, as tensors and config.json, and comes back."""
+    """How a task's model goes into a checkpoint, as whole tensors that training does not write to and config.json, and
+    comes back.
+    """
 
     content: Callable[[], tuple[Tensors, dict[str, Any]]]
     load: Callable[[Path], None]
@@ -59,6 +62,7 @@ class Finished:
     data_fraction: float
     exit_code: int = 0
     values: dict[str, float] = field(default_factory=dict)
+    is_main: bool = True
 
 
 @dataclass
@@ -79,42 +83,53 @@ class Job:
     folder: Path
     state: TrainState
     resumed: bool
+    wrapped: nn.Module  # the model as it is called
+    interrupt: Interrupt
     clip: QKClip | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
     end_notes: Callable[[], list[str]] = list
     next_command: str = ""
 
     def run(self) -> Finished:
-        trainer, max_steps = self.config.trainer, self.num_steps
+        trainer, max_steps, runtime = self.config.trainer, self.num_steps, self.runtime
         if trainer.early_stopping and self.state.num_evaluations_without_gain >= trainer.early_stopping:
             self.state.stop_reason = "it had stopped early when it was saved"
         stopwatch = Stopwatch()
         metrics = self.build_sinks()
-        console = Console(max_steps, self.state.step, not trainer.disable_tqdm)
+        console = Console(max_steps, self.state.step, runtime.is_main and not trainer.disable_tqdm)
         log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug)
+        root = self.folder / "checkpoints"
         evaluation = None
         if self.measure is not None:
-            evaluation = Evaluate(trainer, self.measure, metrics, console, stopwatch)
-        root = self.folder / "checkpoints"
-        save = Save(trainer, root, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
+            evaluation = Evaluate(trainer, self.measure, runtime, metrics, console, stopwatch, self.interrupt)
+        saver = Saver(root, runtime.team(), trainer.save_in_background)
+        save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
+        self.interrupt.failed, self.interrupt.explain = saver.has_failed, saver.explain
         hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
         try:
-            with stop_signals(self.state) as received:
-                train(
-                    self.model, self.optimizer, self.fetch, self.runtime, self.step_settings(), self.state, max_steps,
-                    hooks, stopwatch,
-                )  # fmt: skip
-                if trainer.save_model or received:
-                    save.run(self.state)
+            self.interrupt.start()
+            if self.state.is_evaluation_open and evaluation is not None:
+                finish_evaluation(evaluation, save, self.state)
+            train(
+                self.wrapped, self.optimizer, self.fetch, runtime, self.step_settings(), self.state, max_steps, hooks,
+                stopwatch,
+            )  # fmt: skip
+            stopped_by = int(runtime.all_max(self.interrupt.signal)[0])
+            if trainer.save_model or stopped_by:
+                save.run(self.state)
+            saver.wait()
+            if not stopped_by:
                 self.load_best(root, evaluation)
         finally:
             console.close()
             metrics.close()
             self.batches.close()
-        print_end(self.state, max_steps, self.folder, stopwatch, save.last_step, self.end_notes(), self.next_command)
+            saver.close()
+        notes = [*self.end_notes(), *saver.describe(stopwatch.total_seconds["save"])]
+        print_end(self.state, max_steps, self.folder, stopwatch, save.last_step, notes, self.next_command)
         values = evaluation.values if evaluation is not None else {}
-        code = 128 + received[0] if received else 0
-        return Finished(self.folder, self.state, stopwatch.data_fraction, code, values)
+        code = 128 + stopped_by if stopped_by else 0
+        return Finished(self.folder, self.state, stopwatch.data_fraction, code, values, runtime.is_main)
 
     def step_settings(self) -> StepSettings:
         """The numbers that every step depends on."""
@@ -127,11 +142,14 @@ class Job:
             after_update=self.model.normalize_matrices,
             model_inputs=self.model_inputs,
             clip=self.clip,
+            interrupt=self.interrupt,
         )
 
     def build_sinks(self) -> Sinks:
         """metrics.jsonl and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
         config = self.config
+        if not self.runtime.is_main:
+            return Sinks(MetricsFile(Path(os.devnull), None), [])
         names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
         wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
         if "wandb" in names:
@@ -144,19 +162,22 @@ class Job:
         return Sinks(MetricsFile(self.folder / "metrics.jsonl", step), trackers)
 
     def checkpoint_content(self, state: TrainState) -> Content:
-        """Everything a checkpoint of this moment holds."""
+        """Everything a checkpoint of this moment holds; copies, so that training can go on."""
         weights, model_config = self.storage.content()
+        parts, first_rows = held_parts(optimizer_state(self.optimizer), self.runtime.is_main)
         return Content(
             step=state.step,
             weights=weights,
             model_config=model_config,
             save_tokenizer=lambda path: save_tokenizer(self.hf_tokenizer, path),
             config_yaml=dump_config(self.config),
-            optimizer=optimizer_state(self.optimizer),
+            optimizer=parts,
+            first_rows=first_rows,
             data=self.batches.state_dict(),
             state={
                 **state.state_dict(),
                 "world_size": self.runtime.world_size,
+                "engine": self.runtime.engine,
                 "metadata": self.config.pretraining_metadata,
             },
         )
@@ -198,37 +219,3 @@ def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[s
             f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
         ]
     return schedule, []
-
-
-def load_training_state(
-    folder: Path, storage: Storage, optimizer: torch.optim.Optimizer, batches: Batches, state: TrainState
-) -> None:
-    """Continue exactly where `folder` was saved. Raises CheckpointError where that cannot be exact."""
-    saved = verify_checkpoint(folder)
-    if saved["world_size"] != 1:
-        raise CheckpointError(f"{folder}: saved by {saved['world_size']} processes; this version resumes with one")
-    storage.load(folder)
-    try:
-        load_optimizer_state(optimizer, load_optimizer(folder))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
-    batches.load_state_dict(*load_data(folder))
-    state.load_state_dict(saved)
-
-
-@contextmanager
-def stop_signals(state: TrainState) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        received.append(number)
-        state.stop_reason = f"received {signal.Signals(number).name}"
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,7 +1,11 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
+import os
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
+
+from torch import nn
 
 from neobert.config.load import Loaded, dump_config
 from neobert.config.rules import resume_needs_a_position
@@ -16,23 +20,44 @@ from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.tasks.encoder import build_model, build_vocabulary, checkpoint_config, prepare_model
 from neobert.tasks.hooks import Measure, check_needs_evaluation
-from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, load_training_state
+from neobert.tasks.job import Finished, Job, Storage, build_run_schedule
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
+from neobert.tasks.resuming import load_training_state, with_saved_lanes
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import describe_run, print_summary
-from neobert.training.checkpoint import Tensors, has_data
-from neobert.training.loop import TrainState, evaluate
+from neobert.training.checkpoint import Tensors, has_data, verify_checkpoint
+from neobert.training.loop import Interrupt, TrainState, evaluate
 from neobert.training.metrics import perplexity
-from neobert.training.runtime import Runtime, build_runtime
+from neobert.training.runtime import Runtime, build_runtime, whole_weights
 
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
     """Pretrain as configured; `observe` is shown every training batch. Raises UserError for what a user can repair."""
-    config = loaded.config
-    runtime = build_runtime(
-        use_cpu=config.trainer.use_cpu, mixed_precision=config.trainer.mixed_precision, tf32=config.trainer.tf32
-    )
+    trainer, interrupt = loaded.config.trainer, Interrupt()
+    with stop_signals(interrupt):
+        runtime = build_runtime(
+            use_cpu=trainer.use_cpu,
+            mixed_precision=trainer.mixed_precision,
+            tf32=trainer.tf32,
+            engine=trainer.engine,
+            use_deepspeed=loaded.config.use_deepspeed,
+        )
+        if runtime.is_main:
+            finished = build_job(loaded, runtime, interrupt, observe).run()
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                finished = build_job(loaded, runtime, interrupt, observe).run()
+        runtime.close()
+    return finished
+
+
+def build_job(
+    loaded: Loaded, runtime: Runtime, interrupt: Interrupt, observe: Callable[[Batch, int], None] | None
+) -> Job:
+    """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
+    config, trainer = loaded.config, loaded.config.trainer
     for warning in loaded.warnings:
         print(f"note: {warning}")
     if config.debug:
@@ -40,15 +65,22 @@ def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> 
     hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
     vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
     tokenizer = text_tokenizer(hf_tokenizer)
-    folder, resume, told = prepare_run_folder(
-        config.trainer.output_dir, config.trainer.resume_from_checkpoint, config.trainer.overwrite_output_dir
+    folder, resume, told = runtime.on_main(
+        lambda: prepare_run_folder(trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir)
     )
-    data = build_data(config, tokenizer, Rank(runtime.rank, runtime.world_size), folder, runtime.device.type == "cuda")
+    saved = None
+    if resume is not None:
+        saved = runtime.on_main(lambda: verify_checkpoint(resume))
+        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
+            raise ConfigError(*missing)
+        config = with_saved_lanes(config, resume, runtime.world_size)
+    data = build_run_data(config, tokenizer, runtime, folder)
     data.train.observe = observe
     if data.evaluation is None:
-        check_needs_evaluation(config.trainer)
+        check_needs_evaluation(trainer)
     model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
     lines = prepare_model(config, model, runtime)
+    wrapped = runtime.distribute(model, model.model.layers)
     optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
     schedule, warnings = build_run_schedule(config, data.num_steps)
@@ -57,41 +89,55 @@ def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> 
         load=lambda path: load_model_weights(path, model),
     )
     state = TrainState()
-    if resume is not None:
-        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
-            raise ConfigError(*missing)
-        load_training_state(resume, storage, optimizer, data.train, state)
+    if resume is not None and saved is not None:
+        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
-    write_run_files(folder, dump_config(config), facts)
+    runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *told, *warnings], folder)
-    job = Job(
+    return Job(
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
-        fetch=build_steps(data.train, config.trainer.gradient_accumulation_steps),
+        fetch=build_steps(data.train, trainer.gradient_accumulation_steps),
         num_steps=data.num_steps,
-        measure=build_measure(config, model, data, runtime),
+        measure=build_measure(config, wrapped, data, runtime, interrupt),
         storage=storage,
         folder=folder,
         state=state,
         resumed=resume is not None,
+        wrapped=wrapped,
+        interrupt=interrupt,
         clip=clip,
-        model_inputs={
-            "masked_only": config.trainer.masked_logits_only_loss, "count_correct": config.trainer.log_train_accuracy
-        },
+        model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
         end_notes=data.train.describe_used,
         next_command='neobert fill-mask {checkpoint} "The capital of France is [MASK]."',
     )  # fmt: skip
-    return job.run()
 
 
-def build_measure(config: Config, model: NeoBERTForMaskedLM, data: PretrainingData, runtime: Runtime) -> Measure | None:
+def build_run_data(config: Config, tokenizer: Any, runtime: Runtime, folder: Any) -> PretrainingData:
+    """The batches of this process."""
+    return build_data(
+        config,
+        tokenizer,
+        Rank(runtime.rank, runtime.world_size),
+        folder,
+        runtime.device.type == "cuda",
+        all_max=lambda number: int(runtime.all_max(number)[0]),
+        main_first=runtime.main_first,
+    )
+
+
+def build_measure(
+    config: Config, model: nn.Module, data: PretrainingData, runtime: Runtime, interrupt: Interrupt
+) -> Measure | None:
     """Loss, perplexity and accuracy on the evaluation data, where there is any."""
     batches = data.evaluation
     if batches is None:
         return None
 
-    def measure() -> dict[str, float]:
-        values = evaluate(model, batches(), runtime, config.trainer.eval_max_batches)
+    def measure() -> dict[str, float] | None:
+        values = evaluate(model, batches(), runtime, config.trainer.eval_max_batches, interrupt)
+        if values is None:
+            return None
         if not values:
             raise DataError("dataset.eval_split: the evaluation data has no text")
         return {**values, "perplexity": perplexity(values["loss"])}
@@ -104,6 +150,6 @@ def build_measure(config: Config, model: NeoBERTForMaskedLM, data: PretrainingDa
 
 def checkpoint_model(model: NeoBERTForMaskedLM, hf_tokenizer: Any, name: str | None) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the config.json of a checkpoint."""
-    weights = model.state_dict()
+    weights = whole_weights(model)
     model_config = checkpoint_config(model.config, hf_tokenizer, name)
     return to_eurobert(weights) if is_eurobert(model.config) else weights, model_config

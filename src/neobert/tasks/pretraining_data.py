@@ -49,9 +49,14 @@ def build_data(
     output_dir: Path,
     on_cuda: bool,
     all_max: Callable[[int], int] = lambda number: number,
+    main_first: Callable[[Callable[[], list[Source]]], list[Source]] = lambda function: function(),
 ) -> PretrainingData:
-    """Open, and if asked for tokenise, the corpus. `all_max` is the largest of a number over all ranks. Raises DataError."""
-    sources = open_sources(config, tokenizer, output_dir)
+    """Open, and if asked for tokenise, the corpus; the other ranks find what the first one wrote.
+
+    `all_max` is the largest of a number over all ranks, `main_first` calls a function in the first rank, then in the others.
+    Raises DataError.
+    """
+    sources = main_first(lambda: open_sources(config, tokenizer, output_dir))
     num_epochs = _num_epochs(config)
     notes = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:

@@ -46,6 +46,7 @@ def describe_run(
         "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
         "device": runtime.describe,
+        "processes": runtime.describe_engine,
         **lines,
         "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
         "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -37,12 +37,28 @@ WEIGHTS, STATE = "model.safetensors", "state.json"
 OPTIMIZER = "optimizer/rank{:05d}.safetensors"
 DATA = "data_rank{:05d}"
 
+FIRST_ROWS = "first_rows"  # in the header of an optimizer file: where its parts begin
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Team:
+    """The processes that write a checkpoint together. `gather`: what each of them gave, in all of them."""
+
+    rank: int
+    world_size: int
+    gather: Callable[[Any], list[Any]]
+
+
+ALONE = Team(0, 1, lambda value: [value])
+
+
+@dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds. `state` is plain data: step, tokens seen, and what else the loop counts."""
+    """What a checkpoint holds: of `optimizer` and `data` what is in this process, the rest in the main process only.
+
+    `state` is plain data: step, tokens seen, and what else the loop counts. `first_rows` of optimizer state that is split.
+    """
 
     step: int
     weights: Tensors
@@ -52,50 +68,82 @@ class Content:
     optimizer: Tensors
     data: tuple[dict[str, Any], dict[str, np.ndarray]]
     state: dict[str, Any] = field(default_factory=dict)
+    first_rows: dict[str, int] = field(default_factory=dict)
 
 
-def save_checkpoint(root: Path, content: Content) -> Path:
-    """Write `<root>/<step>` atomically and point `latest` at it.
+def save_checkpoint(root: Path, content: Content, team: Team = ALONE) -> Path:
+    """Write `<root>/<step>` atomically and point `latest` at it; all of a team together.
 
-    Raises CheckpointError when the disk is full or a write fails; what was there before is then untouched.
+    Raises CheckpointError, in all of them, when the disk is full or a write fails; what was there before is then untouched.
     """
     final, scratch = root / str(content.step), root / f".{content.step}.tmp"
-    try:
+    is_main, sums = team.rank == 0, {}
+
+    def prepare() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        _write_content(scratch, content)
+        (scratch / "optimizer").mkdir(parents=True)
+
+    def write() -> None:
+        sums.update(_write_content(scratch, content, team.rank))
+
+    def publish() -> None:
+        _write_state(scratch, content, sums)
         if final.exists():
             _remove(final)
         os.replace(scratch, final)
         _sync(root)
         write_pointer(root / "latest", str(content.step))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    reason = _together(team, prepare if is_main else None) or _together(team, write)
+    for part in team.gather(sums):
+        sums.update(part)
+    reason = reason or _together(team, publish if is_main else None)
+    if reason:
+        if is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
         steps = list_steps(root)
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written before"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"{final}: cannot save step {content.step}: {reason}; {kept}") from None
+        raise CheckpointError(f"{final}: cannot save step {content.step}: {reason}; {kept}")
     return final
 
 
-def _write_content(folder: Path, content: Content) -> None:
-    (folder / "optimizer").mkdir()
-    save_file(_contiguous(content.weights), folder / WEIGHTS, metadata={"format": "pt"})
-    save_file(_contiguous(content.optimizer), folder / OPTIMIZER.format(0))
+def _together(team: Team, work: Callable[[], None] | None) -> str:
+    """Do a part of the work in every process; returns why it failed in the first in which it did, or nothing."""
+    reason = ""
+    try:
+        if work is not None:
+            work()
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return next((one for one in team.gather(reason) if one), "")
+
+
+def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
+    """Write the files of a process; returns their checksums, when they are on the disk."""
+    path = folder / OPTIMIZER.format(rank)
+    if content.optimizer or rank == 0:
+        save_file(_contiguous(content.optimizer), path, metadata={FIRST_ROWS: json.dumps(content.first_rows)})
     data, arrays = content.data
-    save_arrays(arrays, folder / f"{DATA.format(0)}.safetensors")
-    write_json(folder / f"{DATA.format(0)}.json", data)
-    write_json(folder / "config.json", content.model_config)
-    (folder / "config.yaml").write_text(content.config_yaml)
-    content.save_tokenizer(folder / "tokenizer")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    save_arrays(arrays, folder / f"{DATA.format(rank)}.safetensors")
+    write_json(folder / f"{DATA.format(rank)}.json", data)
+    own = [path, *(folder / f"{DATA.format(rank)}.{kind}" for kind in ("safetensors", "json"))]
+    if rank == 0:
+        save_file(_contiguous(content.weights), folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / "config.json", content.model_config)
+        (folder / "config.yaml").write_text(content.config_yaml)
+        content.save_tokenizer(folder / "tokenizer")
+        own += [folder / WEIGHTS, folder / "config.json", folder / "config.yaml", *(folder / "tokenizer").rglob("*")]
+    files = sorted(path for path in own if path.is_file())
     for path in files:
         _sync(path)
-    sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
-    state = {"format": FORMAT, "step": content.step, **content.state, "sha256": sums}
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def _write_state(folder: Path, content: Content, sums: dict[str, str]) -> None:
+    state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
     write_json(folder / STATE, {**state, "checksum": _checksum(state)})
-    _sync(folder / STATE)
-    _sync(folder)
+    for path in (folder / STATE, folder / "optimizer", folder / "tokenizer", folder):
+        _sync(path)
 
 
 def _contiguous(tensors: Tensors) -> Tensors:
@@ -178,9 +226,28 @@ def load_weights(folder: Path) -> Tensors:
     return load_file(folder / WEIGHTS)
 
 
-def load_optimizer(folder: Path) -> Tensors:
-    """The optimizer's tensors."""
-    return load_file(folder / OPTIMIZER.format(0))
+def load_optimizer(folder: Path, rows_of: Callable[[str], slice | None] = lambda path: None) -> Tensors:
+    """The optimizer's tensors; `rows_of(<parameter>/<state>)` says which rows of one are wanted, None: all."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in sorted((folder / "optimizer").glob("rank*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            first_rows = json.loads((tensors.metadata() or {}).get(FIRST_ROWS, "{}"))
+            for path in tensors.keys():  # noqa: SIM118 - not a dict
+                first, part = first_rows.get(path, 0), tensors.get_slice(path)
+                if part.get_shape():
+                    wanted = rows_of(path) or slice(0, None)
+                    stop = None if wanted.stop is None else max(0, wanted.stop - first)
+                    held = part[max(0, wanted.start - first) : stop]
+                else:
+                    held = tensors.get_tensor(path)
+                parts.setdefault(path, []).append((first, held))
+    return {
+        path: _join_rows([held for _, held in sorted(some, key=lambda one: one[0])]) for path, some in parts.items()
+    }
+
+
+def _join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if parts[0].ndim and len(parts) > 1 else parts[0]
 
 
 def has_data(folder: Path) -> bool:
@@ -188,9 +255,9 @@ def has_data(folder: Path) -> bool:
     return (folder / f"{DATA.format(0)}.json").is_file()
 
 
-def load_data(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The data position: JSON and arrays."""
-    name = DATA.format(0)
+def load_data(folder: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The data position of one of the processes that wrote it: JSON and arrays."""
+    name = DATA.format(rank)
     return json.loads((folder / f"{name}.json").read_text()), load_arrays(folder / f"{name}.safetensors")
 
 

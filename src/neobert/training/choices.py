@@ -1,6 +1,6 @@
 """What runs, decided from what was asked for and what the machine has: pure functions, each answer with its reason."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -12,6 +12,28 @@ MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that flash attention 
 def choose_device(use_cpu: bool, has_cuda: bool) -> str:
     """The device type of a run."""
     return "cuda" if has_cuda and not use_cpu else "cpu"
+
+
+def choose_engine(
+    requested: str, world_size: int, use_deepspeed: bool, environment: Mapping[str, str]
+) -> tuple[str, str]:
+    """(engine of a run: "plain", "ddp" or "fsdp2"; why). `environment` is what the launcher set.
+
+    Raises ConfigError for what cannot run.
+    """
+    if use_deepspeed and environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ConfigError(
+            Problem(
+                "use_deepspeed", "launched for DeepSpeed, which is not part of this version; use trainer.engine: fsdp2"
+            )
+        )
+    if world_size == 1:
+        return "plain", f"trainer.engine: {requested} is for several processes" if requested != "auto" else ""
+    if requested == "auto":
+        if environment.get("ACCELERATE_USE_FSDP") == "true":
+            return "fsdp2", "launched for FSDP"
+        return "ddp", ""
+    return requested, ""
 
 
 def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool) -> str:

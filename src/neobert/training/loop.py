@@ -5,10 +5,12 @@ one number. Accumulation, packing and data parallelism are exact by construction
 is too.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -40,8 +42,8 @@ class WeightClip(Protocol):
 
 @dataclass
 class StepResult:
-    """One optimizer step. `loss` is the mean over `num_targets`; `grad_norm` is None where nobody asked for it, `clip` is
-    what the weight clip reported.
+    """One optimizer step, over all processes. `loss` is the mean over `num_targets`; `grad_norm` is None where nobody asked
+    for it, `clip` is what the weight clip reported.
     """
 
     loss: float
@@ -51,6 +53,7 @@ class StepResult:
     lr: float
     grad_norm: float | None
     clip: Any = None
+    is_wanted: bool = False  # some process has to be attended to
 
 
 @dataclass
@@ -63,17 +66,47 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     num_evaluations_without_gain: int = 0
+    is_evaluation_open: bool = False  # the evaluation of this step was broken off
     stop_reason: str | None = field(default=None, metadata={"saved": False})
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "stop_reason"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.state_dict():
-            setattr(self, name, state[name])
+        for name, default in self.state_dict().items():
+            setattr(self, name, state.get(name, default))
 
 
 Hook = Callable[[TrainState, StepResult], None]
+
+
+class Interrupt:
+    """What may end a run from outside, at any moment and in any process: signals, and whatever `failed` finds.
+
+    Every process says whether it is `wanted`; all act on it at the same step, or they would wait for each other forever.
+    """
+
+    def __init__(self) -> None:
+        self.has_started = False  # before, there is nothing to save
+        self.signal = 0  # number of the signal that this process, or later all, received
+        self.failed: Callable[[], bool] = lambda: False
+        self.explain: Callable[[], None] = lambda: None  # raises what has failed
+
+    @property
+    def wanted(self) -> bool:
+        return self.signal != 0 or self.failed()
+
+    def start(self) -> None:
+        """From here on, a signal is noted and acted on behind the step."""
+        self.has_started = True
+
+    def act(self, state: "TrainState", runtime: Runtime) -> None:
+        """In all processes, when one of them wanted it: raise, or stop behind this step."""
+        self.signal, failed = map(int, runtime.all_max(self.signal, self.failed()))
+        if self.signal:
+            state.stop_reason = f"received {signal.Signals(self.signal).name}"
+        if failed:
+            self.explain()
 
 
 @dataclass(frozen=True)
@@ -87,6 +120,7 @@ class StepSettings:
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
     clip: WeightClip | None = None
+    interrupt: Interrupt = field(default_factory=lambda: Interrupt())
 
 
 def train(
@@ -112,6 +146,8 @@ def train(
         state.step += 1
         state.num_tokens += result.num_tokens
         state.epoch = micro[-1].epoch
+        if result.is_wanted:
+            settings.interrupt.act(state, runtime)
         for hook in hooks:
             hook(state, result)
 
@@ -126,26 +162,20 @@ def train_step(
     stopwatch: Stopwatch,
 ) -> StepResult:
     """One update from the microbatches of one accumulation window."""
-    num_targets = max(1, runtime.all_sum(sum(batch.num_targets for batch in micro)))
-    num_correct, total = 0, 0.0
+    num_targets = max(1, int(runtime.all_sum(sum(batch.num_targets for batch in micro))[0]))
     with stopwatch.phase("compute"):
-        for number, batch in enumerate(micro):
-            seed_everything(settings.seed, step, number, runtime.rank)
-            if settings.clip is not None:
-                settings.clip.prepare(step + 1, is_last_microbatch=batch is micro[-1])
-            with runtime.sync_gradients(on=batch is micro[-1]):
-                with runtime.autocast():
-                    output = model(**batch.to(runtime.device).inputs(), **settings.model_inputs)
-                runtime.backward(output.loss_sum * (runtime.world_size / num_targets))
-            loss_sum = float(output.loss_sum.detach())
-            _check_finite(loss_sum, step, number, optimizer)
-            total += loss_sum
-            num_correct += int(output.num_correct)
+        *mine, bad = _accumulate(model, micro, runtime, settings, step, num_targets)
+        sums = runtime.all_sum(*mine, sum(batch.num_tokens for batch in micro), settings.interrupt.wanted)
+        loss_sum, num_correct, num_tokens, is_wanted = sums
+        if not math.isfinite(loss_sum):
+            first = len(micro) - int(runtime.all_max(len(micro) - bad)[0])
+            _refuse(loss_sum, step, first, optimizer)
     with stopwatch.phase("optimizer"):
         norm = None
         if settings.gradient_clipping is not None or settings.needs_grad_norm:
             norm = float(runtime.clip(model, settings.gradient_clipping))
-            _check_finite(norm, step, len(micro) - 1, optimizer, what="gradient")
+            if not math.isfinite(norm):
+                _refuse(norm, step, len(micro) - 1, optimizer, what="gradient")
         lr = settings.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -153,36 +183,76 @@ def train_step(
         settings.after_update()
         optimizer.zero_grad(set_to_none=True)
         report = None if settings.clip is None else settings.clip.apply(step + 1)
-    num_tokens = runtime.all_sum(sum(batch.num_tokens for batch in micro))
-    return StepResult(total / num_targets, num_targets, num_tokens, num_correct, lr, norm, report)
+    counts = num_targets, int(num_tokens), int(num_correct)
+    return StepResult(loss_sum / num_targets, *counts, lr, norm, report, is_wanted > 0)
 
 
-def _check_finite(value: float, step: int, micro: int, optimizer: torch.optim.Optimizer, what: str = "loss") -> None:
+def _accumulate(
+    model: nn.Module, micro: list[MicroBatch], runtime: Runtime, settings: StepSettings, step: int, num_targets: int
+) -> tuple[float, int, int]:
+    """Forward and backward of all microbatches; (sum of the losses, correct guesses, first microbatch whose loss is bad)."""
+    total, num_correct, bad = 0.0, 0, len(micro)
+    for number, batch in enumerate(micro):
+        seed_everything(settings.seed, step, number, runtime.rank)
+        if settings.clip is not None:
+            settings.clip.prepare(step + 1, is_last_microbatch=batch is micro[-1])
+        with runtime.sync_gradients(model, on=batch is micro[-1]):
+            with runtime.autocast():
+                output = model(**batch.to(runtime.device).inputs(), **settings.model_inputs)
+            runtime.backward(output.loss_sum * (runtime.world_size / num_targets))
+        loss_sum = float(output.loss_sum.detach())
+        if not math.isfinite(loss_sum):
+            bad = min(bad, number)
+        total += loss_sum
+        num_correct += int(output.num_correct)
+    return total, num_correct, bad
+
+
+def _refuse(value: float, step: int, micro: int, optimizer: torch.optim.Optimizer, what: str = "loss") -> NoReturn:
     """Stop before the optimizer writes."""
-    if not math.isfinite(value):
-        optimizer.zero_grad(set_to_none=True)
-        raise UserError(
-            f"the {what} became {value} at step {step + 1}, microbatch {micro}; the weights were not touched. "
-            "Resume from the last checkpoint with a lower optimizer.lr, a longer warmup or trainer.gradient_clipping"
-        )
+    optimizer.zero_grad(set_to_none=True)
+    raise UserError(
+        f"the {what} became {value} at step {step + 1}, microbatch {micro}; the weights were not touched. "
+        "Resume from the last checkpoint with a lower optimizer.lr, a longer warmup or trainer.gradient_clipping"
+    )
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[MicroBatch], runtime: Runtime, max_batches: int | None
-) -> dict[str, float]:
-    """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode."""
+    model: nn.Module,
+    batches: Iterable[MicroBatch],
+    runtime: Runtime,
+    max_batches: int | None,
+    interrupt: Interrupt | None = None,
+) -> dict[str, float] | None:
+    """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode.
+
+    Processes take batches in turn. None: broken off, since `interrupt` was wanted in some process.
+    """
     model.eval()
-    total, num_correct, num_targets = 0.0, 0, 0
-    for number, batch in enumerate(batches):
-        if max_batches is not None and number >= max_batches:
-            break
+    mine, is_wanted = [0.0, 0.0, 0.0], False
+    for turn in _turns(itertools.islice(batches, max_batches), runtime.world_size):
+        has_one = runtime.rank < len(turn)
+        batch = turn[runtime.rank if has_one else 0]  # all call the model together, or none
         with runtime.autocast():
             output = model(**batch.to(runtime.device).inputs(), count_correct=True)
-        total += float(output.loss_sum)
-        num_correct += int(output.num_correct)
-        num_targets += batch.num_targets
+        if has_one:
+            one = float(output.loss_sum), int(output.num_correct), batch.num_targets
+            mine = [a + b for a, b in zip(mine, one, strict=True)]
+        if interrupt is not None and runtime.all_max(interrupt.wanted)[0]:
+            is_wanted = True
+            break
     model.train()
+    total, num_correct, num_targets = runtime.all_sum(*mine)
+    if is_wanted:
+        return None
     if not num_targets:
         return {}
-    return {"loss": total / num_targets, "accuracy": num_correct / num_targets, "num_targets": num_targets}
+    return {"loss": total / num_targets, "accuracy": num_correct / num_targets, "num_targets": int(num_targets)}
+
+
+def _turns(batches: Iterable[MicroBatch], count: int) -> Iterator[list[MicroBatch]]:
+    """`count` batches at a time, the last time fewer."""
+    rest = iter(batches)
+    while turn := list(itertools.islice(rest, count)):
+        yield turn

@@ -1,0 +1,59 @@
+"""Continue a run from a checkpoint: on any number of processes and any engine that can hold what was saved."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neobert.config.schema import Config
+from neobert.data.position import join_positions
+from neobert.errors import CheckpointError
+from neobert.optim.build import load_optimizer_state
+from neobert.tasks.job import Batches, Storage
+from neobert.training.checkpoint import load_data, load_optimizer
+from neobert.training.loop import TrainState
+from neobert.training.runtime import Runtime, as_part_of, held_rows
+
+
+def with_saved_lanes(config: Config, folder: Path, world_size: int) -> Config:
+    """Where `dataset.lanes` is not set, the data stays dealt to the lanes that it was dealt to."""
+    lanes = load_data(folder)[0].get("fingerprint", {}).get("lanes")
+    if config.dataset.lanes is not None or lanes in (None, world_size):
+        return config
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"lanes": lanes})})
+
+
+def load_training_state(
+    folder: Path,
+    saved: dict[str, Any],
+    runtime: Runtime,
+    storage: Storage,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    state: TrainState,
+) -> None:
+    """Continue exactly where `folder` was saved; `saved` is its verified state. Raises CheckpointError where that cannot be."""
+    storage.load(folder)
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+    def rows_of(path: str) -> slice | None:
+        parameter = parameters.get(path.rpartition("/")[0])
+        return None if parameter is None else held_rows(parameter)
+
+    try:
+        parts = load_optimizer(folder, rows_of)
+        placed = {
+            path: as_part_of(rows, parameters[name]) if (name := path.rpartition("/")[0]) in parameters else rows
+            for path, rows in parts.items()
+        }
+        load_optimizer_state(optimizer, placed)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
+    ranks = [runtime.rank] if saved["world_size"] == runtime.world_size else list(range(saved["world_size"]))
+    positions = [load_data(folder, rank) for rank in ranks]
+    batches.load_state_dict(*(positions[0] if len(positions) == 1 else join_positions(positions)))
+    state.load_state_dict(saved)

@@ -1,0 +1,71 @@
+"""Checkpoints written while training goes on.
+
+The loop makes a copy of what a checkpoint holds, which takes as long as copying it in memory takes; a thread writes it, in each
+process, and the threads talk to each other over a connection of their own. One checkpoint is written at a time: the next one
+waits. The price is memory for one more copy of weights and optimizer state, on the CPU.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from neobert.errors import CheckpointError
+from neobert.training.checkpoint import Content, Team, save_checkpoint
+
+
+@dataclass
+class Saver:
+    """Saves below `root`, in the background or not. `num_saved` checkpoints took `write_seconds` to write."""
+
+    root: Path
+    team: Team
+    in_background: bool = True
+    num_saved: int = 0
+    write_seconds: float = 0.0
+    _running: Future[None] | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="save"))
+
+    def submit(self, content: Content, behind: Callable[[], None]) -> None:
+        """Write a checkpoint, whose tensors nobody changes any more; then call `behind`. Raises what `wait` raises."""
+        self.wait()
+        self._running = self._thread.submit(self._save, content, behind)
+        if not self.in_background:
+            self.wait()
+
+    def _save(self, content: Content, behind: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        save_checkpoint(self.root, content, self.team)
+        behind()
+        self.write_seconds += time.perf_counter() - start
+        self.num_saved += 1
+
+    def has_failed(self) -> bool:
+        """Whether the last save has ended in an error, which `wait` raises."""
+        return self._running is not None and self._running.done() and self._running.exception() is not None
+
+    def wait(self) -> None:
+        """Until the last save is on the disk. Raises CheckpointError when it could not be written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def explain(self) -> None:
+        """Raise what went wrong, here or in another process."""
+        self.wait()
+        raise CheckpointError("another process could not save a checkpoint; its message says why")
+
+    def describe(self, held_seconds: float) -> list[str]:
+        """What saving cost, for the end of a run that was held for so long."""
+        if not self.num_saved:
+            return []
+        n = self.num_saved
+        how = "in the background, " if self.in_background else ""
+        return [
+            f"saving: {self.write_seconds / n:.2f} s a checkpoint, {how}which held training for {held_seconds / n:.2f} s"
+        ]
+
+    def close(self) -> None:
+        """End the thread; a save that is being written is finished."""
+        self._thread.shutdown()

@@ -1,0 +1,211 @@
+"""Whole runs on two real processes (gloo): equal to one process, whatever the engine; saved by any, resumed by any.
+
+One pair of processes makes all runs on two ranks, so that starting them is paid once. One process with two lanes and twice the
+accumulation has the same batches as two.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
+
+from neobert.config.load import load_config
+from neobert.errors import CheckpointError, UserError
+from neobert.tasks import pretraining
+from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
+from neobert.training.metrics import read_metrics
+
+STEPS, HALF = 20, 10
+BASE = [
+    *TINY, f"trainer.max_steps={STEPS}", f"trainer.save_steps={HALF}", "trainer.eval_steps=8", "trainer.eval_max_batches=3",
+    "datacollator.pack_sequences=true", "dataset.lanes=2", "trainer.gradient_clipping=0.5", "trainer.log_weight_norms=true",
+]  # fmt: skip
+MUON = [
+    "optimizer.name=muonclip", "optimizer.muon_config.clipping_threshold=0.001", "optimizer.muon_config.clipping_interval=3",
+]  # fmt: skip
+NGPT = ["model.ngpt=true", "trainer.gradient_checkpointing=true"]
+TWO = {
+    "ddp": ["trainer.engine=ddp"],
+    "fsdp2": ["trainer.engine=fsdp2"],
+    "fsdp2 muon": ["trainer.engine=fsdp2", *MUON],
+    "fsdp2 ngpt": ["trainer.engine=fsdp2", *NGPT],
+}
+RESUMED = {  # name of a run on two ranks: (whose checkpoint, words)
+    "ddp again": ("ddp", TWO["ddp"]),
+    "fsdp2 again": ("fsdp2", TWO["fsdp2"]),
+    "fsdp2 muon again": ("fsdp2 muon", TWO["fsdp2 muon"]),
+    "one to ddp": ("one", TWO["ddp"]),
+    "one to fsdp2": ("one", TWO["fsdp2"]),
+    "ddp to fsdp2": ("ddp", TWO["fsdp2"]),
+}
+
+
+def run(folder, *words):
+    """A run in this process, or in this one of two."""
+    loaded = load_config([], [*BASE, f"trainer.output_dir={folder}", *words])
+    return pretraining.run(loaded)
+
+
+def resume(root, name, source, *words):
+    """Go on from the checkpoint at half of another run, in a folder of its own."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.copytree(root / source / "checkpoints" / str(HALF), root / name / "checkpoints" / str(HALF))
+        shutil.copy(root / source / "metrics.jsonl", root / name)
+    if dist.is_initialized():
+        dist.barrier()
+    return run(root / name, f"trainer.resume_from_checkpoint={HALF}", *words)
+
+
+def worker(rank, root):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    for name, words in TWO.items():
+        run(root / name, *words)
+    for name, (source, words) in RESUMED.items():
+        resume(root, name, source, *words)
+    with pytest.raises(UserError, match="cannot share equally"):
+        run(root / "three lanes", "dataset.lanes=3")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Folders of all runs, by name."""
+    root = tmp_path_factory.mktemp("runs")
+    alone = "trainer.gradient_accumulation_steps=2"
+    for name, words in {"one": [], "one muon": MUON, "one ngpt": NGPT}.items():
+        run(root / name, alone, *words)
+    torch.multiprocessing.spawn(worker, (root,), nprocs=2)
+    for source in ("ddp", "fsdp2", "fsdp2 muon"):
+        words = [alone, "dataset.lanes=null", *(MUON if "muon" in source else [])]
+        resume(root, f"{source} to one", source, *words)
+    return root
+
+
+def differences(root, a, b):
+    """(largest difference of a loss, largest relative difference of a weight) of two runs."""
+    losses = [
+        {
+            (row["step"], row["kind"]): row.get("loss", row.get("eval_loss"))
+            for row in read_metrics(root / name / "metrics.jsonl")
+        }
+        for name in (a, b)
+    ]
+    assert losses[0].keys() == losses[1].keys()
+    weights = [load_file(root / name / f"checkpoints/{STEPS}/model.safetensors") for name in (a, b)]
+    assert weights[0].keys() == weights[1].keys()
+    return (
+        max(abs(losses[0][key] - losses[1][key]) for key in losses[0]),
+        max(((one - weights[1][name]).norm() / one.norm()).item() for name, one in weights[0].items()),
+    )
+
+
+PAIRS = [("one", "ddp"), ("one", "fsdp2"), ("one muon", "fsdp2 muon"), ("one ngpt", "fsdp2 ngpt")]
+
+
+@pytest.mark.parametrize(("one", "two"), PAIRS)
+def test_two_processes_equal_one(root, one, two):
+    """Losses of training and evaluation, and weights behind 20 steps with clipping."""
+    loss, weight = differences(root, one, two)
+    print(f"{two}: losses {loss:.1e}, weights {weight:.1e}")
+    assert loss <= 1e-6
+    assert weight <= 1e-5
+    if "muon" in one:
+        assert sum(row.get("qk_clipped_heads", 0) for row in read_metrics(root / two / "metrics.jsonl")) > 4
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 muon"])
+def test_resumed_on_its_engine_is_equal_to_the_bit(root, engine):
+    assert differences(root, engine, f"{engine} again") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("whole", "resumed"),
+    [("one", "ddp to one"), ("one", "fsdp2 to one"), ("one muon", "fsdp2 muon to one"), ("ddp", "one to ddp"),
+     ("fsdp2", "one to fsdp2"), ("fsdp2", "ddp to fsdp2")],
+)  # fmt: skip
+def test_resumed_on_another_number_of_processes_or_engine(root, whole, resumed):
+    loss, weight = differences(root, whole, resumed)
+    print(f"{resumed}: losses {loss:.1e}, weights {weight:.1e}")
+    assert loss <= 1e-6
+    assert weight <= 1e-5
+
+
+def test_optimizer_state_is_split_as_the_engine_splits_it(root):
+    """FSDP2: every process writes half of it, and no more; DDP: one process writes it; weights are whole in both."""
+    sizes = {
+        name: [path.stat().st_size for path in sorted((root / name / f"checkpoints/{STEPS}/optimizer").iterdir())]
+        for name in ("one", "ddp", "fsdp2")
+    }
+    assert sizes["ddp"] == sizes["one"]
+    assert len(sizes["fsdp2"]) == 2
+    assert all(size < 0.52 * sizes["one"][0] for size in sizes["fsdp2"])
+    assert (
+        load_file(root / "fsdp2/checkpoints/20/model.safetensors").keys()
+        == load_file(root / "one/checkpoints/20/model.safetensors").keys()
+    )
+
+
+@pytest.mark.parametrize("missing", ["optimizer/rank00001.safetensors", "data_rank00001.json"])
+def test_a_missing_file_of_a_rank_is_named(root, tmp_path, missing):
+    folder = shutil.copytree(root / "fsdp2/checkpoints/20", tmp_path / "20")
+    (folder / missing).unlink()
+    with pytest.raises(CheckpointError, match=f"{missing}: missing"):
+        verify_checkpoint(folder)
+
+
+# --- the launcher -----------
+
+
+def start(folder, *words):
+    command = [sys.executable, "-u", "-m", "neobert", "run", str(folder / "config.yaml"), *TINY, *words, "--nproc", "2"]
+    (folder / "config.yaml").write_text("task: pretraining\n")
+    return subprocess.Popen(
+        [*command, f"trainer.output_dir={folder / 'out'}", "trainer.max_steps=100000", "trainer.save_steps=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def until_step_4(process):
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            return
+    pytest.fail(process.stderr.read())
+
+
+def test_a_process_that_is_killed_ends_all(tmp_path):
+    """The culprit is named, the exit code is its own, and what was saved is whole."""
+    process = start(tmp_path)
+    until_step_4(process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victim = next(int(pid) for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert f"process 1 of 2 (pid {victim}) was killed by SIGKILL; the others were ended" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    verify_checkpoint(find_checkpoint("latest", tmp_path / "out/checkpoints"))
+
+
+def test_a_signal_to_the_launcher_saves(tmp_path):
+    process = start(tmp_path)
+    until_step_4(process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGUSR1
+    step = list_steps(tmp_path / "out/checkpoints")[-1]
+    assert f"stopped at step {step}: received SIGUSR1" in output
+    state = verify_checkpoint(tmp_path / f"out/checkpoints/{step}")
+    assert (state["world_size"], state["engine"]) == (2, "ddp")
+    assert json.loads((tmp_path / "out/environment.json").read_text())["processes"].startswith("2, DDP")
