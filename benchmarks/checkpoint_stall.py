@@ -1,6 +1,6 @@
 """How long a checkpoint holds training: saved in the background against saved at once.
 
-The same run twice, of a model of 256 x 6 with a vocabulary of 8,192 (about 40 MB of weights, 120 MB with the optimizer's state) or
+The same run twice, of a model of 256 x 6 with a vocabulary of 8,192 (about 30 MB of weights, 100 MB with optimizer state) or
 `--width 768` (about 370 MB), in turn. The stall is what the run itself reports: seconds of the phase `save`, in which the loop
 stands still. The length of the steps behind a save shows what the background thread takes from training.
 """
