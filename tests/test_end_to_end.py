@@ -184,7 +184,7 @@ def test_a_signal_before_the_first_step(number, capsys):
 
 
 def test_a_signal_breaks_off_an_evaluation_which_is_made_up_for(tmp_path):
-    """It comes in step 3, behind which an evaluation is due; resumed, the run has the evaluations and the best of a whole one."""
+    """It comes in step 3, behind which an evaluation is due; resumed, the run has what a whole one has."""
 
     def run(name, observe=None, *words):
         base = ["trainer.eval_steps=3", "trainer.save_strategy=best", "trainer.save_model=false"]
