@@ -19,9 +19,12 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 from neobert.config.load import load_config
-from neobert.errors import CheckpointError, UserError
+from neobert.config.rules import not_built
+from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.tasks import pretraining
+from neobert.tasks.launch import Launch, plan_launch
 from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
+from neobert.training.choices import choose_engine
 from neobert.training.metrics import read_metrics
 
 STEPS, HALF = 20, 10
@@ -31,6 +34,7 @@ BASE = [
 ]  # fmt: skip
 MUON = [
     "optimizer.name=muonclip", "optimizer.muon_config.clipping_threshold=0.001", "optimizer.muon_config.clipping_interval=3",
+    "optimizer.muon_config.capture_last_microbatch_only=false",  # one process has two microbatches where two have one
 ]  # fmt: skip
 NGPT = ["model.ngpt=true", "trainer.gradient_checkpointing=true"]
 TWO = {
@@ -177,9 +181,9 @@ def start(folder, *words):
     )  # fmt: skip
 
 
-def until_step_4(process):
+def until_step(process, step):
     for line in process.stdout:
-        if line.startswith("step 4/"):
+        if line.startswith(f"step {step}/"):
             return
     pytest.fail(process.stderr.read())
 
@@ -187,7 +191,7 @@ def until_step_4(process):
 def test_a_process_that_is_killed_ends_all(tmp_path):
     """The culprit is named, the exit code is its own, and what was saved is whole."""
     process = start(tmp_path)
-    until_step_4(process)
+    until_step(process, 20)  # some checkpoint is whole by then
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     victim = next(int(pid) for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(victim, signal.SIGKILL)
@@ -200,7 +204,7 @@ def test_a_process_that_is_killed_ends_all(tmp_path):
 
 def test_a_signal_to_the_launcher_saves(tmp_path):
     process = start(tmp_path)
-    until_step_4(process)
+    until_step(process, 4)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGUSR1
@@ -209,3 +213,69 @@ def test_a_signal_to_the_launcher_saves(tmp_path):
     state = verify_checkpoint(tmp_path / f"out/checkpoints/{step}")
     assert (state["world_size"], state["engine"]) == (2, "ddp")
     assert json.loads((tmp_path / "out/environment.json").read_text())["processes"].startswith("2, DDP")
+
+
+# --- what to launch, and what is refused -----------
+
+
+def plan(tmp_path, nproc=None, words=(), **values):
+    """What a file of Accelerate with these values launches."""
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(json.dumps(values))
+    return plan_launch(load_config([], [f"accelerate_config_file={path}", *words]).config, nproc)
+
+
+def test_accelerate_files_say_what_to_launch(tmp_path, monkeypatch):
+    assert plan(tmp_path, distributed_type="NO", num_processes=1) == (None, [])
+    assert plan(tmp_path, distributed_type="MULTI_CPU", num_processes=2) == (Launch(2), [])
+    assert plan(tmp_path, 3, distributed_type="MULTI_GPU", num_processes=2) == (Launch(3), [])
+    assert plan(tmp_path, mixed_precision="fp16", distributed_type="FSDP", num_processes=4) == (
+        Launch(4, use_fsdp=True),
+        [f"{tmp_path / 'accelerate.yaml'}: mixed_precision fp16 is not used; trainer.mixed_precision is"],
+    )
+    several = {"distributed_type": "MULTI_GPU", "num_processes": 16, "num_machines": 2, "machine_rank": 1}
+    address = {"main_process_ip": "10.0.0.1", "main_process_port": 29400}
+    assert plan(tmp_path, **several, **address)[0] == Launch(8, 2, 1, "10.0.0.1:29400")
+    for message, values in {
+        "several machines need main_process_ip": several,
+        "15 processes are not the same number on 2 machines": several | {"num_processes": 15},
+        "num_processes must be a number from 1, got 'two'": {"num_processes": "two"},
+        "distributed_type TPU; it can be NO, MULTI_CPU": {"distributed_type": "TPU"},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            plan(tmp_path, **values)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert plan(tmp_path, distributed_type="MULTI_CPU", num_processes=2) == (None, [])
+    with pytest.raises(ConfigError, match="already one of several"):
+        plan(tmp_path, 2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_example_files_of_accelerate(path):
+    launch, notes = plan_launch(load_config([], [f"accelerate_config_file={path}"]).config, None)
+    assert launch is not None
+    assert not notes
+
+
+def test_engines():
+    """What runs, by what was asked for, the number of processes, and the launcher."""
+    fsdp = {"ACCELERATE_USE_FSDP": "true"}
+    assert choose_engine("auto", 1, True, {}) == ("plain", "")
+    assert choose_engine("fsdp2", 1, True, {}) == ("plain", "trainer.engine: fsdp2 is for several processes")
+    assert choose_engine("auto", 2, True, {}) == ("ddp", "")
+    assert choose_engine("auto", 2, True, fsdp) == ("fsdp2", "launched for FSDP")
+    assert choose_engine("fsdp2", 2, True, {}) == ("fsdp2", "")
+    with pytest.raises(ConfigError, match="launched for FSDP"):
+        choose_engine("ddp", 2, True, fsdp)
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    assert choose_engine("auto", 2, False, deepspeed) == ("ddp", "")
+    with pytest.raises(ConfigError, match="launched for DeepSpeed, which is not part of this version"):
+        choose_engine("auto", 2, True, deepspeed)
+
+
+def test_deepspeed_files_are_refused_at_the_start(tmp_path):
+    path = tmp_path / "zero.yaml"
+    path.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n")
+    loaded = load_config([], [f"accelerate_config_file={path}"])
+    assert [problem.path for problem in not_built(loaded.config)] == ["accelerate_config_file"]
+    assert not not_built(load_config([], [f"accelerate_config_file={path}", "use_deepspeed=false"]).config)

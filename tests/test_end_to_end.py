@@ -15,7 +15,11 @@ from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from neobert.config.load import load_config
+from neobert.tasks import pretraining
+from neobert.tasks.stopping import stop_signals
 from neobert.training.checkpoint import find_checkpoint, list_steps
+from neobert.training.loop import Interrupt
 from neobert.training.metrics import read_metrics
 
 
@@ -169,6 +173,43 @@ def test_a_signal_saves_and_says_so(tmp_path, empty_config):
     assert process.wait() == 128 + signal.SIGTERM
     assert "received SIGTERM" in rest
     assert find_checkpoint(str(tmp_path)).name in rest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step(number, capsys):
+    with pytest.raises(SystemExit) as stopped, stop_signals(Interrupt()):
+        os.kill(os.getpid(), number)
+    assert stopped.value.code == 128 + number
+    assert "nothing had to be saved" in capsys.readouterr().out
+
+
+def test_a_signal_breaks_off_an_evaluation_which_is_made_up_for(tmp_path):
+    """It comes in step 3, behind which an evaluation is due; resumed, the run has what a whole one has."""
+
+    def run(name, observe=None, *words):
+        base = ["trainer.eval_steps=3", "trainer.save_strategy=best", "trainer.save_model=false"]
+        loaded = load_config([], [*TINY, *base, *words, f"trainer.output_dir={tmp_path / name}"])
+        return pretraining.run(loaded, observe)
+
+    def stop(batch, number):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, broken = run("whole"), run("broken", stop)
+    assert (broken.exit_code, broken.state.step, broken.state.is_evaluation_open) == (128 + signal.SIGTERM, 3, True)
+    resumed = run("broken", None, "trainer.resume_from_checkpoint=latest")
+    assert resumed.state == whole.state
+    assert_same_weights(weights_of(tmp_path / "whole", 6), weights_of(tmp_path / "broken", 6))
+    rows = [
+        [
+            (row["kind"], row["step"], row.get("loss", row.get("eval_loss")))
+            for row in read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (tmp_path / "whole", tmp_path / "broken")
+    ]
+    assert rows[0] == rows[1]
+    state = json.loads((tmp_path / "broken/checkpoints/3/state.json").read_text())
+    assert (state["best_step"], state["is_evaluation_open"]) == (3, False)
 
 
 def test_a_new_run_moves_the_old_one_aside(run, tmp_path, empty_config):

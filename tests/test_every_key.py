@@ -504,6 +504,8 @@ ROWS = {
     ),
     "trainer.disable_tqdm": bars,
     "trainer.dataloader_num_workers": noted("acts as dataset.num_workers: 3", "trainer.dataloader_num_workers=3"),
+    "trainer.engine": printed("trainer.engine: fsdp2 is for several processes", "trainer.engine=fsdp2"),
+    "trainer.save_in_background": printed("s a checkpoint, which held training", "trainer.save_in_background=false"),
     "trainer.use_cpu": lambda train, small: (
         [choose_device(use_cpu, True) for use_cpu in (True, False)] == ["cpu", "cuda"]
     ),

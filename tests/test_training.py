@@ -1,8 +1,11 @@
 """The loop is exact over accumulation, stops before a bad update, and checkpoints are whole or absent."""
 
+import errno
 import json
+import os
 import resource
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from test_model import VOCABULARY, build
 from neobert.data.batch import Batch
 from neobert.errors import CheckpointError, UserError
 from neobert.optim.build import build_optimizer
+from neobert.training import checkpoint
+from neobert.training.background import Saver
 from neobert.training.checkpoint import (
+    ALONE,
     Content,
     clean_leftovers,
     find_checkpoint,
@@ -166,6 +172,60 @@ def test_a_failing_write_keeps_the_last_good_checkpoint(tmp_path):
         signal.signal(signal.SIGXFSZ, old_handler)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "latest"]
     verify_checkpoint(find_checkpoint("latest", tmp_path))
+
+
+WRITES = ("save_file", "save_arrays", "write_json", "_sync", "write_pointer")
+
+
+def test_every_write_of_a_save_may_fail(tmp_path, monkeypatch):
+    """One after the other, down to the last pointer: what was there is whole, what is new is whole or absent."""
+    root, save_tokenizer = tmp_path / "checkpoints", content(2).save_tokenizer
+    save_checkpoint(root, content(1))
+    left = 0
+
+    def failing(write):
+        def attempt(*arguments, **keywords):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(*arguments, **keywords)
+
+        return attempt
+
+    for name in WRITES:
+        monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
+    monkeypatch.setattr(os, "replace", failing(os.replace))
+    new = replace(content(2), save_tokenizer=failing(save_tokenizer))
+    number, message = 0, "start"
+    while message:
+        number, message = number + 1, ""
+        left = number
+        try:
+            save_checkpoint(root, new)
+        except CheckpointError as error:
+            message = str(error)
+        assert not message or "cannot save step 2: No space left on device; the checkpoint of step" in message
+        for step in list_steps(root):
+            verify_checkpoint(root / str(step))
+        assert list_steps(root)[0] == 1
+        assert find_checkpoint("latest", root).name in ("1", "2")
+    assert number > 20
+    assert find_checkpoint("latest", root).name == "2"
+
+
+def test_a_save_in_the_background_fails_where_the_loop_looks(tmp_path):
+    """The copy is saved, not what came after it; an error is kept until somebody waits."""
+    saver = Saver(tmp_path / "checkpoints", ALONE)
+    saver.submit(content(1), lambda: None)
+    saver.wait()
+    verify_checkpoint(tmp_path / "checkpoints/1")
+    (tmp_path / "checkpoints/.2.tmp").write_text("in the way")
+    os.chmod(tmp_path / "checkpoints/.2.tmp", 0)
+    saver.submit(content(2), lambda: None)
+    with pytest.raises(CheckpointError, match="cannot save step 2: .*the checkpoint of step 1 is intact"):
+        saver.wait()
+    saver.close()
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path):

@@ -122,11 +122,15 @@ def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> 
         raise UserError(
             "--nproc: GLUE fine-tunes in one process; a suite can be shared by starting it with different --tasks"
         )
-    if nproc is not None and nproc > 1:
-        from neobert.tasks.launch import launch
+    if nproc is not None or loaded.config.accelerate_config_file is not None:
+        from neobert.tasks.launch import launch, plan_launch
 
-        command = ["run" if task is None else "pretrain", str(first), *words]
-        raise typer.Exit(launch(command, nproc, loaded.config.trainer.use_cpu))
+        plan, notes = plan_launch(loaded.config, nproc)
+        for note in notes:
+            print(f"note: {note}", flush=True)
+        if plan is not None:
+            command = ["run" if task is None else "pretrain", str(first), *words]
+            raise typer.Exit(launch(command, plan, loaded.config.trainer.use_cpu))
     from neobert.insight.report import write_report
     from neobert.tasks import glue as glue_task
     from neobert.tasks import pretraining

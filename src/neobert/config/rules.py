@@ -362,8 +362,12 @@ def not_built(config: Config) -> list[Problem]:
     for dotted, values in NOT_BUILT.items():
         if (value := value_of(config, dotted)) in values:
             problems.append(Problem(dotted, f"{value!r} is not part of this version"))
-    if config.accelerate_config_file is not None:
-        problems.append(Problem("accelerate_config_file", "is not part of this version; leave it out"))
+    if config.use_deepspeed and config.accelerate_config_file is not None:
+        values = read_yaml(config.accelerate_config_file).values
+        if values.get("distributed_type") == "DEEPSPEED" or "deepspeed_config" in values:
+            problems.append(
+                Problem("accelerate_config_file", "DeepSpeed is not part of this version; use distributed_type: FSDP")
+            )
     return problems
 
 

@@ -29,10 +29,11 @@ def choose_engine(
         )
     if world_size == 1:
         return "plain", f"trainer.engine: {requested} is for several processes" if requested != "auto" else ""
+    launched_for_fsdp = environment.get("ACCELERATE_USE_FSDP") == "true"
+    if launched_for_fsdp and requested == "ddp":
+        raise ConfigError(Problem("trainer.engine", "ddp, but the processes were launched for FSDP; use auto or fsdp2"))
     if requested == "auto":
-        if environment.get("ACCELERATE_USE_FSDP") == "true":
-            return "fsdp2", "launched for FSDP"
-        return "ddp", ""
+        return ("fsdp2", "launched for FSDP") if launched_for_fsdp else ("ddp", "")
     return requested, ""
 
 
