@@ -87,7 +87,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, num_train_epochs=args.epochs,
-            learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.1, weight_decay=0.01, max_grad_norm=1.0,
+            learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0.1, weight_decay=0.01, max_grad_norm=1.0,
             bf16=precision() == "bf16", optim="adamw_torch_fused", save_strategy="no", report_to=[], seed=seed,
             disable_tqdm=True, use_cpu=True, logging_strategy="no", dataloader_num_workers=0,
         )  # fmt: skip

@@ -16,7 +16,7 @@ def run_glue(files: list[str], overrides: list[str], tasks: str | None, seeds: i
     from neobert.tasks import glue, glue_predict, glue_suite
 
     if names:
-        return glue_suite.run_suite(files, overrides, names, seeds or 1, predict)
+        return glue_suite.run_suite(files, overrides, names, seeds or 1, predict, write_report)
     if predict:
         glue_predict.predict_run(loaded.config)
         return 0

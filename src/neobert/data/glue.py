@@ -101,7 +101,7 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
     paths = find_files(source, task.name, split)
     texts: tuple[list[str], ...] = tuple([] for _ in task.columns)
     labels: list[float] = []
-    ids: list[int] = []
+    ids: list[Any] = []
     for path in paths:
         for number, row in enumerate(_rows(path), 1):
             _check_columns(row, [*task.columns, *(["label"] if with_labels else [])], path, number)

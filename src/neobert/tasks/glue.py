@@ -68,6 +68,7 @@ def _run(loaded: Loaded, interrupt: Interrupt) -> Finished:
     folder, resume, told = prepare_run_folder(
         trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir
     )
+    (folder / RESULT).unlink(missing_ok=True)
     state = TrainState()
     if resume is not None:
         if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):

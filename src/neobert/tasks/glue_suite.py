@@ -7,6 +7,7 @@ A suite that was stopped goes on: finished runs stand, a run in progress resumes
 run only the weights of its result are kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,18 @@ class Planned:
     loaded: Loaded
 
 
-def run_suite(files: list[str], overrides: list[str], tasks: list[str], num_seeds: int, predict: bool) -> int:
-    """Run what is missing, then write the table. Returns the exit code. Raises UserError, before anything is trained."""
+def run_suite(
+    files: list[str],
+    overrides: list[str],
+    tasks: list[str],
+    num_seeds: int,
+    predict: bool,
+    after_run: Callable[[Path], object] = lambda folder: None,
+) -> int:
+    """Run what is missing, then write the table. `after_run` is called with the folder of each run.
+
+    Returns the exit code. Raises UserError, for what can be seen beforehand before anything is trained.
+    """
     check_metrics()
     base = load_config(files, overrides, "glue")
     for note in base.warnings:
@@ -49,6 +60,7 @@ def run_suite(files: list[str], overrides: list[str], tasks: list[str], num_seed
         if result is None:
             print(f"\n=== {number} of {len(plan)}: {one.task}, seed {one.seed} ===", flush=True)
             finished = glue.run(one.loaded)
+            after_run(one.folder)
             if finished.exit_code:
                 print(f"\n{len(results)} of {len(plan)} runs are finished; the same command goes on with the rest")
                 return finished.exit_code

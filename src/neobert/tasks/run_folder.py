@@ -13,7 +13,17 @@ from neobert import __version__
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.training.checkpoint import clean_leftovers, find_checkpoint, list_steps, write_json
 
-RUN_FILES = ("checkpoints", "metrics.jsonl", "report.html", "config.yaml", "environment.json", "trackers", "wandb.json")
+RUN_FILES = (
+    "checkpoints",
+    "metrics.jsonl",
+    "report.html",
+    "config.yaml",
+    "environment.json",
+    "trackers",
+    "wandb.json",
+    "result.json",
+    "submission",
+)
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 
 
