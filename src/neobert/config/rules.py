@@ -363,8 +363,8 @@ def not_built(config: Config) -> list[Problem]:
         if (value := value_of(config, dotted)) in values:
             problems.append(Problem(dotted, f"{value!r} is not part of this version"))
     if config.use_deepspeed and config.accelerate_config_file is not None:
-        values = read_yaml(config.accelerate_config_file).values
-        if values.get("distributed_type") == "DEEPSPEED" or "deepspeed_config" in values:
+        accelerate = read_yaml(config.accelerate_config_file).values
+        if accelerate.get("distributed_type") == "DEEPSPEED" or "deepspeed_config" in accelerate:
             problems.append(
                 Problem("accelerate_config_file", "DeepSpeed is not part of this version; use distributed_type: FSDP")
             )
