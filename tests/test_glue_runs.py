@@ -13,8 +13,9 @@ from conftest import ROOT, run_neobert
 from glue_sample import GLUE_TINY, RANDOM, pretrain_tiny, run_glue, write_local
 from safetensors.torch import load_file
 
+from neobert.data.classification import in_order
 from neobert.errors import UserError
-from neobert.tasks import glue_suite
+from neobert.tasks import glue, glue_suite
 from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
 from neobert.training.checkpoint import list_steps, verify_checkpoint
 
@@ -69,6 +70,31 @@ def test_an_early_stop_stands_when_resumed(local, tmp_path):
     again, second = run_glue(*words, "trainer.resume_from_checkpoint=latest")
     assert again.state.step == 9
     assert (second["score"], second["step"]) == (result["score"], result["step"])
+
+
+def test_an_evaluation_that_a_signal_breaks_off_is_made_up_for(local, tmp_path, monkeypatch):
+    """SIGTERM between two batches of the first evaluation: saved at once; resumed, all is as if nothing had happened."""
+    words = [f"dataset.path={local}", "glue.task_name=rte", *RANDOM, "trainer.eval_strategy=epoch"]
+    words += ["trainer.num_train_epochs=2", "trainer.per_device_eval_batch_size=2"]
+    _, wanted = run_glue(*words, f"trainer.output_dir={tmp_path / 'whole'}")
+    words.append(f"trainer.output_dir={tmp_path / 'broken'}")
+    shown = []
+
+    def signal_in_the_second_batch(*arguments):
+        for places, batch in in_order(*arguments):
+            shown.append(len(places))
+            if len(shown) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield places, batch
+
+    monkeypatch.setattr(glue, "in_order", signal_in_the_second_batch)
+    broken, result = run_glue(*words)
+    assert (broken.exit_code, result, len(shown)) == (128 + signal.SIGTERM, None, 2)
+    assert broken.state.is_evaluation_open
+    monkeypatch.undo()
+    again, result = run_glue(*words, "trainer.resume_from_checkpoint=latest")
+    assert again.exit_code == 0
+    assert result["metrics"] == wanted["metrics"]
 
 
 def test_the_best_epoch_is_the_result(local, tmp_path):

@@ -1,6 +1,7 @@
 """`task: glue`: fine-tuning on one GLUE task, from a configuration to a score with its protocol in result.json."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _run(loaded: Loaded, interrupt: Interrupt) -> Finished:
         print(dump_config(config))
     write_run_files(folder, dump_config(config), facts)
     print_summary(facts, [*notes, *told, *warnings, *data.notes], folder)
-    measure = build_measure(config, task, model, data, runtime)
+    measure = build_measure(config, task, model, data, runtime, interrupt)
     job = Job(
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
         fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
@@ -91,8 +92,12 @@ def _run(loaded: Loaded, interrupt: Interrupt) -> Finished:
         next_command=f"neobert glue {folder / 'config.yaml'} --predict",
     )  # fmt: skip
     finished = job.run()
-    if not finished.exit_code:
-        write_result(config, task, start, finished, measure, weights_line)
+    if finished.exit_code:
+        return finished
+    values = finished.values or measure.run()
+    if values is None:
+        return replace(finished, exit_code=128 + interrupt.signal)
+    write_result(config, task, start, finished, measure.headline(values), values, weights_line)
     return finished
 
 
@@ -215,12 +220,22 @@ def describe_kernels(config: Config, model: Classifier, runtime: Runtime) -> dic
 
 @torch.no_grad()
 def predict_logits(
-    model: Classifier, rows: Rows, collator: LabelCollator, batch_size: int, runtime: Runtime
+    model: Classifier,
+    rows: Rows,
+    collator: LabelCollator,
+    batch_size: int,
+    runtime: Runtime,
+    interrupt: Interrupt | None = None,
 ) -> tuple[np.ndarray, float]:
-    """(logits of every row in its order, sum of the losses; 0 without labels). Leaves the model in evaluation mode."""
+    """(logits of every row in its order, sum of the losses; 0 without labels). Leaves the model in evaluation mode.
+
+    Broken off, with zeros for the rest, when `interrupt` is wanted.
+    """
     model.eval()
     logits, loss = np.zeros((len(rows), model.classifier.out_features), dtype=np.float32), 0.0
     for places, batch in in_order(rows, collator, batch_size):
+        if interrupt is not None and interrupt.wanted:
+            break
         with runtime.autocast():
             output = model(**batch.to(runtime.device).inputs())
         logits[places] = output.logits.float().cpu().numpy()
@@ -228,20 +243,24 @@ def predict_logits(
     return logits, loss
 
 
-def build_measure(config: Config, task: GlueTask, model: Classifier, data: GlueData, runtime: Runtime) -> Measure:
+def build_measure(
+    config: Config, task: GlueTask, model: Classifier, data: GlueData, runtime: Runtime, interrupt: Interrupt
+) -> Measure:
     """Loss, metrics and score on the evaluation splits."""
     trainer = config.trainer
     size, most = trainer.per_device_eval_batch_size, trainer.eval_max_batches
     splits = [first_rows(rows, None if most is None else most * size) for rows in data.evaluation]
 
-    def measure() -> dict[str, float]:
+    def measure() -> dict[str, float] | None:
         values, losses = {}, 0.0
         for rows, suffix in zip(splits, glue_metrics.suffixes(task), strict=True):
-            logits, loss = predict_logits(model, rows, data.collator, size, runtime)
+            logits, loss = predict_logits(model, rows, data.collator, size, runtime, interrupt)
             assert rows.labels is not None
             values |= {f"{k}{suffix}": v for k, v in glue_metrics.measure(task, logits, rows.labels).items()}
             losses += loss
         model.train()
+        if interrupt.wanted:
+            return None
         loss = losses / sum(map(len, splits))
         return {"loss": loss, "score": glue_metrics.score(task, values), **values}
 
@@ -266,11 +285,16 @@ def check_best_metric(config: Config, task: GlueTask) -> None:
 
 
 def write_result(
-    config: Config, task: GlueTask, start: Start, finished: Finished, measure: Measure, weights_line: str
-) -> dict[str, Any]:
+    config: Config,
+    task: GlueTask,
+    start: Start,
+    finished: Finished,
+    headline: str,
+    values: dict[str, float],
+    weights_line: str,
+) -> None:
     """result.json of a run that came to its end, and a line on the console."""
     state = finished.state
-    values = finished.values or measure.run()
     best = state.best_step if config.trainer.load_best_model_at_end else None
     result = {
         "task": task.name,
@@ -286,8 +310,7 @@ def write_result(
         "protocol": protocol(config, start),
     }
     write_json(finished.folder / RESULT, result)
-    print(f"result      {task.title}: {measure.headline(values)}\n            {finished.folder / RESULT}")
-    return result
+    print(f"result      {task.title}: {headline}\n            {finished.folder / RESULT}")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
