@@ -1,7 +1,7 @@
 """What pretraining here is worth: an encoder trained for about 30 CPU minutes against the same model from random weights.
 
-A tokenizer and a masked-LM encoder (256 wide, 4 layers) are trained on `--text`; then both models are fine-tuned on four tasks of
-GLUE under one protocol, with `--seeds` seeds each. Everything is kept in `--folder`: what is there already is not done again, and a
+A tokenizer and a masked-LM encoder (256 wide, 4 layers) are trained on `--text`; then both models are fine-tuned on four tasks
+of GLUE under one protocol, with `--seeds` seeds each. Everything is kept in `--folder`: what is there is not done again, and a
 run that was stopped goes on. `--weights` names an encoder that was pretrained before.
 """
 
@@ -19,8 +19,8 @@ OPTIONS = {
     "tasks": {"default": "cola,mrpc,stsb,rte"},
 }  # fmt: skip
 PRETRAINING = [
-    "dataset.max_seq_length=128", "tokenizer.max_length=128", "dataset.validation_split=0.02", "trainer.per_device_train_batch_size=32",
-    "trainer.mixed_precision=bf16", "trainer.eval_max_batches=20", "trainer.eval_steps=1000", "trainer.save_steps=500",
+    "dataset.max_seq_length=128", "tokenizer.max_length=128", "dataset.validation_split=0.02",
+    "trainer.per_device_train_batch_size=32", "trainer.mixed_precision=bf16", "trainer.eval_max_batches=20", "trainer.eval_steps=1000", "trainer.save_steps=500",
     "optimizer.lr=1e-3", "scheduler.name=linear", "scheduler.warmup_percent=5", "scheduler.final_lr_ratio=0.0",
 ]  # fmt: skip
 FINETUNING = [
