@@ -20,7 +20,8 @@ OPTIONS = {
 }  # fmt: skip
 PRETRAINING = [
     "dataset.max_seq_length=128", "tokenizer.max_length=128", "dataset.validation_split=0.02",
-    "trainer.per_device_train_batch_size=32", "trainer.mixed_precision=bf16", "trainer.eval_max_batches=20", "trainer.eval_steps=1000", "trainer.save_steps=500",
+    "trainer.per_device_train_batch_size=32", "trainer.mixed_precision=bf16",
+    "trainer.eval_max_batches=20", "trainer.eval_steps=1000", "trainer.save_steps=500",
     "optimizer.lr=1e-3", "scheduler.name=linear", "scheduler.warmup_percent=5", "scheduler.final_lr_ratio=0.0",
 ]  # fmt: skip
 FINETUNING = [
