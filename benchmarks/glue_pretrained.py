@@ -26,7 +26,7 @@ PRETRAINING = [
 ]  # fmt: skip
 FINETUNING = [
     "glue.pooling=mean", "glue.max_seq_length=128", "trainer.per_device_train_batch_size=32", "trainer.max_steps=-1",
-    "trainer.num_train_epochs=4", "trainer.eval_strategy=epoch", "trainer.save_strategy=no", "trainer.mixed_precision=bf16",
+    "trainer.num_train_epochs=3", "trainer.eval_strategy=epoch", "trainer.save_strategy=no", "trainer.mixed_precision=bf16",
     "trainer.gradient_clipping=1.0", "optimizer.lr=3e-4", "scheduler.name=linear", "scheduler.warmup_percent=10",
     "scheduler.final_lr_ratio=0.0",
 ]  # fmt: skip
