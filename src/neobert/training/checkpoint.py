@@ -246,6 +246,11 @@ def load_optimizer(folder: Path, rows_of: Callable[[str], slice | None] = lambda
     }
 
 
+def load_rank_optimizer(folder: Path, rank: int) -> Tensors:
+    """The optimizer's tensors that one process wrote."""
+    return load_file(folder / OPTIMIZER.format(rank))
+
+
 def _join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts) if parts[0].ndim and len(parts) > 1 else parts[0]
 
