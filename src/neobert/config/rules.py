@@ -109,6 +109,14 @@ def no_dataset_code(config: Config, keys_set: KeysSet) -> Found:
         yield Problem("dataset.trust_remote_code", "no effect: the datasets library no longer runs code of a dataset")
 
 
+def names_are_names(config: Config, keys_set: KeysSet) -> Found:
+    """Trackers make folders of these names."""
+    for path in ("wandb.project", "wandb.name", "wandb.entity"):
+        name = value_of(config, path)
+        if isinstance(name, str) and (set(name) & set("/\\\0\n") or name in (".", "..")):
+            yield Problem(path, f"{name!r} is not a name: no slashes, no line breaks, not . or ..")
+
+
 def decay_follows_warmup(config: Config, keys_set: KeysSet) -> Found:
     """A decay that is asked for ends after the warmup."""
     s = config.scheduler
@@ -323,6 +331,7 @@ RULES = (
          ("dataset.pre_tokenize", "dataset.pre_tokenize_output", "dataset.streaming")),
     Rule("ERROR", mixture_has_sources,
          ("dataset.mixture", "dataset.mixture_exhausted", "trainer.max_steps")),
+    Rule("ERROR", names_are_names, ("wandb.project", "wandb.name", "wandb.entity")),
     Rule("ERROR", decay_follows_warmup, ("scheduler.decay_percent", "scheduler.warmup_percent")),
     Rule("ERROR", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
     Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
@@ -370,7 +379,6 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
 # What a later version will do: refused at the start of a run, so that no key is silently without effect.
 NOT_BUILT = {
     "task": ("mteb", "contrastive"),
-    "dataset.trust_remote_code": (True,),
 }
 
 
