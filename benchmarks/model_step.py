@@ -36,7 +36,7 @@ from neobert.data.masking import Masker
 from neobert.data.packing import OnePerRow, Packer, Row
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.training.runtime import Runtime, compile_blocks, keep_memory
+from neobert.training.machine import compile_blocks, keep_memory
 
 VOCABULARY, LENGTH, MASKED = 30_592, 512, 0.15
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,7 +179,7 @@ def contender(name: str, size: Size, documents: list[list[int]]) -> tuple[torch.
         keep_memory()
         model = build_ours(size)
         if kind == "compiled":
-            compile_blocks(model.model.layers, Runtime(DEVICE, None), "inductor", None)
+            compile_blocks(model.model.layers, DEVICE.type, "inductor", None)
         return model, batches(documents, size.rows, packed=True)
     return build_peer(kind, size), batches(documents, int(rows), packed=False)
 

@@ -19,7 +19,6 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 from neobert.config.load import load_config
-from neobert.config.rules import not_built
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.tasks import pretraining
 from neobert.tasks.launch import Launch, plan_launch
@@ -227,15 +226,15 @@ def plan(tmp_path, nproc=None, words=(), **values):
 
 def test_accelerate_files_say_what_to_launch(tmp_path, monkeypatch):
     assert plan(tmp_path, distributed_type="NO", num_processes=1) == (None, [])
-    assert plan(tmp_path, distributed_type="MULTI_CPU", num_processes=2) == (Launch(2), [])
-    assert plan(tmp_path, 3, distributed_type="MULTI_GPU", num_processes=2) == (Launch(3), [])
+    assert plan(tmp_path, distributed_type="MULTI_CPU", num_processes=2) == (Launch(2, kind="MULTI_CPU"), [])
+    assert plan(tmp_path, 3, distributed_type="MULTI_GPU", num_processes=2) == (Launch(3, kind="MULTI_GPU"), [])
     assert plan(tmp_path, mixed_precision="fp16", distributed_type="FSDP", num_processes=4) == (
-        Launch(4, use_fsdp=True),
+        Launch(4, kind="FSDP"),
         [f"{tmp_path / 'accelerate.yaml'}: mixed_precision fp16 is not used; trainer.mixed_precision is"],
     )
     several = {"distributed_type": "MULTI_GPU", "num_processes": 16, "num_machines": 2, "machine_rank": 1}
     address = {"main_process_ip": "10.0.0.1", "main_process_port": 29400}
-    assert plan(tmp_path, **several, **address)[0] == Launch(8, 2, 1, "10.0.0.1:29400")
+    assert plan(tmp_path, **several, **address)[0] == Launch(8, 2, 1, "10.0.0.1:29400", "MULTI_GPU")
     for message, values in {
         "several machines need main_process_ip": several,
         "15 processes are not the same number on 2 machines": several | {"num_processes": 15},
@@ -260,22 +259,14 @@ def test_example_files_of_accelerate(path):
 def test_engines():
     """What runs, by what was asked for, the number of processes, and the launcher."""
     fsdp = {"ACCELERATE_USE_FSDP": "true"}
-    assert choose_engine("auto", 1, True, {}) == ("plain", "")
-    assert choose_engine("fsdp2", 1, True, {}) == ("plain", "trainer.engine: fsdp2 is for several processes")
-    assert choose_engine("auto", 2, True, {}) == ("ddp", "")
-    assert choose_engine("auto", 2, True, fsdp) == ("fsdp2", "launched for FSDP")
-    assert choose_engine("fsdp2", 2, True, {}) == ("fsdp2", "")
+    assert choose_engine("auto", 1, False, {}) == ("plain", "")
+    assert choose_engine("fsdp2", 1, False, {}) == ("plain", "trainer.engine: fsdp2 is for several processes")
+    assert choose_engine("auto", 2, False, {}) == ("ddp", "")
+    assert choose_engine("auto", 2, False, fsdp) == ("fsdp2", "launched for it")
+    assert choose_engine("fsdp2", 2, False, {}) == ("fsdp2", "")
     with pytest.raises(ConfigError, match="launched for FSDP"):
-        choose_engine("ddp", 2, True, fsdp)
-    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"}
-    assert choose_engine("auto", 2, False, deepspeed) == ("ddp", "")
-    with pytest.raises(ConfigError, match="launched for DeepSpeed, which is not part of this version"):
-        choose_engine("auto", 2, True, deepspeed)
-
-
-def test_deepspeed_files_are_refused_at_the_start(tmp_path):
-    path = tmp_path / "zero.yaml"
-    path.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n")
-    loaded = load_config([], [f"accelerate_config_file={path}"])
-    assert [problem.path for problem in not_built(loaded.config)] == ["accelerate_config_file"]
-    assert not not_built(load_config([], [f"accelerate_config_file={path}", "use_deepspeed=false"]).config)
+        choose_engine("ddp", 2, False, fsdp)
+    assert choose_engine("auto", 2, True, {}) == ("deepspeed", "launched for it")
+    assert choose_engine("deepspeed", 1, True, {}) == ("plain", "trainer.engine: deepspeed is for several processes")
+    with pytest.raises(ConfigError, match="launched for DeepSpeed; use auto or deepspeed"):
+        choose_engine("fsdp2", 2, True, {})

@@ -268,7 +268,7 @@ def best_accuracies(train, small):
 
 
 def stage_counts(train, small):
-    """The ZeRO stage in the file is checked against the optimizer, unless DeepSpeed is off; starting processes comes later."""
+    """The ZeRO stage in the file is checked against the optimizer, unless DeepSpeed is off."""
     path = small[0].removeprefix("dataset.path=") + "-zero.yaml"
     with open(path, "w") as file:
         file.write("deepspeed_config: {zero_stage: 2}\n")
@@ -505,6 +505,9 @@ ROWS = {
     "trainer.disable_tqdm": bars,
     "trainer.dataloader_num_workers": noted("acts as dataset.num_workers: 3", "trainer.dataloader_num_workers=3"),
     "trainer.engine": printed("trainer.engine: fsdp2 is for several processes", "trainer.engine=fsdp2"),
+    "trainer.deepspeed_config_file": refused(
+        "absent.json: No such file", "trainer.deepspeed_config_file=absent.json", "trainer.engine=deepspeed"
+    ),
     "trainer.save_in_background": printed("s a checkpoint, which held training", "trainer.save_in_background=false"),
     "trainer.use_cpu": lambda train, small: (
         [choose_device(use_cpu, True) for use_cpu in (True, False)] == ["cpu", "cuda"]

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from neobert.errors import ConfigError
 from neobert.model.attention import Layout
 from neobert.training.choices import check_compile, choose_attention, choose_kernels, choose_precision
-from neobert.training.runtime import Runtime, compile_blocks
+from neobert.training.machine import compile_blocks
+from neobert.training.runtime import Runtime
 
 BF16 = torch.bfloat16
 
@@ -98,7 +99,7 @@ def test_compiled_equals_eager(variant, checkpointing):
     torch._dynamo.reset()
     eager, compiled = build(**variant), build(**variant)
     compiled.model.gradient_checkpointing = checkpointing
-    compile_blocks(compiled.model.layers, CPU, "aot_eager", None)
+    compile_blocks(compiled.model.layers, "cpu", "aot_eager", None)
     inputs = batch_of((5, 30, 29), (64,))
     assert_same(gradients(eager, **inputs), gradients(compiled, **inputs))
     assert compiled.state_dict().keys() == eager.state_dict().keys()
@@ -107,7 +108,7 @@ def test_compiled_equals_eager(variant, checkpointing):
 def test_inductor_equals_eager():
     torch._dynamo.reset()
     eager, compiled = build(num_hidden_layers=1), build(num_hidden_layers=1)
-    compile_blocks(compiled.model.layers, CPU, "inductor", None)
+    compile_blocks(compiled.model.layers, "cpu", "inductor", None)
     inputs = batch_of((5, 30, 29), (64,))
     assert_same(gradients(eager, **inputs), gradients(compiled, **inputs))
 

@@ -314,7 +314,7 @@ def test_a_killed_worker_is_named(store, tokenizer):
     take(loader, 1)
     for process in loader.pipeline.workers.pool._processes.values():
         process.kill()
-    with pytest.raises(DataError, match="a tokenising process ended unexpectedly"):
+    with pytest.raises(DataError, match="a tokenising process was killed by SIGKILL, most likely for want of memory"):
         take(loader, 2000)
     loader.close()
 

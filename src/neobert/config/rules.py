@@ -11,7 +11,7 @@ from typing import Literal
 
 from neobert.config.reference import known_keys
 from neobert.config.schema import Config
-from neobert.config.yaml_file import read_yaml
+from neobert.config.zero import read_zero, zero_stage
 from neobert.errors import Problem
 
 Found = Iterator[Problem]
@@ -107,6 +107,14 @@ def no_dataset_code(config: Config, keys_set: KeysSet) -> Found:
     """`datasets` 4 and later run no code of datasets."""
     if config.dataset.trust_remote_code:
         yield Problem("dataset.trust_remote_code", "no effect: the datasets library no longer runs code of a dataset")
+
+
+def names_are_names(config: Config, keys_set: KeysSet) -> Found:
+    """Trackers make folders of these names."""
+    for path in ("wandb.project", "wandb.name", "wandb.entity"):
+        name = value_of(config, path)
+        if isinstance(name, str) and (set(name) & set("/\\\0\n") or name in (".", "..")):
+            yield Problem(path, f"{name!r} is not a name: no slashes, no line breaks, not . or ..")
 
 
 def decay_follows_warmup(config: Config, keys_set: KeysSet) -> Found:
@@ -209,21 +217,35 @@ def resume_needs_a_position(config: Config, keys_set: KeysSet, has_position: boo
 
 def muonclip_needs_whole_matrices(config: Config, keys_set: KeysSet) -> Found:
     """DeepSpeed's ZeRO hands the optimizer flattened pieces of matrices from stage 1 on; Muon needs them whole."""
-    stage = zero_stage(config)
-    if config.optimizer.name == "muonclip" and stage > 0:
-        yield Problem("optimizer.name", f"muonclip cannot run under ZeRO stage {stage}; use stage 0, or adamw")
+    if config.optimizer.name == "muonclip" and (stage := zero_stage(config, os.environ)):
+        yield Problem("optimizer.name", f"muonclip cannot run under ZeRO stage {stage}; use stage 0, FSDP2, or adamw")
 
 
-def zero_stage(config: Config) -> int:
-    """DeepSpeed's stage: set by its launcher, or in `accelerate_config_file`; 0 without DeepSpeed."""
-    if not config.use_deepspeed:
-        return 0
-    stage: object = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    file = config.accelerate_config_file
-    if stage is None and file is not None:
-        deepspeed = read_yaml(file).values.get("deepspeed_config")
-        stage = deepspeed.get("zero_stage") if isinstance(deepspeed, dict) else None
-    return int(stage) if isinstance(stage, int) or (isinstance(stage, str) and stage.isdigit()) else 0
+def zero_updates_copies(config: Config, keys_set: KeysSet) -> Found:
+    """ZeRO updates flattened copies of the weights from stage 1 on: nGPT cannot renormalise matrices. Stage 3 fetches weights
+    module by module, which compiled blocks cannot do.
+    """
+    stage = zero_stage(config, os.environ)
+    if config.model.ngpt and stage:
+        yield Problem(
+            "model.ngpt", f"renormalises matrices, which ZeRO stage {stage} has in pieces; use stage 0, or FSDP2"
+        )
+    if config.trainer.torch_compile and stage == 3:
+        yield Problem(
+            "trainer.torch_compile", "not under ZeRO stage 3, which fetches weights by module; use stage 2 or FSDP2"
+        )
+
+
+def deepspeed_needs_its_switch(config: Config, keys_set: KeysSet) -> Found:
+    """`use_deepspeed: false` switches DeepSpeed off."""
+    if config.trainer.engine == "deepspeed" and not config.use_deepspeed:
+        yield Problem("trainer.engine", "deepspeed, but use_deepspeed is false; set one of them to the other's")
+
+
+def zero_file_needs_deepspeed(config: Config, keys_set: KeysSet) -> Found:
+    """`deepspeed_config_file` acts in runs that use DeepSpeed."""
+    if config.trainer.deepspeed_config_file is not None and read_zero(config, os.environ) is None:
+        yield Problem("trainer.deepspeed_config_file", "has no effect without DeepSpeed; set trainer.engine: deepspeed")
 
 
 def streaming_has_no_validation_split(config: Config, keys_set: KeysSet) -> Found:
@@ -297,6 +319,7 @@ class Rule:
         return " ".join((self.check.__doc__ or "").split())
 
 
+ZERO_KEYS = ("use_deepspeed", "accelerate_config_file", "trainer.engine", "trainer.deepspeed_config_file")
 RULES = (
     Rule("ERROR", heads_divide_width, ("model.hidden_size", "model.num_attention_heads", "model.rope")),
     Rule("ERROR", precision_is_supported, ("trainer.mixed_precision", "task")),
@@ -308,6 +331,7 @@ RULES = (
          ("dataset.pre_tokenize", "dataset.pre_tokenize_output", "dataset.streaming")),
     Rule("ERROR", mixture_has_sources,
          ("dataset.mixture", "dataset.mixture_exhausted", "trainer.max_steps")),
+    Rule("ERROR", names_are_names, ("wandb.project", "wandb.name", "wandb.entity")),
     Rule("ERROR", decay_follows_warmup, ("scheduler.decay_percent", "scheduler.warmup_percent")),
     Rule("ERROR", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
     Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
@@ -315,7 +339,10 @@ RULES = (
     Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
     Rule("ERROR", hub_weights_are_for_glue, ("model.from_hub", "task")),
     Rule("ERROR", resume_needs_a_position, ("trainer.resume_from_checkpoint", "dataset.streaming")),
-    Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", "use_deepspeed", "accelerate_config_file")),
+    Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", *ZERO_KEYS)),
+    Rule("ERROR", zero_updates_copies, ("model.ngpt", "trainer.torch_compile", *ZERO_KEYS)),
+    Rule("ERROR", deepspeed_needs_its_switch, ("trainer.engine", "use_deepspeed")),
+    Rule("WARNING", zero_file_needs_deepspeed, ("trainer.deepspeed_config_file", "trainer.engine", "use_deepspeed")),
     Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),
     Rule("WARNING", packed_sdpa_is_slower, ("datacollator.pack_sequences", "model.attn_backend")),
     Rule("WARNING", pieces_fit_rows, ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length")),
@@ -352,7 +379,6 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
 # What a later version will do: refused at the start of a run, so that no key is silently without effect.
 NOT_BUILT = {
     "task": ("mteb", "contrastive"),
-    "dataset.trust_remote_code": (True,),
 }
 
 
@@ -362,12 +388,6 @@ def not_built(config: Config) -> list[Problem]:
     for dotted, values in NOT_BUILT.items():
         if (value := value_of(config, dotted)) in values:
             problems.append(Problem(dotted, f"{value!r} is not part of this version"))
-    if config.use_deepspeed and config.accelerate_config_file is not None:
-        accelerate = read_yaml(config.accelerate_config_file).values
-        if accelerate.get("distributed_type") == "DEEPSPEED" or "deepspeed_config" in accelerate:
-            problems.append(
-                Problem("accelerate_config_file", "DeepSpeed is not part of this version; use distributed_type: FSDP")
-            )
     return problems
 
 

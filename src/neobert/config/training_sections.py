@@ -91,11 +91,14 @@ class TrainerConfig(Section):
     dataloader_num_workers: int = key(
         0, "Older name of `dataset.num_workers`; acts when that one is not set.", "processes", ge=0, le=1024
     )
-    engine: Literal["auto", "ddp", "fsdp2"] = key(
+    engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = key(
         "auto",
-        "What several processes run on: `ddp` (each holds the whole model), `fsdp2` (each holds a part), or as they were "
-        "launched (`auto`: DDP unless the launcher says otherwise).",
+        "What several processes run on: `ddp` (each holds the whole model), `fsdp2` (each holds a part), `deepspeed` (ZeRO), "
+        "or as they were launched (`auto`: DDP unless the launcher says otherwise).",
         "memory; communication",
+    )
+    deepspeed_config_file: str | None = key(
+        None, "DeepSpeed's own JSON file (default: ZeRO stage 2, or what the launcher says).", "memory; communication"
     )
     save_in_background: bool = key(
         True,

@@ -9,7 +9,7 @@ shuffled), so that padding is small where padding costs.
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from neobert.data.workers import start_workers, submit_to_worker, wait_for_worker
 from neobert.errors import CheckpointError, DataError
 
 CHUNK_BATCHES = 50
@@ -59,8 +60,9 @@ def tokenize_rows(
     if num_proc > 1:
         bounds = np.linspace(0, len(texts[0]), num_proc + 1).astype(int)
         parts = [tuple(column[a:b] for column in texts) for a, b in pairwise(bounds)]
-        with ProcessPoolExecutor(num_proc) as pool:
-            done = list(pool.map(_encode, [hf_tokenizer] * num_proc, parts, [limit] * num_proc))
+        with start_workers(num_proc) as pool:
+            works = [submit_to_worker(pool, _encode, hf_tokenizer, part, limit) for part in parts]
+            done = [wait_for_worker(work) for work in works]
     else:
         done = [_encode(hf_tokenizer, texts, limit)]
     ids = [row for part, _ in done for row in part]

@@ -9,7 +9,6 @@ open rows, and the rows that are ready.
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +18,8 @@ from neobert.data.masking import hash_key
 from neobert.data.order import Reader, StreamReader
 from neobert.data.packing import Cut, OnePerRow, Packer, Row, Segmenter
 from neobert.data.tokenizer import Ids, TextTokenizer
-from neobert.data.workers import encode_in_worker, start_workers, submit_to_worker, wait_for_worker
+from neobert.data.workers import Work, encode_in_worker, start_workers, submit_to_worker, wait_for_worker
+from neobert.data.workers import Workers as Processes
 from neobert.errors import DataError
 
 
@@ -68,14 +68,14 @@ class Workers:
     count: int = 0
     prefetch_factor: int = 2
     persistent: bool = True
-    pool: ProcessPoolExecutor | None = None
+    pool: Processes | None = None
 
     @property
     def num_ahead(self) -> int:
         """Blocks in flight per source."""
         return self.count * self.prefetch_factor
 
-    def submit(self, documents: list[Any]) -> "Future[list[Ids]] | list[Ids]":
+    def submit(self, documents: list[Any]) -> Work[list[Ids]] | list[Ids]:
         """Token ids of a block, now or later. Documents that are token ids already pass."""
         if not documents or not isinstance(documents[0], str):
             return documents
@@ -199,7 +199,7 @@ class RowSource:
 
     def _tokenized(self) -> Iterator[tuple[list[Ids], int, dict[str, Any]]]:
         """The blocks in order, tokenised; with workers, several are in flight."""
-        pending: deque[tuple[Future[list[Ids]] | list[Ids], int, dict[str, Any]]] = deque()
+        pending: deque[tuple[Work[list[Ids]] | list[Ids], int, dict[str, Any]]] = deque()
         for documents, epoch, behind in self._read():
             pending.append((self.workers.submit(documents), epoch, behind))
             while len(pending) > self.workers.num_ahead or (pending and not documents):

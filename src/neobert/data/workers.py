@@ -4,11 +4,15 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
 
 from neobert.data.tokenizer import Ids, TextTokenizer
 from neobert.errors import DataError
@@ -16,26 +20,71 @@ from neobert.errors import DataError
 Result = TypeVar("Result")
 
 WORKER_DIED = (
-    "a tokenising process ended unexpectedly, most likely killed for want of memory; use fewer (dataset.num_workers, "
-    "dataset.num_proc, --num-proc), and start again: it goes on where it was"
+    "a tokenising process {}; use fewer (dataset.num_workers, dataset.num_proc, --num-proc), and start again: it goes on "
+    "where it was"
 )
+REASON_SECONDS = 5.0  # in which the system tells how a process ended
 
 _worker_tokenizer: TextTokenizer | None = None
 
 
-def start_workers(num_workers: int, tokenizer: TextTokenizer) -> ProcessPoolExecutor:
+class _Remembering(SpawnContext):
+    """Starts processes and knows them when they have ended, which the pool then no longer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[BaseProcess] = []
+
+    def Process(self, *arguments: Any, **keywords: Any) -> BaseProcess:  # type: ignore[override]
+        self.started.append(super().Process(*arguments, **keywords))
+        return self.started[-1]
+
+
+class Workers(ProcessPoolExecutor):
     """Processes that tokenise blocks of text, one thread each."""
-    return ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), initializer=_set_worker_tokenizer, initargs=(tokenizer,)
-    )
+
+    def __init__(self, num_workers: int, tokenizer: TextTokenizer | None):
+        self.context = _Remembering()
+        super().__init__(num_workers, self.context, initializer=_set_worker_tokenizer, initargs=(tokenizer,))
+
+    def explain(self) -> DataError:
+        """How the process ended that made the others useless; those are then told to end."""
+        end = time.monotonic() + REASON_SECONDS
+        told, codes = {None, 0, -signal.SIGTERM}, set[int | None]()
+        while not codes - told and time.monotonic() < end:
+            codes = {process.exitcode for process in self.context.started}
+            time.sleep(0.02)
+        code = next(iter(codes - told), None)
+        if code is None:
+            return DataError(WORKER_DIED.format("ended unexpectedly"))
+        if code < 0:
+            name = signal.Signals(-code).name
+            memory = ", most likely for want of memory" if -code == signal.SIGKILL else ""
+            return DataError(WORKER_DIED.format(f"was killed by {name}{memory}"))
+        return DataError(WORKER_DIED.format(f"ended with exit code {code}"))
 
 
-def _set_worker_tokenizer(tokenizer: TextTokenizer) -> None:
+def start_workers(num_workers: int, tokenizer: TextTokenizer | None = None) -> Workers:
+    """Processes that tokenise; they start with the first work, and `worker_tokenizer` is theirs."""
+    return Workers(num_workers, tokenizer)
+
+
+def _set_worker_tokenizer(tokenizer: TextTokenizer | None) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which ends its workers
+    for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process, which saves and ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, daemon=True).start()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = tokenizer
+
+
+def _end_when_told() -> None:
+    """A scheduler sends SIGTERM to every process of a job; only that of the training process counts here."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
@@ -56,17 +105,25 @@ def encode_in_worker(texts: list[str]) -> list[Ids]:
     return worker_tokenizer().encode(texts)
 
 
-def submit_to_worker(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+@dataclass(frozen=True)
+class Work(Generic[Result]):
+    """Work in hand of a process."""
+
+    pool: Workers
+    future: "Future[Result]"
+
+
+def submit_to_worker(pool: Workers, function: Callable[..., Result], *arguments: Any) -> Work[Result]:
     """Hand work to a process. Raises DataError when one of them has died."""
     try:
-        return pool.submit(function, *arguments)
+        return Work(pool, pool.submit(function, *arguments))
     except BrokenProcessPool:
-        raise DataError(WORKER_DIED) from None
+        raise pool.explain() from None
 
 
-def wait_for_worker(future: "Future[Result]") -> Result:
-    """The result of such work. Raises DataError when its process died."""
+def wait_for_worker(work: Work[Result]) -> Result:
+    """The result of such work. Raises DataError when its process died, saying how."""
     try:
-        return future.result()
+        return work.future.result()
     except BrokenProcessPool:
-        raise DataError(WORKER_DIED) from None
+        raise work.pool.explain() from None

@@ -10,7 +10,8 @@ from neobert.errors import ConfigError, Problem
 from neobert.model.layouts import eurobert_config, is_eurobert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.training.choices import choose_attention, choose_kernels
-from neobert.training.runtime import Runtime, compile_blocks, find_kernels, gpu_capability
+from neobert.training.machine import compile_blocks, find_kernels, gpu_capability
+from neobert.training.runtime import Runtime
 
 
 def build_model(config: Config, vocab_size: int, pad_token_id: int) -> NeoBERTForMaskedLM:
@@ -91,7 +92,7 @@ def prepare_model(
     model.choose_kernels(kernels)
     trainer, compiled = config.trainer, "no"
     if trainer.torch_compile:
-        compile_blocks(model.model.layers, runtime, trainer.torch_compile_backend, trainer.torch_compile_dynamic)
+        compile_blocks(model.model.layers, kind, trainer.torch_compile_backend, trainer.torch_compile_dynamic)
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
         compiled = (
             f"{trainer.torch_compile_backend}, {shapes[trainer.torch_compile_dynamic]}; the first steps take longer"

@@ -78,7 +78,9 @@ def _foreign(config: Config, task: GlueTask, name: str) -> ForeignForSequenceCla
     from transformers import AutoModel
 
     try:
-        encoder, found = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+        encoder, found = AutoModel.from_pretrained(
+            name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(Problem("model.name", f"{name!r} cannot be loaded: {reason}")) from None
@@ -171,7 +173,7 @@ def load_finetuned(folder: Path, config: Config) -> tuple[Classifier, Any, GlueT
     if FOREIGN in found:
         from transformers import AutoConfig, AutoModel
 
-        encoder = AutoModel.from_config(AutoConfig.from_pretrained(str(folder)))
+        encoder = AutoModel.from_config(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
         model: Classifier = _head_on(encoder, task, head["pooling"], head["classifier_dropout"], config)
     else:
         model = NeoBERTForSequenceClassification(load_model_config(folder))

@@ -18,6 +18,7 @@ from neobert.config.load import dump_config
 from neobert.config.reference import known_keys
 from neobert.config.rules import value_of
 from neobert.config.schema import Config
+from neobert.config.zero import read_zero
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import ConfigError, Problem
 from neobert.optim.build import optimizer_state
@@ -29,7 +30,7 @@ from neobert.training.background import Saver
 from neobert.training.checkpoint import Content, Tensors
 from neobert.training.loop import Interrupt, MicroBatch, StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
-from neobert.training.runtime import Runtime, held_parts
+from neobert.training.runtime import Runtime, build_runtime, held_parts, own_partition
 from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
 
 
@@ -164,7 +165,7 @@ class Job:
     def checkpoint_content(self, state: TrainState) -> Content:
         """Everything a checkpoint of this moment holds; copies, so that training can go on."""
         weights, model_config = self.storage.content()
-        parts, first_rows = held_parts(optimizer_state(self.optimizer), self.runtime.is_main)
+        parts, first_rows = saved_parts(self.optimizer, self.runtime.is_main)
         return Content(
             step=state.step,
             weights=weights,
@@ -178,6 +179,7 @@ class Job:
                 **state.state_dict(),
                 "world_size": self.runtime.world_size,
                 "engine": self.runtime.engine,
+                "zero_stage": self.runtime.zero_stage,
                 "metadata": self.config.pretraining_metadata,
             },
         )
@@ -187,10 +189,32 @@ class Job:
         best = self.state.best_step
         if not self.config.trainer.load_best_model_at_end or evaluation is None or best in (None, self.state.step):
             return
-        self.storage.load(root / str(best))
+        with self.runtime.open_weights(self.wrapped):
+            self.storage.load(root / str(best))
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
         evaluation.improved = False
         evaluation.run(self.state, compare=False)
+
+
+def start_runtime(config: Config) -> Runtime:
+    """Device, precision and engine of this process, as the configuration and the launcher have it. Raises ConfigError."""
+    trainer, asked = config.trainer, read_zero(config, os.environ)
+    runtime = build_runtime(
+        use_cpu=trainer.use_cpu,
+        mixed_precision=trainer.mixed_precision,
+        tf32=trainer.tf32,
+        engine=trainer.engine,
+        zero_options=None if asked is None else asked.options,
+    )
+    for note in asked.notes if asked is not None and runtime.is_main else []:
+        print(f"note: {note}")
+    return runtime
+
+
+def saved_parts(optimizer: Any, is_main: bool) -> tuple[Tensors, dict[str, int]]:
+    """What this process has to save of the optimizer's state, and the first rows of parts."""
+    partition = own_partition(optimizer)
+    return held_parts(optimizer_state(optimizer), is_main) if partition is None else (partition, {})
 
 
 def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[str]]:

@@ -17,7 +17,8 @@ from neobert.errors import ConfigError, Problem
 
 HANDED_ON = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"
 KEY = "accelerate_config_file"
-KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
+KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
+SWITCHES = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # as `accelerate launch` sets them
 NUMBERS = {"num_processes": 1, "num_machines": 1, "machine_rank": 0}  # and the least that each can be
 STOP_SECONDS = 20  # from telling the others to stop to killing them, when one has died
 
@@ -30,7 +31,7 @@ class Launch:
     num_machines: int = 1
     machine: int = 0
     endpoint: str = "localhost:0"
-    use_fsdp: bool = False
+    kind: str = ""  # of Accelerate's `distributed_type`
 
 
 def plan_launch(config: Config, nproc: int | None) -> tuple[Launch | None, list[str]]:
@@ -69,7 +70,7 @@ def read_accelerate(config: Config, path: str) -> tuple[Launch, list[str]]:
         notes.append(f"{path}: mixed_precision {precision} is not used; trainer.mixed_precision is")
     if kind == "NO":
         return Launch(), notes
-    return Launch(total // machines, machines, numbers["machine_rank"], endpoint, kind == "FSDP"), notes
+    return Launch(total // machines, machines, numbers["machine_rank"], endpoint, kind), notes
 
 
 def launch(command: list[str], plan: Launch, use_cpu: bool) -> int:
@@ -82,8 +83,8 @@ def launch(command: list[str], plan: Launch, use_cpu: bool) -> int:
         )
     if not gpus:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    if plan.use_fsdp:
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    if plan.kind in SWITCHES:
+        os.environ[SWITCHES[plan.kind]] = "true"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_SECONDS)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say it in a line
     several = plan.num_machines > 1

@@ -20,7 +20,7 @@ from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.tasks.encoder import build_model, build_vocabulary, checkpoint_config, prepare_model
 from neobert.tasks.hooks import Measure, check_needs_evaluation
-from neobert.tasks.job import Finished, Job, Storage, build_run_schedule
+from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, start_runtime
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.resuming import load_training_state, with_saved_lanes
@@ -30,20 +30,14 @@ from neobert.tasks.summary import describe_run, print_summary
 from neobert.training.checkpoint import Tensors, has_data, verify_checkpoint
 from neobert.training.loop import Interrupt, TrainState, evaluate
 from neobert.training.metrics import perplexity
-from neobert.training.runtime import Runtime, build_runtime, whole_weights
+from neobert.training.runtime import Runtime, whole_weights
 
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
     """Pretrain as configured; `observe` is shown every training batch. Raises UserError for what a user can repair."""
-    trainer, interrupt = loaded.config.trainer, Interrupt()
+    interrupt = Interrupt()
     with stop_signals(interrupt):
-        runtime = build_runtime(
-            use_cpu=trainer.use_cpu,
-            mixed_precision=trainer.mixed_precision,
-            tf32=trainer.tf32,
-            engine=trainer.engine,
-            use_deepspeed=loaded.config.use_deepspeed,
-        )
+        runtime = start_runtime(loaded.config)
         if runtime.is_main:
             finished = build_job(loaded, runtime, interrupt, observe).run()
         else:
@@ -84,15 +78,16 @@ def build_job(
     optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
     schedule, warnings = build_run_schedule(config, data.num_steps)
+    facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
+    wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = Storage(
         content=lambda: checkpoint_model(model, hf_tokenizer, config.model.name),
         load=lambda path: load_model_weights(path, model),
     )
     state = TrainState()
     if resume is not None and saved is not None:
-        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state)
+        load_training_state(resume, saved, runtime, storage, wrapped, optimizer, data.train, state)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
-    facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *told, *warnings], folder)
     return Job(

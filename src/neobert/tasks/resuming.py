@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from neobert.config.schema import Config
 from neobert.data.position import join_positions
 from neobert.errors import CheckpointError
 from neobert.optim.build import load_optimizer_state
 from neobert.tasks.job import Batches, Storage
-from neobert.training.checkpoint import load_data, load_optimizer
+from neobert.training.checkpoint import load_data, load_optimizer, load_rank_optimizer
 from neobert.training.loop import TrainState
-from neobert.training.runtime import Runtime, as_part_of, held_rows
+from neobert.training.runtime import Runtime, as_part_of, held_rows, load_partition
 
 
 def with_saved_lanes(config: Config, folder: Path, world_size: int) -> Config:
@@ -28,12 +29,50 @@ def load_training_state(
     saved: dict[str, Any],
     runtime: Runtime,
     storage: Storage,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     state: TrainState,
 ) -> None:
-    """Continue exactly where `folder` was saved; `saved` is its verified state. Raises CheckpointError where that cannot be."""
-    storage.load(folder)
+    """Continue exactly where `folder` was saved; `saved` is its verified state, `model` as it is called.
+
+    Raises CheckpointError where that cannot be.
+    """
+    check_engine(folder, saved, runtime)
+    with runtime.open_weights(model):
+        storage.load(folder)
+    try:
+        if runtime.zero_stage:
+            load_partition(optimizer, load_rank_optimizer(folder, runtime.rank))
+        else:
+            load_by_name(folder, optimizer)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
+    ranks = [runtime.rank] if saved["world_size"] == runtime.world_size else list(range(saved["world_size"]))
+    positions = [load_data(folder, rank) for rank in ranks]
+    batches.load_state_dict(*(positions[0] if len(positions) == 1 else join_positions(positions)))
+    state.load_state_dict(saved)
+
+
+def check_engine(folder: Path, saved: dict[str, Any], runtime: Runtime) -> None:
+    """ZeRO 1 to 3 cut the optimizer's state at places that depend on the stage and the number of processes: it fits no other.
+
+    Raises CheckpointError.
+    """
+    cut = {"saved": (saved.get("zero_stage", 0), saved["world_size"]), "now": (runtime.zero_stage, runtime.world_size)}
+    if cut["saved"] != cut["now"] and (cut["saved"][0] or cut["now"][0]):
+        words = {
+            when: f"ZeRO {stage} on {count} processes" if stage else f"whole matrices on {count}"
+            for when, (stage, count) in cut.items()
+        }
+        raise CheckpointError(
+            f"{folder}: the optimizer's state was saved for {words['saved']}, and this run has {words['now']}: ZeRO's pieces "
+            "cannot be put together in another way. Resume as it was saved (DDP, FSDP2 and ZeRO 0 can be changed)"
+        )
+
+
+def load_by_name(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's state, of each parameter the rows that this process holds. Raises ValueError."""
     parameters = {
         name: parameter
         for group in optimizer.param_groups
@@ -44,16 +83,9 @@ def load_training_state(
         parameter = parameters.get(path.rpartition("/")[0])
         return None if parameter is None else held_rows(parameter)
 
-    try:
-        parts = load_optimizer(folder, rows_of)
-        placed = {
-            path: as_part_of(rows, parameters[name]) if (name := path.rpartition("/")[0]) in parameters else rows
-            for path, rows in parts.items()
-        }
-        load_optimizer_state(optimizer, placed)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}; was another optimizer used?") from None
-    ranks = [runtime.rank] if saved["world_size"] == runtime.world_size else list(range(saved["world_size"]))
-    positions = [load_data(folder, rank) for rank in ranks]
-    batches.load_state_dict(*(positions[0] if len(positions) == 1 else join_positions(positions)))
-    state.load_state_dict(saved)
+    parts = load_optimizer(folder, rows_of)
+    placed = {
+        path: as_part_of(rows, parameters[name]) if (name := path.rpartition("/")[0]) in parameters else rows
+        for path, rows in parts.items()
+    }
+    load_optimizer_state(optimizer, placed)

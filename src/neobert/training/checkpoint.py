@@ -167,8 +167,9 @@ def write_pointer(path: Path, text: str) -> None:
 
 
 def read_pointer(path: Path) -> str | None:
-    """What `write_pointer` wrote, or None."""
-    return path.read_text().strip() if path.is_file() else None
+    """The step that `write_pointer` wrote; None where there is none, or something else than a step."""
+    text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
+    return text if text.isdigit() else None
 
 
 def find_checkpoint(selector: str, root: Path | None = None) -> Path:
@@ -197,14 +198,16 @@ def find_checkpoint(selector: str, root: Path | None = None) -> Path:
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, after comparing all checksums. Raises CheckpointError naming the first damaged file."""
     try:
-        state = json.loads((folder / STATE).read_text())
-        if state.pop("checksum") != _checksum(state):
+        text = (folder / STATE).read_text()
+        state = json.loads(text)
+        if text != as_json(state) or state.pop("checksum") != _checksum(state):
             raise ValueError
         version, sums = state["format"], state["sha256"]
     except (ValueError, KeyError, AttributeError, OSError):
         raise CheckpointError(f"{folder / STATE}: missing or damaged{_alternative(folder)}") from None
     if version != FORMAT:
         raise CheckpointError(f"{folder}: checkpoint format {version}; this version reads format {FORMAT}")
+    _check_names(folder, state["step"], sums)
     for name, wanted in sums.items():
         path = folder / name
         if not path.is_file():
@@ -212,6 +215,21 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         if _sha256(path) != wanted:
             raise CheckpointError(f"{path}: damaged (its checksum differs){_alternative(folder)}")
     return state
+
+
+def _check_names(folder: Path, step: int, sums: dict[str, str]) -> None:
+    """Every file is one of this folder, none is missing from the list, and the folder has the name of its step."""
+    for name in sums:
+        if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{folder / STATE}: names {name!r}, which is not a file of the checkpoint")
+    for name in (WEIGHTS, "config.json"):
+        if name not in sums:
+            raise CheckpointError(f"{folder / STATE}: has no checksum of {name}{_alternative(folder)}")
+    for path in [*folder.glob("optimizer/*"), *folder.glob("data_rank*")]:
+        if str(path.relative_to(folder)) not in sums:
+            raise CheckpointError(f"{path}: not a file of this checkpoint{_alternative(folder)}")
+    if folder.name.isdigit() and int(folder.name) != step:
+        raise CheckpointError(f"{folder / STATE}: damaged (it is that of step {step}){_alternative(folder)}")
 
 
 def _alternative(folder: Path) -> str:
@@ -244,6 +262,11 @@ def load_optimizer(folder: Path, rows_of: Callable[[str], slice | None] = lambda
     return {
         path: _join_rows([held for _, held in sorted(some, key=lambda one: one[0])]) for path, some in parts.items()
     }
+
+
+def load_rank_optimizer(folder: Path, rank: int) -> Tensors:
+    """The optimizer's tensors that one process wrote."""
+    return load_file(folder / OPTIMIZER.format(rank))
 
 
 def _join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -305,7 +328,12 @@ def clean_leftovers(root: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """The one way we write JSON."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _sync(path: Path) -> None:

@@ -15,26 +15,30 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 
 
 def choose_engine(
-    requested: str, world_size: int, use_deepspeed: bool, environment: Mapping[str, str]
+    requested: str, world_size: int, wants_deepspeed: bool, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(engine of a run: "plain", "ddp" or "fsdp2"; why). `environment` is what the launcher set.
+    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). `environment` is what the launcher set;
+    `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
 
     Raises ConfigError for what cannot run.
     """
-    if use_deepspeed and environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ConfigError(
-            Problem(
-                "use_deepspeed", "launched for DeepSpeed, which is not part of this version; use trainer.engine: fsdp2"
-            )
-        )
     if world_size == 1:
         return "plain", f"trainer.engine: {requested} is for several processes" if requested != "auto" else ""
-    launched_for_fsdp = environment.get("ACCELERATE_USE_FSDP") == "true"
-    if launched_for_fsdp and requested == "ddp":
-        raise ConfigError(Problem("trainer.engine", "ddp, but the processes were launched for FSDP; use auto or fsdp2"))
-    if requested == "auto":
-        return ("fsdp2", "launched for FSDP") if launched_for_fsdp else ("ddp", "")
-    return requested, ""
+    launched = {
+        "fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true",
+        "deepspeed": wants_deepspeed,
+    }
+    for engine, is_wanted in launched.items():
+        if is_wanted and requested not in ("auto", engine):
+            name = "FSDP" if engine == "fsdp2" else "DeepSpeed"
+            raise ConfigError(
+                Problem(
+                    "trainer.engine", f"{requested}, but the processes were launched for {name}; use auto or {engine}"
+                )
+            )
+        if is_wanted and requested == "auto":
+            return engine, "launched for it"
+    return ("ddp" if requested == "auto" else requested), ""
 
 
 def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool) -> str:

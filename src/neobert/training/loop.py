@@ -199,7 +199,7 @@ def _accumulate(
         with runtime.sync_gradients(model, on=batch is micro[-1]):
             with runtime.autocast():
                 output = model(**batch.to(runtime.device).inputs(), **settings.model_inputs)
-            runtime.backward(output.loss_sum * (runtime.world_size / num_targets))
+            runtime.backward(model, output.loss_sum * (runtime.world_size / num_targets))
         loss_sum = float(output.loss_sum.detach())
         if not math.isfinite(loss_sum):
             bad = min(bad, number)

@@ -1,14 +1,13 @@
-"""Where and how a step is computed: device, precision, compilation, processes. The only file that knows engines."""
+"""Where and how a step is computed: device, precision, compilation, processes.
 
-import ctypes
-import importlib.util
+The only file that knows engines; `zero.py` is its part for DeepSpeed.
+"""
+
 import os
 import random
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,10 +20,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from neobert.errors import UserError
+from neobert.training import zero
 from neobert.training.checkpoint import ALONE, Team, Tensors
-from neobert.training.choices import check_compile, choose_device, choose_engine, choose_precision, describe_arithmetic
+from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
+from neobert.training.machine import keep_memory
 
-NAMES = {"ddp": "DDP (every process holds the whole model)", "fsdp2": "FSDP2 (every process holds a part of the model)"}
+NAMES = {
+    "ddp": "DDP (every process holds the whole model)",
+    "fsdp2": "FSDP2 (every process holds a part of the model)",
+    "deepspeed": "DeepSpeed ZeRO {} ({} split over them)",
+}
+SPLIT = (
+    "nothing is",
+    "optimizer state is",
+    "optimizer state and gradients are",
+    "the whole model is",
+)  # by ZeRO's stage
 PATIENCE = timedelta(days=2)  # of processes that wait while the main one tokenises, or for a slow disk
 Result = TypeVar("Result")
 
@@ -33,8 +44,8 @@ Result = TypeVar("Result")
 class Runtime:
     """One process of a run. `dtype` None: float32 throughout; else autocast to it, weights stay float32.
 
-    `engine`: `plain` (one process), `ddp` (every process holds the whole model), or `fsdp2` (torch's `fully_shard`: weights,
-    gradients and optimizer state are split by rows over the processes).
+    `engine`: `plain` (one process), `ddp` (every process holds the whole model), `fsdp2` (torch's `fully_shard`: weights,
+    gradients and optimizer state are split by rows over the processes), or `deepspeed` with its options, `zero_options`.
     """
 
     device: torch.device
@@ -47,6 +58,12 @@ class Runtime:
     why: str = ""  # why this engine
     patient: dist.ProcessGroup | None = None  # all processes, for long waits
     owns_group: bool = False
+    zero_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def zero_stage(self) -> int:
+        """What DeepSpeed splits (zero.py); 0 for other engines."""
+        return int(self.zero_options["zero_optimization"]["stage"]) if self.engine == "deepspeed" else 0
 
     @property
     def is_main(self) -> bool:
@@ -65,7 +82,10 @@ class Runtime:
     @property
     def describe_engine(self) -> str:
         """Processes and engine in words, for the summary."""
-        count = "one" if self.world_size == 1 else f"{self.world_size}, {NAMES[self.engine]}"
+        stage = self.zero_stage
+        count = (
+            "one" if self.world_size == 1 else f"{self.world_size}, {NAMES[self.engine].format(stage, SPLIT[stage])}"
+        )
         return f"{count}; {self.why}" if self.why else count
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -88,26 +108,48 @@ class Runtime:
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         return model
 
+    def hand_over(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """The model as it is to be called and the optimizer as it is to be stepped: DeepSpeed takes both over, others leave
+        what `distribute` gave as it is.
+        """
+        if self.engine != "deepspeed":
+            return model, optimizer
+        return zero.initialize(model, optimizer, self.zero_options, self.device.type, self.dtype)
+
+    def open_weights(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, weights may be written to, by all processes alike. `model` as it is called."""
+        return zero.open_weights(model) if zero.is_engine(model) else nullcontext()
+
     @contextmanager
     def sync_gradients(self, model: nn.Module, on: bool) -> Iterator[None]:
         """Gradients are reduced over processes at the end of a backward pass inside `sync_gradients(model, on=True)`."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(on)
+        if zero.is_engine(model):
+            model.set_gradient_accumulation_boundary(on)  # type: ignore[operator]
         if isinstance(model, DistributedDataParallel) and not on:
             with model.no_sync():
                 yield
         else:
             yield
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        """`model` as it is called. What is reduced over processes is the mean."""
+        if zero.is_engine(model):
+            model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+        else:
+            loss.backward()
 
     def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient; scales it down to `max_norm` where that is given."""
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = total_norm(p.grad for p in parameters if p.grad is not None)
+        if zero.is_engine(model):
+            gradients, is_split = zero.gradients(model)
+        else:
+            gradients, is_split = [p.grad for p in model.parameters() if p.grad is not None], False
+        norm = total_norm(gradients, is_split)
         if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
         return norm
 
     # --- the other processes -----------
@@ -168,11 +210,20 @@ class Runtime:
 
 
 def build_runtime(
-    *, use_cpu: bool, mixed_precision: str, tf32: bool, engine: str = "auto", use_deepspeed: bool = True
+    *,
+    use_cpu: bool,
+    mixed_precision: str,
+    tf32: bool,
+    engine: str = "auto",
+    zero_options: Mapping[str, Any] | None = None,
 ) -> Runtime:
-    """The runtime of this process, from what the machine has and what started it. Raises ConfigError."""
+    """The runtime of this process, from what the machine has and what started it. `zero_options` are DeepSpeed's, where it
+    is asked for. Raises ConfigError.
+    """
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in PLACE.items())
-    engine, why = choose_engine(engine, world_size, use_deepspeed, os.environ)
+    engine, why = choose_engine(engine, world_size, zero_options is not None, os.environ)
+    if engine == "deepspeed":
+        zero.check_installed()
     kind = choose_device(use_cpu, torch.cuda.is_available())
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cpu":
@@ -187,7 +238,7 @@ def build_runtime(
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if world_size > 1:
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, patient, owns_group)
+    return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, patient, owns_group, zero_options or {})
 
 
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets them
@@ -196,16 +247,24 @@ PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets 
 # --- tensors that are split over processes -----------
 
 
-def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all together, whole tensors or shards; every process has to ask.
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is in this process."""
+    if zero.is_scattered(tensor):
+        return zero.held_piece(tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
 
-    Norms of rows, which nobody splits, are summed in float64, so that the result does not depend on who holds which rows.
+
+def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
+    """Euclidean norm of all together, whole tensors or shards; every process has to ask. `all_split`: all are parts.
+
+    Norms of rows, which most engines do not split, are summed in float64, so that the result does not depend on who holds
+    which rows.
     """
     whole: list[Tensor] = []
     split: list[Tensor] = []
     for tensor in tensors:
-        is_split = isinstance(tensor, DTensor)
-        held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        is_split = all_split or isinstance(tensor, DTensor) or zero.is_scattered(tensor)
+        held = local(tensor)
         rows = torch.linalg.vector_norm(held, dim=-1) if held.ndim > 1 else held
         (split if is_split else whole).append(rows.double().square().sum())
     total = torch.stack(split).sum() if split else torch.zeros((), dtype=torch.float64, device=whole[0].device)
@@ -218,8 +277,11 @@ def whole_weights(model: nn.Module) -> Tensors:
     """All tensors of a model, whole, copied to the CPU; empty in all processes but the main one. All have to ask."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     whole = {}
-    for name, tensor in model.state_dict().items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if zero.is_scattered(tensor):
+            full = zero.whole(tensor)
+        else:
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if is_main:
             whole[name] = full.detach().to("cpu", copy=True)
     return whole
@@ -249,6 +311,9 @@ def held_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
         elif is_main:
             parts[path] = tensor.detach().to("cpu", copy=True)
     return parts, first_rows
+
+
+own_partition, load_partition = zero.own_partition, zero.load_partition  # of an optimizer that DeepSpeed has split
 
 
 def held_rows(tensor: Tensor) -> slice:
@@ -282,48 +347,3 @@ def is_lost_peer(error: BaseException) -> bool:
 def seed_everything(*parts: int) -> None:
     """Seed torch from (seed, step, microbatch, ...), so that randomness depends on where we are, not on history."""
     torch.manual_seed(random.Random(repr(parts)).getrandbits(63))
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed memory instead of giving it back, so that a step reuses the pages of the step before.
-
-    Large tensors are otherwise mapped and zeroed by the kernel again and again: 10 to 15 % of a training step on a CPU.
-    """
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
-            for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
-                library.mallopt(option, value)
-
-
-def gpu_capability(device: torch.device) -> tuple[int, int]:
-    """CUDA's compute capability; (0, 0) for other devices."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def find_kernels() -> tuple[set[str], bool]:
-    """(attention kernels that are installed, whether liger-kernel is)."""
-    modules = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}
-    return {name for name, module in modules.items() if _installed(module)}, _installed("liger_kernel")
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def compile_blocks(blocks: Iterable[nn.Module], runtime: Runtime, backend: str, dynamic: bool | None) -> None:
-    """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
-
-    Attention itself depends on the lengths of documents, which change with every batch, and stays as it is. Raises
-    ConfigError for a backend that is unknown or cannot run here.
-    """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    check_compile(backend, torch._dynamo.list_backends(None), runtime.device.type, compiler is not None)
-    for block in blocks:
-        for name in ("project", "finish"):
-            method = torch.compile(getattr(block, name), backend=backend, dynamic=dynamic, fullgraph=True)
-            setattr(block, name, method)

@@ -1,0 +1,122 @@
+"""What a run asks of DeepSpeed: a stage of ZeRO and options of its own, from its JSON, a file of Accelerate, or a launcher.
+
+DeepSpeed's file says how states are split and sent. What it says of batch sizes, precision, clipping, optimizer and schedule is
+in our own keys; such values are not used, and a note says so. What we have not built (offloading) is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neobert.config.schema import Config
+from neobert.config.yaml_file import read_yaml
+from neobert.errors import ConfigError, Problem
+
+KEY = "trainer.deepspeed_config_file"
+DEFAULT_STAGE = 2
+LAUNCHER = {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"}  # what the `deepspeed` command sets
+TAKEN = {
+    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "wall_clock_breakdown", "comms_logger", "zero_allow_untested_optimizer",
+}  # fmt: skip
+OURS = {
+    "train_batch_size": "trainer.per_device_train_batch_size",
+    "train_micro_batch_size_per_gpu": "trainer.per_device_train_batch_size",
+    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps",
+    "gradient_clipping": "trainer.gradient_clipping",
+    "bf16": "trainer.mixed_precision",
+    "fp16": "trainer.mixed_precision",
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+    "steps_per_print": "trainer.logging_steps",
+}
+OFFLOAD = ("offload_optimizer", "offload_param", "zenflow")
+AUTO = "auto"  # as Hugging Face writes it: take the trainer's value
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's configuration, without what is ours: `options["zero_optimization"]["stage"]` is 0 to 3."""
+
+    options: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def stage(self) -> int:
+        return int(self.options["zero_optimization"]["stage"])
+
+
+def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
+    """What DeepSpeed is to do in this run; None where it is not asked for. Raises ConfigError."""
+    accelerate = _accelerate_section(config)
+    launched = environment.get("ACCELERATE_USE_DEEPSPEED") == "true" or environment.keys() >= LAUNCHER
+    if not config.use_deepspeed or not (config.trainer.engine == "deepspeed" or launched or accelerate is not None):
+        return None
+    section = accelerate or {}
+    for name in ("offload_optimizer_device", "offload_param_device"):
+        if str(section.get(name, "none")) != "none":
+            raise ConfigError(Problem("accelerate_config_file", f"{name}: offloading is not part of this version"))
+    file = (
+        config.trainer.deepspeed_config_file
+        or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        or section.get("deepspeed_config_file")
+    )
+    if file:
+        return _read_file(str(file))
+    stage = str(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", section.get("zero_stage", DEFAULT_STAGE)))
+    return Zero(_with_stage({}, stage, "accelerate_config_file"))
+
+
+def zero_stage(config: Config, environment: Mapping[str, str]) -> int:
+    """The stage of ZeRO; 0 also without DeepSpeed."""
+    zero = read_zero(config, environment)
+    return 0 if zero is None else zero.stage
+
+
+def _accelerate_section(config: Config) -> dict[str, Any] | None:
+    """`deepspeed_config` of the file that `accelerate_config_file` names, where it is one for DeepSpeed."""
+    if config.accelerate_config_file is None:
+        return None
+    values = read_yaml(config.accelerate_config_file).values
+    section = values.get("deepspeed_config")
+    if section is not None and not isinstance(section, dict):
+        raise ConfigError(Problem("accelerate_config_file", f"deepspeed_config must be a mapping, got {section!r}"))
+    return section or {} if values.get("distributed_type") == "DEEPSPEED" or section else None
+
+
+def _read_file(path: str) -> Zero:
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(Problem(KEY, f"{path}: {error.strerror}")) from None
+    except ValueError as error:
+        raise ConfigError(Problem(KEY, f"{path}: not JSON: {error}")) from None
+    if not isinstance(values, dict):
+        raise ConfigError(Problem(KEY, f"{path}: must be a mapping"))
+    if unknown := sorted(values.keys() - TAKEN - OURS.keys()):
+        raise ConfigError(Problem(KEY, f"{path}: {unknown[0]}: not supported; there are: {', '.join(sorted(TAKEN))}"))
+    notes = [f"{path}: {name} is not used; {OURS[name]} is" for name in OURS if _says_something(values.get(name))]
+    zero = values.get("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict):
+        raise ConfigError(Problem(KEY, f"{path}: zero_optimization must be a mapping, got {zero!r}"))
+    for name in OFFLOAD:
+        if _says_something(zero.get(name)):
+            raise ConfigError(Problem(KEY, f"{path}: {name}: offloading is not part of this version"))
+    kept = {name: value for name, value in zero.items() if value != AUTO and name not in OFFLOAD}
+    taken = {name: value for name, value in values.items() if name in TAKEN and value != AUTO}
+    return Zero(_with_stage({**taken, "zero_optimization": kept}, str(kept.get("stage", 0)), f"{KEY}: {path}"), notes)
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a setting is more than absent, left open, or off."""
+    if isinstance(value, dict):
+        return value.get("enabled", True) not in (AUTO, False) and value.get("device", "") != "none"
+    return value not in (None, AUTO)
+
+
+def _with_stage(options: dict[str, Any], stage: str, where: str) -> dict[str, Any]:
+    if stage not in ("0", "1", "2", "3"):
+        raise ConfigError(Problem(where, f"the stage of ZeRO is 0, 1, 2 or 3, got {stage!r}"))
+    return {**options, "zero_optimization": {**options.get("zero_optimization", {}), "stage": int(stage)}}

@@ -1,0 +1,272 @@
+"""Faults of a run on real processes and folders: signals in every phase, damaged checkpoints, dead workers; and safety: nothing
+is executed that came with data, names stay names, secrets of the environment stay there.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
+
+from neobert.config.load import load_config
+from neobert.data.tokenizer import load_tokenizer
+from neobert.data.workers import start_workers, submit_to_worker, wait_for_worker
+from neobert.errors import CheckpointError, ConfigError, DataError
+from neobert.tasks import pretraining
+from neobert.tasks.stopping import stop_signals
+from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
+from neobert.training.loop import Interrupt
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with checkpoints of the steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("faults") / "out"
+    words = [*TINY, "trainer.save_steps=2", "trainer.eval_steps=100", f"trainer.output_dir={folder}"]
+    pretraining.run(load_config([], words))
+    return folder
+
+
+# --- signals -----------
+
+
+def start(folder, *words, **environment):
+    (folder / "config.yaml").write_text("task: pretraining\n")
+    command = [sys.executable, "-u", "-m", "neobert", "run", str(folder / "config.yaml"), *TINY, *words]
+    return subprocess.Popen(
+        [*command, f"trainer.output_dir={folder / 'out'}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+
+
+PHASES = {  # phase: (words, when to send, what is left)
+    "compiling": (["trainer.torch_compile=true"], lambda out: (out / "environment.json").is_file(), "a checkpoint"),
+    "saving": (["trainer.save_steps=1"], lambda out: list(out.glob("checkpoints/.*.tmp")), "a checkpoint"),
+    "tokenising": (
+        ["dataset.pre_tokenize=true", "dataset.num_proc=1"], lambda out: list(out.glob("tokenized/train/plan.json")),
+        "nothing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_to_all_processes_of_a_run(phase, tmp_path):
+    """As a scheduler sends it: to every process of the job, twice. Saved where there is something to save."""
+    words, is_time, left = PHASES[phase]
+    process = start(tmp_path, "trainer.max_steps=100000", "trainer.eval_steps=100000", "dataset.num_workers=1", *words)
+    wait_for(process, lambda: is_time(tmp_path / "out"))
+    if phase == "compiling":
+        time.sleep(2)  # into the first step
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode % 256 in (128 + signal.SIGTERM, 256 - signal.SIGTERM), errors  # 143 to a shell
+    assert "Traceback" not in errors
+    steps = list_steps(tmp_path / "out/checkpoints")
+    if left == "nothing":
+        assert not steps
+        assert "nothing had to be saved" in output
+    elif steps:
+        assert f"stopped at step {steps[-1]}: received SIGTERM" in output
+        verify_checkpoint(find_checkpoint("latest", tmp_path / "out/checkpoints"))
+    else:
+        assert phase == "compiling"  # it came before the first step
+        assert "nothing had to be saved" in output
+
+
+def test_a_second_signal_ends_the_run_at_once():
+    """Only when it is one more, not the same one from a launcher as well."""
+    code = "import os, signal, time; from neobert.tasks import stopping; from neobert.training.loop import Interrupt\n"
+    code += "interrupt = Interrupt(); interrupt.start(); stopping.ONE_STOP_SECONDS = 0.2\n"
+    code += "with stopping.stop_signals(interrupt):\n"
+    code += "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print('noted', flush=True); time.sleep(0.3)\n"
+    code += "    os.kill(os.getpid(), 15); time.sleep(60)\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_a_step_ends_behind_it(number, tmp_path):
+    def stop(batch, step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    run = pretraining.run(load_config([], [*TINY, f"trainer.output_dir={tmp_path}"]), stop)
+    assert (run.exit_code, run.state.step) == (128 + number, 2)
+    assert list_steps(tmp_path / "checkpoints") == [2]
+    with stop_signals(Interrupt()):
+        pass  # handlers are those of before
+    assert signal.getsignal(number) not in (None, stop_signals)
+
+
+# --- data workers -----------
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("os.kill(os.getpid(), 9)", "was killed by SIGKILL, most likely for want of memory"),
+     ("os.kill(os.getpid(), 11)", "was killed by SIGSEGV"), ("os._exit(3)", "ended with exit code 3")],
+)  # fmt: skip
+def test_a_dead_worker_is_reported_with_its_reason(how, reason):
+    with start_workers(2) as pool, pytest.raises(DataError, match=f"a tokenising process {reason}"):
+        wait_for_worker(submit_to_worker(pool, exec, f"import os; {how}"))
+
+
+def test_workers_outlive_signals_that_are_for_the_run():
+    with start_workers(1) as pool:
+        wait_for_worker(submit_to_worker(pool, len, "up"))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            subprocess.run(["kill", f"-{int(number)}", str(pool.context.started[0].pid)], check=True)
+        time.sleep(0.2)
+        assert wait_for_worker(submit_to_worker(pool, len, "abc")) == 3
+
+
+# --- damaged checkpoints -----------
+
+
+def damages(folder, other):
+    """(what is damaged, how) for every file of a checkpoint; `other` is the checkpoint before it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for number, path in enumerate(files):
+        name, whole = str(path.relative_to(folder)), path.read_bytes()
+        places = (0, len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4, len(whole) - 1)
+        flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places]
+        shorter = [whole[:length] for length in (0, len(whole) // 2, len(whole) - 1)]
+        swapped = [files[(number + 1) % len(files)].read_bytes(), (other / name).read_bytes()]
+        for content in [*flipped, *shorter, whole + b"\n", *swapped]:
+            if content != whole:
+                yield name, functools.partial(path.write_bytes, content)
+        yield name, path.unlink
+    first, second = folder / "optimizer/rank00000.safetensors", folder / "optimizer/rank00001.safetensors"
+    yield second.name, functools.partial(shutil.copy, first, second)
+    yield "6", lambda: (shutil.rmtree(folder), shutil.copytree(other, folder))
+
+
+def test_damaged_checkpoints_are_named_before_training_starts(trained, tmp_path):
+    """Every file truncated, flipped, swapped, lengthened, deleted; each is found, named, and the step before is offered."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    folder, config = out / "checkpoints/6", load_config([], [*TINY, f"trainer.output_dir={out}",
+                                                             "trainer.resume_from_checkpoint=6"])  # fmt: skip
+    count = 0
+    for name, damage in list(damages(folder, out / "checkpoints/4")):
+        damage()
+        with pytest.raises(CheckpointError) as error:
+            verify_checkpoint(folder)
+        message = str(error.value)
+        assert name.rpartition("/")[2] in message
+        assert "the checkpoint before it is step 4" in message
+        count += 1
+        if count % 20 == 0:
+            with pytest.raises(CheckpointError, match=re.escape(message)):
+                pretraining.run(config)
+        shutil.rmtree(folder)
+        shutil.copytree(trained / "checkpoints/6", folder)
+    print(f"{count} damaged checkpoints, all named")
+    assert count >= 100
+    verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../4/model.safetensors", "/etc/hostname", "..", "tokenizer/../../4/config.json"])
+def test_a_checkpoint_names_no_files_outside(name, trained, tmp_path):
+    from neobert.training.checkpoint import _checksum, write_json
+
+    folder = shutil.copytree(trained / "checkpoints/6", tmp_path / "6")
+    state = json.loads((folder / "state.json").read_text())
+    del state["checksum"]
+    state["sha256"][name] = "0" * 64
+    write_json(folder / "state.json", {**state, "checksum": _checksum(state)})
+    with pytest.raises(CheckpointError, match="is not a file of the checkpoint"):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["../../elsewhere", "/etc", "\xff\xfe", ""])
+def test_pointers_lead_to_steps_only(text, trained, tmp_path):
+    root = shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(root / "4", tmp_path.parent / "elsewhere", dirs_exist_ok=True)
+    for pointer in ("latest", "best"):
+        (root / pointer).write_text(text, encoding="latin-1")
+    assert find_checkpoint("latest", root) == root / "6"
+    with pytest.raises(CheckpointError, match="no checkpoint 'best'"):
+        find_checkpoint("best", root)
+
+
+# --- safety -----------
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_that_comes_with_data_is_executed(trained, tmp_path):
+    """Pickles and Python files in a checkpoint, a tokenizer folder and a corpus; tags in YAML."""
+    exploded = tmp_path / "exploded"
+    bomb, code = pickle.dumps(Bomb(exploded)), f"import os\nos.mkdir({str(exploded)!r})\n"
+    tokenizer = shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization.Bomb", "tokenization.Bomb"]}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    corpus = shutil.copytree(TEXT, tmp_path / "corpus")
+    out = shutil.copytree(trained, tmp_path / "out")
+    for folder in (tokenizer, corpus, out / "checkpoints/6", out / "checkpoints/6/tokenizer", out):
+        for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "dataset.pkl"):
+            (folder / name).write_bytes(bomb)
+        for name in ("tokenization.py", "modeling.py", "corpus.py", "conftest.py", "sitecustomize.py"):
+            (folder / name).write_text(code)
+    words = [*TINY, f"dataset.path={corpus}", f"tokenizer.path={tokenizer}", f"trainer.output_dir={out}"]
+    with contextlib.suppress(DataError):
+        load_tokenizer("", str(tokenizer))
+    (corpus / "dataset.pkl").unlink()
+    pretraining.run(load_config([], [*words, "trainer.max_steps=2"]))
+    result = run_neobert("fill-mask", out, "The [MASK] of the people.")
+    assert result.returncode == 0, result.stderr
+    for tag in ("!!python/object/apply:os.mkdir", "!!python/name:os.mkdir"):
+        (tmp_path / "bomb.yaml").write_text(f"seed: {tag} ['{exploded}']\n")
+        with pytest.raises(ConfigError):
+            load_config([str(tmp_path / "bomb.yaml")], [])
+    assert not exploded.exists()
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "..", "a\\b"])
+@pytest.mark.parametrize("key", ["wandb.project", "wandb.name"])
+def test_names_do_not_lead_elsewhere(key, name):
+    with pytest.raises(ConfigError, match=f"{key}: .* is not a name"):
+        load_config([], [f"{key}={json.dumps(name)}"])
+
+
+SECRETS = {
+    name: f"secret-{number}-{'x' * 12}"
+    for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"))
+}
+
+
+def test_secrets_of_the_environment_stay_there(tmp_path):
+    words = [*TINY, f"trainer.output_dir={tmp_path / 'out'}", "debug=true"]
+    (tmp_path / "config.yaml").write_text("task: pretraining\n")
+    good = run_neobert("run", tmp_path / "config.yaml", *words, env=SECRETS)
+    bad = run_neobert("run", tmp_path / "config.yaml", *words, "trainer.stpes=3", env=SECRETS)
+    assert (good.returncode, bad.returncode) == (0, 2), good.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"environment.json", "report.html", "config.yaml", "state.json", "metrics.jsonl"} <= {p.name for p in files}
+    for name, secret in SECRETS.items():
+        assert secret not in good.stdout + good.stderr + bad.stdout + bad.stderr, name
+        assert not [path for path in files if secret.encode() in path.read_bytes()], name
