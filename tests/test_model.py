@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from neobert.model import flat, loss
 from neobert.model.attention import Layout, Rotary, attend, attend_documents
-from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU
+from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, steady_size
 from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM
 
 VOCABULARY = 120
@@ -207,6 +208,45 @@ def test_pooling_equals_a_loop(pooling):
     padded = model.model.embed(unpacked(ids, 0), attention_mask=unpacked(torch.ones_like(ids), 0), pooling=pooling)
     torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(padded, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_filler_changes_nothing(variant, monkeypatch):
+    """In bfloat16 on the CPU a batch is filled up to a size that recurs; no document, loss, vector or gradient sees it."""
+    model, (ids, labels, lengths) = build(**variant), packed_batch()
+    ids, labels, lengths = ids[:, :-3], labels[:, :-3], lengths[:-2]
+    lengths = torch.cat((lengths, torch.tensor([ids.numel() - int(lengths.sum())])))
+    inputs = {"input_ids": ids.reshape(1, -1), "labels": labels.reshape(1, -1), "document_lengths": lengths}
+
+    def outcome():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.model.flatten(ids.reshape(1, -1), None, lengths).layout.filler == filler
+            result = gradients(model, **inputs, count_correct=True)
+            pooled = model.model.embed(inputs["input_ids"], document_lengths=lengths)
+            hidden = model.model(inputs["input_ids"], document_lengths=lengths).last_hidden_state
+        return result, pooled.detach(), hidden.detach().float()
+
+    filler = 4  # 244 tokens -> 248
+    filled = outcome()
+    assert filled[1].shape == (len(lengths), 32)
+    assert filled[0][1]["model.embed_tokens.weight"][0].abs().max() == 0  # the filler's token
+    monkeypatch.setattr(flat, "steady_size", lambda rows, *_: rows)
+    monkeypatch.setattr(loss, "steady_size", lambda rows, *_: rows)
+    filler = 0
+    plain = outcome()
+    assert_same(filled[0], plain[0], 2e-2)
+    for a, b in zip(filled[1:], plain[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_sizes_that_recur():
+    sizes = {steady_size(rows, "cpu", torch.bfloat16) for rows in range(1024, 2048)}
+    assert len(sizes) == 17
+    for rows in range(5000):
+        size = steady_size(rows, "cpu", torch.bfloat16)
+        assert rows <= size <= rows * 17 / 16
+        assert steady_size(size, "cpu", torch.bfloat16) == size
+    assert steady_size(1025, "cpu", torch.float32) == steady_size(1025, "cuda", torch.bfloat16) == 1025
 
 
 def test_rows_of_padding_only():

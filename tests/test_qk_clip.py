@@ -195,21 +195,27 @@ def test_same_clip_with_checkpointing_and_compilation(how):
 
 
 def test_rows_with_a_mask_are_seen_as_documents():
-    """CUDA's layout: rows stay padded and are masked. Same maxima as of the flat layout without padding."""
+    """CUDA's layout: rows stay padded and are masked. Same maxima as of the flat layout without padding, or with filler."""
     torch.manual_seed(0)
     attention = Attention(32, 4)
     model = torch.nn.Sequential(attention)
     clip = QKClip(model, QKClipSettings(interval=1), pad_id=None)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     x = torch.randn(8, 32)
-    seen = []
-    for layout, tokens in ((Layout(mask_BT=mask), x), (Layout(lengths=(3, 4)), x[mask.flatten()])):
+    seen, real = [], x[mask.flatten()]
+    filled = torch.cat((real, 100 * torch.ones(1, 32)))
+    for layout, tokens in (
+        (Layout(mask_BT=mask), x),
+        (Layout(lengths=(3, 4)), real),
+        (Layout(lengths=(3, 4), filler=1), filled),
+    ):
         clip.prepare(1, is_last_microbatch=True)
         clip._before(model, (), {"input_ids": mask.long(), "attention_mask": mask})
         attention(attention.project(tokens), None, layout)
         clip._after(model, (), None)
         seen.append(clip.apply(1).maxima)
-    torch.testing.assert_close(*seen)
+    torch.testing.assert_close(seen[0], seen[1])
+    torch.testing.assert_close(seen[0], seen[2])
 
 
 # --- blocks with separate projections -----------

@@ -56,17 +56,19 @@ class Rotary:
 class Layout:
     """Where documents lie in a flat batch. Exactly one of `lengths` and `mask_BT` is set."""
 
-    lengths: tuple[int, ...] | None = None  # tokens of each document; their sum is N
+    lengths: tuple[int, ...] | None = None  # tokens of each document; with `filler` their sum is N
     mask_BT: Tensor | None = None  # true where a token is real
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
+    filler: int = 0  # tokens behind the documents that belong to none (CPU; flat.py)
     _starts: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def buckets(self) -> Buckets:
         """The documents by padded length; computed once per batch, used by every layer."""
         assert self.lengths is not None
-        return Buckets.of(self.lengths)
+        whole, rest = divmod(self.filler, GRANULARITY)
+        return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])))
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
         """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length.

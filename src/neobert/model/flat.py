@@ -3,20 +3,24 @@
 Shapes: B rows, T row length, N tokens kept, D width, n documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .attention import Kernel, Layout
+from .kernels import compute_dtype, steady_size
 
 Pooling = Literal["mean", "avg", "cls", "max"]
 
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """A batch as a run of N tokens. `kept_N` are the places in B*T that were kept; None when all were."""
+    """A batch as a run of N tokens. `kept_N` are the places in B*T that were kept; None when all were.
+
+    Behind the tokens there may be `layout.filler` more, which the encoder takes along and leaves out of what it returns.
+    """
 
     ids_N: Tensor
     positions_N: Tensor
@@ -70,6 +74,23 @@ def flatten(
     `document_lengths` are on the CPU, wherever the rest is. Raises ValueError when they do not sum to B*T, or when a
     document is longer than `longest` tokens.
     """
+    flat = _flatten(input_ids, attention_mask, document_lengths, longest, dropout, kernel)
+    num_tokens, kind = len(flat.ids_N), input_ids.device.type
+    filler = steady_size(num_tokens, kind, compute_dtype(input_ids)) - num_tokens if kind == "cpu" else 0
+    if not filler:
+        return flat
+    ids, positions = (torch.cat((x, x.new_zeros(filler))) for x in (flat.ids_N, flat.positions_N))
+    return replace(flat, ids_N=ids, positions_N=positions, layout=replace(flat.layout, filler=filler))
+
+
+def _flatten(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    document_lengths: Tensor | None,
+    longest: int,
+    dropout: float,
+    kernel: Kernel,
+) -> FlatBatch:
     B, T = input_ids.shape
     if document_lengths is not None:
         lengths = document_lengths.tolist()

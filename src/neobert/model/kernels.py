@@ -19,6 +19,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def steady_size(rows: int, device_type: str, dtype: torch.dtype) -> int:
+    """How many rows a product of `rows` rows had better have: on the CPU in bfloat16 one of 16 sizes per power of two.
+
+    oneDNN compiles every product for its shape, which takes longer than a small product itself (1 to 16 ms), and keeps what
+    it compiled: with another number of tokens in every batch that was half of the time and gigabytes of memory.
+    """
+    if device_type != "cpu" or dtype != torch.bfloat16:
+        return rows
+    granularity = max(1, 1 << max(0, rows.bit_length() - 5))
+    return -(-rows // granularity) * granularity
+
+
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, backend: str) -> Tensor:
     """x / rms(x) * weight (arXiv 1910.07467), computed in float32."""
     if backend == "liger":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import compute_dtype
+from .kernels import compute_dtype, steady_size
 
 IGNORED = -100  # label of a token that is not predicted
 LOGIT_BUDGET = 2**25  # logits that exist at a time: 64 MiB in bfloat16
@@ -43,26 +43,30 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_MD, weight_VD, bias_V, labels_M, dtype: torch.dtype, count: bool):  # type: ignore
-        hidden, weight = hidden_MD.to(dtype), weight_VD.to(dtype)
+        M, V = len(hidden_MD), len(weight_VD)
+        num_parts = max(1, -(-M * V // LOGIT_BUDGET))
+        size = max(1, steady_size(-(-M // num_parts), hidden_MD.device.type, dtype))
+        hidden, weight = _with_rows(hidden_MD.to(dtype), -(-M // size) * size), weight_VD.to(dtype)
         bias = None if bias_V is None else bias_V.to(dtype)
         loss_sum = hidden_MD.new_zeros((), dtype=torch.float32)
         num_correct = labels_M.new_zeros(())
         wants_grad = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_weight = grad_bias = None
-        num_parts = -(-len(hidden) * len(weight) // LOGIT_BUDGET)
-        for rows in torch.arange(len(hidden)).tensor_split(num_parts) if num_parts else ():
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits, labels = F.linear(hidden[part], weight, bias), labels_M[part]
-            loss_sum += _softmax_loss_(logits, labels, num_correct if count else None, wants_grad)
+        for start in range(0, M, size):
+            part, real = slice(start, start + size), min(size, M - start)
+            logits = F.linear(hidden[part], weight, bias)
+            labels = labels_M[start : start + real]
+            loss_sum += _softmax_loss_(logits[:real], labels, num_correct if count else None, wants_grad)
             if wants_grad:
+                logits[real:] = 0
                 torch.mm(logits, weight, out=grad_hidden[part])
                 grad_weight = _accumulate(grad_weight, logits.t() @ hidden[part])
                 grad_bias = None if bias is None else _accumulate(grad_bias, logits.sum(0, dtype=torch.float32))
         if wants_grad:
             grad_weight = torch.zeros_like(weight_VD) if grad_weight is None else grad_weight
             grad_bias = torch.zeros_like(bias_V) if grad_bias is None and bias is not None else grad_bias
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.save_for_backward(grad_hidden[:M], grad_weight, grad_bias)
         ctx.dtypes = hidden_MD.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(num_correct)
         return loss_sum, num_correct
@@ -80,6 +84,11 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _with_rows(x_MD: Tensor, rows: int) -> Tensor:
+    """With rows of zeros behind, to `rows` rows."""
+    return x_MD if len(x_MD) == rows else F.pad(x_MD, (0, 0, 0, rows - len(x_MD)))
 
 
 def _accumulate(total: Tensor | None, one: Tensor) -> Tensor:

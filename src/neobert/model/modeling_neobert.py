@@ -192,7 +192,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         )
 
     def encode(self, flat: FlatBatch) -> Tensor:
-        """Hidden states of a flat batch: N x D."""
+        """Hidden states of a flat batch: N x D, without filler."""
         config, rotary = self.config, None
         x_ND = self.embed_tokens(flat.ids_N)
         if config.rope:
@@ -207,7 +207,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
                 x_ND = checkpoint(block, x_ND, rotary, flat.layout, use_reentrant=False)
             else:
                 x_ND = block(x_ND, rotary, flat.layout)
-        return self.norm(x_ND)
+        return self.norm(x_ND[: len(x_ND) - flat.layout.filler] if flat.layout.filler else x_ND)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ not looked at, nor is evaluation.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -166,6 +166,9 @@ class QKClip:
     def _see_fused(self, block: nn.Module, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> None:
         """`Attention.capture`."""
         if self._is_watching:
+            if layout.filler:  # no document's
+                qkv_N3HK = qkv_N3HK[: -layout.filler]
+                rotary = rotary and replace(rotary, positions_N=rotary.positions_N[: -layout.filler])
             q, k, _ = qkv_N3HK.detach().unbind(1)
             self.see(block, q, k, rotary)
 
