@@ -281,6 +281,7 @@ def test_engines():
     fsdp = {"ACCELERATE_USE_FSDP": "true"}
     assert choose_engine("auto", 1, False, {}) == ("plain", "")
     assert choose_engine("fsdp2", 1, False, {}) == ("plain", "trainer.engine: fsdp2 is for several processes")
+    assert choose_engine("auto", 1, False, fsdp) == ("plain", "FSDP was launched, which is for several processes")
     assert choose_engine("auto", 2, False, {}) == ("ddp", "")
     assert choose_engine("auto", 2, False, fsdp) == ("fsdp2", "launched for it")
     assert choose_engine("fsdp2", 2, False, {}) == ("fsdp2", "")
