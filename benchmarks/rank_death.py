@@ -1,4 +1,4 @@
-"""One of several processes is killed: how long until all have ended, is the culprit named, the last checkpoint whole?
+"""One of several processes is killed: how long until all have ended, is the culprit named, is the last checkpoint whole.
 
 `neobert run --nproc 4` on this machine; SIGKILL hits each of the processes in turn, in the middle of training. The others wait
 in a collective, find the connection closed, and are ended by the launcher.

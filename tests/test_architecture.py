@@ -37,6 +37,20 @@ def test_imports_go_one_way(path):
         assert set(our_imports(path)) <= MAY_IMPORT[here] | {here, "errors"}
 
 
+def test_one_file_knows_deepspeed():
+    """It is training/zero.py, which nobody but runtime.py speaks to."""
+    for path in FILES:
+        imported = {
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in [*(alias.name for alias in node.names), getattr(node, "module", "") or ""]
+        }
+        assert path.name == "zero.py" or not any(name.split(".")[0] == "deepspeed" for name in imported), path
+        if "neobert.training.zero" in imported:
+            assert path.name == "runtime.py", path
+
+
 def test_model_folder_is_self_contained():
     """Export ships these files as they are, so they import torch, transformers and each other, relatively.
 

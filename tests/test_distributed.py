@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, UserError
-from neobert.tasks import pretraining
+from neobert.tasks import pretraining, run_folder
 from neobert.tasks.launch import Launch, plan_launch
 from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
 from neobert.training.choices import choose_engine
@@ -78,6 +79,11 @@ def worker(rank, root):
         resume(root, name, source, *words)
     with pytest.raises(UserError, match="cannot share equally"):
         run(root / "three lanes", "dataset.lanes=3")
+    run_folder.SHARED_SECONDS = 0.5
+    os.makedirs(root / f"machine{rank}")
+    os.chdir(root / f"machine{rank}")
+    with pytest.raises(ConfigError, match="1 of 2 processes do not see out of process 0"):
+        run("out")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -254,6 +260,20 @@ def test_example_files_of_accelerate(path):
     launch, notes = plan_launch(load_config([], [f"accelerate_config_file={path}"]).config, None)
     assert launch is not None
     assert not notes
+    assert launch.num_machines == (2 if "machines" in path.name else 1)
+
+
+def test_the_slurm_script_starts_a_run():
+    """The shell takes it, torchrun takes its words, and what it runs is a command of ours."""
+    script = ROOT / "configs/slurm/pretrain.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text().replace("\\\n", " ")
+    command = next(line for line in text.splitlines() if line.startswith("srun torchrun"))
+    found = get_args_parser().parse_args(command.replace('"$SLURM_JOB_NUM_NODES"', "2").split()[2:])
+    assert (found.nnodes, found.module, found.training_script) == ("2", True, "neobert")
+    assert found.signals_to_handle == "SIGTERM,SIGINT,SIGUSR1"
+    assert found.training_script_args[0] == "run"
+    load_config([], found.training_script_args[2:-1])
 
 
 def test_engines():
@@ -261,6 +281,7 @@ def test_engines():
     fsdp = {"ACCELERATE_USE_FSDP": "true"}
     assert choose_engine("auto", 1, False, {}) == ("plain", "")
     assert choose_engine("fsdp2", 1, False, {}) == ("plain", "trainer.engine: fsdp2 is for several processes")
+    assert choose_engine("auto", 1, False, fsdp) == ("plain", "FSDP was launched, which is for several processes")
     assert choose_engine("auto", 2, False, {}) == ("ddp", "")
     assert choose_engine("auto", 2, False, fsdp) == ("fsdp2", "launched for it")
     assert choose_engine("fsdp2", 2, False, {}) == ("fsdp2", "")

@@ -10,8 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnContext
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from neobert.data.tokenizer import Ids, TextTokenizer
@@ -23,9 +22,21 @@ WORKER_DIED = (
     "a tokenising process {}; use fewer (dataset.num_workers, dataset.num_proc, --num-proc), and start again: it goes on "
     "where it was"
 )
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 REASON_SECONDS = 5.0  # in which the system tells how a process ended
 
 _worker_tokenizer: TextTokenizer | None = None
+
+
+class _Worker(SpawnProcess):
+    """A process that is deaf to signals until it knows what to do about them."""
+
+    def start(self) -> None:
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process inherits that
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 class _Remembering(SpawnContext):
@@ -33,10 +44,10 @@ class _Remembering(SpawnContext):
 
     def __init__(self) -> None:
         super().__init__()
-        self.started: list[BaseProcess] = []
+        self.started: list[_Worker] = []
 
-    def Process(self, *arguments: Any, **keywords: Any) -> BaseProcess:  # type: ignore[override]
-        self.started.append(super().Process(*arguments, **keywords))
+    def Process(self, *arguments: Any, **keywords: Any) -> _Worker:  # type: ignore[override]
+        self.started.append(_Worker(*arguments, **keywords))
         return self.started[-1]
 
 
@@ -72,9 +83,9 @@ def start_workers(num_workers: int, tokenizer: TextTokenizer | None = None) -> W
 def _set_worker_tokenizer(tokenizer: TextTokenizer | None) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process, which saves and ends its workers
+    for number in SIGNALS - {signal.SIGTERM}:  # for the training process, which saves and ends its workers
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
     threading.Thread(target=_end_when_told, daemon=True).start()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = tokenizer

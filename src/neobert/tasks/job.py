@@ -121,6 +121,7 @@ class Job:
             saver.wait()
             if not stopped_by:
                 self.load_best(root, evaluation)
+                stopped_by = int(runtime.all_max(self.interrupt.signal)[0])
         finally:
             console.close()
             metrics.close()

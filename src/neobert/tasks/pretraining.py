@@ -24,7 +24,7 @@ from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, start_
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.resuming import load_training_state, with_saved_lanes
-from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.run_folder import open_run_folder, write_run_files
 from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import describe_run, print_summary
 from neobert.training.checkpoint import Tensors, has_data, verify_checkpoint
@@ -59,8 +59,8 @@ def build_job(
     hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
     vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
     tokenizer = text_tokenizer(hf_tokenizer)
-    folder, resume, told = runtime.on_main(
-        lambda: prepare_run_folder(trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir)
+    folder, resume, told = open_run_folder(
+        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
     )
     saved = None
     if resume is not None:

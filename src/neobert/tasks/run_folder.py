@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from neobert import __version__
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.training.checkpoint import clean_leftovers, find_checkpoint, list_steps, write_json
+from neobert.training.runtime import Runtime
 
+SHARED_SECONDS = 30.0  # in which a network file system shows a new file
 RUN_FILES = (
     "checkpoints",
     "metrics.jsonl",
@@ -63,6 +66,40 @@ def prepare_run_folder(output_dir: str, resume: str | None, overwrite: bool) -> 
             f"the run that was in {folder} is now in {folder / 'previous'} (to continue it instead: resume_from_checkpoint)"
         ],
     )
+
+
+def open_run_folder(
+    output_dir: str, resume: str | None, overwrite: bool, runtime: Runtime
+) -> tuple[Path, Path | None, list[str]]:
+    """What `prepare_run_folder` gives in the main process, in all of them, which must see the same folder."""
+    found = runtime.on_main(lambda: prepare_run_folder(output_dir, resume, overwrite))
+    if runtime.world_size > 1:
+        check_shared(found[0], runtime)
+    return found
+
+
+def check_shared(folder: Path, runtime: Runtime) -> None:
+    """Raises ConfigError, in all processes, where one of them, on another machine, has another folder of this name."""
+    name = runtime.on_main(lambda: _probe(folder))
+    end = time.monotonic() + SHARED_SECONDS
+    while not (folder / name).is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    missing = int(runtime.all_sum(not (folder / name).is_file())[0])
+    runtime.on_main(lambda: (folder / name).unlink())
+    if missing:
+        raise ConfigError(
+            Problem(
+                "trainer.output_dir",
+                f"{missing} of {runtime.world_size} processes do not see {folder} of process 0; several machines need a file "
+                "system that all of them share",
+            )
+        )
+
+
+def _probe(folder: Path) -> str:
+    name = f".shared.{os.getpid()}"
+    (folder / name).write_text("")
+    return name
 
 
 def _resume_point(folder: Path, resume: str) -> tuple[Path | None, list[str]]:

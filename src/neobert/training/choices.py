@@ -22,15 +22,18 @@ def choose_engine(
 
     Raises ConfigError for what cannot run.
     """
-    if world_size == 1:
-        return "plain", f"trainer.engine: {requested} is for several processes" if requested != "auto" else ""
     launched = {
         "fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true",
         "deepspeed": wants_deepspeed,
     }
+    names = {"fsdp2": "FSDP", "deepspeed": "DeepSpeed"}
+    if world_size == 1:
+        whats = [f"trainer.engine: {requested} is"] if requested != "auto" else []
+        whats += [f"{names[engine]} was launched, which is" for engine, is_wanted in launched.items() if is_wanted]
+        return "plain", f"{whats[0]} for several processes" if whats else ""
     for engine, is_wanted in launched.items():
         if is_wanted and requested not in ("auto", engine):
-            name = "FSDP" if engine == "fsdp2" else "DeepSpeed"
+            name = names[engine]
             raise ConfigError(
                 Problem(
                     "trainer.engine", f"{requested}, but the processes were launched for {name}; use auto or {engine}"

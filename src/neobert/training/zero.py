@@ -70,6 +70,8 @@ def initialize(
     engine, stepper, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
+    assert engine.dp_world_size == torch.distributed.get_world_size()  # it falls back to one without a word
+    assert is_split(stepper) == (options["zero_optimization"]["stage"] > 0)
     return engine, stepper
 
 
