@@ -43,7 +43,11 @@ def made_labels(number=40, classes=4):
 
 def made_scores(number=40):
     return [
-        {"sentence1": f"about {WORDS[n % 12]}", "sentence2": f"{n} about {WORDS[n * (n % 2) % 12]}", "score": (n % 6) * 1.0}
+        {
+            "sentence1": f"about {WORDS[n % 12]}",
+            "sentence2": f"{n} about {WORDS[n * (n % 2) % 12]}",
+            "score": (n % 6) * 1.0,
+        }
         for n in range(number)
     ]
 
