@@ -1,13 +1,13 @@
 """Contrastive training: ours against sentence-transformers' trainer, on the same weights, pairs, batch and steps.
 
-The peer is the same encoder, read from our checkpoint as EuroBERT, with mean pooling, MultipleNegativesRankingLoss, fused AdamW,
-the same learning rates, clipping, precision and length of texts; its loader pads every column to the longest of the batch.
+The peer is the same encoder, read from our checkpoint as EuroBERT, with mean pooling, MultipleNegativesRankingLoss, fused
+AdamW, the same learning rates, clipping, precision and length of texts; its loader pads every column to its longest text.
 Seeds differ in the order of the pairs. The clock runs from reading the pairs to the last update, in a process of its own
-for every run; imports, checkpoints and evaluation are left out on both sides. The runs take turns. Quality is nDCG@10 of finding
-the positives of held-out pairs among all of them, by sentence-transformers' evaluator, on both sides.
+for every run; imports and evaluation are left out on both sides. The runs take turns. Quality is nDCG@10 of finding the
+positives of held-out pairs among all of them, by sentence-transformers' evaluator, on both sides.
 
-Weights are those of `--weights`, a run's folder; without it a small encoder is trained for a minute first. `--data` is a .jsonl
-with anchor and positive, of which the last 500 rows are held out.
+Weights are those of `--weights`, a run's folder; without it a small encoder is trained for a minute first. `--data` is a
+.jsonl with anchor and positive, of which the last 500 rows are held out.
 """
 
 import json
@@ -99,7 +99,7 @@ def one_of_the_peer(args, seed: int) -> tuple[float, float]:
         return evaluate(model, held_out), seconds
 
 
-def load_peer(weights: str, folder: str):
+def load_peer(weights: str, folder: str, length: int = LENGTH):
     """Our checkpoint as a SentenceTransformer with mean pooling."""
     import shutil
 
@@ -112,7 +112,7 @@ def load_peer(weights: str, folder: str):
     shutil.copytree(checkpoint / "tokenizer", target)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, target)
-    encoder = Transformer(str(target), max_seq_length=LENGTH)
+    encoder = Transformer(str(target), max_seq_length=length)
     return SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")], device="cpu")
 
 

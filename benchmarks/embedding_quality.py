@@ -19,6 +19,12 @@ OPTIONS = {
     "pretrained": {"default": None}, "trained": {"default": None}, "data": {"default": str(ROOT.parent / "shared/data")},
 }  # fmt: skip
 
+STORY = [
+    "trainer.per_device_train_batch_size=256", "dataset.max_seq_length=64", "contrastive.temperature=0.03",
+    "optimizer.lr=1e-3", "scheduler.name=linear", "scheduler.final_lr_ratio=0.0", "trainer.gradient_clipping=1.0",
+    "datacollator.pack_sequences=true",
+]  # fmt: skip
+
 
 def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
@@ -108,18 +114,19 @@ def train(args, folder: str) -> None:
     """Both runs."""
     data, short = Path(args.data), args.quick
     args.pretrained, args.trained = f"{folder}/pretrained", f"{folder}/trained"
-    steps = (40, 20) if short else (3000, 450)
-    run(neobert("pretrain", QUICKSTART, f"dataset.path={data / 'prose'}", f"tokenizer.path={data / 'tokenizers/bert-base-uncased'}",
-                "dataset.max_seq_length=128", "trainer.per_device_train_batch_size=32", f"trainer.max_steps={steps[0]}",
-                f"trainer.output_dir={args.pretrained}"))  # fmt: skip
+    steps = (40, 20) if short else (3000, 400)
+    tokenizer = f"tokenizer.path={data / 'tokenizers/bert-base-uncased'}"
+    shape = ["dataset.max_seq_length=128", "trainer.per_device_train_batch_size=32"]
+    words = [f"dataset.path={data / 'prose'}", tokenizer, *shape, f"trainer.max_steps={steps[0]}"]
+    run(neobert("pretrain", QUICKSTART, *words, f"trainer.output_dir={args.pretrained}"))
     mixture = [
-        {"path": str(data / "pairs/packages.jsonl"), "train_split": f"train[:-{HELD_OUT}]", "weight": 3.0},
+        {"path": str(data / "pairs/packages.jsonl"), "train_split": f"train[:-{HELD_OUT}]", "weight": 4.0},
         {"path": str(data / "pairs/wordnet.jsonl")},
         {"path": str(data / "pairs/verses.jsonl")},
     ]
-    run(neobert("contrastive", ROOT / "configs/contrastive/small.yaml", f"dataset.mixture={json.dumps(mixture)}", "dataset.path=",
-                f"contrastive.pretrained_checkpoint_dir={args.pretrained}", "trainer.per_device_train_batch_size=128",
-                f"trainer.max_steps={steps[1]}", "optimizer.lr=5e-4", f"trainer.output_dir={args.trained}"))  # fmt: skip
+    words = [f"dataset.mixture={json.dumps(mixture)}", "dataset.path=", f"trainer.max_steps={steps[1]}", *STORY]
+    words += [f"contrastive.pretrained_checkpoint_dir={args.pretrained}", f"trainer.output_dir={args.trained}"]
+    run(neobert("contrastive", ROOT / "configs/contrastive/small.yaml", *words))
 
 
 def main() -> None:

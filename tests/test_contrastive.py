@@ -101,7 +101,7 @@ def test_pairs_with_a_high_score_are_positives(tmp_path):
 
 FORMATS = {
     "lists": '["the question about peace", "an answer of peace"]\n["on war", "of war", "no"]\n',
-    "query_pos_neg": '{"query": "about peace", "pos": ["peace", "law"], "neg": ["war"]}\n{"query": "q", "pos": ["p"], "neg": []}\n',
+    "query_pos_neg": '{"query": "peace?", "pos": ["peace", "law"], "neg": ["war"]}\n{"query": "q", "pos": ["p"], "neg": []}\n',
     "columns": '{"title": "about peace", "body": "peace"}\n{"title": "on war", "body": "war"}\n',
 }
 
