@@ -48,7 +48,7 @@ def evaluate(model, rows: list[dict]) -> float:
 
     roles = Roles("pairs", {"anchor": "anchor", "positive": "positive"})
     examples = Examples(roles, [Example(row["anchor"], row["positive"]) for row in rows], "held out")
-    return evaluate_set(build_evaluator("", examples, ROWS), model)["ndcg@10"]
+    return evaluate_set(build_evaluator(examples, ROWS), model)["ndcg@10"]
 
 
 def one_of_ours(args, seed: int) -> tuple[float, float]:

@@ -71,7 +71,7 @@ class Embedder:
         return unit_rows(vectors) if normalize else vectors
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_ids(
     model: Any,
     ids: list[Ids],
@@ -143,7 +143,7 @@ def load_embedder(
     else:
         model = _load_foreign(folder, settings, tokenizer.pad_token_id)
     longest = int(getattr(model.config, "max_position_embeddings", 512))
-    length = min(max_length or trained.get("max_length", longest), longest)
+    length = min(max_length or trained.get("max_length", longest), longest, tokenizer.model_max_length)
     if torch.cuda.is_available():
         model.to("cuda")
     return Embedder(model.eval(), tokenizer, length, batch_tokens, precision)
