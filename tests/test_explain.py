@@ -163,7 +163,7 @@ def test_rules_name_real_keys():
         assert rule.description.endswith(".")
 
 
-@pytest.mark.parametrize("task", ["mteb", "contrastive"])
+@pytest.mark.parametrize("task", ["mteb"])
 def test_what_is_not_built_is_refused_at_the_start(task, tmp_path):
     file = write(tmp_path / "c.yaml", {"task": task})
     assert [problem.path for problem in not_built(load_config([file]).config)] == ["task"]
