@@ -60,13 +60,14 @@ class Layout:
     mask_BT: Tensor | None = None  # true where a token is real
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
+    granularity: int = GRANULARITY  # of the buckets on the CPU
     _starts: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def buckets(self) -> Buckets:
         """The documents by padded length; computed once per batch, used by every layer."""
         assert self.lengths is not None
-        return Buckets.of(self.lengths)
+        return Buckets.of(self.lengths, self.granularity)
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
         """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length.
