@@ -7,8 +7,8 @@ from pydantic import BaseModel
 
 from neobert.config.legacy import LEGACY
 from neobert.config.load import Loaded
-from neobert.config.reference import KeyInfo, known_keys, nearest_key
-from neobert.config.rules import RULES, value_of
+from neobert.config.reference import KeyInfo, known_keys, nearest_key, value_of
+from neobert.config.rules import RULES
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem
 
@@ -26,7 +26,8 @@ STARTERS = {
         "trainer.eval_strategy", "trainer.metric_for_best_model", "optimizer.lr", "scheduler.warmup_percent", "seed",
     ),
     "contrastive": (
-        "dataset.path", "contrastive.loss_type", "contrastive.temperature", "contrastive.pooling", "pretrained_checkpoint",
+        "dataset.path", "dataset.max_seq_length", "contrastive.pretrained_checkpoint_dir", "contrastive.pretrained_checkpoint",
+        "contrastive.loss_type", "contrastive.temperature", "contrastive.pooling", "datacollator.pack_sequences",
         "trainer.output_dir", "trainer.max_steps", "trainer.per_device_train_batch_size", "optimizer.lr", "seed",
     ),
     "mteb": ("mteb_task_type", "mteb_batch_size", "mteb_pooling", "pretrained_checkpoint", "trainer.output_dir"),

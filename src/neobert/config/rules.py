@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.reference import known_keys
+from neobert.config.contrastive_rules import (
+    NOT_CONTRASTIVES,
+    contrastive_has_batches_of_its_own,
+    contrastive_keys_need_contrastive,
+    temperature_wins_over_weights,
+)
+from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero, zero_stage
 from neobert.errors import Problem
@@ -39,9 +45,9 @@ def precision_is_supported(config: Config, keys_set: KeysSet) -> Found:
 
 
 def rows_fit_model(config: Config, keys_set: KeysSet) -> Found:
-    """No row is longer than the positions of the model (GLUE: those of the weights, once they are found)."""
+    """No row is longer than the positions of the model (GLUE and contrastive: those of the weights, once they are found)."""
     longest = config.model.max_position_embeddings
-    if config.task == "glue":
+    if config.task in ("glue", "contrastive"):
         return
     lengths = {
         "dataset.max_seq_length": config.dataset.max_seq_length,
@@ -88,7 +94,8 @@ def mixture_has_sources(config: Config, keys_set: KeysSet) -> Found:
     for number, source in enumerate(config.dataset.mixture):
         if not source.path and not source.name:
             yield Problem("dataset.mixture", f"entry {number} has neither path nor name")
-    if config.dataset.mixture and config.trainer.max_steps < 0 and config.dataset.mixture_exhausted == "repeat":
+    repeats = config.dataset.mixture_exhausted == "repeat" and config.task != "contrastive"
+    if config.dataset.mixture and config.trainer.max_steps < 0 and repeats:
         yield Problem(
             "dataset.mixture_exhausted",
             "repeat has no end; set trainer.max_steps, or mixture_exhausted to drop or stop",
@@ -192,9 +199,9 @@ def glue_has_rows_of_its_own(config: Config, keys_set: KeysSet) -> Found:
 
 
 def hub_weights_are_for_glue(config: Config, keys_set: KeysSet) -> Found:
-    """Other encoders are fine-tuned on GLUE; pretraining starts from fresh weights."""
+    """Other encoders are fine-tuned, on GLUE or by contrastive training; pretraining starts from fresh weights."""
     if config.model.from_hub and config.task == "pretraining":
-        yield Problem("model.from_hub", "is for task: glue; pretraining starts from fresh weights")
+        yield Problem("model.from_hub", "is for task: glue and contrastive; pretraining starts from fresh weights")
 
 
 def classifier_range_of_glue_wins(config: Config, keys_set: KeysSet) -> Found:
@@ -353,6 +360,9 @@ RULES = (
     Rule("PRECEDENCE", ngpt_has_no_norms,
          ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
     Rule("WARNING", glue_has_rows_of_its_own, ("task", *NOT_GLUES)),
+    Rule("WARNING", contrastive_has_batches_of_its_own, ("task", *NOT_CONTRASTIVES)),
+    Rule("WARNING", contrastive_keys_need_contrastive, ("task", "dataset.columns", "dataset.mixture_temperature")),
+    Rule("PRECEDENCE", temperature_wins_over_weights, ("dataset.mixture_temperature", "dataset.mixture")),
     Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
     Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
@@ -377,9 +387,7 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
 
 
 # What a later version will do: refused at the start of a run, so that no key is silently without effect.
-NOT_BUILT = {
-    "task": ("mteb", "contrastive"),
-}
+NOT_BUILT = {"task": ("mteb",)}
 
 
 def not_built(config: Config) -> list[Problem]:
@@ -389,11 +397,3 @@ def not_built(config: Config) -> list[Problem]:
         if (value := value_of(config, dotted)) in values:
             problems.append(Problem(dotted, f"{value!r} is not part of this version"))
     return problems
-
-
-def value_of(config: Config, dotted: str) -> object:
-    """The value of a key."""
-    value: object = config
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value

@@ -11,6 +11,8 @@ from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, Ne
 from neobert.training.checkpoint import Tensors, find_checkpoint, load_weights, verify_checkpoint
 from neobert.training.runtime import load_whole
 
+FOREIGN = "neobert_head"  # section of config.json: our head on an encoder of transformers' making
+
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
     """(model in evaluation mode, tokenizer). `checkpoint` is a run's folder or one step. Raises CheckpointError."""

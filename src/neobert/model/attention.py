@@ -60,6 +60,7 @@ class Layout:
     mask_BT: Tensor | None = None  # true where a token is real
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
+    granularity: int = GRANULARITY  # of the buckets on the CPU
     filler: int = 0  # tokens behind the documents that belong to none (CPU; flat.py)
     _starts: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -68,7 +69,7 @@ class Layout:
         """The documents by padded length; computed once per batch, used by every layer."""
         assert self.lengths is not None
         whole, rest = divmod(self.filler, GRANULARITY)
-        return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])))
+        return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])), self.granularity)
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
         """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length.

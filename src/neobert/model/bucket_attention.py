@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 GRANULARITY = 32  # documents are padded to a multiple of this many tokens
+FINE_GRANULARITY = 8  # where texts come sorted by length, so that few lengths occur: less padding
 SCORE_BUDGET = 2**21  # attention scores computed at a time: 4 MiB in bfloat16, about the L2 cache
 KEPT_LENGTH = 256  # weights of documents up to this length are kept for the backward pass, longer ones computed again
 
@@ -60,10 +61,10 @@ class Buckets:
     padding: Tensor  # places that hold padding
 
     @staticmethod
-    def of(document_lengths: tuple[int, ...]) -> "Buckets":
+    def of(document_lengths: tuple[int, ...], granularity: int = GRANULARITY) -> "Buckets":
         lengths = torch.tensor(document_lengths)
         starts = lengths.cumsum(0) - lengths
-        padded = -(-lengths // GRANULARITY) * GRANULARITY
+        padded = -(-lengths // granularity) * granularity
         buckets, rows, real = [], [], []
         place = 0
         for length in padded[padded > 0].unique().tolist():

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 
 from .attention import Kernel, Rotary
+from .bucket_attention import FINE_GRANULARITY
 from .flat import FlatBatch, Pooling, flatten
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
 from .loss import IGNORED, full_cross_entropy, linear_cross_entropy
@@ -229,6 +230,8 @@ class NeoBERT(NeoBERTPreTrainedModel):
     ) -> Tensor:
         """One vector per row, or per document of packed rows: n x D in float32."""
         flat = self.flatten(input_ids, attention_mask, document_lengths)
+        if not self.training:
+            flat.layout.granularity = FINE_GRANULARITY
         return flat.pool(self.encode(flat), pooling)
 
 
