@@ -1,7 +1,5 @@
 """`task: contrastive`: from an encoder to sentence embeddings, by pairs, labels, scores and plain text."""
 
-import os
-from contextlib import redirect_stdout
 from typing import Any
 
 from neobert.config.load import Loaded, dump_config
@@ -16,36 +14,20 @@ from neobert.tasks.contrastive_eval import build_measure, check_evaluators, find
 from neobert.tasks.contrastive_model import build_model, build_storage
 from neobert.tasks.encoder import build_vocabulary, prepare_model
 from neobert.tasks.hooks import check_needs_evaluation
-from neobert.tasks.job import Finished, Job, build_run_schedule
+from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.resuming import load_training_state
-from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.run_folder import open_run_folder, write_run_files
 from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
-from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_summary
 from neobert.training.checkpoint import has_data, verify_checkpoint
 from neobert.training.loop import Interrupt, TrainState
-from neobert.training.runtime import Runtime, build_runtime
+from neobert.training.runtime import Runtime
 
 
 def run(loaded: Loaded) -> Finished:
     """Train as configured. Raises UserError (and its kinds) for what a user can repair."""
-    trainer, interrupt = loaded.config.trainer, Interrupt()
-    with stop_signals(interrupt):
-        runtime = build_runtime(
-            use_cpu=trainer.use_cpu,
-            mixed_precision=trainer.mixed_precision,
-            tf32=trainer.tf32,
-            engine=trainer.engine,
-            use_deepspeed=loaded.config.use_deepspeed,
-        )
-        if runtime.is_main:
-            finished = build_job(loaded, runtime, interrupt).run()
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                finished = build_job(loaded, runtime, interrupt).run()
-        runtime.close()
-    return finished
+    return run_job(loaded.config, lambda runtime, interrupt: build_job(loaded, runtime, interrupt))
 
 
 def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
@@ -75,19 +57,20 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
     schedule, warnings = build_run_schedule(config, data.num_steps)
+    facts = describe(config, model, data, runtime, weights_line, schedule) | kernels | clip_line
+    facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
+    wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, hf_tokenizer)
-    folder, resume, told = runtime.on_main(
-        lambda: prepare_run_folder(trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir)
+    folder, resume, told = open_run_folder(
+        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
     )
     state = TrainState()
     if resume is not None:
         saved = runtime.on_main(lambda: verify_checkpoint(resume))
         if missing := list(resume_needs_a_position(config, keys_set, has_data(resume))):
             raise ConfigError(*missing)
-        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state)
+        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
         told.append(f"resuming from {resume}: step {state.step:,}")
-    facts = describe(config, model, data, runtime, weights_line, schedule) | kernels | clip_line
-    facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *told, *warnings, *data.notes, *advice(config, data)], folder)
     return Job(

@@ -6,6 +6,7 @@ loop and the one checkpoint format.
 
 import os
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from neobert.optim.build import optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 from neobert.tasks.hooks import Evaluate, Log, Measure, Save, finish_evaluation, step_hooks
 from neobert.tasks.qk_clip import QKClip
+from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_end
 from neobert.training.background import Saver
 from neobert.training.checkpoint import Content, Tensors
@@ -197,6 +199,20 @@ class Job:
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
         evaluation.improved = False
         evaluation.run(self.state, compare=False)
+
+
+def run_job(config: Config, build: Callable[[Runtime, Interrupt], Job]) -> Finished:
+    """Start the runtime of this process, build the job and run it; the main process alone speaks. Raises UserError."""
+    interrupt = Interrupt()
+    with stop_signals(interrupt):
+        runtime = start_runtime(config)
+        if runtime.is_main:
+            finished = build(runtime, interrupt).run()
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                finished = build(runtime, interrupt).run()
+        runtime.close()
+    return finished
 
 
 def start_runtime(config: Config) -> Runtime:

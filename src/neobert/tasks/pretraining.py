@@ -1,8 +1,6 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
-import os
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from typing import Any
 
 from torch import nn
@@ -20,12 +18,11 @@ from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.tasks.encoder import build_model, build_vocabulary, checkpoint_config, prepare_model
 from neobert.tasks.hooks import Measure, check_needs_evaluation
-from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, start_runtime
+from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.resuming import load_training_state, with_saved_lanes
 from neobert.tasks.run_folder import open_run_folder, write_run_files
-from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import describe_run, print_summary
 from neobert.training.checkpoint import Tensors, has_data, verify_checkpoint
 from neobert.training.loop import Interrupt, TrainState, evaluate
@@ -35,16 +32,7 @@ from neobert.training.runtime import Runtime, whole_weights
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
     """Pretrain as configured; `observe` is shown every training batch. Raises UserError for what a user can repair."""
-    interrupt = Interrupt()
-    with stop_signals(interrupt):
-        runtime = start_runtime(loaded.config)
-        if runtime.is_main:
-            finished = build_job(loaded, runtime, interrupt, observe).run()
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                finished = build_job(loaded, runtime, interrupt, observe).run()
-        runtime.close()
-    return finished
+    return run_job(loaded.config, lambda runtime, interrupt: build_job(loaded, runtime, interrupt, observe))
 
 
 def build_job(
@@ -86,7 +74,7 @@ def build_job(
     )
     state = TrainState()
     if resume is not None and saved is not None:
-        load_training_state(resume, saved, runtime, storage, wrapped, optimizer, data.train, state)
+        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *told, *warnings], folder)
