@@ -71,9 +71,10 @@ def _run(loaded: Loaded, interrupt: Interrupt) -> Finished:
     (folder / RESULT).unlink(missing_ok=True)
     state = TrainState()
     if resume is not None:
+        saved = verify_checkpoint(resume)
         if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
             raise ConfigError(*missing)
-        load_training_state(resume, verify_checkpoint(resume), runtime, storage, optimizer, data.train, state)
+        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, model)
         told.append(f"resuming from {resume}: step {state.step:,}")
     facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
     for note in loaded.warnings:

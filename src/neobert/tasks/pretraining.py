@@ -86,7 +86,7 @@ def build_job(
     )
     state = TrainState()
     if resume is not None and saved is not None:
-        load_training_state(resume, saved, runtime, storage, wrapped, optimizer, data.train, state)
+        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *told, *warnings], folder)

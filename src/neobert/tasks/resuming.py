@@ -29,10 +29,10 @@ def load_training_state(
     saved: dict[str, Any],
     runtime: Runtime,
     storage: Storage,
-    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     state: TrainState,
+    model: nn.Module,
 ) -> None:
     """Continue exactly where `folder` was saved; `saved` is its verified state, `model` as it is called.
 
