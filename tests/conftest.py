@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "examples/quickstart/text"
 TOKENIZER = ROOT / "examples/quickstart/tokenizer"
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")  # of ours
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1)  # the tests run in two processes

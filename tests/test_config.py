@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, run_neobert
+from conftest import CONFIGS, run_neobert
 
 from neobert.config.load import dump_config, load_config, parse_overrides
 from neobert.config.reference import known_keys
@@ -214,7 +214,7 @@ def test_config_is_frozen():
         Config().trainer.max_steps = 3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_shipped_configurations_load(path):
     load_config([str(path)])
 

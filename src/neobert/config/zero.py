@@ -17,6 +17,7 @@ from neobert.errors import ConfigError, Problem
 KEY = "trainer.deepspeed_config_file"
 DEFAULT_STAGE = 2
 LAUNCHER = {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"}  # what the `deepspeed` command sets
+STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 TAKEN = {
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "wall_clock_breakdown", "comms_logger", "zero_allow_untested_optimizer",
@@ -51,7 +52,8 @@ class Zero:
 def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     """What DeepSpeed is to do in this run; None where it is not asked for. Raises ConfigError."""
     accelerate = _accelerate_section(config)
-    launched = environment.get("ACCELERATE_USE_DEEPSPEED") == "true" or environment.keys() >= LAUNCHER
+    launched = environment.get("ACCELERATE_USE_DEEPSPEED") == "true" or STAGE in environment
+    launched = launched or environment.keys() >= LAUNCHER
     if not config.use_deepspeed or not (config.trainer.engine == "deepspeed" or launched or accelerate is not None):
         return None
     section = accelerate or {}
@@ -65,7 +67,7 @@ def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     )
     if file:
         return _read_file(str(file))
-    stage = str(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", section.get("zero_stage", DEFAULT_STAGE)))
+    stage = str(environment.get(STAGE, section.get("zero_stage", DEFAULT_STAGE)))
     return Zero(_with_stage({}, stage, "accelerate_config_file"))
 
 

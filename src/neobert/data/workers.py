@@ -61,7 +61,7 @@ class Workers(ProcessPoolExecutor):
     def explain(self) -> DataError:
         """How the process ended that made the others useless; those are then told to end."""
         end = time.monotonic() + REASON_SECONDS
-        told, codes = {None, 0, -signal.SIGTERM}, set[int | None]()
+        told, codes = {None, 0, -signal.SIGTERM, 128 + signal.SIGTERM}, set[int | None]()
         while not codes - told and time.monotonic() < end:
             codes = {process.exitcode for process in self.context.started}
             time.sleep(0.02)

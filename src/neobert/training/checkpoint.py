@@ -225,8 +225,9 @@ def _check_names(folder: Path, step: int, sums: dict[str, str]) -> None:
     for name in (WEIGHTS, "config.json"):
         if name not in sums:
             raise CheckpointError(f"{folder / STATE}: has no checksum of {name}{_alternative(folder)}")
+    is_stripped = f"{DATA.format(0)}.json" not in sums  # and may have been killed before the rest was gone
     for path in [*folder.glob("optimizer/*"), *folder.glob("data_rank*")]:
-        if str(path.relative_to(folder)) not in sums:
+        if str(path.relative_to(folder)) not in sums and not is_stripped:
             raise CheckpointError(f"{path}: not a file of this checkpoint{_alternative(folder)}")
     if folder.name.isdigit() and int(folder.name) != step:
         raise CheckpointError(f"{folder / STATE}: damaged (it is that of step {step}){_alternative(folder)}")
@@ -274,8 +275,8 @@ def _join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def has_data(folder: Path) -> bool:
-    """Whether a checkpoint holds a position of the data."""
-    return (folder / f"{DATA.format(0)}.json").is_file()
+    """Whether a checkpoint holds a position of the data. Verify first."""
+    return f"{DATA.format(0)}.json" in json.loads((folder / STATE).read_text())["sha256"]
 
 
 def load_data(folder: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
