@@ -120,21 +120,19 @@ def processes(train, small):
 
     texts = ([f"the congress met {n} times" for n in range(40)],)
     made, before = [], classification.ROWS_PER_PROCESS
-    pool = classification.ProcessPoolExecutor
-    started = []
+    start_workers, started = classification.start_workers, []
 
-    class Counted(pool):
-        def __init__(self, number):
-            started.append(number)
-            super().__init__(number)
+    def counted(number):
+        started.append(number)
+        return start_workers(number)
 
-    classification.ROWS_PER_PROCESS, classification.ProcessPoolExecutor = 20, Counted
+    classification.ROWS_PER_PROCESS, classification.start_workers = 20, counted
     try:
         for number in (1, 2):
             tokenizer = load_tokenizer("", str(TOKENIZER))
             made.append(classification.tokenize_rows(tokenizer, texts, None, 32, True, number, "made"))
     finally:
-        classification.ROWS_PER_PROCESS, classification.ProcessPoolExecutor = before, pool
+        classification.ROWS_PER_PROCESS, classification.start_workers = before, start_workers
     return started == [2] and [r.tolist() for r in made[0].ids] == [r.tolist() for r in made[1].ids]
 
 

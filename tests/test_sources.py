@@ -147,7 +147,7 @@ def test_splits_are_found_by_name(tmp_path):
         ("a.json", b'[{"text": "x"}, {"text"', None, "a.json: not JSON"),
         (
             "a.txt.gz",
-            gzip.compress(b"a text\n" * 999, mtime=0)[:60],
+            gzip.compress(b"a text\n" * 999, mtime=0)[:-9],
             None,
             "a.txt.gz: cannot be read: Compressed file ended",
         ),
