@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from neobert import cli_data, cli_glue
+from neobert import cli_data, cli_export, cli_glue
 from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
@@ -324,6 +324,7 @@ def verify_resume(
 
 
 app.command("tokenize")(cli_data.tokenize)
+app.command("export")(cli_export.export)
 tokenizer_app.command("train")(cli_data.tokenizer_train)
 
 

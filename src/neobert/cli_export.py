@@ -1,0 +1,60 @@
+"""The commands `export` and `import`. Registered in `cli.py`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neobert.errors import UserError
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", metavar="NAME=TEXT", help="With --sentence-transformers: a prompt, as query='query: '. Repeat."),
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of an earlier result in OUT.")]
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    sentence_transformers: Annotated[
+        bool, typer.Option("--sentence-transformers", help="Also what SentenceTransformer(OUT) reads.")
+    ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also OUT/onnx/model.onnx, any batch size and length.")] = False,
+    pooling: Annotated[str | None, typer.Option(help="With --sentence-transformers: mean, cls or max [mean].")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Embeddings of length 1.")] = True,
+    prompt: Prompts = None,
+    replace: Replace = False,
+) -> None:
+    """A checkpoint as a folder that every Hugging Face tool loads, with the same numbers.
+
+    With RoPE, RMSNorm and SwiGLU it becomes transformers' own EuroBERT; other variants ship their code. The folder is loaded in
+    a clean process and compared with the trained model on real text before it gets its name; the differences are printed and
+    kept in OUT/export.json and in the model card.
+
+    \b
+    Examples:
+      neobert export outputs/quickstart exported/quickstart
+      neobert export outputs/quickstart exported/embedder --sentence-transformers --prompt query='query: '
+      neobert export outputs/quickstart/checkpoints/800 exported/graph --onnx
+    """
+    from neobert.export.sentence_transformers import Embedding, parse_pooling
+    from neobert.export.write import Wanted, export_model
+
+    embedding = None
+    if sentence_transformers:
+        embedding = Embedding(parse_pooling(pooling or "mean"), normalize, _parse_prompts(prompt or []))
+    elif pooling is not None or prompt or not normalize:
+        raise UserError("--pooling, --prompt and --no-normalize: have no effect without --sentence-transformers")
+    export_model(checkpoint, out, Wanted(embedding, onnx), replace)
+    print(f"exported    {out}")
+
+
+
+
+def _parse_prompts(words: list[str]) -> dict[str, str]:
+    prompts = dict(word.split("=", 1) for word in words if "=" in word)
+    for word in words:
+        if not word.partition("=")[0] or "=" not in word:
+            raise UserError(f"--prompt: expected NAME=TEXT, got {word!r}")
+    return prompts

@@ -1,0 +1,70 @@
+"""What is exported: a model of ours in float32 with its tokenizer, and what the run that trained it left beside it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from neobert.errors import CheckpointError
+from neobert.inference.load import find_model, load_model_config, load_model_tokenizer, load_model_weights, read_model_config
+from neobert.model.layouts import is_eurobert
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.training.checkpoint import STATE, verify_checkpoint
+
+Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification
+FOREIGN = "neobert_head"  # section of config.json of a GLUE checkpoint of an encoder that is not ours
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export. `fields` is its config.json; `run` the output folder of the run, `state` what its checkpoint counts,
+    `config` its YAML: empty where the source is no checkpoint."""
+
+    folder: Path
+    fields: dict[str, Any]
+    model: Model
+    tokenizer: Any
+    run: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_classifier(self) -> bool:
+        return isinstance(self.model, NeoBERTForSequenceClassification)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether transformers' own EuroBERT computes this model."""
+        return is_eurobert(self.model.config)
+
+
+def load_source(path: str) -> Source:
+    """The model at `path`: a run's folder, a checkpoint, or an export. Raises CheckpointError."""
+    folder = find_model(path)
+    fields = read_model_config(folder)
+    if FOREIGN in fields:
+        raise CheckpointError(f"{folder}: an encoder of {fields.get('model_type')}, which transformers loads as it is")
+    model = build_model(folder, fields)
+    load_model_weights(folder, model)
+    tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
+    if not (folder / STATE).is_file():
+        return Source(folder, fields, model.float().eval(), tokenizer)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
+    return Source(folder, fields, model.float().eval(), tokenizer, run, verify_checkpoint(folder), config)
+
+
+def build_model(folder: Path, fields: dict[str, Any]) -> Model:
+    """The model that a config.json describes, with any weights. Raises CheckpointError."""
+    is_classifier = any("SequenceClassification" in name for name in fields.get("architectures") or [])
+    kind = NeoBERTForSequenceClassification if is_classifier else NeoBERTForMaskedLM
+    torch.manual_seed(0)
+    try:
+        return kind(load_model_config(folder))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'}: describes no model: {reason}") from None
