@@ -325,6 +325,7 @@ def verify_resume(
 
 app.command("tokenize")(cli_data.tokenize)
 app.command("export")(cli_export.export)
+app.command("import")(cli_export.import_)
 tokenizer_app.command("train")(cli_data.tokenizer_train)
 
 

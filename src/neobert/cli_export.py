@@ -9,7 +9,9 @@ from neobert.errors import UserError
 
 Prompts = Annotated[
     list[str] | None,
-    typer.Option("--prompt", metavar="NAME=TEXT", help="With --sentence-transformers: a prompt, as query='query: '. Repeat."),
+    typer.Option(
+        "--prompt", metavar="NAME=TEXT", help="With --sentence-transformers: a prompt, as query='query: '. Repeat."
+    ),
 ]
 Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of an earlier result in OUT.")]
 
@@ -50,11 +52,39 @@ def export(
     print(f"exported    {out}")
 
 
-
-
 def _parse_prompts(words: list[str]) -> dict[str, str]:
     prompts = dict(word.split("=", 1) for word in words if "=" in word)
     for word in words:
         if not word.partition("=")[0] or "=" not in word:
             raise UserError(f"--prompt: expected NAME=TEXT, got {word!r}")
     return prompts
+
+
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a published NeoBERT, of a EuroBERT, or of what `neobert export` wrote.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer, where SOURCE has none.")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it."
+        ),
+    ] = False,
+    replace: Replace = False,
+) -> None:
+    """A model from elsewhere as a checkpoint to continue from or to fine-tune.
+
+    What is made of it is compared with the source on real text; the differences are printed and kept in OUT/import.json.
+
+    \b
+    Examples:
+      neobert import downloads/NeoBERT imported/neobert
+      neobert glue configs/glue/base.yaml --glue.pretrained_checkpoint_dir imported/neobert
+      neobert pretrain my.yaml --model.from_hub true --model.name imported/neobert
+    """
+    from neobert.export.importing import import_model
+
+    import_model(source, out, tokenizer, trust_remote_code, replace)
+    print(f"imported    {out}")

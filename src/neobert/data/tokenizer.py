@@ -103,7 +103,7 @@ def load_tokenizer(name: str, path: str | None) -> Any:
             f"tokenizer.path: no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         where = "tokenizer.path" if path else "tokenizer.name"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

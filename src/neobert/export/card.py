@@ -17,15 +17,15 @@ CURVE = "training.svg"
 MAX_POINTS = 12  # rows of the table of the curve
 # Where a run happened, which says nothing of the model.
 OF_THE_MACHINE = (
-    "trainer.output_dir", "trainer.resume_from_checkpoint", "trainer.overwrite_output_dir", "trainer.report_to", "trainer.use_cpu",
-    "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "config_path", "accelerate_config_file",
+    "trainer.output_dir", "trainer.resume_from_checkpoint", "trainer.overwrite_output_dir", "trainer.report_to",
+    "trainer.use_cpu",    "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "config_path", "accelerate_config_file",
     "pretraining_metadata", "dataset.num_workers", "dataset.num_proc", "dataset.cache_dir", "dataset.pre_tokenize_output",
 )  # fmt: skip
 
 MASKED = """```python
 from transformers import {classes}
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForMaskedLM.from_pretrained("{name}"{trust})
 fill_mask = pipeline("fill-mask", model=model, tokenizer=tokenizer)
 print(fill_mask(f"Some {{tokenizer.mask_token}} of your own."))
@@ -33,7 +33,7 @@ print(fill_mask(f"Some {{tokenizer.mask_token}} of your own."))
 CLASSIFIER = """```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForSequenceClassification.from_pretrained("{name}"{trust})
 logits = model(**tokenizer("some text", return_tensors="pt")).logits
 ```"""
@@ -47,7 +47,7 @@ ONNX_CODE = """```python
 import onnxruntime
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 session = onnxruntime.InferenceSession("{name}/onnx/model.onnx")
 (output,) = session.run(None, dict(tokenizer(["some text"], return_tensors="np")))
 ```"""
@@ -62,13 +62,26 @@ def write_card(
         front_matter(source, embedding), f"# {name}\n", f"{summary(source)}\n",
         "## How to load it\n", *how_to_load(source, embedding, onnx, name),
         *data_section(source), *curve_section(rows, folder), *score_section(source), *config_section(source),
-        "## Verified\n", "Loaded in a process that has only this folder, and compared with the model that was trained, in float32, "
-        "on real text, alone and in padded batches:\n",
-        "| what | rows | tokens | difference | allowed |", "|---|---|---|---|---|",
-        *(f"| {c.what} | {c.num_rows} | {c.shortest} to {c.longest} | {c.difference:.1e} | {c.tolerance:.0e} |" for c in checks),
-        "", "Differences are absolute, or relative to the largest output where that is above 1.", "",
+        *verified_section(checks),
     ]  # fmt: skip
     (folder / "README.md").write_text("\n".join(parts))
+
+
+def verified_section(checks: list[Check]) -> list[str]:
+    """How far the folder is from the trained model."""
+    lines = (
+        f"{c.what} | {c.num_rows} | {c.shortest} to {c.longest} | {c.difference:.1e} | {c.tolerance:.0e}"
+        for c in checks
+    )
+    return [
+        "## Verified\n",
+        "Loaded in a process that has only this folder, and compared with the model that was trained, in float32, on real text, "
+        "alone and in padded batches. Differences are absolute, or relative to the largest output where that is above 1.\n",
+        "| what | rows | tokens | difference | allowed |",
+        "|---|---|---|---|---|",
+        *(f"| {line} |" for line in lines),
+        "",
+    ]
 
 
 def front_matter(source: Source, embedding: Embedding | None) -> str:
@@ -110,7 +123,7 @@ def how_to_load(source: Source, embedding: Embedding | None, onnx: bool, name: s
         prompts = "".join(f"\n# prompt {key!r}: {text!r}" for key, text in embedding.prompts.items())
         yield SENTENCES.format(name=name, trust=trust, prompt=prompts) + "\n"
     if onnx:
-        yield ONNX_CODE.format(name=name) + "\n"
+        yield ONNX_CODE.format(name=name, trust=trust) + "\n"
 
 
 def data_section(source: Source) -> list[str]:
@@ -173,7 +186,9 @@ def score_section(source: Source) -> list[str]:
     lines = []
     for row in training_rows(source)[::-1]:
         if row.get("kind") == "eval":
-            lines += [f"| {name.removeprefix('eval_')}, held out | {row[name]:.4g} |" for name in row if _is_score(name)]
+            lines += [
+                f"| {name.removeprefix('eval_')}, held out | {row[name]:.4g} |" for name in row if _is_score(name)
+            ]
             break
     glue = _read(run / "result.json")
     if isinstance(glue.get("score"), float):

@@ -1,7 +1,8 @@
 """A model as an ONNX graph with any batch size and length, through torch's own exporter.
 
 Inputs are `input_ids` and `attention_mask`, B x T int64; the output is what `output` names. All variants go one way: our
-model on padded rows (`Layout.mask_BT`), which is what it computes on CUDA with SDPA, and which has static shapes but for B and T.
+model on padded rows (`Layout.mask_BT`), as on CUDA with SDPA, where no shape depends on
+the data but B and T.
 """
 
 import contextlib

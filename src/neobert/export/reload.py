@@ -63,10 +63,12 @@ def run_transformers(folder: str, job: dict[str, Any]) -> dict[str, np.ndarray]:
         model.eval()
         return compute
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["tokenizer"], trust_remote_code=job["own_code"])
     found = {f"ids/{n}": np.array(tokenizer(text)["input_ids"]) for n, text in enumerate(job["texts"])}
     found |= outputs("hidden", computed_by("AutoModel", "last_hidden_state"), job, None)
-    return found | outputs("logits", computed_by(job["auto_class"], "logits"), job, job["picks"])
+    if job["auto_class"] is not None:
+        found |= outputs("logits", computed_by(job["auto_class"], "logits"), job, job["picks"])
+    return found
 
 
 def run_onnx(folder: str, job: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -34,6 +34,6 @@ MESSAGE = (
 HARD = (
     "",
     "a",
-    "Naïve café – Ærøskøbing, 東京タワー, Привет! 😀\t[SEP] e\u0301",
+    "Naïve café - Ærøskøbing, 東京タワー, Привет! 😀\t[SEP] e\u0301",
     "x = {'a': 1}  # ünïcode\n\n\u00a0end",
 )

@@ -4,16 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from neobert.errors import CheckpointError
-from neobert.inference.load import find_model, load_model_config, load_model_tokenizer, load_model_weights, read_model_config
+from neobert.inference.convert import Model
+from neobert.inference.load import build_model, find_model, load_model_tokenizer, load_model_weights, read_model_config
 from neobert.model.layouts import is_eurobert
-from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
 from neobert.training.checkpoint import STATE, verify_checkpoint
 
-Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification
 FOREIGN = "neobert_head"  # section of config.json of a GLUE checkpoint of an encoder that is not ours
 
 
@@ -54,17 +53,3 @@ def load_source(path: str) -> Source:
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
     return Source(folder, fields, model.float().eval(), tokenizer, run, verify_checkpoint(folder), config)
-
-
-def build_model(folder: Path, fields: dict[str, Any]) -> Model:
-    """The model that a config.json describes, with any weights. Raises CheckpointError."""
-    is_classifier = any("SequenceClassification" in name for name in fields.get("architectures") or [])
-    kind = NeoBERTForSequenceClassification if is_classifier else NeoBERTForMaskedLM
-    torch.manual_seed(0)
-    try:
-        return kind(load_model_config(folder))
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder / 'config.json'}: describes no model: {reason}") from None

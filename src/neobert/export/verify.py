@@ -79,18 +79,27 @@ def build_sample(tokenizer: Any, longest: int) -> Sample:
     return Sample(rows, picks)
 
 
-def compare_transformers(source: Source, folder: Path, sample: Sample) -> list[Check]:
-    """The Auto classes against the training model. Raises UserError when the folder does not load, or text becomes other ids."""
+def compare_transformers(
+    source: Source, folder: Path, sample: Sample, tokenizer: Path | None = None, has_head: bool = True
+) -> list[Check]:
+    """The Auto classes against the training model; `tokenizer` is its folder, where it is another one.
+
+    Raises UserError when the folder does not load, or when text becomes other ids.
+    """
     texts = [MESSAGE[:400], *HARD]
     expected_ids = [source.tokenizer(text)["input_ids"] for text in texts]
     auto_class = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
-    job = {"kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class, "texts": texts}
+    auto_class = auto_class if has_head else None
+    job = {
+        "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class, "texts": texts,
+        "tokenizer": str((tokenizer or folder).resolve()),
+    }  # fmt: skip
     found = run_clean(folder, job | _of_rows(source, sample))
     for number, (text, expected) in enumerate(zip(texts, expected_ids, strict=True)):
         if found[f"ids/{number}"].tolist() != expected:
             raise UserError(f"{folder}: the tokenizer, loaded again, gives other ids for {text[:40]!r}")
     hidden = check(found, "hidden", hidden_states(source.model, sample.rows), sample.lengths)
-    return [hidden, check(found, "logits", logits(source, sample), sample.lengths)]
+    return [hidden, *([check(found, "logits", logits(source, sample), sample.lengths)] if has_head else [])]
 
 
 def compare_onnx(source: Source, folder: Path, path: str, output: str, sample: Sample) -> list[Check]:

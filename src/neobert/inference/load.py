@@ -9,8 +9,21 @@ from safetensors import SafetensorError
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError
 from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTPreTrainedModel
-from neobert.training.checkpoint import STATE, WEIGHTS, Tensors, find_checkpoint, list_steps, load_weights, verify_checkpoint
+from neobert.model.modeling_neobert import (
+    NeoBERTConfig,
+    NeoBERTForMaskedLM,
+    NeoBERTForSequenceClassification,
+    NeoBERTPreTrainedModel,
+)
+from neobert.training.checkpoint import (
+    STATE,
+    WEIGHTS,
+    Tensors,
+    find_checkpoint,
+    list_steps,
+    load_weights,
+    verify_checkpoint,
+)
 from neobert.training.runtime import load_whole
 
 CONFIG = "config.json"
@@ -19,9 +32,24 @@ CONFIG = "config.json"
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
     """(model in evaluation mode, tokenizer). `checkpoint` is a run's folder, one step, or an export. Raises CheckpointError."""
     folder = find_model(checkpoint)
-    model = NeoBERTForMaskedLM(load_model_config(folder))
+    model = build_model(folder, read_model_config(folder))
+    if not isinstance(model, NeoBERTForMaskedLM):
+        raise CheckpointError(f"{folder}: a classifier; its checkpoint has no decoder, which predicting tokens needs")
     load_model_weights(folder, model)
     return model.eval(), load_model_tokenizer(folder, model.config.vocab_size)
+
+
+def build_model(folder: Path, fields: dict[str, Any]) -> NeoBERTForMaskedLM | NeoBERTForSequenceClassification:
+    """The model that a config.json describes, with any weights. Raises CheckpointError."""
+    is_classifier = any("SequenceClassification" in name for name in fields.get("architectures") or [])
+    kind = NeoBERTForSequenceClassification if is_classifier else NeoBERTForMaskedLM
+    try:
+        return kind(load_model_config(folder))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'}: describes no model: {reason}") from None
 
 
 def find_model(path: str) -> Path:
