@@ -183,10 +183,10 @@ def glue_has_rows_of_its_own(config: Config, keys_set: KeysSet) -> Found:
             yield Problem(path, "has no effect in task: glue")
 
 
-def hub_weights_are_for_glue(config: Config, keys_set: KeysSet) -> Found:
-    """Other encoders are fine-tuned on GLUE; pretraining starts from fresh weights."""
-    if config.model.from_hub and config.task == "pretraining":
-        yield Problem("model.from_hub", "is for task: glue; pretraining starts from fresh weights")
+def from_hub_needs_a_name(config: Config, keys_set: KeysSet) -> Found:
+    """`model.from_hub` continues from the model that `model.name` names."""
+    if config.model.from_hub and config.task == "pretraining" and not config.model.name:
+        yield Problem("model.name", "not set; model.from_hub continues from the model that it names")
 
 
 def classifier_range_of_glue_wins(config: Config, keys_set: KeysSet) -> Found:
@@ -313,7 +313,7 @@ RULES = (
     Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
     Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
     Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
-    Rule("ERROR", hub_weights_are_for_glue, ("model.from_hub", "task")),
+    Rule("ERROR", from_hub_needs_a_name, ("model.from_hub", "model.name")),
     Rule("ERROR", resume_needs_a_position, ("trainer.resume_from_checkpoint", "dataset.streaming")),
     Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", "use_deepspeed", "accelerate_config_file")),
     Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),

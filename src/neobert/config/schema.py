@@ -10,7 +10,11 @@ from neobert.config.training_sections import OptimizerConfig, SchedulerConfig, T
 class ModelConfig(Section):
     """`model`: the architecture."""
 
-    name: str | None = key(None, "Name of the model, kept in its config.json.", "config.json of a checkpoint")
+    name: str | None = key(
+        None,
+        "Name of the model, kept in its config.json; with `from_hub` the folder or hub name it comes from.",
+        "config.json of a checkpoint",
+    )
     hidden_size: int = key(
         768, "Width of embeddings, attention and residual stream.", "shape of the model", ge=8, le=65536
     )
@@ -67,8 +71,8 @@ class ModelConfig(Section):
     )
     from_hub: bool = key(
         False,
-        "GLUE: fine-tune the encoder `model.name`, a Hugging Face folder or hub name that `AutoModel` loads; its "
-        "architecture and tokenizer are used.",
+        "Start from the model `model.name`; its architecture and tokenizer are used. GLUE: a folder or hub name that "
+        "`AutoModel` loads. Pretraining: a checkpoint, an export, a EuroBERT or a published NeoBERT, with a fresh optimizer.",
         "initial weights",
     )
 

@@ -18,7 +18,8 @@ MAX_POINTS = 12  # rows of the table of the curve
 # Where a run happened, which says nothing of the model.
 OF_THE_MACHINE = (
     "trainer.output_dir", "trainer.resume_from_checkpoint", "trainer.overwrite_output_dir", "trainer.report_to",
-    "trainer.use_cpu",    "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "config_path", "accelerate_config_file",
+    "trainer.use_cpu", "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "config_path",
+    "accelerate_config_file",
     "pretraining_metadata", "dataset.num_workers", "dataset.num_proc", "dataset.cache_dir", "dataset.pre_tokenize_output",
 )  # fmt: skip
 
@@ -75,8 +76,8 @@ def verified_section(checks: list[Check]) -> list[str]:
     )
     return [
         "## Verified\n",
-        "Loaded in a process that has only this folder, and compared with the model that was trained, in float32, on real text, "
-        "alone and in padded batches. Differences are absolute, or relative to the largest output where that is above 1.\n",
+        "Loaded in a process that has only this folder, and compared with the trained model, in float32, on real text, alone "
+        "and in padded batches. Differences are absolute, or relative to the largest output where that is above 1.\n",
         "| what | rows | tokens | difference | allowed |",
         "|---|---|---|---|---|",
         *(f"| {line} |" for line in lines),
