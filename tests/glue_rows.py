@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from neobert.data import classification
 from neobert.errors import UserError
 from neobert.model.foreign import ForeignForSequenceClassification
-from neobert.tasks import glue_start
+from neobert.tasks.start import find_start
 
 
 def base_of(small, name="rte"):
@@ -64,7 +64,7 @@ def starts(words_of):
         root, words = base_of(small)
         run = pretrain_tiny(root / "pre", "trainer.save_steps=1")
         extra, step = words_of(run)
-        start = glue_start.find_start(load_glue(*words, *extra).config, frozenset())
+        start = find_start(load_glue(*words, *extra).config, frozenset())
         return start.folder.name == step and run in start.folder.parents
 
     return row

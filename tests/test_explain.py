@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from neobert.config.explain import STARTERS, diff_configs, explain_key, reference_page, show_config, starter_file
 from neobert.config.legacy import LEGACY
 from neobert.config.load import load_config
-from neobert.config.reference import known_keys
-from neobert.config.rules import RULES, not_built, value_of
+from neobert.config.reference import known_keys, value_of
+from neobert.config.rules import RULES, not_built
 from neobert.config.schema import Config
 from neobert.errors import ConfigError
 

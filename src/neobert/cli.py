@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from neobert import cli_data, cli_export, cli_glue
+from neobert import cli_data, cli_embed, cli_export, cli_glue
 from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
@@ -77,6 +77,18 @@ def pretrain(context: typer.Context, config: ConfigFile, nproc: NumProcesses = N
     _run(config, context.args, "pretraining", nproc)
 
 
+@app.command(context_settings=WITH_OVERRIDES, options_metavar="[--nproc N] " + OVERRIDES)
+def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
+    """Train sentence embeddings on your pairs, from a pretrained encoder.
+
+    \b
+    Example:
+      neobert contrastive configs/contrastive/small.yaml --dataset.path pairs.jsonl \\
+          --contrastive.pretrained_checkpoint_dir runs/first
+    """
+    _run(config, context.args, "contrastive", nproc)
+
+
 def _layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
     """(YAML files, overrides): files that directly follow the first one are laid over it."""
     count = 0
@@ -129,13 +141,13 @@ def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> 
         for note in notes:
             print(f"note: {note}", flush=True)
         if plan is not None:
-            command = ["run" if task is None else "pretrain", str(first), *words]
+            command = [{None: "run", "pretraining": "pretrain"}.get(task, task or ""), str(first), *words]
             raise typer.Exit(launch(command, plan, loaded.config.trainer.use_cpu))
-    from neobert.insight.report import write_report
-    from neobert.tasks import glue as glue_task
-    from neobert.tasks import pretraining
+    from importlib import import_module
 
-    finished = {"pretraining": pretraining.run, "glue": glue_task.run}[loaded.config.task](loaded)
+    from neobert.insight.report import write_report
+
+    finished = import_module(f"neobert.tasks.{loaded.config.task}").run(loaded)
     if finished.is_main:
         write_report(finished.folder)
     if finished.exit_code:
@@ -326,6 +338,8 @@ def verify_resume(
 app.command("tokenize")(cli_data.tokenize)
 app.command("export")(cli_export.export)
 app.command("import")(cli_export.import_)
+app.command("embed")(cli_embed.embed)
+app.command("similarity")(cli_embed.similarity)
 tokenizer_app.command("train")(cli_data.tokenizer_train)
 
 

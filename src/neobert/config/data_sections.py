@@ -50,6 +50,7 @@ class MixtureSource(Section):
     train_split: str | None = key(None, "As `dataset.train_split`.", "the text that is read")
     eval_split: str | None = key(None, "As `dataset.eval_split`.", "the text that is evaluated")
     weight: float = key(1.0, "Share of the rows, relative to the other weights.", "order of the data", gt=0)
+    columns: dict[str, str] = key(None, "As `dataset.columns`.", "the text that is read", factory=dict)
 
 
 class DatasetConfig(Section):
@@ -144,9 +145,30 @@ class DatasetConfig(Section):
         False, "Make what is cached anew: downloads, and the token folder of `pre_tokenize`.", "cached files"
     )
     pretraining_prob: float = key(
-        0.3, "Contrastive: share of steps that draw unlabelled corpus text.", "source of batches", ge=0, le=1
+        0.3,
+        "Contrastive: share of the batches that are drawn from sources of plain text, where there are such sources beside "
+        "pairs (SimCSE: two dropout passes of one text).",
+        "source of batches",
+        ge=0,
+        le=1,
     )
-    min_length: int = key(512, "Contrastive: shortest corpus text that is used, in characters.", "documents used", ge=0)
+    min_length: int = key(
+        512, "Contrastive: texts of plain-text sources with fewer characters are passed over.", "documents used", ge=0
+    )
+    columns: dict[str, str] = key(
+        None,
+        "Contrastive: what columns are, as {anchor: title, positive: body, negative: other}, {text: ..., label: ...}, "
+        "{text1: ..., text2: ..., score: ...} or {text: ...}; usual names need no telling. Beyond the reference.",
+        "the text that is read",
+        factory=dict,
+    )
+    mixture_temperature: float | None = key(
+        None,
+        "Contrastive: sources of a mixture get shares in proportion to rows ** (1 / this) instead of their weights: 1 by "
+        "size, large ones equal. Beyond the reference.",
+        "source of batches",
+        gt=0,
+    )
     long_documents: Literal["split", "truncate", "drop"] | None = key(
         None,
         "What happens to a document longer than a row: split into pieces, cut after the first, or left out "

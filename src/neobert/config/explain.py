@@ -7,8 +7,8 @@ from pydantic import BaseModel
 
 from neobert.config.legacy import LEGACY
 from neobert.config.load import Loaded
-from neobert.config.reference import KeyInfo, known_keys, nearest_key
-from neobert.config.rules import RULES, value_of
+from neobert.config.reference import KeyInfo, known_keys, nearest_key, value_of
+from neobert.config.rules import RULES
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem
 

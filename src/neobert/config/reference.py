@@ -39,6 +39,14 @@ def known_keys() -> dict[str, KeyInfo]:
     return {info.key: info for info in _walk(Config, "")}
 
 
+def value_of(config: Config, dotted: str) -> object:
+    """The value of a key."""
+    value: object = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def nearest_key(dotted: str) -> str:
     """`; did you mean trainer.max_steps?` for an unknown key: first among its siblings, then anywhere."""
     keys = list(known_keys())

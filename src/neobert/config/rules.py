@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.reference import known_keys
+from neobert.config.contrastive_rules import (
+    NOT_CONTRASTIVES,
+    contrastive_has_batches_of_its_own,
+    contrastive_keys_need_contrastive,
+    temperature_wins_over_weights,
+)
+from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.errors import Problem
@@ -39,9 +45,9 @@ def precision_is_supported(config: Config, keys_set: KeysSet) -> Found:
 
 
 def rows_fit_model(config: Config, keys_set: KeysSet) -> Found:
-    """No row is longer than the positions of the model (GLUE: those of the weights, once they are found)."""
+    """No row is longer than the positions of the model (GLUE and contrastive: those of the weights, once they are found)."""
     longest = config.model.max_position_embeddings
-    if config.task == "glue":
+    if config.task in ("glue", "contrastive"):
         return
     lengths = {
         "dataset.max_seq_length": config.dataset.max_seq_length,
@@ -88,7 +94,8 @@ def mixture_has_sources(config: Config, keys_set: KeysSet) -> Found:
     for number, source in enumerate(config.dataset.mixture):
         if not source.path and not source.name:
             yield Problem("dataset.mixture", f"entry {number} has neither path nor name")
-    if config.dataset.mixture and config.trainer.max_steps < 0 and config.dataset.mixture_exhausted == "repeat":
+    repeats = config.dataset.mixture_exhausted == "repeat" and config.task != "contrastive"
+    if config.dataset.mixture and config.trainer.max_steps < 0 and repeats:
         yield Problem(
             "dataset.mixture_exhausted",
             "repeat has no end; set trainer.max_steps, or mixture_exhausted to drop or stop",
@@ -326,6 +333,9 @@ RULES = (
     Rule("PRECEDENCE", ngpt_has_no_norms,
          ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
     Rule("WARNING", glue_has_rows_of_its_own, ("task", *NOT_GLUES)),
+    Rule("WARNING", contrastive_has_batches_of_its_own, ("task", *NOT_CONTRASTIVES)),
+    Rule("WARNING", contrastive_keys_need_contrastive, ("task", "dataset.columns", "dataset.mixture_temperature")),
+    Rule("PRECEDENCE", temperature_wins_over_weights, ("dataset.mixture_temperature", "dataset.mixture")),
     Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
     Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
@@ -351,7 +361,7 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
 
 # What a later version will do: refused at the start of a run, so that no key is silently without effect.
 NOT_BUILT = {
-    "task": ("mteb", "contrastive"),
+    "task": ("mteb",),
     "dataset.trust_remote_code": (True,),
 }
 
@@ -369,11 +379,3 @@ def not_built(config: Config) -> list[Problem]:
                 Problem("accelerate_config_file", "DeepSpeed is not part of this version; use distributed_type: FSDP")
             )
     return problems
-
-
-def value_of(config: Config, dotted: str) -> object:
-    """The value of a key."""
-    value: object = config
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value

@@ -71,8 +71,8 @@ class ModelConfig(Section):
     )
     from_hub: bool = key(
         False,
-        "Start from the model `model.name`; its architecture and tokenizer are used. GLUE: a folder or hub name that "
-        "`AutoModel` loads. Pretraining: a checkpoint, an export, a EuroBERT or a published NeoBERT, with a fresh optimizer.",
+        "Start from the model `model.name`; its architecture and tokenizer are used. GLUE, contrastive: a folder or hub name "
+        "that `AutoModel` loads. Pretraining: a checkpoint, an export, a EuroBERT or a published NeoBERT.",
         "initial weights",
     )
 
@@ -127,13 +127,61 @@ class GlueConfig(Section):
     )
 
 
+class EvaluationSet(Section):
+    """One entry of `contrastive.evaluation`."""
+
+    path: str = key("", "As `dataset.path`.", "what is evaluated")
+    name: str = key("", "As `dataset.name`.", "what is evaluated")
+    config: str | None = key(None, "As `dataset.config`.", "what is evaluated")
+    split: str | None = key(None, "Split, or a slice of one.", "what is evaluated")
+    columns: dict[str, str] = key(None, "As `dataset.columns`.", "what is evaluated", factory=dict)
+    label: str | None = key(None, "Its name in metrics (default: that of the file).", "metrics")
+
+
 class ContrastiveConfig(Section):
     """`contrastive`: training sentence embeddings."""
 
-    temperature: float = key(0.05, "Temperature of the similarities.", "loss", gt=0)
-    pooling: Literal["avg", "cls", "max"] = key("avg", "How token vectors become one.", "embeddings")
-    loss_type: Literal["simcse", "supcon"] = key("simcse", "Loss.", "loss")
-    hard_negative_weight: float = key(0.0, "Extra weight of hard negatives.", "loss", ge=0)
+    temperature: float = key(0.05, "Cosine similarities are divided by this.", "loss", gt=0)
+    pooling: Literal["avg", "cls", "max"] = key(
+        "avg", "How token vectors become one: their mean, the first one, or the maximum.", "embeddings"
+    )
+    loss_type: Literal["simcse", "supcon"] = key(
+        "simcse",
+        "`simcse`: every anchor is to find its positive among all texts of the batch (InfoNCE). `supcon`: all texts with "
+        "the same label, or of the same pair, attract each other.",
+        "loss",
+    )
+    hard_negative_weight: float = key(
+        0.0,
+        "Added to the logits of an anchor's own hard negatives: w counts them e^w times in the denominator (SimCSE).",
+        "loss",
+        ge=0,
+    )
+    min_score: float | None = key(
+        None,
+        "Of two texts with a score, those with at least this one are positive pairs (default: 80 % of the highest). Beyond "
+        "the reference.",
+        "rows used",
+    )
+    evaluation: list[EvaluationSet] = key(
+        None,
+        "Sets to evaluate on, besides held-out rows of the sources: a list of {path or name, config, split, columns, label}. "
+        "Scores give Spearman's correlation, pairs MRR@10 and nDCG@10. Beyond the reference.",
+        "metrics",
+        factory=list,
+    )
+    pretrained_checkpoint_dir: str | None = key(
+        None, "As `glue.pretrained_checkpoint_dir`. Beyond the reference.", "initial weights"
+    )
+    pretrained_model_path: str | None = key(
+        None, "As `glue.pretrained_model_path`. Beyond the reference.", "initial weights"
+    )
+    pretrained_checkpoint: str | int | None = key(
+        None, "As `glue.pretrained_checkpoint`. Beyond the reference.", "initial weights"
+    )
+    allow_random_weights: bool = key(
+        False, "Train without pretrained weights where none are named. Beyond the reference.", "an error, or not"
+    )
 
 
 class Config(Section):

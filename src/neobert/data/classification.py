@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.errors import CheckpointError, DataError
+from neobert.data.layout import RowLayout
+from neobert.data.position import require_same
+from neobert.errors import DataError
 
 CHUNK_BATCHES = 50
 ROWS_PER_PROCESS = 20_000  # fewer are not worth another process
@@ -108,52 +110,27 @@ class LabelledBatch:
 
 
 @dataclass(frozen=True)
-class LabelCollator:
-    """Rows -> batch. `row_length` None: as long as the longest row, rounded up to `multiple`."""
+class LabelCollator(RowLayout):
+    """Rows with labels -> batch."""
 
-    pad_id: int
-    packed: bool
-    row_length: int | None
-    multiple: int
     is_regression: bool
 
     def __call__(self, rows: Rows, chosen: np.ndarray, epoch: int = 0, ends_epoch: bool = False) -> LabelledBatch:
         ids = [rows.ids[i] for i in chosen]
         segments = None if rows.segments is None else [rows.segments[i] for i in chosen]
-        counts = np.array([len(row) for row in ids])
-        layout = self._packed if self.packed else self._padded
         labels = None
         if rows.labels is not None:
             labels = torch.from_numpy(rows.labels[chosen]).to(torch.float32 if self.is_regression else torch.int64)
-        mask = lengths = None
-        if self.packed:
-            lengths = torch.from_numpy(counts)
-        else:
-            width = self._width(counts)
-            mask = torch.from_numpy((np.arange(width) < counts[:, None]).astype(np.int64))
         return LabelledBatch(
-            layout(ids, counts, self.pad_id),
-            None if segments is None else layout(segments, counts, 0),
-            mask,
-            lengths,
+            self.arrange(ids, self.pad_id),
+            None if segments is None else self.arrange(segments, 0),
+            *self.boundaries(ids),
             labels,
             num_targets=len(ids),
-            num_tokens=int(counts.sum()),
+            num_tokens=sum(map(len, ids)),
             epoch=epoch,
             ends_epoch=ends_epoch,
         )
-
-    def _width(self, counts: np.ndarray) -> int:
-        return -(-(self.row_length or int(counts.max())) // self.multiple) * self.multiple
-
-    def _padded(self, rows: list[Ids], counts: np.ndarray, fill: int) -> torch.Tensor:
-        out = np.full((len(rows), self._width(counts)), fill, dtype=np.int64)
-        for place, row in enumerate(rows):
-            out[place, : len(row)] = row
-        return torch.from_numpy(out)
-
-    def _packed(self, rows: list[Ids], counts: np.ndarray, fill: int) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(rows).astype(np.int64)[None])
 
 
 class EpochLoader:
@@ -243,13 +220,7 @@ class EpochLoader:
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Continue behind a saved position. Raises CheckpointError when the data is not the same."""
-        saved = state.get("fingerprint", {})
-        for name, value in self.fingerprint.items():
-            if saved.get(name) != value:
-                raise CheckpointError(
-                    f"cannot continue exactly: {name} was {saved.get(name)}, now {value}; "
-                    "start a new run, or set it as it was"
-                )
+        require_same(state.get("fingerprint", {}), self.fingerprint)
         self.num_used = state["num_used"]
 
     def close(self) -> None:

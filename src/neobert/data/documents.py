@@ -345,15 +345,20 @@ def read_text(path: str, column: str | None, cell: Cell, offset: int) -> str | U
 
 def parse_row(line: bytes, path: str, offset: int) -> dict[str, Any]:
     """One line of a .jsonl file. Raises DataError naming file and line, UnicodeDecodeError."""
+    row = parse_line(line, path, offset)
+    if not isinstance(row, dict):
+        raise DataError(f"{place(path, offset)}: expected an object with columns")
+    return row
+
+
+def parse_line(line: bytes, path: str, offset: int) -> Any:
+    """Any JSON value of a line. Raises as `parse_row`."""
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place(path, offset)}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{place(path, offset)}: expected an object with columns")
-    return row
 
 
 def place(path: str, offset: int) -> str:

@@ -58,6 +58,8 @@ def read_snapshot(saved: Saved, lane_numbers: list[int], fingerprint: dict[str, 
 
 def join_positions(positions: list[Saved]) -> Saved:
     """What all ranks saved, as one position, from which any number of ranks that divides the lanes can go on."""
+    if "lanes" not in positions[0][0]:  # the same in all ranks
+        return positions[0]
     state = {**positions[0][0], "lanes": {n: lane for one, _ in positions for n, lane in one["lanes"].items()}}
     return state, {name: array for _, arrays in positions for name, array in arrays.items()}
 
@@ -82,6 +84,15 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"the data position of the checkpoint does not fit this run: changed {', '.join(changed)}. "
             "Restore it, or start a new run from these weights"
         )
+
+
+def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises CheckpointError naming the first thing that a position depends on and that is not as it was."""
+    for name, value in current.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"cannot continue exactly: {name} was {saved.get(name)}, now {value}; start a new run, or set it as it was"
+            )
 
 
 def _write_source(arrays: dict[str, np.ndarray], prefix: str, s: SourceState, dtype: type) -> dict[str, Any]:

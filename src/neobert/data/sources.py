@@ -46,8 +46,12 @@ def find_splits(
     path: str, text_column: str | None, train_split: str | None, eval_split: str | None
 ) -> tuple[Files, Files | None]:
     """(training files, evaluation files or None) below `path`. Raises DataError naming what is missing."""
-    splits = _saved_splits(Path(path)) if is_saved_dataset(Path(path)) else _file_splits(path)
-    return choose_splits(splits, path, text_column, train_split, eval_split)
+    return choose_splits(local_splits(path), path, text_column, train_split, eval_split)
+
+
+def local_splits(path: str) -> dict[str, list[str]]:
+    """The files of every split below a path. Raises DataError when there are none."""
+    return _saved_splits(Path(path)) if is_saved_dataset(Path(path)) else _file_splits(path)
 
 
 def choose_splits(
@@ -55,13 +59,13 @@ def choose_splits(
 ) -> tuple[Files, Files | None]:
     """The two splits among those found in `source`, cut to their slices. Raises DataError naming what is missing."""
     usual = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
-    train, begin, end = _parse_slice(train_split, "dataset.train_split") if train_split else (usual, None, None)
+    train, begin, end = parse_slice(train_split, "dataset.train_split") if train_split else (usual, None, None)
     if train is None or train not in splits:
         wanted = f"no split {train!r}" if train else "no split named train"
         raise DataError(f"dataset.train_split: {wanted} in {source}; there are: {', '.join(splits)}")
     training = _slice_rows(_files(splits[train], text_column), begin, end, f"dataset.train_split: {train_split}")
     if eval_split:
-        evaluation, begin, end = _parse_slice(eval_split, "dataset.eval_split")
+        evaluation, begin, end = parse_slice(eval_split, "dataset.eval_split")
         if evaluation not in splits:
             raise DataError(f"dataset.eval_split: no split {evaluation!r} in {source}; there are: {', '.join(splits)}")
         files = _files(splits[evaluation], text_column)
@@ -184,7 +188,7 @@ def _first_rows(path: str, layout: str) -> Iterator[dict[str, Any]]:
 # --- parts of a split -----------
 
 
-def _parse_slice(spec: str, key: str) -> tuple[str, str | None, str | None]:
+def parse_slice(spec: str, key: str) -> tuple[str, str | None, str | None]:
     """`train[10:20%]` -> ("train", "10", "20%")."""
     match = _SLICE.match(spec.strip())
     if match is None:
@@ -197,7 +201,13 @@ def _slice_rows(files: Files, begin: str | None, end: str | None, what: str) -> 
     if begin is None and end is None:
         return files
     counts = [part for part in (begin, end) if part is not None and ("%" in part or part.startswith("-"))]
-    total = count_rows(files) if counts else None
+    return part_of(files, *slice_bounds(begin, end, count_rows(files) if counts else None, what))
+
+
+def slice_bounds(begin: str | None, end: str | None, total: int | None, what: str) -> tuple[int, int | None]:
+    """First row of a slice and the one behind its last; `total` rows are only needed where it counts from the end or in
+    percent. Raises DataError for a slice without rows.
+    """
 
     def number(part: str) -> int:
         value = int(part.rstrip("%"))
@@ -210,7 +220,7 @@ def _slice_rows(files: Files, begin: str | None, end: str | None, what: str) -> 
     last = number(end) if end is not None else None
     if last is not None and last <= first:
         raise DataError(f"{what}: no row in it")
-    return part_of(files, first, last)
+    return first, last
 
 
 def part_of(files: Files, first: int, last: int | None) -> Files:

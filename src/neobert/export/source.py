@@ -8,12 +8,17 @@ import yaml
 
 from neobert.errors import CheckpointError
 from neobert.inference.convert import Model
-from neobert.inference.load import build_model, find_model, load_model_tokenizer, load_model_weights, read_model_config
+from neobert.inference.load import (
+    FOREIGN,
+    build_model,
+    find_model,
+    load_model_tokenizer,
+    load_model_weights,
+    read_model_config,
+)
 from neobert.model.layouts import is_eurobert
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
 from neobert.training.checkpoint import STATE, verify_checkpoint
-
-FOREIGN = "neobert_head"  # section of config.json of a GLUE checkpoint of an encoder that is not ours
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from neobert.training.checkpoint import (
 from neobert.training.runtime import load_whole
 
 CONFIG = "config.json"
+FOREIGN = "neobert_head"  # section of config.json: our head on an encoder of transformers' making
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:

@@ -73,9 +73,14 @@ def _figures(train: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> 
         ("training time", duration(seconds)),
     ]
     figures.append(("last training loss", f"{train[-1]['loss']:.3f}"))
-    if evaluations:
-        best = min(evaluations, key=lambda row: row["eval_loss"])
+    with_loss = [row for row in evaluations if "eval_loss" in row]
+    scored = [row for row in evaluations if "eval_score" in row]
+    if with_loss:
+        best = min(with_loss, key=lambda row: row["eval_loss"])
         figures.append((f"best held-out loss (step {best['step']:,})", f"{best['eval_loss']:.3f}"))
+    elif scored:
+        best = max(scored, key=lambda row: row["eval_score"])
+        figures.append((f"best held-out score (step {best['step']:,})", f"{best['eval_score']:.4f}"))
     waiting = sum(row["data_seconds"] for row in train) / max(seconds, 1e-9)
     middle = sorted(row["tokens_per_second"] for row in train)[len(train) // 2]
     return [*figures, ("tokens per second, median", f"{middle:,.0f}"), ("waiting for data", f"{waiting:.2%}")]
@@ -90,12 +95,14 @@ def _plots(train: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
         for name in phases
     }
     loss = [("training", steps, [row["loss"] for row in train], BLUE)]
-    if evaluations:
-        loss.append(
-            ("held out", [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations], ORANGE)
-        )
+    if with_loss := [row for row in evaluations if "eval_loss" in row]:
+        held_out = [row["eval_loss"] for row in with_loss]
+        loss.append(("held out", [row["step"] for row in with_loss], held_out, ORANGE))
+    scored = [row for row in evaluations if "eval_score" in row]
+    scores = [("", [row["step"] for row in scored], [row["eval_score"] for row in scored], ORANGE)]
     return [
-        _line_plot("Loss", "nats per masked token", loss),
+        _line_plot("Loss", "nats per target", loss),
+        *([_line_plot("Held-out score", "", scores)] if scored else []),
         _line_plot("Learning rate", "", [("", steps, [row["lr"] for row in train], BLUE)]),
         _line_plot(
             "Throughput", "real tokens per second", [("", steps, [row["tokens_per_second"] for row in train], BLUE)]

@@ -1,14 +1,19 @@
-"""The model of a run: fresh weights, and the kernels and compilation that the machine allows."""
+"""The model of a run: its first weights, and the kernels and compilation that the machine allows."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from neobert.config.schema import Config
 from neobert.data.tokenizer import fit_vocabulary, special_ids
 from neobert.errors import ConfigError, Problem
+from neobert.inference.load import check_fit
 from neobert.model import layouts
+from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.training.checkpoint import Tensors
 from neobert.training.choices import choose_attention, choose_kernels
 from neobert.training.runtime import Runtime, compile_blocks, find_kernels, gpu_capability
 
@@ -55,7 +60,9 @@ def checkpoint_config(architecture: NeoBERTConfig, hf_tokenizer: Any, name: str 
 
 
 def prepare_model(
-    config: Config, model: NeoBERTForMaskedLM | NeoBERTForSequenceClassification, runtime: Runtime
+    config: Config,
+    model: NeoBERTForMaskedLM | NeoBERTForSequenceClassification | NeoBERTForEmbedding,
+    runtime: Runtime,
 ) -> dict[str, str]:
     """Choose kernels and compile; returns what runs and why, for the summary. Raises ConfigError."""
     kind, (packages, has_liger) = runtime.device.type, find_kernels()
@@ -84,3 +91,42 @@ def prepare_model(
         "kernels": f"{kernels}: {kernels_why}",
         "compiled": compiled,
     }
+
+
+# --- first weights -----------
+
+
+def load_encoder(folder: Path, model: nn.Module, weights: Tensors, with_dense: bool = False) -> str:
+    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded.
+
+    Raises CheckpointError listing what does not fit.
+    """
+    kinds = ("model.", "dense.") if with_dense else ("model.",)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}
+    used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
+    check_fit(folder, used, own)
+    model.load_state_dict(used, strict=False)
+    left = sorted({name.split(".")[0] for name in weights if name not in used})
+    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
+    unused = f"; not used: {', '.join(left)}" if left else ""
+    fresh = f"; new: {', '.join(new)}" if new else ""
+    return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}{fresh}{unused}"
+
+
+def load_foreign(name: str) -> Any:
+    """Any encoder of `AutoModel`. Raises ConfigError when it cannot be loaded, or not whole."""
+    from transformers import AutoModel
+
+    try:
+        encoder, found = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(Problem("model.name", f"{name!r} cannot be loaded: {reason}")) from None
+    if getattr(encoder.config, "is_encoder_decoder", False):
+        raise ConfigError(Problem("model.name", f"{name!r} is an encoder with a decoder; an encoder alone is needed"))
+    missing = sorted(key for key in found["missing_keys"] if "pooler." not in key)
+    if missing or found["mismatched_keys"]:
+        listed = [*missing, *map(str, found["mismatched_keys"])]
+        problem = f"{name!r}: {len(listed)} tensors were not loaded: {', '.join(listed[:3])}"
+        raise ConfigError(Problem("model.name", problem))
+    return encoder

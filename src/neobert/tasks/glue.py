@@ -18,12 +18,12 @@ from neobert.tasks import glue_metrics
 from neobert.tasks.encoder import build_vocabulary, prepare_model
 from neobert.tasks.glue_data import MOST_THREADS, GlueData, build_data, first_rows
 from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
-from neobert.tasks.glue_start import ARCHITECTURE, Start, find_start, find_tokenizer
 from neobert.tasks.hooks import Measure
 from neobert.tasks.job import Finished, Job, build_run_schedule
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.resuming import load_training_state
 from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
 from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_summary
 from neobert.training.checkpoint import has_data, verify_checkpoint, write_json
@@ -56,7 +56,7 @@ def _run(loaded: Loaded, interrupt: Interrupt) -> Finished:
     vocab_size, notes = len(hf_tokenizer), []
     if start.folder is None and start.hub is None:
         vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
-    _check_length(config, start)
+    check_length(config, start, "glue.max_seq_length", config.glue.max_seq_length)
     data = build_data(config, task, hf_tokenizer)
     model, weights_line = build_classifier(config, task, start, vocab_size, hf_tokenizer.pad_token_id)
     model.to(runtime.device)
@@ -106,11 +106,7 @@ def settle(
     glue, model = config.glue, config.model
     from_model = "model.classifier_init_range" in keys_set and "glue.classifier_init_range" not in keys_set
     init_range = model.classifier_init_range if from_model else glue.classifier_init_range
-    changed: dict[str, Any] = {"classifier_init_range": init_range}
-    if start.architecture is not None:
-        changed |= {name: getattr(start.architecture, name) for name in ARCHITECTURE}
-    if start.architecture is not None and "model.dropout_prob" not in keys_set:
-        changed["dropout_prob"] = start.architecture.dropout_prob
+    changed = {"classifier_init_range": init_range, **architecture_keys(config, keys_set, start)}
     name = config.dataset.name if "dataset.name" in keys_set else REPOSITORY
     return config.model_copy(
         update={
@@ -154,13 +150,6 @@ def _selection(config: Config) -> str:
     how = f"every {config.trainer.eval_steps} steps" if config.trainer.eval_strategy == "steps" else "every epoch"
     metric = config.trainer.metric_for_best_model or "score"
     return f"the step with the best {metric} on the evaluation split, of an evaluation {how}"
-
-
-def _check_length(config: Config, start: Start) -> None:
-    longest = config.model.max_position_embeddings
-    if start.hub is None and config.glue.max_seq_length > longest:
-        problem = f"{config.glue.max_seq_length} is longer than the model's max_position_embeddings {longest}"
-        raise ConfigError(Problem("glue.max_seq_length", problem))
 
 
 def describe(

@@ -9,14 +9,14 @@ import torch
 from neobert.config.schema import Config
 from neobert.data.glue import TASKS, GlueTask
 from neobert.data.tokenizer import load_tokenizer
-from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.inference.load import check_fit, load_model_config, load_model_weights, read_weights
+from neobert.errors import CheckpointError
+from neobert.inference.load import FOREIGN, check_fit, load_model_config, load_model_weights, read_weights
 from neobert.model.foreign import ForeignForSequenceClassification
 from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
-from neobert.tasks.encoder import checkpoint_config, model_config
-from neobert.tasks.glue_start import FOREIGN, Start, read_config
+from neobert.tasks.encoder import checkpoint_config, load_encoder, load_foreign, model_config
 from neobert.tasks.job import Storage
+from neobert.tasks.start import Start, read_config
 from neobert.training.checkpoint import Tensors, load_weights, verify_checkpoint
 from neobert.training.runtime import whole_weights
 
@@ -31,7 +31,8 @@ def build_classifier(
     """(the model with its first weights, what was loaded in one line). `seed` draws the rest. Raises CheckpointError."""
     torch.manual_seed(config.seed)
     if start.hub is not None:
-        model: Classifier = _foreign(config, task, start.hub)
+        encoder = load_foreign(start.hub)
+        model: Classifier = _head_on(encoder, task, config.glue.pooling, config.glue.classifier_dropout, config)
         if vocab_size > model.config.vocab_size:
             raise CheckpointError(
                 f"tokenizer: {vocab_size} tokens, but {start.hub} has embeddings of {model.config.vocab_size}"
@@ -55,41 +56,6 @@ def build_classifier(
             f"{start.folder}: embeddings of {start.architecture.vocab_size} tokens, but its tokenizer has {vocab_size}"
         )
     return model, load_encoder(start.folder, model, read_weights(start.folder, architecture), start.task is not None)
-
-
-def load_encoder(folder: Path, model: Classifier, weights: Tensors, with_dense: bool) -> str:
-    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded.
-
-    Raises CheckpointError listing what does not fit.
-    """
-    kinds = ("model.", "dense.") if with_dense else ("model.",)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}
-    used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
-    check_fit(folder, used, own)
-    model.load_state_dict(used, strict=False)
-    left = sorted({name.split(".")[0] for name in weights if name not in used})
-    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
-    unused = f"; not used: {', '.join(left)}" if left else ""
-    return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}; new: {', '.join(new)}{unused}"
-
-
-def _foreign(config: Config, task: GlueTask, name: str) -> ForeignForSequenceClassification:
-    """Any encoder of `AutoModel` under our head. Raises ConfigError when it cannot be loaded, or not whole."""
-    from transformers import AutoModel
-
-    try:
-        encoder, found = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(Problem("model.name", f"{name!r} cannot be loaded: {reason}")) from None
-    if getattr(encoder.config, "is_encoder_decoder", False):
-        raise ConfigError(Problem("model.name", f"{name!r} is an encoder with a decoder; an encoder alone is needed"))
-    missing = sorted(key for key in found["missing_keys"] if "pooler." not in key)
-    if missing or found["mismatched_keys"]:
-        listed = [*missing, *map(str, found["mismatched_keys"])]
-        problem = f"{name!r}: {len(listed)} tensors were not loaded: {', '.join(listed[:3])}"
-        raise ConfigError(Problem("model.name", problem))
-    return _head_on(encoder, task, config.glue.pooling, config.glue.classifier_dropout, config)
 
 
 def _head_on(

@@ -19,8 +19,8 @@ from neobert.tasks import glue
 from neobert.tasks.glue_data import find_all_files
 from neobert.tasks.glue_metrics import check_metrics
 from neobert.tasks.glue_predict import FOLDER, write_predictions
-from neobert.tasks.glue_start import find_start
 from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
+from neobert.tasks.start import find_start
 from neobert.training.checkpoint import list_steps, prune, strip_checkpoint, write_json
 
 TRANSFERRED = ("rte", "mrpc", "stsb")  # from mnli, with glue.transfer_from_task

@@ -18,6 +18,7 @@ from neobert.training.runtime import Runtime, total_norm
 from neobert.training.trackers import Sinks
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
+LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # said on the console where they are known
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Log:
     stopwatch: Stopwatch
     max_steps: int
     debug: bool
+    more: Callable[[], dict[str, float]] = dict
     window: list[StepResult] = field(default_factory=list)
     last_rate: float | None = None
 
@@ -64,13 +66,12 @@ class Log:
             row["weight_norm"] = weight_norm(self.model)
         if self.trainer.log_train_accuracy:
             row["accuracy"] = sum(one.num_correct for one in window) / max(1, targets)
+        row |= self.more()
         row |= clip_metrics([one.clip for one in window if one.clip is not None])
         self.metrics.write(row)
         if not self.console.has_bar or self.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)
-            extras = "".join(
-                f"  {name} {row[name]:.3f}" for name in ("grad_norm", "weight_norm", "accuracy") if name in row
-            )
+            extras = "".join(f"  {name} {row[name]:.3f}" for name in LOGGED if name in row)
             if row.get("qk_clipped_heads"):
                 extras += f"  largest logit {row['qk_max_logit']:.1f}, {row['qk_clipped_heads']} heads clipped"
             self.console.line(

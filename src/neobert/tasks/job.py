@@ -15,8 +15,7 @@ from torch import nn
 
 from neobert.config.explain import plain_json
 from neobert.config.load import dump_config
-from neobert.config.reference import known_keys
-from neobert.config.rules import value_of
+from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import ConfigError, Problem
@@ -87,6 +86,9 @@ class Job:
     interrupt: Interrupt
     clip: QKClip | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
+    log_metrics: Callable[[], dict[str, float]] = (
+        dict  # what the task adds to the rows of the log; all processes call it
+    )
     end_notes: Callable[[], list[str]] = list
     next_command: str = ""
 
@@ -97,7 +99,7 @@ class Job:
         stopwatch = Stopwatch()
         metrics = self.build_sinks()
         console = Console(max_steps, self.state.step, runtime.is_main and not trainer.disable_tqdm)
-        log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug)
+        log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug, self.log_metrics)
         root = self.folder / "checkpoints"
         evaluation = None
         if self.measure is not None:

@@ -13,7 +13,7 @@ from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.convert import convert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.tasks.encoder import build_model, build_vocabulary
-from neobert.tasks.glue_start import ARCHITECTURE, check_named_tokenizer, contradictions
+from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions
 from neobert.training.checkpoint import find_checkpoint
 
 

@@ -1,4 +1,7 @@
-"""What a GLUE run starts from: a checkpoint of ours, any encoder of `AutoModel`, or nothing. Found and checked here."""
+"""What a run that fine-tunes starts from: a checkpoint of ours, any encoder of `AutoModel`, or nothing. Found and checked here.
+
+The keys that say so are `<task>.pretrained_*`: the same in every task.
+"""
 
 import json
 from dataclasses import dataclass
@@ -6,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import load_config
-from neobert.config.schema import Config
+from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.inference.load import load_model_config
+from neobert.inference.load import FOREIGN, load_model_config
 from neobert.model.modeling_neobert import NeoBERTConfig
 from neobert.training.checkpoint import STATE, WEIGHTS, find_checkpoint, list_steps, verify_checkpoint
 
@@ -18,12 +21,15 @@ ARCHITECTURE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
     "hidden_act", "rms_norm", "rope", "norm_eps", "ngpt", "base_scale",
 )  # fmt: skip
-FOREIGN = "neobert_head"  # section of config.json under which our head on another encoder stands
-
 NOTHING = (
-    "no weights to start from: name a run in glue.pretrained_checkpoint_dir, a model in glue.pretrained_model_path, or an "
-    "encoder of transformers in model.name with model.from_hub: true; glue.allow_random_weights: true trains without"
+    "no weights to start from: name a run in {0}.pretrained_checkpoint_dir, a model in {0}.pretrained_model_path, or an "
+    "encoder of transformers in model.name with model.from_hub: true; {0}.allow_random_weights: true trains without"
 )
+
+
+def asked_weights(config: Config) -> GlueConfig | ContrastiveConfig:
+    """The section whose `pretrained_*` keys count."""
+    return config.glue if config.task == "glue" else config.contrastive
 
 
 @dataclass(frozen=True)
@@ -54,22 +60,23 @@ class Start:
 
 def find_start(config: Config, keys_set: frozenset[str]) -> Start:
     """The weights that the configuration names. Raises ConfigError or CheckpointError."""
-    glue, model = config.glue, config.model
+    model, transfer = config.model, config.task == "glue" and config.glue.transfer_from_task
     if model.from_hub and not model.name:
         raise ConfigError(Problem("model.name", "not set; model.from_hub loads the encoder that it names"))
     folder = find_folder(config)
     if folder is None:
-        if glue.transfer_from_task:
+        if transfer:
             problem = "needs a checkpoint of another task: glue.pretrained_checkpoint_dir"
             raise ConfigError(Problem("glue.transfer_from_task", problem))
-        if not model.from_hub and not glue.allow_random_weights:
-            raise ConfigError(Problem("glue.pretrained_checkpoint_dir", NOTHING))
+        if not model.from_hub and not asked_weights(config).allow_random_weights:
+            raise ConfigError(Problem(f"{config.task}.pretrained_checkpoint_dir", NOTHING.format(config.task)))
         return Start(hub=model.name if model.from_hub else None)
     state = read_state(folder)
     task = glue_task(folder)
-    _check_transfer(folder, task, glue.transfer_from_task)
+    if config.task == "glue":
+        _check_transfer(folder, task, transfer)
     if model.from_hub:
-        if task is None or FOREIGN not in read_config(folder):
+        if config.task != "glue" or task is None or FOREIGN not in read_config(folder):
             raise ConfigError(
                 Problem("model.from_hub", f"{folder} is not a checkpoint of {model.name}; leave one of them out")
             )
@@ -80,27 +87,26 @@ def find_start(config: Config, keys_set: frozenset[str]) -> Start:
 
 
 def find_folder(config: Config) -> Path | None:
-    """The checkpoint that `glue.pretrained_*` name, or None. Raises CheckpointError or ConfigError."""
-    glue = config.glue
-    chosen = glue.pretrained_checkpoint
+    """The checkpoint that `pretrained_*` name, or None. Raises CheckpointError or ConfigError."""
+    asked = asked_weights(config)
+    chosen = asked.pretrained_checkpoint
     selector = str(config.pretrained_checkpoint if chosen is None else chosen)
     is_name = selector in ("latest", "best") or selector.isdigit()
     if not is_name:
         return find_checkpoint(selector)
-    if glue.pretrained_checkpoint_dir is not None:
-        root = Path(glue.pretrained_checkpoint_dir)
+    if asked.pretrained_checkpoint_dir is not None:
+        root = Path(asked.pretrained_checkpoint_dir)
         return find_checkpoint(selector, root / "checkpoints" if (root / "checkpoints").is_dir() else root)
-    if glue.pretrained_model_path is not None:
-        path = Path(glue.pretrained_model_path)
+    if asked.pretrained_model_path is not None:
+        path = Path(asked.pretrained_model_path)
         path = path.parent if path.is_file() else path
         if not list_steps(path) and not list_steps(path / "checkpoints") and (path / WEIGHTS).is_file():
             return path
         root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         return find_checkpoint(selector, root)
     if chosen is not None:
-        raise ConfigError(
-            Problem("glue.pretrained_checkpoint", f"{selector} of what? set glue.pretrained_checkpoint_dir")
-        )
+        where = f"{config.task}.pretrained_checkpoint"
+        raise ConfigError(Problem(where, f"{selector} of what? set {where}_dir"))
     return None
 
 
@@ -154,11 +160,15 @@ def contradictions(config: Config, keys_set: frozenset[str], folder: Path, found
 def _check_architecture(config: Config, keys_set: frozenset[str], folder: Path, found: NeoBERTConfig) -> None:
     """What the YAML says of the model, and the model that `pretrained_model_path` names, must be what is in `folder`."""
     problems = contradictions(config, keys_set, folder, found)
-    path = config.glue.pretrained_model_path
-    if path is not None and config.glue.pretrained_checkpoint_dir is not None:
+    asked = asked_weights(config)
+    path = asked.pretrained_model_path
+    if path is not None and asked.pretrained_checkpoint_dir is not None:
         expected = _expected_architecture(Path(path))
         problems += [
-            Problem("glue.pretrained_model_path", f"{path} has {name} {getattr(expected, name)}, {folder} has {value}")
+            Problem(
+                f"{config.task}.pretrained_model_path",
+                f"{path} has {name} {getattr(expected, name)}, {folder} has {value}",
+            )
             for name in ARCHITECTURE
             if getattr(expected, name) != (value := getattr(found, name))
         ]
@@ -172,6 +182,23 @@ def _expected_architecture(path: Path) -> Any:
     if not path.is_file() and not (path / "config.json").is_file():
         path = find_checkpoint(str(path))
     return load_model_config(path.parent if path.is_file() else path)
+
+
+def architecture_keys(config: Config, keys_set: frozenset[str], start: Start) -> dict[str, Any]:
+    """The keys of `model` as the weights have them; dropout too, where the YAML does not set it."""
+    if start.architecture is None:
+        return {}
+    found = {name: getattr(start.architecture, name) for name in ARCHITECTURE}
+    if "model.dropout_prob" not in keys_set:
+        found["dropout_prob"] = start.architecture.dropout_prob
+    return found
+
+
+def check_length(config: Config, start: Start, dotted: str, length: int) -> None:
+    """Raises ConfigError for rows that are longer than the model's positions."""
+    longest = config.model.max_position_embeddings
+    if start.hub is None and length > longest:
+        raise ConfigError(Problem(dotted, f"{length} is longer than the model's max_position_embeddings {longest}"))
 
 
 # --- the tokenizer -----------

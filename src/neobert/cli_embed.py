@@ -1,0 +1,71 @@
+"""The commands `embed` and `similarity`. Registered in `cli.py`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(metavar="CHECKPOINT", help="A run's output folder, one of its checkpoints, or an encoder's folder."),
+]
+PoolingOption = Annotated[
+    Literal["avg", "cls", "max"] | None,
+    typer.Option(help="How token vectors become one [as it was trained, else avg]."),
+]
+
+
+def embed(
+    checkpoint: Checkpoint,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .parquet, or a folder.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .npy or .parquet.")],
+    column: Annotated[str | None, typer.Option(help="Column of the texts [text, or the only one].")] = None,
+    pooling: PoolingOption = None,
+    normalize: Annotated[bool, typer.Option(help="Give every vector length 1, so that products are cosines.")] = True,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at a time.")] = 4096,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16: faster with AMX or CUDA, less exact.")
+    ] = False,
+) -> None:
+    """A vector for every text of a file, in the order of its rows.
+
+    \b
+    Example:
+      neobert embed outputs/contrastive-small corpus.jsonl --column body -o vectors.npy
+    """
+    import torch
+    from tqdm import tqdm
+
+    from neobert.inference.embed import embed_file, load_embedder
+
+    embedder = load_embedder(checkpoint, pooling, max_length, batch_tokens, torch.bfloat16 if bf16 else None)
+    with tqdm(unit="text", disable=not sys.stderr.isatty(), leave=False) as bar:
+        count, width = embed_file(embedder, file, output, column, normalize, bar.update)
+    print(f"{output}: {count:,} vectors of {width}")
+
+
+def similarity(
+    checkpoint: Checkpoint,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT TEXT...", help="Two texts or more.")],
+    pooling: PoolingOption = None,
+) -> None:
+    """Cosine similarity of the first text to each of the others.
+
+    \b
+    Example:
+      neobert similarity outputs/contrastive-small "packet filter" "a firewall" "a text editor"
+    """
+    from neobert.errors import UserError
+    from neobert.inference.embed import load_embedder
+
+    if len(texts) < 2:
+        raise UserError("similarity: give two texts or more")
+    if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
+        raise UserError(f"similarity: text {empty[0]} is empty")
+    vectors = load_embedder(checkpoint, pooling).encode(texts)
+    for text, value in zip(texts[1:], vectors[1:] @ vectors[0], strict=True):
+        print(f"{value:7.4f}  {text}")

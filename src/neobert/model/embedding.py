@@ -1,0 +1,194 @@
+"""Sentence embeddings and their contrastive loss: our encoder, or any encoder of transformers' making.
+
+The loss is computed inside `forward`, over the candidates of all processes. Texts of a step go through the encoder together,
+whatever their role: anchors, positives, then hard negatives.
+
+Shapes: N tokens, D width, n texts of this process, B rows of this process, G rows of all, A anchors, C candidates.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .contrastive_loss import alignment, gather_rows, info_nce, supcon, uniformity
+from .flat import Pooling
+from .modeling_neobert import NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ContrastiveSettings:
+    """What the loss is. `loss_type`: "simcse" (InfoNCE) or "supcon"."""
+
+    loss_type: str = "simcse"
+    temperature: float = 0.05
+    hard_negative_weight: float = 0.0
+    pooling: Pooling = "avg"
+
+
+@dataclass
+class EmbeddingOutput(ModelOutput):
+    """`embeddings` n x D, not normalised; with keys `loss_sum` and `num_correct` over this process's anchors."""
+
+    embeddings: Tensor | None = None
+    loss_sum: Tensor | None = None
+    num_correct: Tensor | None = None
+
+
+class ContrastiveLoss(nn.Module):
+    """From embeddings and keys to the loss. Keeps sums of alignment and uniformity until somebody takes them."""
+
+    def __init__(self, settings: ContrastiveSettings):
+        super().__init__()
+        self.settings = settings
+        self.sums = [0.0, 0.0, 0.0]  # alignment, uniformity, microbatches
+
+    def forward(
+        self,
+        embeddings_nD: Tensor,
+        row_keys_G: Tensor,
+        anchor_keys_G: Tensor,
+        negative_keys: Tensor,
+        negative_rows: Tensor,
+        num_negatives: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """(loss sum, number correct). `row_keys_G` are the keys of the positives (or labels), `negative_rows` the row of every
+        hard negative, `num_negatives` how many each process has.
+        """
+        with torch.autocast(embeddings_nD.device.type, enabled=False):
+            vectors = F.normalize(embeddings_nD.float(), dim=-1)
+            B, rank = len(row_keys_G) // len(num_negatives), _rank(num_negatives)
+            self._observe(vectors[:B], vectors[B : 2 * B])
+            is_supcon = self.settings.loss_type == "supcon"
+            anchors_AD = vectors[: 2 * B] if is_supcon else vectors[:B]
+            counts = tuple((2 * B if is_supcon else B) + m for m in num_negatives)
+            candidates_CD = gather_rows(vectors if is_supcon else vectors[B:], counts)
+            rows_G, per_row = torch.arange(len(row_keys_G), device=vectors.device), (2 if is_supcon else 1)
+            keys_C = _blocks(row_keys_G, negative_keys, num_negatives, per_row)
+            owners_C = _blocks(torch.full_like(rows_G, -1), negative_rows, num_negatives, per_row)
+            begin = sum(counts[:rank])
+            places_A = torch.arange(begin, begin + len(anchors_AD), device=vectors.device)
+            rows_A = rows_G[rank * B : (rank + 1) * B].repeat(per_row)
+            extra_AC = self.settings.hard_negative_weight * (owners_C == rows_A[:, None]).float()
+            same_AC = keys_C == row_keys_G[rows_A][:, None]
+            if is_supcon:
+                return supcon(anchors_AD, candidates_CD, places_A, same_AC, self.settings.temperature, extra_AC)
+            masked_AC = same_AC | (keys_C == anchor_keys_G[rows_A][:, None])
+            masked_AC[torch.arange(B, device=vectors.device), places_A] = False
+            return info_nce(anchors_AD, candidates_CD, places_A, masked_AC, self.settings.temperature, extra_AC)
+
+    def _observe(self, anchors_BD: Tensor, positives_BD: Tensor) -> None:
+        if self.training and len(anchors_BD) > 1:
+            values = float(alignment(anchors_BD, positives_BD)), float(uniformity(anchors_BD)), 1.0
+            self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
+
+    def take_sums(self) -> list[float]:
+        """Sums since they were last taken."""
+        sums, self.sums = self.sums, [0.0, 0.0, 0.0]
+        return sums
+
+
+def _rank(num_negatives: tuple[int, ...]) -> int:
+    return dist.get_rank() if len(num_negatives) > 1 else 0
+
+
+def _blocks(of_rows_G: Tensor, of_negatives: Tensor, num_negatives: tuple[int, ...], per_row: int) -> Tensor:
+    """In the order in which candidates are gathered: of every process its rows, `per_row` times, then its negatives."""
+    rows = of_rows_G.chunk(len(num_negatives))
+    pairs = zip(rows, of_negatives.split(num_negatives), strict=True)
+    return torch.cat([part for block, negatives in pairs for part in (*[block] * per_row, negatives)])
+
+
+class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
+    """Our encoder under a contrastive loss."""
+
+    def __init__(self, config: NeoBERTConfig, settings: ContrastiveSettings | None = None):
+        super().__init__(config)
+        self.model = NeoBERT(config)
+        self.contrastive = ContrastiveLoss(settings or ContrastiveSettings())
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_lengths: Tensor | None = None,
+        keys: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> EmbeddingOutput:
+        """Embeddings of all texts; with `keys` (the arguments of `ContrastiveLoss`) also their loss."""
+        pooling = self.contrastive.settings.pooling
+        embeddings = self.model.embed(input_ids, attention_mask, document_lengths, pooling)
+        return _output(self.contrastive, embeddings, keys)
+
+
+class ForeignForEmbedding(nn.Module):
+    """Any encoder of `AutoModel` under the same loss. Texts of similar length are padded together, and only those."""
+
+    def __init__(self, encoder: Any, settings: ContrastiveSettings, pad_id: int):
+        super().__init__()
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # of BERT's next-sentence task; vectors are pooled here
+        self.config = encoder.config
+        self.model = encoder
+        self.pad_id = pad_id
+        self.contrastive = ContrastiveLoss(settings)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_lengths: Tensor | None = None,
+        keys: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> EmbeddingOutput:
+        """As `NeoBERTForEmbedding.forward`."""
+        if document_lengths is None:
+            assert attention_mask is not None
+            document_lengths = attention_mask.sum(1).cpu()
+            input_ids = input_ids[attention_mask.bool()][None]
+        texts = input_ids[0].split(document_lengths.tolist())
+        order, groups = group_by_length(document_lengths.tolist())
+        vectors = torch.cat([self._embed([texts[number] for number in group]) for group in groups])
+        places = torch.empty(len(order), dtype=torch.int64)
+        places[torch.tensor(order)] = torch.arange(len(order))
+        return _output(self.contrastive, vectors[places.to(vectors.device)], keys)
+
+    def _embed(self, texts: list[Tensor]) -> Tensor:
+        ids_BT = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(text) for text in texts], device=ids_BT.device)
+        mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths[:, None]
+        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state.float()
+        pooling = self.contrastive.settings.pooling
+        if pooling == "cls":
+            return hidden_BTD[:, 0]
+        if pooling == "max":
+            return hidden_BTD.masked_fill(~mask_BT[..., None], -torch.inf).amax(1)
+        return (hidden_BTD * mask_BT[..., None]).sum(1) / lengths[:, None]
+
+    def normalize_matrices(self) -> None:
+        """Nothing: only nGPT has matrices of length 1."""
+
+
+def group_by_length(lengths: list[int]) -> tuple[list[int], list[list[int]]]:
+    """(texts from long to short, the same in groups): a group ends where texts are shorter than 3/4 of its longest."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    groups: list[list[int]] = []
+    for number in order:
+        if not groups or lengths[number] < 0.75 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(number)
+    return order, groups
+
+
+def _output(loss: ContrastiveLoss, embeddings_nD: Tensor, keys: dict[str, Any] | None) -> EmbeddingOutput:
+    if keys is None:
+        return EmbeddingOutput(embeddings=embeddings_nD)
+    loss_sum, num_correct = loss(embeddings_nD, **keys)
+    return EmbeddingOutput(embeddings=embeddings_nD, loss_sum=loss_sum, num_correct=num_correct)

@@ -1,0 +1,161 @@
+"""`task: contrastive`: from an encoder to sentence embeddings, by pairs, labels, scores and plain text."""
+
+import os
+from contextlib import redirect_stdout
+from typing import Any
+
+from neobert.config.load import Loaded, dump_config
+from neobert.config.rules import resume_needs_a_position
+from neobert.config.schema import Config
+from neobert.errors import ConfigError, Problem
+from neobert.inference.embed import EmbeddingModel
+from neobert.model.embedding import ForeignForEmbedding
+from neobert.optim.schedule import Schedule
+from neobert.tasks.contrastive_data import ContrastiveData, build_data, longest_text
+from neobert.tasks.contrastive_eval import build_measure, check_evaluators, find_sets, mean_metrics
+from neobert.tasks.contrastive_model import build_model, build_storage
+from neobert.tasks.encoder import build_vocabulary, prepare_model
+from neobert.tasks.hooks import check_needs_evaluation
+from neobert.tasks.job import Finished, Job, build_run_schedule
+from neobert.tasks.optimizers import build_clip, build_run_optimizer
+from neobert.tasks.resuming import load_training_state
+from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
+from neobert.tasks.stopping import stop_signals
+from neobert.tasks.summary import print_summary
+from neobert.training.checkpoint import has_data, verify_checkpoint
+from neobert.training.loop import Interrupt, TrainState
+from neobert.training.runtime import Runtime, build_runtime
+
+
+def run(loaded: Loaded) -> Finished:
+    """Train as configured. Raises UserError (and its kinds) for what a user can repair."""
+    trainer, interrupt = loaded.config.trainer, Interrupt()
+    with stop_signals(interrupt):
+        runtime = build_runtime(
+            use_cpu=trainer.use_cpu,
+            mixed_precision=trainer.mixed_precision,
+            tf32=trainer.tf32,
+            engine=trainer.engine,
+            use_deepspeed=loaded.config.use_deepspeed,
+        )
+        if runtime.is_main:
+            finished = build_job(loaded, runtime, interrupt).run()
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                finished = build_job(loaded, runtime, interrupt).run()
+        runtime.close()
+    return finished
+
+
+def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
+    """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
+    trainer, keys_set = loaded.config.trainer, loaded.keys_set
+    for warning in loaded.warnings:
+        print(f"note: {warning}")
+    start = find_start(loaded.config, keys_set)
+    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, keys_set, start)
+    config = settle(loaded.config, keys_set, start, tokenizer_keys)
+    vocab_size, notes = len(hf_tokenizer), []
+    if start.folder is None and start.hub is None:
+        vocab_size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
+    check_length(config, start, "dataset.max_seq_length", longest_text(config))
+    if config.debug:
+        print(dump_config(config))
+    data = build_data(config, hf_tokenizer, runtime.rank, runtime.world_size)
+    sets = find_sets(config, data)
+    if sets:
+        check_evaluators()
+    else:
+        check_needs_evaluation(trainer)
+    model, weights_line = build_model(config, start, vocab_size, hf_tokenizer.pad_token_id)
+    model.to(runtime.device)
+    kernels = describe_kernels(config, model, runtime)
+    wrapped = runtime.distribute(model, [] if isinstance(model, ForeignForEmbedding) else model.model.layers)
+    optimizer = build_run_optimizer(config, model, runtime.dtype)
+    clip, clip_line = build_clip(config, model)
+    schedule, warnings = build_run_schedule(config, data.num_steps)
+    storage = build_storage(config, model, hf_tokenizer)
+    folder, resume, told = runtime.on_main(
+        lambda: prepare_run_folder(trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir)
+    )
+    state = TrainState()
+    if resume is not None:
+        saved = runtime.on_main(lambda: verify_checkpoint(resume))
+        if missing := list(resume_needs_a_position(config, keys_set, has_data(resume))):
+            raise ConfigError(*missing)
+        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state)
+        told.append(f"resuming from {resume}: step {state.step:,}")
+    facts = describe(config, model, data, runtime, weights_line, schedule) | kernels | clip_line
+    facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
+    runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
+    print_summary(facts, [*notes, *told, *warnings, *data.notes, *advice(config, data)], folder)
+    return Job(
+        config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
+        fetch=lambda: [next(data.train) for _ in range(trainer.gradient_accumulation_steps)],
+        num_steps=data.num_steps,
+        measure=build_measure(config, wrapped, hf_tokenizer, sets, runtime, interrupt),
+        storage=storage, folder=folder, state=state, resumed=resume is not None, wrapped=wrapped, interrupt=interrupt,
+        clip=clip,
+        log_metrics=lambda: mean_metrics(runtime, model.contrastive.take_sums()),
+        next_command='neobert similarity {checkpoint} "one text" "another text"',
+    )  # fmt: skip
+
+
+def settle(config: Config, keys_set: frozenset[str], start: Start, tokenizer_keys: dict[str, Any]) -> Config:
+    """The configuration with what follows from the weights filled in, as it is saved: it loads to the same run."""
+    found = architecture_keys(config, keys_set, start)
+    dataset, longest = config.dataset, found.get("max_position_embeddings", config.model.max_position_embeddings)
+    if "dataset.max_seq_length" not in keys_set and start.hub is None:
+        dataset = dataset.model_copy(update={"max_seq_length": min(dataset.max_seq_length, longest)})
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=found),
+            "tokenizer": config.tokenizer.model_copy(update=tokenizer_keys),
+            "dataset": dataset,
+        }
+    )
+
+
+def describe_kernels(config: Config, model: EmbeddingModel, runtime: Runtime) -> dict[str, str]:
+    """Choose what runs and say it. Raises ConfigError for what is not done with an encoder of transformers."""
+    if not isinstance(model, ForeignForEmbedding):
+        return prepare_model(config, model, runtime)
+    if config.trainer.torch_compile:
+        raise ConfigError(Problem("trainer.torch_compile", "is for our own encoder; leave it out with model.from_hub"))
+    return {"attention": f"transformers' {model.config._attn_implementation}", "kernels": "transformers'"}
+
+
+def describe(
+    config: Config, model: EmbeddingModel, data: ContrastiveData, runtime: Runtime, weights: str, schedule: Schedule
+) -> dict[str, Any]:
+    """The lines of the summary."""
+    trainer, asked = config.trainer, config.contrastive
+    rows, windows = trainer.per_device_train_batch_size * runtime.world_size, trainer.gradient_accumulation_steps
+    alone = f"; {windows} such batches a step, whose texts do not meet: more accumulation gives no more negatives"
+    hard = f", hard negatives + {asked.hard_negative_weight:g}" if asked.hard_negative_weight else ""
+    names = {"simcse": "InfoNCE over the texts of the batch", "supcon": "SupCon: texts of one label attract each other"}
+    layout = "packed one behind the other" if config.datacollator.pack_sequences else "padded"
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "task": f"contrastive, {names[asked.loss_type]}; temperature {asked.temperature:g}, {asked.pooling} pooling{hard}",
+        "weights": weights,
+        "parameters": f"{num_parameters:,}",
+        "data": data.describe,
+        "step": f"{rows} rows of one source, every text against those of all {rows}"
+        + (alone if windows > 1 else "")
+        + f"; texts of at most {longest_text(config)} tokens, {layout}",
+        "run": f"{data.num_steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
+        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, warmup {schedule.warmup_steps:,}",
+        "device": runtime.describe,
+        "processes": runtime.describe_engine,
+    }
+
+
+def advice(config: Config, data: ContrastiveData) -> list[str]:
+    """What is likely not meant."""
+    if data.has_text and not config.model.dropout_prob and not config.model.from_hub:
+        return [
+            "plain text makes pairs by dropout, and model.dropout_prob is 0: both passes are the same; 0.1 is usual"
+        ]
+    return []

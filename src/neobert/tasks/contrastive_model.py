@@ -1,0 +1,87 @@
+"""The model of a contrastive run: built, given its first weights, and stored in checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neobert.config.schema import Config
+from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.inference.embed import EMBEDDING, EmbeddingModel
+from neobert.inference.load import FOREIGN, check_fit, load_model_weights, read_weights
+from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
+from neobert.model.layouts import is_eurobert, to_eurobert
+from neobert.tasks.contrastive_data import longest_text
+from neobert.tasks.encoder import checkpoint_config, load_encoder, load_foreign, model_config
+from neobert.tasks.job import Storage
+from neobert.tasks.start import Start
+from neobert.training.checkpoint import Tensors, load_weights
+from neobert.training.runtime import load_whole, whole_weights
+
+
+def build_model(config: Config, start: Start, vocab_size: int, pad_id: int) -> tuple[EmbeddingModel, str]:
+    """(the model with its first weights, what was loaded in one line). Raises CheckpointError and ConfigError."""
+    torch.manual_seed(config.seed)
+    asked = config.contrastive
+    settings = ContrastiveSettings(asked.loss_type, asked.temperature, asked.hard_negative_weight, asked.pooling)
+    if start.hub is not None:
+        return _foreign(config, start.hub, settings, vocab_size, pad_id), f"{start.hub}, all of the encoder"
+    model = NeoBERTForEmbedding(model_config(config, vocab_size, pad_id), settings)
+    model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    if start.folder is None or start.architecture is None:
+        return model, "random"
+    if start.architecture.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{start.folder}: embeddings of {start.architecture.vocab_size} tokens, but its tokenizer has {vocab_size}"
+        )
+    return model, load_encoder(start.folder, model, read_weights(start.folder, start.architecture))
+
+
+def _foreign(
+    config: Config, name: str, settings: ContrastiveSettings, vocab_size: int, pad_id: int
+) -> ForeignForEmbedding:
+    encoder = load_foreign(name)
+    if vocab_size > encoder.config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer: {vocab_size} tokens, but {name} has embeddings of {encoder.config.vocab_size}"
+        )
+    longest = getattr(encoder.config, "max_position_embeddings", None)
+    if longest is not None and longest_text(config) > longest:
+        problem = f"{longest_text(config)} is longer than the max_position_embeddings {longest} of {name}"
+        raise ConfigError(Problem("dataset.max_seq_length", problem))
+    if config.trainer.gradient_checkpointing:
+        encoder.gradient_checkpointing_enable()
+    return ForeignForEmbedding(encoder, settings, pad_id)
+
+
+def build_storage(config: Config, model: EmbeddingModel, hf_tokenizer: Any) -> Storage:
+    """How the encoder is written to checkpoints and read back; transformers' `AutoModel` reads them too."""
+    trained = {EMBEDDING: {"pooling": config.contrastive.pooling, "max_length": longest_text(config)}}
+    if isinstance(model, ForeignForEmbedding):
+        return _foreign_storage(model, trained)
+
+    def content() -> tuple[Tensors, dict[str, Any]]:
+        weights, fields = whole_weights(model), checkpoint_config(model.config, hf_tokenizer, config.model.name)
+        is_euro = is_eurobert(model.config)
+        kind = "EuroBertModel" if is_euro else "NeoBERTForEmbedding"
+        fields = {**fields, "architectures": [kind], "neobert": {**fields["neobert"], **trained}}
+        return to_eurobert(weights) if is_euro else weights, fields
+
+    return Storage(content, lambda folder: load_model_weights(folder, model))
+
+
+def _foreign_storage(model: ForeignForEmbedding, trained: dict[str, Any]) -> Storage:
+    """Under the names of the encoder itself."""
+
+    def content() -> tuple[Tensors, dict[str, Any]]:
+        fields = json.loads(model.config.to_json_string(use_diff=False))
+        weights = {name.removeprefix("model."): tensor for name, tensor in whole_weights(model).items()}
+        return weights, {**fields, FOREIGN: trained}
+
+    def load(folder: Path) -> None:
+        weights = {f"model.{name}": tensor for name, tensor in load_weights(folder).items()}
+        check_fit(folder, weights, model.state_dict())
+        load_whole(model, weights)
+
+    return Storage(content, load)

@@ -1,0 +1,186 @@
+"""Contrastive losses = sentence-transformers' and naive formulas; two processes with gathered texts = one with all of them."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from neobert.model.contrastive_loss import alignment, uniformity
+from neobert.model.embedding import ContrastiveLoss, ContrastiveSettings, NeoBERTForEmbedding, group_by_length
+from neobert.model.modeling_neobert import NeoBERTConfig
+
+G, D = 12, 24
+
+
+def vectors(number, seed=0):
+    return torch.randn(number, D, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def keys_of(num_negatives=0, world=1, rows=G):
+    """Keys of G rows whose texts all differ, with so many negatives each."""
+    return {
+        "row_keys_G": torch.arange(rows),
+        "anchor_keys_G": torch.arange(rows) + 1000,
+        "negative_keys": torch.arange(rows * num_negatives) + 2000,
+        "negative_rows": torch.arange(rows).repeat_interleave(num_negatives),
+        "num_negatives": (rows * num_negatives // world,) * world,
+    }
+
+
+def loss_and_gradient(settings, x, keys):
+    loss_sum, num_correct = ContrastiveLoss(ContrastiveSettings(**settings))(x, **keys)
+    return loss_sum.detach(), torch.autograd.grad(loss_sum, x)[0], num_correct
+
+
+@pytest.mark.parametrize("num_negatives", [0, 1, 3])
+def test_info_nce_equals_sentence_transformers(num_negatives):
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    x = vectors(G * (2 + num_negatives))
+    ours, gradient, _ = loss_and_gradient({"temperature": 0.05}, x, keys_of(num_negatives))
+    peer = losses.MultipleNegativesRankingLoss(model=None, scale=20.0)
+    negatives = x[2 * G :].view(G, num_negatives, D).unbind(1)
+    theirs = peer.compute_loss_from_embeddings([x[:G], x[G : 2 * G], *negatives], None) * G
+    torch.testing.assert_close(ours, theirs.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(theirs, x)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_supcon_equals_the_formula():
+    x, labels = vectors(2 * G), torch.tensor([n % 4 for n in range(G)])
+    keys = {**keys_of(), "row_keys_G": labels, "anchor_keys_G": labels}
+    ours, gradient, num_correct = loss_and_gradient({"loss_type": "supcon", "temperature": 0.1}, x, keys)
+    z, y, total, right = F.normalize(x, dim=1), labels.repeat(2), 0.0, 0
+    for i in range(2 * G):
+        others = [a for a in range(2 * G) if a != i]
+        logits = torch.stack([z[i] @ z[a] / 0.1 for a in others])
+        positives = [n for n, a in enumerate(others) if y[a] == y[i]]
+        total = total - (logits[positives] - logits.logsumexp(0)).mean()
+        right += int(y[others[int(logits.argmax())]] == y[i])
+    torch.testing.assert_close(ours, total.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(total, x)[0], atol=1e-5, rtol=1e-5)
+    assert num_correct == right
+
+
+def test_texts_equal_to_the_positive_are_no_negatives():
+    """Row 3 has the positive of row 0, negative 1 too, and negative 2 is the anchor of row 0."""
+    x, keys = vectors(3 * G), keys_of(1)
+    keys["row_keys_G"][3] = 0
+    keys["negative_keys"][1] = 0
+    keys["negative_keys"][2] = 1000
+    changed = x.detach().clone()
+    for place in (G + 3, 2 * G + 1, 2 * G + 2):
+        changed[place] = torch.randn(D)
+    rows = [
+        loss_and_gradient({}, y.requires_grad_(), {**keys, **one})[0]
+        for y in (x, changed)
+        for one in ({"row_keys_G": keys["row_keys_G"]},)
+    ]
+    mask = torch.zeros(G, 2 * G, dtype=torch.bool)
+    mask[0, [3, G + 1, G + 2]] = mask[3, [0, G + 1]] = True
+    z = F.normalize(x, dim=1)
+    logits = (z[:G] @ z[G:].T / 0.05).masked_fill(mask, -torch.inf)
+    torch.testing.assert_close(rows[0], F.cross_entropy(logits, torch.arange(G), reduction="sum").detach())
+    assert rows[0] != rows[1]  # they still are candidates of the other anchors
+
+
+def test_hard_negatives_count_e_to_the_weight():
+    x, weight = vectors(3 * G), 1.5
+    ours, _, _ = loss_and_gradient({"hard_negative_weight": weight}, x, keys_of(1))
+    z = F.normalize(x, dim=1)
+    terms = (z[:G] @ z[G:].T / 0.05).exp()
+    terms = torch.cat(
+        [terms[:, :G], terms[:, G:] * torch.where(torch.eye(G).bool(), torch.tensor(weight).exp(), 1.0)], 1
+    )
+    torch.testing.assert_close(ours, -(terms.diag() / terms.sum(1)).log().sum().detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_and_uniformity():
+    a, b = (F.normalize(vectors(G, seed), dim=1) for seed in (1, 2))
+    pairs = [(a[i] - a[j]).square().sum() for i in range(G) for j in range(G) if i != j]
+    torch.testing.assert_close(alignment(a, b), (a - b).norm(dim=1).square().mean().detach())
+    torch.testing.assert_close(uniformity(a), torch.stack(pairs).mul(-2).exp().mean().log().detach())
+    assert uniformity(torch.ones(3, D) / D**0.5) == pytest.approx(0, abs=1e-5)
+
+
+def test_groups_hold_every_text_once():
+    lengths = [5, 128, 6, 90, 7, 127, 64, 5]
+    order, groups = group_by_length(lengths)
+    assert [number for group in groups for number in group] == order
+    assert sorted(order) == list(range(len(lengths)))
+    assert all(min(lengths[n] for n in group) >= 0.75 * max(lengths[n] for n in group) for group in groups)
+
+
+# --- two processes -----------
+
+CASES = {
+    "simcse": ({}, (0,) * G),
+    "negatives": ({"hard_negative_weight": 0.7}, (1, 0, 2) * (G // 3)),
+    "uneven": ({}, (2,) * (G // 2) + (0,) * (G // 2)),
+    "supcon": ({"loss_type": "supcon"}, (1,) * G),
+}
+
+
+def batch_of(counts, world, rank):
+    """Inputs of one of `world` processes: G rows with so many negatives each; some texts are the same."""
+    B, generator = G // world, torch.Generator().manual_seed(7)
+    texts = [torch.randint(5, 60, (3 + n % 9,), generator=generator) for n in range(2 * G + sum(counts))]
+    anchors, positives, negatives = texts[:G], texts[G : 2 * G], texts[2 * G :]
+    positives[4] = positives[1]
+    row_keys = torch.arange(G)
+    row_keys[4] = 1
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    mine = slice(rank * B, (rank + 1) * B)
+    held = [*anchors[mine], *positives[mine], *negatives[ends[mine.start] : ends[mine.stop]]]
+    keys = {
+        "row_keys_G": row_keys,
+        "anchor_keys_G": torch.arange(G) + 1000,
+        "negative_keys": torch.arange(sum(counts)) + 2000,
+        "negative_rows": torch.arange(G).repeat_interleave(torch.tensor(counts)),
+        "num_negatives": tuple(torch.tensor(counts).view(world, B).sum(1).tolist()),
+    }
+    lengths = torch.tensor([len(text) for text in held])
+    return {"input_ids": torch.cat(held)[None], "document_lengths": lengths, "keys": keys}
+
+
+def tiny_model(settings):
+    torch.manual_seed(0)
+    config = NeoBERTConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=32, embedding_init_range=0.5, decoder_init_range=0.2,
+    )  # fmt: skip
+    return NeoBERTForEmbedding(config, ContrastiveSettings(**settings))
+
+
+def gradients(model, counts, world, rank):
+    """Of the mean loss over all anchors, as the loop computes them."""
+    output = model(**batch_of(counts, world, rank))
+    (output.loss_sum * world / G).backward()
+    return {name: p.grad for name, p in getattr(model, "module", model).named_parameters()} | {
+        "loss": output.loss_sum.detach()
+    }
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name, (settings, counts) in CASES.items():
+        model = torch.nn.parallel.DistributedDataParallel(tiny_model(settings))
+        save_file(gradients(model, counts, 2, rank), folder / f"{name}{rank}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gloo over files")
+def test_two_processes_equal_one_with_all_texts(tmp_path):
+    mp.spawn(worker, (tmp_path,), nprocs=2)
+    for name, (settings, counts) in CASES.items():
+        alone = gradients(tiny_model(settings), counts, 1, 0)
+        halves = [load_file(tmp_path / f"{name}{rank}.safetensors") for rank in (0, 1)]
+        torch.testing.assert_close(alone.pop("loss"), sum(one.pop("loss") for one in halves), atol=1e-5, rtol=1e-5)
+        for half in copy.copy(halves):
+            for parameter, gradient in alone.items():
+                torch.testing.assert_close(half[parameter], gradient, atol=1e-5, rtol=1e-5)
