@@ -20,10 +20,15 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     sentence_transformers: Annotated[
-        bool, typer.Option("--sentence-transformers", help="Also what SentenceTransformer(OUT) reads.")
+        bool,
+        typer.Option(
+            "--sentence-transformers", help="Also what SentenceTransformer(OUT) reads; embedding models always do."
+        ),
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also OUT/onnx/model.onnx, any batch size and length.")] = False,
-    pooling: Annotated[str | None, typer.Option(help="With --sentence-transformers: mean, cls or max [mean].")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="With --sentence-transformers: mean, cls or max [as trained, else mean].")
+    ] = None,
     normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Embeddings of length 1.")] = True,
     prompt: Prompts = None,
     replace: Replace = False,
@@ -45,7 +50,7 @@ def export(
 
     embedding = None
     if sentence_transformers:
-        embedding = Embedding(parse_pooling(pooling or "mean"), normalize, _parse_prompts(prompt or []))
+        embedding = Embedding(parse_pooling(pooling) if pooling else None, normalize, _parse_prompts(prompt or []))
     elif pooling is not None or prompt or not normalize:
         raise UserError("--pooling, --prompt and --no-normalize: have no effect without --sentence-transformers")
     export_model(checkpoint, out, Wanted(embedding, onnx), replace)

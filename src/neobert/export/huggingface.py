@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from neobert.data.tokenizer import save_tokenizer
 from neobert.export.source import Source
+from neobert.inference.load import EMBEDDING
 from neobert.model import modeling_neobert
 from neobert.model.layouts import to_eurobert
 from neobert.training.checkpoint import WEIGHTS, Tensors, write_json
@@ -25,14 +26,14 @@ AUTO_MAP = {
 }
 
 
-def write_transformers(source: Source, folder: Path) -> None:
-    """Write what `AutoModel.from_pretrained(folder)` and `AutoTokenizer` read."""
-    write_json(folder / "config.json", exported_config(source))
+def write_transformers(source: Source, folder: Path, trained: dict[str, Any]) -> None:
+    """Write what `AutoModel.from_pretrained(folder)` and `AutoTokenizer` read. `trained` says how it embeds, if it does."""
+    write_json(folder / "config.json", exported_config(source, trained))
     weights = source.model.state_dict()
     tensors = to_eurobert(weights) if source.is_native else weights
     save_file(_contiguous(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer = source.tokenizer
-    tokenizer.model_max_length = source.model.config.max_position_embeddings
+    tokenizer.model_max_length = trained.get("max_length", source.longest)
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids", "attention_mask"]
     save_tokenizer(tokenizer, folder)
     if not source.is_native:
@@ -40,10 +41,15 @@ def write_transformers(source: Source, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def exported_config(source: Source) -> dict[str, Any]:
+def exported_config(source: Source, trained: dict[str, Any]) -> dict[str, Any]:
     """config.json: the checkpoint's, with `auto_map` where our code is shipped."""
     fields = {name: value for name, value in source.fields.items() if name != "auto_map"}
-    return fields if source.is_native else {**fields, "auto_map": AUTO_MAP}
+    if trained:
+        fields["neobert"] = {**fields["neobert"], EMBEDDING: trained}
+    if source.is_native:
+        return fields
+    kind = ["NeoBERT"] if source.is_embedder else fields["architectures"]
+    return {**fields, "architectures": kind, "auto_map": AUTO_MAP}
 
 
 def code_files() -> list[Path]:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neobert.errors import UserError
-from neobert.export.source import Model
+from neobert.inference.load import Model
 from neobert.model.attention import Layout
 from neobert.model.flat import FlatBatch
-from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 
 Output = Literal["last_hidden_state", "logits"]
 ONNX = "onnx/model.onnx"  # where sentence-transformers and optimum look
@@ -44,6 +44,7 @@ class PaddedModel(nn.Module):
             return hidden_ND.view(*input_ids.shape, -1)
         if isinstance(model, NeoBERTForMaskedLM):
             return F.linear(hidden_ND, model.decoder_weight(), model.lm_head.bias).view(*input_ids.shape, -1)
+        assert isinstance(model, NeoBERTForSequenceClassification)
         hidden_BTD, mask_BT1 = hidden_ND.view(*input_ids.shape, -1), mask_BT.unsqueeze(-1).float()
         if model.config.classifier_pooling == "bos":
             first_B = mask_BT.int().argmax(1)

@@ -15,11 +15,13 @@ POOLING, NORMALIZE = "1_Pooling", "2_Normalize"
 
 @dataclass(frozen=True)
 class Embedding:
-    """How a text becomes one vector: pooling of its tokens, length 1 or not, and prompts by name, put in front of it."""
+    """How a text becomes one vector: pooling of its tokens, length 1 or not, prompts by name, put in front of it, and the
+    tokens after which it is cut."""
 
-    pooling: Pooling = "mean"
+    pooling: Pooling | None = None  # as it was trained, else the mean
     normalize: bool = True
     prompts: dict[str, str] = field(default_factory=dict)
+    max_length: int = 512
 
 
 def parse_pooling(text: str) -> Pooling:
@@ -29,7 +31,7 @@ def parse_pooling(text: str) -> Pooling:
     return text  # type: ignore[return-value]
 
 
-def write_sentence_transformers(folder: Path, width: int, max_length: int, embedding: Embedding) -> None:
+def write_sentence_transformers(folder: Path, width: int, embedding: Embedding) -> None:
     """Write what `SentenceTransformer(folder)` reads, beside the transformers model in `folder`.
 
     The names of the modules are those of sentence-transformers 2 to 6, which all of these versions know.
@@ -54,7 +56,7 @@ def write_sentence_transformers(folder: Path, width: int, max_length: int, embed
             "pooling_mode_mean_sqrt_len_tokens": False,
         },
     )
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": embedding.max_length, "do_lower_case": False})
     if embedding.normalize:
         (folder / NORMALIZE).mkdir()
         write_json(folder / NORMALIZE / "config.json", {})

@@ -7,15 +7,17 @@ from typing import Any
 import yaml
 
 from neobert.errors import CheckpointError
-from neobert.inference.convert import Model
 from neobert.inference.load import (
+    EMBEDDING,
     FOREIGN,
+    Model,
     build_model,
     find_model,
     load_model_tokenizer,
     load_model_weights,
     read_model_config,
 )
+from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.layouts import is_eurobert
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
 from neobert.training.checkpoint import STATE, verify_checkpoint
@@ -37,6 +39,22 @@ class Source:
     @property
     def is_classifier(self) -> bool:
         return isinstance(self.model, NeoBERTForSequenceClassification)
+
+    @property
+    def is_embedder(self) -> bool:
+        """An encoder alone, trained to embed."""
+        return isinstance(self.model, NeoBERTForEmbedding)
+
+    @property
+    def trained_embedding(self) -> dict[str, Any]:
+        """`pooling` and `max_length` that the model was trained or exported with; empty otherwise."""
+        return self.fields.get("neobert", {}).get(EMBEDDING, {})
+
+    @property
+    def longest(self) -> int:
+        """The longest text it is for, in tokens."""
+        positions = self.model.config.max_position_embeddings
+        return min(positions, self.trained_embedding.get("max_length", positions))
 
     @property
     def is_native(self) -> bool:

@@ -22,7 +22,10 @@ from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import UserError
 from neobert.export.sample import HARD, MESSAGE
 from neobert.export.sentence_transformers import Embedding
-from neobert.export.source import Model, Source
+from neobert.export.source import Source
+from neobert.inference.embed import Embedder
+from neobert.inference.load import Model
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 65, 128, 200, 256, 333, 511, 512)
@@ -112,19 +115,15 @@ def compare_onnx(source: Source, folder: Path, path: str, output: str, sample: S
 
 @torch.no_grad()
 def compare_embeddings(source: Source, folder: Path, embedding: Embedding) -> list[Check]:
-    """`SentenceTransformer.encode` against the training model's pooled hidden states."""
-    longest = source.model.config.max_position_embeddings
+    """`SentenceTransformer.encode` against what `neobert embed` computes with the training model."""
     words = MESSAGE.split()
-    texts = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)]
-    texts += list(HARD)
+    texts = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
     job = {"kind": "sentence_transformers", "own_code": not source.is_native, "texts": texts, "batch_size": BATCH_SIZE}
     found = run_clean(folder, job)
-    expected = []
-    for text in texts:
-        ids = source.tokenizer(text, truncation=True, max_length=longest)["input_ids"]
-        vector = source.model.model.embed(torch.tensor([ids]), pooling=embedding.pooling)[0]
-        expected.append((torch.nn.functional.normalize(vector, dim=-1) if embedding.normalize else vector).numpy())
-    lengths = [min(longest, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
+    model = NeoBERTForEmbedding(source.model.config, ContrastiveSettings(pooling=embedding.pooling or "mean"))
+    model.model = source.model.model
+    expected = list(Embedder(model.eval(), source.tokenizer, embedding.max_length).encode(texts, embedding.normalize))
+    lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
     return [check(found, "embedding", expected, lengths)]
 
 

@@ -11,7 +11,7 @@ All is written to OUT.tmp, verified there in a clean process, and renamed: a fol
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +36,50 @@ class Wanted:
     embedding: Embedding | None = None
     onnx: bool = False
 
-    def onnx_output(self, source: Source) -> Output:
+    def settled(self, source: Source) -> "Wanted":
+        """With what the model was trained with where nothing else is asked for: an embedding model is exported as one."""
+        trained, asked = source.trained_embedding, self.embedding
+        if asked is None and not source.is_embedder:
+            return self
+        asked = asked or Embedding()
+        pooling = asked.pooling or trained.get("pooling", "mean")
+        return replace(self, embedding=replace(asked, pooling=pooling, max_length=source.longest))
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What config.json keeps of how the model embeds."""
+        if self.embedding is None:
+            return {}
+        return {"pooling": self.embedding.pooling, "max_length": self.embedding.max_length}
+
+    @property
+    def onnx_output(self) -> Output:
         """Sentence-transformers pools hidden states; other users want what the head says."""
-        return "last_hidden_state" if self.embedding is not None and not source.is_classifier else "logits"
+        return "last_hidden_state" if self.embedding is not None else "logits"
 
 
 def export_model(
-    checkpoint: str, out: Path, wanted: Wanted, replace: bool = False, say: Callable[[str], None] = print
+    checkpoint: str, out: Path, wanted: Wanted, replacing: bool = False, say: Callable[[str], None] = print
 ) -> list[Check]:
-    """Write and verify `out`; returns what was compared. `replace` puts it in the place of an earlier export.
+    """Write and verify `out`; returns what was compared. `replacing` puts it in the place of an earlier export.
 
     Raises UserError, and leaves nothing behind, when the checkpoint cannot be exported or what was written differs from it.
     """
-    check_target(out, RECORD, replace)
+    check_target(out, RECORD, replacing)
     if wanted.onnx:
         check_onnx()
+    source = load_source(checkpoint)
+    wanted = wanted.settled(source)
     if wanted.embedding is not None:
         check_sentence_transformers()
-    source = load_source(checkpoint)
     say(f"model       {source.folder}: {describe(source)}")
     with whole_folder(out) as scratch:
-        config = source.model.config
-        write_transformers(source, scratch)
+        write_transformers(source, scratch, wanted.trained)
         if wanted.embedding is not None:
-            longest = config.max_position_embeddings
-            write_sentence_transformers(scratch, config.hidden_size, longest, wanted.embedding)
+            write_sentence_transformers(scratch, source.model.config.hidden_size, wanted.embedding)
         if wanted.onnx:
             say("onnx        exporting the graph")
-            write_onnx(source.model, scratch / ONNX, wanted.onnx_output(source))
+            write_onnx(source.model, scratch / ONNX, wanted.onnx_output)
         checks = verify(source, scratch, wanted, say)
         write_json(scratch / RECORD, record(source, wanted, checks))
         write_card(source, scratch, wanted.embedding, wanted.onnx, checks, out.name)
@@ -73,6 +89,7 @@ def export_model(
 def describe(source: Source) -> str:
     """Which class it becomes, and why."""
     head = "sequence classification" if source.is_classifier else "masked language model"
+    head = "embedding model" if source.is_embedder else head
     if source.is_native:
         return f"{head}, transformers' own EuroBERT (no trust_remote_code)"
     return f"{head}, ships its own code (trust_remote_code=True), as EuroBERT has {_difference(source)}"
@@ -94,9 +111,9 @@ def verify(source: Source, folder: Path, wanted: Wanted, say: Callable[[str], No
     """Compare what was written with the training model. Raises UserError naming the first difference that is too large."""
     sample = build_sample(source.tokenizer, source.model.config.max_position_embeddings)
     say("verifying   in a process that has only the folder")
-    checks = compare_transformers(source, folder, sample)
+    checks = compare_transformers(source, folder, sample, has_head=not source.is_embedder)
     if wanted.onnx:
-        checks += compare_onnx(source, folder, ONNX, wanted.onnx_output(source), sample)
+        checks += compare_onnx(source, folder, ONNX, wanted.onnx_output, sample)
     if wanted.embedding is not None:
         checks += compare_embeddings(source, folder, wanted.embedding)
     for check in checks:
@@ -115,6 +132,6 @@ def record(source: Source, wanted: Wanted, checks: list[Check]) -> dict[str, Any
         "checkpoint": {name: source.state[name] for name in ("step", "num_tokens") if name in source.state},
         "model_type": "eurobert" if source.is_native else "neobert",
         "embedding": embedding,
-        "onnx": wanted.onnx_output(source) if wanted.onnx else None,
+        "onnx": wanted.onnx_output if wanted.onnx else None,
         "verified": [check.as_json() for check in checks],
     }

@@ -22,12 +22,14 @@ from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids
 from neobert.errors import CheckpointError
 from neobert.inference.load import (
     CONFIG,
+    Model,
     build_model,
     check_fit,
     find_model,
     read_model_config,
     read_weights,
 )
+from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.layers import swiglu_width
 from neobert.model.layouts import (
     FUSED,
@@ -38,11 +40,10 @@ from neobert.model.layouts import (
     is_eurobert,
     to_eurobert,
 )
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.training.checkpoint import STATE, WEIGHTS, list_steps
 
 Kind = Literal["checkpoint", "export", "eurobert", "published"]
-Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification
 INDEX = f"{WEIGHTS}.index.json"
 
 
@@ -56,7 +57,7 @@ class Converted:
     tokenizer: Any
     fields: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    has_head: bool = True  # or else the decoder is new
+    has_head: bool = True  # a decoder or a classifier was there
 
     def tensors(self) -> Tensors:
         """The weights as a checkpoint holds them."""
@@ -79,7 +80,8 @@ def convert(source: str, tokenizer: str | None = None) -> Converted:
         model.load_state_dict(weights)
         _fit_tokenizer(folder, hf_tokenizer, model.config.vocab_size)
         kind: Kind = "checkpoint" if (folder / STATE).is_file() else "export"
-        return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields)
+        has_head = not isinstance(model, NeoBERTForEmbedding)
+        return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields, has_head=has_head)
     kind, architecture, weights = _foreign(folder, fields)
     weights, notes = _with_prefix(weights)
     try:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
 from neobert.model.modeling_neobert import (
     NeoBERTConfig,
@@ -27,7 +28,10 @@ from neobert.training.checkpoint import (
 from neobert.training.runtime import load_whole
 
 CONFIG = "config.json"
+EMBEDDING = "embedding"  # of our section in config.json: pooling and longest text that a model was trained with
 FOREIGN = "neobert_head"  # section of config.json: our head on an encoder of transformers' making
+
+Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification | NeoBERTForEmbedding
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
@@ -35,17 +39,24 @@ def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
     folder = find_model(checkpoint)
     model = build_model(folder, read_model_config(folder))
     if not isinstance(model, NeoBERTForMaskedLM):
-        raise CheckpointError(f"{folder}: a classifier; its checkpoint has no decoder, which predicting tokens needs")
+        raise CheckpointError(
+            f"{folder}: has no decoder, which predicting tokens needs; name a pretrained masked language model"
+        )
     load_model_weights(folder, model)
     return model.eval(), load_model_tokenizer(folder, model.config.vocab_size)
 
 
-def build_model(folder: Path, fields: dict[str, Any]) -> NeoBERTForMaskedLM | NeoBERTForSequenceClassification:
+def build_model(folder: Path, fields: dict[str, Any]) -> Model:
     """The model that a config.json describes, with any weights. Raises CheckpointError."""
-    is_classifier = any("SequenceClassification" in name for name in fields.get("architectures") or [])
-    kind = NeoBERTForSequenceClassification if is_classifier else NeoBERTForMaskedLM
+    name = next(iter(fields.get("architectures") or []), "")
     try:
-        return kind(load_model_config(folder))
+        config = load_model_config(folder)
+        if name.endswith("ForSequenceClassification"):
+            return NeoBERTForSequenceClassification(config)
+        if name.endswith(("Model", "ForEmbedding")) or name == "NeoBERT":
+            trained = fields.get("neobert", {}).get(EMBEDDING, {})
+            return NeoBERTForEmbedding(config, ContrastiveSettings(pooling=trained.get("pooling", "avg")))
+        return NeoBERTForMaskedLM(config)
     except CheckpointError:
         raise
     except (ValueError, TypeError, RuntimeError) as error:

@@ -8,8 +8,8 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.inference.embed import EMBEDDING, EmbeddingModel
-from neobert.inference.load import FOREIGN, check_fit, load_model_weights, read_weights
+from neobert.inference.embed import EmbeddingModel
+from neobert.inference.load import EMBEDDING, FOREIGN, check_fit, load_model_weights, read_weights
 from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
 from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.tasks.contrastive_data import longest_text
