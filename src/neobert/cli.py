@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from neobert import cli_data, cli_embed, cli_export, cli_glue
+from neobert import cli_data, cli_embed, cli_evaluate, cli_export, cli_glue
 from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
@@ -152,24 +152,6 @@ def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> 
         write_report(finished.folder)
     if finished.exit_code:
         raise typer.Exit(finished.exit_code)
-
-
-@app.command("fill-mask")
-def fill_mask(
-    checkpoint: Annotated[str, typer.Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Sentences with [MASK].")],
-    top: Annotated[int, typer.Option(min=1, max=1000, help="Candidates per mask.")] = 5,
-) -> None:
-    """What a trained model expects in place of [MASK].
-
-    \b
-    Example:
-      neobert fill-mask outputs/quickstart "The President of the United [MASK] spoke to Congress."
-    """
-    from neobert.inference.fill_mask import fill_masks, format_guesses
-
-    for guesses in fill_masks(checkpoint, texts, top):
-        print(format_guesses(guesses))
 
 
 @app.command()
@@ -336,10 +318,12 @@ def verify_resume(
 
 
 app.command("tokenize")(cli_data.tokenize)
-app.command("export")(cli_export.export)
-app.command("import")(cli_export.import_)
+app.command("fill-mask")(cli_evaluate.fill_mask)
 app.command("embed")(cli_embed.embed)
 app.command("similarity")(cli_embed.similarity)
+app.command("pseudo-perplexity")(cli_evaluate.pseudo_perplexity)
+app.command("export")(cli_export.export)
+app.command("import")(cli_export.import_)
 tokenizer_app.command("train")(cli_data.tokenizer_train)
 
 
