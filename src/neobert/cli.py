@@ -16,6 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from neobert import cli_data, cli_embed, cli_evaluate, cli_export, cli_glue
+from neobert.cli_words import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses
+from neobert.cli_words import layers as _layers
 from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
@@ -34,12 +36,6 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 app.add_typer(config_app, name="config")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-OVERRIDES = "[--SECTION.KEY VALUE]..."
-WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; every key: neobert config keys.")]
-NumProcesses = Annotated[
-    int | None, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine [1, or as launched].")
-]
 DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only"}
 
 
@@ -89,14 +85,6 @@ def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses 
     _run(config, context.args, "contrastive", nproc)
 
 
-def _layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
-    """(YAML files, overrides): files that directly follow the first one are laid over it."""
-    count = 0
-    while count < len(words) and words[count].endswith((".yaml", ".yml")) and not words[count].startswith("-"):
-        count += 1
-    return [str(first), *words[:count]], words[count:]
-
-
 @app.command(context_settings=WITH_OVERRIDES, options_metavar="[OPTIONS] " + OVERRIDES)
 def glue(
     context: typer.Context,
@@ -134,6 +122,8 @@ def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> 
         raise UserError(
             "--nproc: GLUE fine-tunes in one process; a suite can be shared by starting it with different --tasks"
         )
+    if loaded.config.task == "mteb":
+        raise typer.Exit(cli_evaluate.run_mteb(*_layers(first, words), None))
     if nproc is not None or loaded.config.accelerate_config_file is not None:
         from neobert.tasks.launch import launch, plan_launch
 
@@ -321,6 +311,7 @@ app.command("tokenize")(cli_data.tokenize)
 app.command("fill-mask")(cli_evaluate.fill_mask)
 app.command("embed")(cli_embed.embed)
 app.command("similarity")(cli_embed.similarity)
+app.command("mteb", context_settings=WITH_OVERRIDES, options_metavar="[--model PATH] " + OVERRIDES)(cli_evaluate.mteb)
 app.command("pseudo-perplexity")(cli_evaluate.pseudo_perplexity)
 app.command("export")(cli_export.export)
 app.command("import")(cli_export.import_)

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from neobert.cli_data import TEXT_HELP
+from neobert.cli_words import ConfigFile, layers
+from neobert.errors import UserError
 
 Checkpoint = Annotated[
     str, typer.Argument(help="A run's output folder, <output_dir>/checkpoints/<step>, or an exported folder.")
@@ -62,7 +64,6 @@ def pseudo_perplexity(
     from neobert.data.rows import describe_skips
     from neobert.data.sources import find_splits
     from neobert.data.tokenizer import text_tokenizer
-    from neobert.errors import UserError
     from neobert.inference import pseudo_perplexity as pppl
     from neobert.inference.load import load_pretrained
     from neobert.training.checkpoint import write_pointer
@@ -87,3 +88,37 @@ def pseudo_perplexity(
     print(pppl.format_result(result, num_texts))
     if output is not None:
         write_pointer(output, json.dumps({"texts": num_texts, **result.as_json()}, indent=2))
+
+
+def mteb(
+    context: typer.Context,
+    config: ConfigFile,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint, exported folder, encoder or hub name [the run in trainer.output_dir]."),
+    ] = None,
+) -> None:
+    """Evaluate a model on MTEB tasks, or on tasks of your own, with a table of scores.
+
+    Started again, it goes on with the tasks that have no result. Exit code 2 when a task could not run.
+
+    \b
+    Examples:
+      neobert mteb configs/mteb/small.yaml --mteb_task_type sts
+      neobert mteb configs/mteb/small.yaml --model exported/mine --mteb_local_tasks my_tasks/
+    """
+    if code := run_mteb(*layers(config, context.args), model):
+        raise typer.Exit(code)
+
+
+def run_mteb(files: list[str], overrides: list[str], model: str | None, task: str | None = "mteb") -> int:
+    """Of `mteb`, and of `run` with such a file. Returns the exit code. Raises UserError."""
+    import logging
+    import warnings
+
+    from neobert.config.load import load_config
+    from neobert.tasks import mteb as task_mteb
+
+    logging.getLogger("mteb").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mteb")
+    return task_mteb.run(load_config(files, overrides, task), model)

@@ -361,7 +361,6 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
 
 # What a later version will do: refused at the start of a run, so that no key is silently without effect.
 NOT_BUILT = {
-    "task": ("mteb",),
     "dataset.trust_remote_code": (True,),
 }
 

@@ -201,10 +201,32 @@ class Config(Section):
     pretrained_checkpoint: str = key(
         "latest", "Checkpoint that a downstream task starts from: `latest`, `best`, or a step.", "initial weights"
     )
-    mteb_task_type: str = key("all", "Which MTEB tasks to run.", "results", min_length=1)
-    mteb_batch_size: int = key(32, "Texts per MTEB batch.", "speed", ge=1)
-    mteb_pooling: Literal["mean", "avg", "cls", "max"] = key("mean", "How token vectors become one.", "results")
+    mteb_task_type: str = key(
+        "all",
+        "Which MTEB tasks to run: `all` (the 56 English tasks, or all of `mteb_local_tasks`), classification, clustering, "
+        "pair_classification, reranking, retrieval, sts, summarization; names of tasks, separated by commas; or a benchmark.",
+        "results",
+        min_length=1,
+    )
+    mteb_batch_size: int = key(
+        32,
+        "Texts of 128 tokens that are computed at a time: of longer ones fewer, of shorter ones more.",
+        "speed",
+        ge=1,
+    )
+    mteb_pooling: Literal["mean", "avg", "cls", "max"] = key(
+        "mean", "How token vectors become one; where it is not set, as the model was trained.", "results"
+    )
     mteb_overwrite_results: bool = key(False, "Run tasks again that have results.", "results")
+    mteb_prompts: dict[str, str] = key(
+        None,
+        "Prompts, put in front of texts: by `query` or `document`, type of task (as STS), or task (as STS12, or STS12-query).",
+        "results",
+        factory=dict,
+    )
+    mteb_local_tasks: str | None = key(
+        None, "Folder of tasks of your own, as jsonl; `mteb_task_type` then chooses among these.", "results"
+    )
     seed: int = key(0, "Seed of weights, order, masks and dropout.", "all that is random", ge=0, lt=2**63)
     debug: bool = key(False, "Print more: the resolved configuration, versions, and every step.", "the console")
     use_deepspeed: bool = key(True, "Use DeepSpeed when launched by it.", "the engine")

@@ -194,7 +194,7 @@ def score_section(source: Source) -> list[str]:
     glue = _read(run / "result.json")
     if isinstance(glue.get("score"), float):
         lines.append(f"| GLUE {glue.get('task', '')}, score | {100 * glue['score']:.2f} |")
-    for entry in _read(run / "mteb" / "summary.json").get("tasks", []):
+    for entry in _read(run / "mteb" / f"local__{run.resolve().name}-{source.folder.name}.json").get("tasks", []):
         if isinstance(entry.get("score"), float):
             lines.append(f"| MTEB {entry['name']} | {100 * entry['score']:.2f} |")
     return ["## Scores\n", "| | |", "|---|---|", *lines, ""] if lines else []

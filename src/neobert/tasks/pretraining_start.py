@@ -1,6 +1,5 @@
 """What pretraining starts from: fresh weights, or those of a model that is there already (`model.from_hub`, `model.name`)."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.convert import convert
+from neobert.inference.hub_model import model_folder
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.tasks.encoder import build_model, build_vocabulary
 from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions
@@ -49,7 +49,7 @@ def begin(config: Config, keys_set: frozenset[str]) -> Begin:
         hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
         return Begin(config, hf_tokenizer, *build_vocabulary(config, keys_set, hf_tokenizer))
     resumed = _resumed(config)
-    folder = resumed or _source(config.model.name or "")
+    folder = resumed or _named(config.model.name or "")
     found = convert(str(folder))
     if not isinstance(found.model, NeoBERTForMaskedLM):
         raise ConfigError(Problem("model.name", f"{folder} is a classifier, which has no decoder to continue with"))
@@ -77,19 +77,11 @@ def _resumed(config: Config) -> Path | None:
         return None  # `latest` of a run that has not begun; what else is wrong is said where the run is resumed
 
 
-def _source(name: str) -> Path:
-    """The folder that `model.name` names, downloaded if it is one of the hub. Raises ConfigError."""
-    if Path(name).exists() or name.startswith((".", "/", "~")):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
+def _named(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        why = "this machine is offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else _first_line(error)
-        problem = f"{name!r} is no folder, and it cannot be had from the hub: {why}"
-        raise ConfigError(Problem("model.name", problem)) from None
+        return model_folder(name)
+    except CheckpointError as error:
+        raise ConfigError(Problem("model.name", str(error))) from None
 
 
 def _apply_settable(config: Config, keys_set: frozenset[str], architecture: NeoBERTConfig) -> None:
@@ -119,7 +111,3 @@ def _check_rows(config: Config) -> None:
     if row > longest:
         path = "datacollator.max_length" if config.datacollator.max_length else "dataset.max_seq_length"
         raise ConfigError(Problem(path, f"{row} is longer than the {longest} positions of {config.model.name}"))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
