@@ -15,6 +15,11 @@ Prompts = Annotated[
 ]
 Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of an earlier result in OUT.")]
 
+Tolerance = Annotated[
+    float | None,
+    typer.Option(min=0, help="Largest difference that is allowed [1e-5; ONNX 1e-4]; it is kept with the result."),
+]
+
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
@@ -31,6 +36,7 @@ def export(
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Embeddings of length 1.")] = True,
     prompt: Prompts = None,
+    tolerance: Tolerance = None,
     replace: Replace = False,
 ) -> None:
     """A checkpoint as a folder that every Hugging Face tool loads, with the same numbers.
@@ -53,7 +59,7 @@ def export(
         embedding = Embedding(parse_pooling(pooling) if pooling else None, normalize, _parse_prompts(prompt or []))
     elif pooling is not None or prompt or not normalize:
         raise UserError("--pooling, --prompt and --no-normalize: have no effect without --sentence-transformers")
-    export_model(checkpoint, out, Wanted(embedding, onnx), replace)
+    export_model(checkpoint, out, Wanted(embedding, onnx, tolerance), replace)
     print(f"exported    {out}")
 
 
@@ -77,6 +83,7 @@ def import_(
             "--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it."
         ),
     ] = False,
+    tolerance: Tolerance = None,
     replace: Replace = False,
 ) -> None:
     """A model from elsewhere as a checkpoint to continue from or to fine-tune.
@@ -91,5 +98,5 @@ def import_(
     """
     from neobert.export.importing import import_model
 
-    import_model(source, out, tokenizer, trust_remote_code, replace)
+    import_model(source, out, tokenizer, trust_remote_code, tolerance, replace)
     print(f"imported    {out}")

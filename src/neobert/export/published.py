@@ -16,9 +16,11 @@ from neobert.inference.convert import published_architecture, read_tensors
 from neobert.inference.load import read_model_config
 
 
-def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(hidden states T x D, logits T x V) of every row of token ids."""
+def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """(hidden states T x D, logits T x V where there is a decoder) of every row of token ids."""
     weights, config = read_tensors(folder), published_architecture(read_model_config(folder))
+    if not any(name.startswith("model.") for name in weights):  # an encoder saved by itself
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
     for row in rows:
         x_TD = weights["model.encoder.weight"][torch.tensor(row)]
         width = config.hidden_size // config.num_attention_heads
@@ -29,8 +31,9 @@ def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.
             layer = {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
             x_TD = _block(x_TD, layer, turn, config.num_attention_heads, config.norm_eps)
         x_TD = _norm(x_TD, weights["model.layer_norm.weight"], config.norm_eps)
-        bias = weights.get("decoder.bias")
-        yield x_TD.numpy(), F.linear(x_TD, weights["decoder.weight"], bias).numpy()
+        decoder = weights.get("decoder.weight")
+        logits = None if decoder is None else F.linear(x_TD, decoder, weights.get("decoder.bias")).numpy()
+        yield x_TD.numpy(), logits
 
 
 def _block(x_TD: Tensor, layer: dict[str, Tensor], turn: Tensor, num_heads: int, eps: float) -> Tensor:

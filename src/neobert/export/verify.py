@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,14 @@ def check(found: dict[str, np.ndarray], what: str, expected: list[np.ndarray], l
     return Check(
         what, len(expected), min(lengths), max(lengths), worst / max(1.0, largest), worst, largest, TOLERANCE[what]
     )
+
+
+def judged(checks: list[Check], tolerance: float | None, say: Callable[[str], None]) -> list[Check]:
+    """The checks with another tolerance, where one is given; says what each came to."""
+    checks = [check if tolerance is None else replace(check, tolerance=tolerance) for check in checks]
+    for check in checks:
+        say(f"verified    {check}" if check.is_met else f"DIFFERS     {check}")
+    return checks
 
 
 @torch.no_grad()

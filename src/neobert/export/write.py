@@ -23,7 +23,7 @@ from neobert.export.huggingface import write_transformers
 from neobert.export.onnx import ONNX, Output, check_onnx, write_onnx
 from neobert.export.sentence_transformers import Embedding, check_sentence_transformers, write_sentence_transformers
 from neobert.export.source import Source, load_source
-from neobert.export.verify import Check, build_sample, compare_embeddings, compare_onnx, compare_transformers
+from neobert.export.verify import Check, build_sample, compare_embeddings, compare_onnx, compare_transformers, judged
 from neobert.training.checkpoint import write_json
 
 RECORD = "export.json"
@@ -31,10 +31,14 @@ RECORD = "export.json"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an export holds besides the transformers model: `embedding` makes it one of sentence-transformers."""
+    """What an export holds besides the transformers model: `embedding` makes it one of sentence-transformers.
+
+    `tolerance` of all comparisons, instead of those of `verify.py`.
+    """
 
     embedding: Embedding | None = None
     onnx: bool = False
+    tolerance: float | None = None
 
     def settled(self, source: Source) -> "Wanted":
         """With what the model was trained with where nothing else is asked for: an embedding model is exported as one."""
@@ -116,8 +120,7 @@ def verify(source: Source, folder: Path, wanted: Wanted, say: Callable[[str], No
         checks += compare_onnx(source, folder, ONNX, wanted.onnx_output, sample)
     if wanted.embedding is not None:
         checks += compare_embeddings(source, folder, wanted.embedding)
-    for check in checks:
-        say(f"verified    {check}" if check.is_met else f"DIFFERS     {check}")
+    checks = judged(checks, wanted.tolerance, say)
     if wrong := [check for check in checks if not check.is_met]:
         raise UserError(f"{source.folder}: what was exported computes something else, so it is not kept: {wrong[0]}")
     return checks

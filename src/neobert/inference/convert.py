@@ -82,8 +82,7 @@ def convert(source: str, tokenizer: str | None = None) -> Converted:
         kind: Kind = "checkpoint" if (folder / STATE).is_file() else "export"
         has_head = not isinstance(model, NeoBERTForEmbedding)
         return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields, has_head=has_head)
-    kind, architecture, weights = _foreign(folder, fields)
-    weights, notes = _with_prefix(weights)
+    kind, architecture, weights, notes = _foreign(folder, fields)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -145,28 +144,29 @@ def _fit_tokenizer(folder: Path, tokenizer: Any, vocab_size: int) -> None:
 # --- layouts that are not ours -----------
 
 
-def _foreign(folder: Path, fields: dict[str, Any]) -> tuple[Kind, NeoBERTConfig, Tensors]:
+def _foreign(folder: Path, fields: dict[str, Any]) -> tuple[Kind, NeoBERTConfig, Tensors, list[str]]:
+    """(layout, our config, our tensors, what was left out)."""
     kind = fields.get("model_type")
     if kind == "eurobert":
         architecture, num_groups = eurobert_architecture(folder, fields)
-        weights = ungrouped(
-            read_tensors(folder), num_groups, architecture.hidden_size // architecture.num_attention_heads
-        )
+        weights, notes = _known_parts(read_tensors(folder), "lm_head")
+        weights = ungrouped(weights, num_groups, architecture.hidden_size // architecture.num_attention_heads)
         if fields.get("tie_word_embeddings") and "lm_head.weight" not in weights:
             embeddings = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
             weights |= {"lm_head.weight": weights[embeddings].clone()} if embeddings else {}
         try:
-            return "eurobert", architecture, from_eurobert(weights)
+            return "eurobert", architecture, from_eurobert(weights), notes
         except KeyError as error:
             raise CheckpointError(f"{folder}: the weights do not fit the model: {error.args[0]} is missing") from None
     if kind == "neobert":
         architecture = published_architecture(fields)
+        weights, notes = _known_parts(read_tensors(folder), "decoder")
         try:
-            weights = from_published(read_tensors(folder), architecture.num_attention_heads)
+            weights = from_published(weights, architecture.num_attention_heads)
         except RuntimeError as error:
             raise CheckpointError(f"{folder / CONFIG}: contradicts the weights: {error}") from None
         architecture.decoder_bias = "lm_head.bias" in weights
-        return "published", architecture, weights
+        return "published", architecture, weights, notes
     raise CheckpointError(
         f"{folder / CONFIG}: model_type {kind!r} cannot be imported; what can: our checkpoints and exports, eurobert, and the "
         "published neobert"
@@ -251,10 +251,10 @@ def read_tensors(folder: Path) -> Tensors:
     return {name: tensor.float() for name, tensor in found.items()}
 
 
-def _with_prefix(weights: Tensors) -> tuple[Tensors, list[str]]:
-    """(the encoder and the decoder, what was left out): an encoder saved by itself has no `model.` in its names."""
+def _known_parts(weights: Tensors, decoder: str) -> tuple[Tensors, list[str]]:
+    """(encoder and decoder, what was left out): an encoder saved by itself has no `model.` in its names."""
     if not any(name.startswith("model.") for name in weights):
-        weights = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in weights.items()}
-    left = sorted({name.partition(".")[0] for name in weights if not name.startswith(("model.", "lm_head."))})
-    kept = {name: tensor for name, tensor in weights.items() if name.startswith(("model.", "lm_head."))}
+        weights = {name if name.startswith(decoder) else f"model.{name}": tensor for name, tensor in weights.items()}
+    kept = {name: tensor for name, tensor in weights.items() if name.startswith(("model.", f"{decoder}."))}
+    left = sorted({name.partition(".")[0] for name in weights if name not in kept})
     return kept, [f"not imported: {', '.join(left)}"] if left else []

@@ -53,7 +53,8 @@ def begin(config: Config, keys_set: frozenset[str]) -> Begin:
     found = convert(str(folder))
     if not isinstance(found.model, NeoBERTForMaskedLM):
         raise ConfigError(Problem("model.name", f"{folder} is a classifier, which has no decoder to continue with"))
-    check_named_tokenizer(config, keys_set, found.tokenizer, str(folder))
+    if resumed is None:  # a run that goes on has its own; that of another text is refused by the position of the data
+        check_named_tokenizer(config, keys_set, found.tokenizer, str(folder))
     architecture = found.model.config
     _apply_settable(config, keys_set, architecture)
     if problems := contradictions(config, keys_set, folder, architecture):
