@@ -27,8 +27,9 @@ from neobert.export.verify import (
     Check,
     Sample,
     build_sample,
+    by_transformers,
     check,
-    compare_transformers,
+    compare,
     hidden_states,
     judged,
     logits,
@@ -91,7 +92,8 @@ def verify(converted: Converted, tokenizer: Path | None, trust_code: bool, say: 
     if converted.kind == "published":
         checks = compare_published(source, sample, converted.has_head)
     elif source.is_native or trust_code or _ships_this_code(converted.folder):
-        checks = compare_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
+        comparison = by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
+        checks = compare(converted.folder, [comparison])
     else:
         say("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
         return []

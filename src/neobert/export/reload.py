@@ -1,6 +1,6 @@
 """Run by `verify.py` in a process of its own: load an exported folder as a stranger would, and write what it computes.
 
-    python -I reload.py FOLDER JOB.json RESULT.safetensors
+    python -I reload.py FOLDER JOBS.json RESULT.safetensors
 
 Nothing of this package may be imported here: what is loaded must need nothing but the folder and the libraries it is for.
 Results are `<what>/<padded or alone>/<row>`: rows as they come, in batches with padding, and each alone.
@@ -98,10 +98,13 @@ def run_sentence_transformers(folder: str, job: dict[str, Any]) -> dict[str, np.
     return found
 
 
-def main(folder: str, job_file: str, result_file: str) -> None:
-    job = json.loads(Path(job_file).read_text())
-    run = {"transformers": run_transformers, "onnx": run_onnx, "sentence_transformers": run_sentence_transformers}
-    found = run[job["kind"]](folder, job)
+RUN = {"transformers": run_transformers, "onnx": run_onnx, "sentence_transformers": run_sentence_transformers}
+
+
+def main(folder: str, jobs_file: str, result_file: str) -> None:
+    found: dict[str, np.ndarray] = {}
+    for job in json.loads(Path(jobs_file).read_text()):
+        found |= RUN[job["kind"]](folder, job)
     if "neobert" in sys.modules:
         raise SystemExit("the package neobert was imported: this process is not clean")
     save_file(found, result_file)

@@ -35,6 +35,9 @@ NUM_PICKS = 16
 TOLERANCE = {"hidden": 1e-5, "logits": 1e-5, "embedding": 1e-5, "onnx hidden": 1e-4, "onnx logits": 1e-4}
 
 
+Found = dict[str, np.ndarray]  # what the clean process computed
+
+
 @dataclass(frozen=True)
 class Check:
     """One comparison: what was compared, over how many rows, the difference, and what is allowed."""
@@ -83,52 +86,74 @@ def build_sample(tokenizer: Any, longest: int) -> Sample:
     return Sample(rows, picks)
 
 
-def compare_transformers(
+@dataclass(frozen=True)
+class Comparison:
+    """Something to compute in a clean process (`job`, read by `reload.py`), and what to make of it."""
+
+    job: dict[str, Any]
+    judge: Callable[[Found], list[Check]]
+
+
+def compare(folder: Path, comparisons: list[Comparison]) -> list[Check]:
+    """All comparisons, in one clean process. Raises UserError when the folder does not load there."""
+    found = run_clean(folder, [one.job for one in comparisons])
+    return [made for one in comparisons for made in one.judge(found)]
+
+
+def by_transformers(
     source: Source, folder: Path, sample: Sample, tokenizer: Path | None = None, has_head: bool = True
-) -> list[Check]:
+) -> Comparison:
     """The Auto classes against the training model; `tokenizer` is its folder, where it is another one.
 
-    Raises UserError when the folder does not load, or when text becomes other ids.
+    Judging raises UserError when text becomes other ids.
     """
     texts = [MESSAGE[:400], *HARD]
     expected_ids = [source.tokenizer(text)["input_ids"] for text in texts]
     auto_class = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
-    auto_class = auto_class if has_head else None
     job = {
-        "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class, "texts": texts,
-        "tokenizer": str((tokenizer or folder).resolve()),
+        "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class if has_head else None,
+        "texts": texts, "tokenizer": str((tokenizer or folder).resolve()),
     }  # fmt: skip
-    found = run_clean(folder, job | _of_rows(source, sample))
-    for number, (text, expected) in enumerate(zip(texts, expected_ids, strict=True)):
-        if found[f"ids/{number}"].tolist() != expected:
-            raise UserError(f"{folder}: the tokenizer, loaded again, gives other ids for {text[:40]!r}")
-    hidden = check(found, "hidden", hidden_states(source.model, sample.rows), sample.lengths)
-    return [hidden, *([check(found, "logits", logits(source, sample), sample.lengths)] if has_head else [])]
+
+    def judge(found: Found) -> list[Check]:
+        for number, (text, expected) in enumerate(zip(texts, expected_ids, strict=True)):
+            if found[f"ids/{number}"].tolist() != expected:
+                raise UserError(f"{folder}: the tokenizer, loaded again, gives other ids for {text[:40]!r}")
+        hidden = check(found, "hidden", hidden_states(source.model, sample.rows), sample.lengths)
+        return [hidden, *([check(found, "logits", logits(source, sample), sample.lengths)] if has_head else [])]
+
+    return Comparison(job | _of_rows(source, sample), judge)
 
 
-def compare_onnx(source: Source, folder: Path, path: str, output: str, sample: Sample) -> list[Check]:
+def by_onnx(source: Source, path: str, output: str, sample: Sample) -> Comparison:
     """onnxruntime against the training model."""
-    found = run_clean(folder, {"kind": "onnx", "onnx": path} | _of_rows(source, sample))
-    if output == "last_hidden_state":
-        return [check(found, "onnx hidden", hidden_states(source.model, sample.rows), sample.lengths)]
-    return [check(found, "onnx logits", logits(source, sample), sample.lengths)]
+
+    def judge(found: Found) -> list[Check]:
+        if output == "last_hidden_state":
+            return [check(found, "onnx hidden", hidden_states(source.model, sample.rows), sample.lengths)]
+        return [check(found, "onnx logits", logits(source, sample), sample.lengths)]
+
+    return Comparison({"kind": "onnx", "onnx": path} | _of_rows(source, sample), judge)
 
 
-@torch.no_grad()
-def compare_embeddings(source: Source, folder: Path, embedding: Embedding) -> list[Check]:
+def by_sentence_transformers(source: Source, embedding: Embedding) -> Comparison:
     """`SentenceTransformer.encode` against what `neobert embed` computes with the training model."""
     words = MESSAGE.split()
     texts = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
+
+    def judge(found: Found) -> list[Check]:
+        with torch.no_grad():
+            model = NeoBERTForEmbedding(source.model.config, ContrastiveSettings(pooling=embedding.pooling or "mean"))
+        model.model = source.model.model
+        embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length)
+        lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
+        return [check(found, "embedding", list(embedder.encode(texts, embedding.normalize)), lengths)]
+
     job = {"kind": "sentence_transformers", "own_code": not source.is_native, "texts": texts, "batch_size": BATCH_SIZE}
-    found = run_clean(folder, job)
-    model = NeoBERTForEmbedding(source.model.config, ContrastiveSettings(pooling=embedding.pooling or "mean"))
-    model.model = source.model.model
-    expected = list(Embedder(model.eval(), source.tokenizer, embedding.max_length).encode(texts, embedding.normalize))
-    lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
-    return [check(found, "embedding", expected, lengths)]
+    return Comparison(job, judge)
 
 
-def check(found: dict[str, np.ndarray], what: str, expected: list[np.ndarray], lengths: list[int]) -> Check:
+def check(found: Found, what: str, expected: list[np.ndarray], lengths: list[int]) -> Check:
     """The results named `<what>/...` against what they should be, row by row; `lengths` are the rows' in tokens."""
     worst = 0.0
     for number, wanted in enumerate(expected):
@@ -171,20 +196,20 @@ def _of_rows(source: Source, sample: Sample) -> dict[str, Any]:
     return {"rows": sample.rows, "picks": sample.picks, "pad_id": pad, "batch_size": BATCH_SIZE}
 
 
-def run_clean(folder: Path, job: dict[str, Any]) -> dict[str, np.ndarray]:
+def run_clean(folder: Path, jobs: list[dict[str, Any]]) -> Found:
     """The results of `reload.py` in a new process, without our package, offline. Raises UserError with what it said."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.safetensors"
-        (Path(scratch) / "job.json").write_text(json.dumps(job))
+        (Path(scratch) / "jobs.json").write_text(json.dumps(jobs))
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules", "CUDA_VISIBLE_DEVICES": "",
             "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-I", "-W", "ignore", str(SCRIPT), str(folder.resolve()), f"{scratch}/job.json", str(result)],
+            [sys.executable, "-I", "-W", "ignore", str(SCRIPT), str(folder.resolve()), f"{scratch}/jobs.json", str(result)],
             capture_output=True, text=True, cwd=scratch, env=environment, check=False,
         )  # fmt: skip
         if done.returncode or not result.is_file():
             said = done.stderr.strip().splitlines() or ["nothing was said"]
-            raise UserError(f"{folder}: a new process cannot load it as {job['kind']}: {said[-1]}")
+            raise UserError(f"{folder}: a new process cannot load it: {said[-1]}")
         return load_file(result)

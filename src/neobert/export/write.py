@@ -23,7 +23,15 @@ from neobert.export.huggingface import write_transformers
 from neobert.export.onnx import ONNX, Output, check_onnx, write_onnx
 from neobert.export.sentence_transformers import Embedding, check_sentence_transformers, write_sentence_transformers
 from neobert.export.source import Source, load_source
-from neobert.export.verify import Check, build_sample, compare_embeddings, compare_onnx, compare_transformers, judged
+from neobert.export.verify import (
+    Check,
+    build_sample,
+    by_onnx,
+    by_sentence_transformers,
+    by_transformers,
+    compare,
+    judged,
+)
 from neobert.training.checkpoint import write_json
 
 RECORD = "export.json"
@@ -115,12 +123,12 @@ def verify(source: Source, folder: Path, wanted: Wanted, say: Callable[[str], No
     """Compare what was written with the training model. Raises UserError naming the first difference that is too large."""
     sample = build_sample(source.tokenizer, source.model.config.max_position_embeddings)
     say("verifying   in a process that has only the folder")
-    checks = compare_transformers(source, folder, sample, has_head=not source.is_embedder)
+    comparisons = [by_transformers(source, folder, sample, has_head=not source.is_embedder)]
     if wanted.onnx:
-        checks += compare_onnx(source, folder, ONNX, wanted.onnx_output, sample)
+        comparisons.append(by_onnx(source, ONNX, wanted.onnx_output, sample))
     if wanted.embedding is not None:
-        checks += compare_embeddings(source, folder, wanted.embedding)
-    checks = judged(checks, wanted.tolerance, say)
+        comparisons.append(by_sentence_transformers(source, wanted.embedding))
+    checks = judged(compare(folder, comparisons), wanted.tolerance, say)
     if wrong := [check for check in checks if not check.is_met]:
         raise UserError(f"{source.folder}: what was exported computes something else, so it is not kept: {wrong[0]}")
     return checks
