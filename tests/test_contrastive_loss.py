@@ -1,18 +1,20 @@
 """Contrastive losses = sentence-transformers' and naive formulas; two processes with gathered texts = one with all of them."""
 
-import copy
 import os
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from contrastive_sample import run_contrastive, three_sources
 from safetensors.torch import load_file, save_file
 
 from neobert.model.contrastive_loss import alignment, uniformity
 from neobert.model.embedding import ContrastiveLoss, ContrastiveSettings, NeoBERTForEmbedding, group_by_length
 from neobert.model.modeling_neobert import NeoBERTConfig
+from neobert.training.metrics import read_metrics
 
 G, D = 12, 24
 
@@ -71,20 +73,12 @@ def test_texts_equal_to_the_positive_are_no_negatives():
     keys["row_keys_G"][3] = 0
     keys["negative_keys"][1] = 0
     keys["negative_keys"][2] = 1000
-    changed = x.detach().clone()
-    for place in (G + 3, 2 * G + 1, 2 * G + 2):
-        changed[place] = torch.randn(D)
-    rows = [
-        loss_and_gradient({}, y.requires_grad_(), {**keys, **one})[0]
-        for y in (x, changed)
-        for one in ({"row_keys_G": keys["row_keys_G"]},)
-    ]
     mask = torch.zeros(G, 2 * G, dtype=torch.bool)
     mask[0, [3, G + 1, G + 2]] = mask[3, [0, G + 1]] = True
     z = F.normalize(x, dim=1)
     logits = (z[:G] @ z[G:].T / 0.05).masked_fill(mask, -torch.inf)
-    torch.testing.assert_close(rows[0], F.cross_entropy(logits, torch.arange(G), reduction="sum").detach())
-    assert rows[0] != rows[1]  # they still are candidates of the other anchors
+    expected = F.cross_entropy(logits, torch.arange(G), reduction="sum").detach()
+    torch.testing.assert_close(loss_and_gradient({}, x, keys)[0], expected)
 
 
 def test_hard_negatives_count_e_to_the_weight():
@@ -164,23 +158,57 @@ def gradients(model, counts, world, rank):
     }
 
 
+ENGINES = ("ddp", "fsdp2")
+
+
+def run_words(folder, *more):
+    return [
+        *three_sources(folder / "data"), f"trainer.output_dir={folder / 'out'}", "trainer.save_steps=3",
+        "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6", *more,
+    ]  # fmt: skip
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, (settings, counts) in CASES.items():
         model = torch.nn.parallel.DistributedDataParallel(tiny_model(settings))
         save_file(gradients(model, counts, 2, rank), folder / f"{name}{rank}.safetensors")
+    for engine in ENGINES:
+        words = (f"trainer.engine={engine}", "trainer.per_device_train_batch_size=4")
+        run_contrastive(*run_words(folder, *words, f"trainer.output_dir={folder / engine}"))
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="gloo over files")
 def test_two_processes_equal_one_with_all_texts(tmp_path):
+    """Gradients; whole runs; and a run of two that one process continues."""
+    three_sources(tmp_path / "data")
     mp.spawn(worker, (tmp_path,), nprocs=2)
+    compare_gradients(tmp_path)
+    run_contrastive(*run_words(tmp_path))
+    shutil.copytree(tmp_path / "ddp/checkpoints/3", tmp_path / "one/checkpoints/3")
+    shutil.copy(tmp_path / "ddp/metrics.jsonl", tmp_path / "one")
+    run_contrastive(
+        *run_words(tmp_path, f"trainer.output_dir={tmp_path / 'one'}", "trainer.resume_from_checkpoint=latest")
+    )
+    wanted = load_file(tmp_path / "out/checkpoints/6/model.safetensors")
+    losses = [row["loss"] for row in read_metrics(tmp_path / "out/metrics.jsonl")]
+    for name in (*ENGINES, "one"):
+        found = load_file(tmp_path / name / "checkpoints/6/model.safetensors")
+        assert [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] == pytest.approx(
+            losses, abs=1e-4
+        )
+        for tensor, value in wanted.items():
+            torch.testing.assert_close(found[tensor], value, atol=2e-4, rtol=1e-3)
+
+
+def compare_gradients(tmp_path):
     for name, (settings, counts) in CASES.items():
         alone = gradients(tiny_model(settings), counts, 1, 0)
         halves = [load_file(tmp_path / f"{name}{rank}.safetensors") for rank in (0, 1)]
         torch.testing.assert_close(alone.pop("loss"), sum(one.pop("loss") for one in halves), atol=1e-5, rtol=1e-5)
-        for half in copy.copy(halves):
+        for half in halves:
             for parameter, gradient in alone.items():
                 torch.testing.assert_close(half[parameter], gradient, atol=1e-5, rtol=1e-5)

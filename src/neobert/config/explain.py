@@ -26,7 +26,8 @@ STARTERS = {
         "trainer.eval_strategy", "trainer.metric_for_best_model", "optimizer.lr", "scheduler.warmup_percent", "seed",
     ),
     "contrastive": (
-        "dataset.path", "contrastive.loss_type", "contrastive.temperature", "contrastive.pooling", "pretrained_checkpoint",
+        "dataset.path", "dataset.max_seq_length", "contrastive.pretrained_checkpoint_dir", "contrastive.pretrained_checkpoint",
+        "contrastive.loss_type", "contrastive.temperature", "contrastive.pooling", "datacollator.pack_sequences",
         "trainer.output_dir", "trainer.max_steps", "trainer.per_device_train_batch_size", "optimizer.lr", "seed",
     ),
     "mteb": (

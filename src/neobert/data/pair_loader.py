@@ -25,6 +25,7 @@ from neobert.data.mixture import choose_sources
 from neobert.data.order import FETCH_TEXTS, permute
 from neobert.data.pairs import PairTable
 from neobert.data.position import require_same
+from neobert.data.rows import describe_skips, first_skip
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 
@@ -282,6 +283,11 @@ class PairLoader:
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
         self._used = self._position()
+
+    def describe_used(self) -> list[str]:
+        """What was passed over in plain text so far, what was prepared ahead included."""
+        found = [(source.name, source.skips) for source in self.sources if isinstance(source, TextSource)]
+        return [f"{name}: {describe_skips(s.counts)}{first_skip(s.first)}" for name, s in found if s.counts]
 
     def close(self) -> None:
         """Stop the thread."""

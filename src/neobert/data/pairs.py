@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from neobert.data.documents import Skips, Unusable, place
 from neobert.data.masking import hash_key
@@ -229,7 +230,9 @@ def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Exa
     return rows, notes
 
 
-def build_table(rows: list[Example], hf_tokenizer: Any, max_length: int, truncate: bool, name: str) -> PairTable:
+def build_table(
+    rows: list[Example], hf_tokenizer: Any, max_length: int, truncate: bool, name: str, show_bar: bool = False
+) -> PairTable:
     """Rows with their texts tokenised. Raises DataError for longer texts where `truncate` is off."""
     numbers: dict[str, int] = {}
 
@@ -242,15 +245,18 @@ def build_table(rows: list[Example], hf_tokenizer: Any, max_length: int, truncat
     is_labelled = rows[0].value is not None and rows[0].anchor is rows[0].positive
     labels: dict[str, int] = {}
     keys = np.array([labels.setdefault(row.value, len(labels)) for row in rows]) if is_labelled else positives
-    ids = encode_texts(hf_tokenizer, list(numbers), max_length, truncate, name)
+    ids = encode_texts(hf_tokenizer, list(numbers), max_length, truncate, name, show_bar)
     return PairTable(Ragged.of(ids, np.int32), anchors, positives, negatives, keys, is_labelled)
 
 
-def encode_texts(hf_tokenizer: Any, texts: list[str], max_length: int, truncate: bool, name: str) -> list[Ids]:
+def encode_texts(
+    hf_tokenizer: Any, texts: list[str], max_length: int, truncate: bool, name: str, show_bar: bool = False
+) -> list[Ids]:
     """Token ids with special tokens, at most `max_length`. Raises DataError for a longer text where `truncate` is off."""
     out: list[Ids] = []
     cut = {"truncation": True, "max_length": max_length} if truncate else {}
-    for begin in range(0, len(texts), TEXTS_AT_ONCE):
+    begins = range(0, len(texts), TEXTS_AT_ONCE)
+    for begin in tqdm(begins, f"tokenising {name}", unit_scale=TEXTS_AT_ONCE, disable=not show_bar, leave=False):
         encoded = hf_tokenizer(
             texts[begin : begin + TEXTS_AT_ONCE],
             padding=False,

@@ -70,7 +70,7 @@ class Embedder:
         return unit_rows(vectors) if normalize else vectors
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_ids(
     model: Any,
     ids: list[Ids],
@@ -142,7 +142,7 @@ def load_embedder(
     else:
         model = _load_foreign(folder, settings, tokenizer.pad_token_id)
     longest = int(getattr(model.config, "max_position_embeddings", 512))
-    length = min(max_length or trained.get("max_length", longest), longest)
+    length = min(max_length or trained.get("max_length", longest), longest, tokenizer.model_max_length)
     if torch.cuda.is_available():
         model.to("cuda")
     return Embedder(model.eval(), tokenizer, length, batch_tokens, precision)
@@ -173,9 +173,13 @@ def _load_foreign(folder: Path, settings: ContrastiveSettings, pad_id: int) -> F
 
 def read_texts(path: str, column: str | None) -> Iterator[str]:
     """The texts of a file, one a row. Raises DataError naming the row that has none: vectors keep the order of rows."""
-    files = [file for split in local_splits(path).values() for file in split]
-    for file in files:
-        wanted = find_column(file, column) or "text"
+    try:
+        files = [file for split in local_splits(path).values() for file in split]
+        columns = [find_column(file, column) or "text" for file in files]
+    except DataError as error:
+        told = str(error).replace("dataset.text_column", "--column").replace("dataset.path: ", "")
+        raise DataError(told) from None
+    for file, wanted in zip(files, columns, strict=True):
         for row, offset in records(file):
             text = row.get(wanted)
             if not isinstance(text, str):

@@ -62,7 +62,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     check_length(config, start, "dataset.max_seq_length", longest_text(config))
     if config.debug:
         print(dump_config(config))
-    data = build_data(config, hf_tokenizer, runtime.rank, runtime.world_size)
+    data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime.rank, runtime.world_size))
     sets = find_sets(config, data)
     if sets:
         check_evaluators()
@@ -97,6 +97,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
         measure=build_measure(config, wrapped, hf_tokenizer, sets, runtime, interrupt),
         storage=storage, folder=folder, state=state, resumed=resume is not None, wrapped=wrapped, interrupt=interrupt,
         clip=clip,
+        end_notes=data.train.describe_used,
         log_metrics=lambda: mean_metrics(runtime, model.contrastive.take_sums()),
         next_command='neobert similarity {checkpoint} "one text" "another text"',
     )  # fmt: skip

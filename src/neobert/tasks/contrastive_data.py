@@ -1,7 +1,7 @@
 """The data of a contrastive run: sources opened, tokenised, and mixed as the configuration says; and what is held out."""
 
 import math
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from neobert.data.documents import Files, Skips
 from neobert.data.hub import hub_files
 from neobert.data.layout import RowLayout
 from neobert.data.masking import hash_key
-from neobert.data.order import Subset
 from neobert.data.pair_columns import PAIR_SETS, Roles
 from neobert.data.pair_loader import PairLoader, PairSource, Share, Source, TextSource
 from neobert.data.pairs import Examples, build_table, encode_texts, read_examples, roles_of, training_rows
 from neobert.data.rows import describe_skips, first_skip
 from neobert.data.sources import EVAL_NAMES, find_splits, fingerprint, local_splits, parse_slice
-from neobert.data.tokenizer import text_tokenizer
+from neobert.data.tokenizer import Ids, text_tokenizer
 from neobert.errors import ConfigError, DataError, Problem
 
 
@@ -194,7 +193,8 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, 
     if dataset.validation_split is not None and not dataset.streaming:
         examples, held_out = examples.hold_out(dataset.validation_split, config.seed)
     rows, notes = training_rows(examples, config.contrastive.min_score)
-    table = build_table(rows, hf_tokenizer, longest_text(config), config.tokenizer.truncation, name)
+    show_bar = not config.trainer.disable_tqdm and os.isatty(2)
+    table = build_table(rows, hf_tokenizer, longest_text(config), config.tokenizer.truncation, name, show_bar)
     if told := describe_skips(skips.counts, 0):
         notes.append(f"{name}: {told}{first_skip(skips.first)}")
     what = {"pairs": "pairs", "scores": "pairs with a score", "labels": "labelled texts"}[roles.kind]
@@ -228,13 +228,12 @@ def _open_texts(config: Config, hf_tokenizer: Any, place: Place, roles: Roles, w
         files = Files(tuple(place.splits[split]), column)
     corpus = open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
     name = f"{place.key}: {dataset.path or dataset.name}"
-    if dataset.validation_split is not None and not dataset.streaming and len(corpus) > 1:
-        corpus = Subset(corpus, dataset.validation_split, config.seed, True)
     if not len(corpus):
         raise DataError(f"{name}: no text in it")
-    encode: Callable[[list[str]], Any] = lambda texts: encode_texts(  # noqa: E731
-        hf_tokenizer, texts, longest_text(config), config.tokenizer.truncation, name
-    )
+
+    def encode(texts: list[str]) -> list[Ids]:
+        return encode_texts(hf_tokenizer, texts, longest_text(config), config.tokenizer.truncation, name)
+
     source = TextSource(corpus, seed, dataset.min_length, encode, Skips(dataset.bad_rows == "refuse"), name)
     told = f"{len(corpus):,} texts of at least {dataset.min_length:,} characters, each its own positive"
     return OpenSource(

@@ -74,7 +74,7 @@ def find_sets(config: Config, data: ContrastiveData) -> dict[str, Examples]:
     return sets
 
 
-def build_evaluator(name: str, examples: Examples, batch_size: int) -> Any:
+def build_evaluator(examples: Examples, batch_size: int) -> Any:
     """The evaluator of a set. Imports sentence-transformers, which takes seconds."""
     from sentence_transformers.sentence_transformer.evaluation import (
         EmbeddingSimilarityEvaluator,
@@ -130,7 +130,7 @@ def build_measure(
         model.eval()
         for name, examples in cut.items():
             if name not in evaluators:
-                evaluators[name] = build_evaluator(name, examples, size)
+                evaluators[name] = build_evaluator(examples, size)
             found = evaluate_set(evaluators[name], SentenceEncoder(embed))
             values |= {f"{name}_{metric}": value for metric, value in found.items()}
             if runtime.all_max(interrupt.wanted)[0]:

@@ -1,0 +1,164 @@
+"""What contrastive training makes of a pretrained encoder, beside word overlap and BM25: MRR@10 on held-out package
+descriptions (a title among 1,000 first paragraphs) and Spearman's correlation on STS-B's test.
+
+`--pretrained` is a run of pretraining, `--trained` a contrastive run from it that held the last 1,000 packages out
+(docs/training.md has its configuration). Without them both are trained first: about 30 CPU minutes, `--quick` a minute.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from _bench import QUICKSTART, ROOT, arguments, bar, finish, neobert, run, table
+
+HELD_OUT = 1000
+OPTIONS = {
+    "pretrained": {"default": None}, "trained": {"default": None}, "data": {"default": str(ROOT.parent / "shared/data")},
+}  # fmt: skip
+
+STORY = [
+    "trainer.per_device_train_batch_size=256", "dataset.max_seq_length=64", "contrastive.temperature=0.03",
+    "optimizer.lr=1e-3", "scheduler.name=linear", "scheduler.final_lr_ratio=0.0", "trainer.gradient_clipping=1.0",
+    "datacollator.pack_sequences=true",
+]  # fmt: skip
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def overlap(queries: list[str], texts: list[str]) -> np.ndarray:
+    """Jaccard's index of the sets of words: queries x texts."""
+    sets = [set(words(text)) for text in texts]
+    return np.array([[len(q & t) / max(1, len(q | t)) for t in sets] for q in (set(words(text)) for text in queries)])
+
+
+def bm25(queries: list[str], texts: list[str]) -> np.ndarray:
+    """Okapi BM25 of rank-bm25: queries x texts."""
+    from rank_bm25 import BM25Okapi
+
+    index = BM25Okapi([words(text) for text in texts])
+    return np.array([index.get_scores(words(query)) for query in queries])
+
+
+def mean_reciprocal_rank(scores: np.ndarray, relevant: np.ndarray) -> float:
+    """MRR@10 of queries x texts; texts of one score share their places."""
+    ranks = []
+    for row, own in zip(scores, relevant, strict=True):
+        best = row[own].max()
+        ranks.append(1 + (row > best).sum() + ((row == best).sum() - (row[own] == best).sum()) / 2)
+    return float(np.mean([1 / rank if rank <= 10 else 0.0 for rank in ranks]))
+
+
+def spearman(values: np.ndarray, gold: list[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(values, gold)[0])
+
+
+def load(args) -> tuple[tuple[list[str], list[str], np.ndarray], tuple[list[str], list[str], list[float]]]:
+    """(titles, different paragraphs, which belong together), (sentences, sentences, scores)."""
+    lines = (Path(args.data) / "pairs/packages.jsonl").read_text().splitlines()[-HELD_OUT:]
+    rows = [json.loads(line) for line in lines]
+    texts = list(dict.fromkeys(row["positive"] for row in rows))
+    relevant: dict[str, set[int]] = {}
+    for row in rows:
+        relevant.setdefault(row["anchor"], set()).add(texts.index(row["positive"]))
+    own = np.zeros((len(relevant), len(texts)), dtype=bool)
+    for number, places in enumerate(relevant.values()):
+        own[number, list(places)] = True
+    sts = [json.loads(line) for line in (Path(args.data) / "glue/stsb/test.jsonl").read_text().splitlines()]
+    columns = ([row[name] for row in sts] for name in ("sentence1", "sentence2", "label"))
+    return (list(relevant), texts, own), tuple(columns)
+
+
+def measure(scores_of, pairs_of, packages, sts) -> tuple[float, float]:
+    """(MRR@10, Spearman) of a function for all pairs of two lists, and one for the pairs of a row."""
+    queries, texts, own = packages
+    first, second, gold = sts
+    return mean_reciprocal_rank(scores_of(queries, texts), own), spearman(pairs_of(first, second), gold)
+
+
+def of_model(folder: str):
+    """The same two functions for a checkpoint: cosines."""
+    from neobert.inference.embed import load_embedder
+
+    embedder = load_embedder(folder, max_length=128)
+    return (
+        lambda queries, texts: embedder.encode(queries) @ embedder.encode(texts).T,
+        lambda first, second: (embedder.encode(first) * embedder.encode(second)).sum(1),
+    )
+
+
+def lexical(first: list[str], second: list[str]) -> np.ndarray:
+    return np.array([overlap([a], [b])[0, 0] for a, b in zip(first, second, strict=True)])
+
+
+def lexical_bm25(first: list[str], second: list[str]) -> np.ndarray:
+    """BM25 of every pair, both ways, over all sentences."""
+    from rank_bm25 import BM25Okapi
+
+    index = BM25Okapi([words(text) for text in (*first, *second)])
+    count = len(first)
+    ways = ((first, count), (second, 0))
+    scores = [
+        [index.get_batch_scores(words(text), [begin + n])[0] for n, text in enumerate(texts)] for texts, begin in ways
+    ]
+    return np.mean(scores, axis=0)
+
+
+def train(args, folder: str) -> None:
+    """Both runs."""
+    data, short = Path(args.data), args.quick
+    args.pretrained, args.trained = f"{folder}/pretrained", f"{folder}/trained"
+    steps = (40, 20) if short else (3000, 400)
+    tokenizer = f"tokenizer.path={data / 'tokenizers/bert-base-uncased'}"
+    shape = ["dataset.max_seq_length=128", "trainer.per_device_train_batch_size=32"]
+    words = [f"dataset.path={data / 'prose'}", tokenizer, *shape, f"trainer.max_steps={steps[0]}"]
+    run(neobert("pretrain", QUICKSTART, *words, f"trainer.output_dir={args.pretrained}"))
+    mixture = [
+        {"path": str(data / "pairs/packages.jsonl"), "train_split": f"train[:-{HELD_OUT}]", "weight": 4.0},
+        {"path": str(data / "pairs/wordnet.jsonl")},
+        {"path": str(data / "pairs/verses.jsonl")},
+    ]
+    words = [f"dataset.mixture={json.dumps(mixture)}", "dataset.path=", f"trainer.max_steps={steps[1]}", *STORY]
+    words += [f"contrastive.pretrained_checkpoint_dir={args.pretrained}", f"trainer.output_dir={args.trained}"]
+    run(neobert("contrastive", ROOT / "configs/contrastive/small.yaml", *words))
+
+
+def main() -> None:
+    args = arguments(__doc__, **OPTIONS)
+    if not (Path(args.data) / "pairs").is_dir():
+        sys.exit(print(f"no pairs at {args.data}: name them with --data"))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.trained is None:
+            train(args, folder)
+        compare(args)
+    finish()
+
+
+def compare(args) -> None:
+    """The table, and the bars."""
+    packages, sts = load(args)
+    systems = {
+        "word overlap (Jaccard)": (overlap, lexical),
+        "BM25": (bm25, lexical_bm25),
+        "pretrained, mean pooling": of_model(args.pretrained),
+        "after contrastive training": of_model(args.trained),
+    }
+    found = {name: measure(*functions, packages, sts) for name, functions in systems.items()}
+    told = [(name, f"{mrr:.3f}", f"{100 * rho:.1f}") for name, (mrr, rho) in found.items()]
+    table([("", "packages, MRR@10", "STS-B test, Spearman x 100"), *told])
+    *before, (mrr, rho) = found.values()
+    start = before.pop()
+    bar("embedding_mrr_over_lexical", mrr / max(m for m, _ in before), 1.0)
+    bar("embedding_spearman_over_lexical", rho / max(r for _, r in before), 1.0)
+    bar("embedding_mrr_over_start", mrr / start[0], 1.5)
+    bar("embedding_spearman_over_start", rho / start[1], 1.2)
+
+
+if __name__ == "__main__":
+    main()
