@@ -120,6 +120,7 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
     """Run what has no result yet; writes the summary after every task, and returns it."""
     import mteb
     from mteb.cache import ResultCache
+    from mteb.results import TaskResult
 
     from neobert.tasks.mteb_model import EncoderForMTEB, build_meta, weights_identity
     from neobert.tasks.mteb_tasks import drop_unusable, network_errors, reason_of
@@ -137,16 +138,16 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
         drop_unusable(path, task)
         was_there = path.is_file() and not overwrite
         try:
-            found = mteb.evaluate(
+            mteb.evaluate(
                 encoder, task, cache=cache, co2_tracker=False, show_progress_bar=False,
                 overwrite_strategy="always" if overwrite else "only-missing",
                 encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
-            ).task_results[0]  # fmt: skip
+            )  # fmt: skip
         except network_errors() as error:
             not_run.append({"name": name, "reason": reason_of(error)})
             print(f"[{number}/{len(tasks)}] {name}: not run: {not_run[-1]['reason']}", flush=True)
         else:
-            scores.append(Score.of(task, found, encoder.prompts_of(task.metadata)))
+            scores.append(Score.of(task, TaskResult.from_disk(path), encoder.prompts_of(task.metadata)))
             how = "had a result" if was_there else f"{time.perf_counter() - begin:.1f} s"
             print(f"[{number}/{len(tasks)}] {name}: {100 * scores[-1].score:.2f} ({how})", flush=True)
         summary = summarize(meta.name, meta.revision, subject.settings, scores, not_run, len(tasks))
