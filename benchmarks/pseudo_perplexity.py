@@ -1,7 +1,7 @@
 """Pseudo-perplexity: ours against a loop that masks one token at a time, in float64, by transformers on the same weights.
 
-Texts are the first paragraphs of the shipped evaluation text. The model is the quickstart's shape, untrained: the cost is the same, and
-the value is as comparable. The clock runs over the computation only, on both sides.
+Texts are the first paragraphs of the shipped evaluation text. The model is the quickstart's shape, untrained: the cost is the
+same, and the value is as comparable. The clock runs over the computation only, on both sides.
 """
 
 import math

@@ -15,6 +15,7 @@ from neobert.config.contrastive_rules import (
     contrastive_keys_need_contrastive,
     temperature_wins_over_weights,
 )
+from neobert.config.mteb_rules import mteb_trains_nothing
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
@@ -334,6 +335,7 @@ RULES = (
          ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
     Rule("WARNING", glue_has_rows_of_its_own, ("task", *NOT_GLUES)),
     Rule("WARNING", contrastive_has_batches_of_its_own, ("task", *NOT_CONTRASTIVES)),
+    Rule("WARNING", mteb_trains_nothing, ("task",)),
     Rule("WARNING", contrastive_keys_need_contrastive, ("task", "dataset.columns", "dataset.mixture_temperature")),
     Rule("PRECEDENCE", temperature_wins_over_weights, ("dataset.mixture_temperature", "dataset.mixture")),
     Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
