@@ -12,12 +12,15 @@ from test_references import Published
 from transformers import AutoTokenizer, EuroBertConfig, EuroBertForMaskedLM, EuroBertModel
 
 from neobert.config.load import load_config
+from neobert.data.glue import TASKS
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.export.huggingface import write_transformers
 from neobert.export.importing import import_model
 from neobert.export.source import load_source
 from neobert.inference.convert import convert
 from neobert.tasks import pretraining
+from neobert.tasks.glue import settle
+from neobert.tasks.glue_model import build_classifier
 from neobert.tasks.start import find_start
 from neobert.training.checkpoint import list_steps
 
@@ -65,13 +68,21 @@ def test_eurobert(fields, tmp_path):
 
 def test_eurobert_becomes_a_start(tmp_path):
     """Verified in a clean process; GLUE finds it; exported, transformers' model is the same again."""
-    theirs, folder = eurobert(tmp_path / "euro", num_key_value_heads=2)
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    theirs, folder = eurobert(tmp_path / "euro", num_key_value_heads=2, rope_parameters=rope)
     checks = import_model(str(folder), tmp_path / "in", say=quiet)
     assert {check.what: check.absolute <= 1e-5 for check in checks} == {"hidden": True, "logits": True}
     record = json.loads((tmp_path / "in/import.json").read_text())
     assert (record["layout"], len(record["verified"])) == ("eurobert", 2)
     words = ["glue.task_name=rte", f"glue.pretrained_checkpoint_dir={tmp_path / 'in'}"]
-    start = find_start(load_config([], words, "glue").config, frozenset())
+    config = load_config([], words, "glue").config
+    start = find_start(config, frozenset())
+    settled = settle(config, frozenset(), TASKS["rte"], start, {})
+    classifier, _ = build_classifier(settled, TASKS["rte"], start, 8192, 0)
+    ids, mask = padded_rows()
+    with torch.no_grad():
+        difference = classifier.eval().model(ids, attention_mask=mask)[0] - theirs.model(ids, attention_mask=mask)[0]
+    assert difference[mask.bool()].abs().max() <= 1e-5
     assert (start.architecture.hidden_size, start.state["step"], start.state["imported_from"]) == (32, 0, "euro")
     (tmp_path / "out").mkdir()
     write_transformers(load_source(str(tmp_path / "in")), tmp_path / "out", {})

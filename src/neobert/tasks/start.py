@@ -44,6 +44,11 @@ class Start:
     state: dict[str, Any] | None = None
 
     @property
+    def inherited(self) -> dict[str, Any]:
+        """What the weights decide and no key says: fields of our config."""
+        return {} if self.architecture is None else {"rope_theta": self.architecture.rope_theta}
+
+    @property
     def describe(self) -> str:
         """In words, for the summary and the protocol."""
         if self.folder is None:
