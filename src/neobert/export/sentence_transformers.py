@@ -67,4 +67,6 @@ def write_sentence_transformers(folder: Path, width: int, embedding: Embedding) 
 def check_sentence_transformers() -> None:
     """Raises UserError when the library is not installed, without which the folder could not be verified."""
     if find_spec("sentence_transformers") is None:
-        raise UserError("--sentence-transformers needs the library: pip install 'neobert[mteb]'")
+        raise UserError(
+            "an export for sentence-transformers is verified with that library: pip install 'neobert[contrastive]'"
+        )
