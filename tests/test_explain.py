@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from conftest import CONFIGS, ROOT, run_neobert
+from conftest import CONFIGS, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from neobert.config.explain import STARTERS, diff_configs, explain_key, referenc
 from neobert.config.legacy import LEGACY
 from neobert.config.load import load_config
 from neobert.config.reference import known_keys
-from neobert.config.rules import RULES, not_built, value_of
+from neobert.config.rules import RULES, value_of
 from neobert.config.schema import Config
 from neobert.errors import ConfigError
 
@@ -161,13 +161,6 @@ def test_rules_name_real_keys():
     for rule in RULES:
         assert set(rule.keys) <= set(known_keys())
         assert rule.description.endswith(".")
-
-
-@pytest.mark.parametrize("task", ["mteb", "contrastive"])
-def test_what_is_not_built_is_refused_at_the_start(task, tmp_path):
-    file = write(tmp_path / "c.yaml", {"task": task})
-    assert [problem.path for problem in not_built(load_config([file]).config)] == ["task"]
-    assert f"task: {task!r} is not part of this version" in run_neobert("run", file).stderr
 
 
 ANYTHING = st.recursive(

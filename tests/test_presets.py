@@ -1,9 +1,15 @@
-"""The presets of the configuration reference, verbatim, on a small corpus: each trains, evaluates, saves; the third resumes."""
+"""The presets of the configuration reference, verbatim, on a small corpus: each trains, evaluates, saves, and is exported; the
+third resumes."""
 
 import pytest
+import torch
 from conftest import TOKENIZER
+from export_sample import largest_difference, padded_rows
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from neobert.config.load import load_config
+from neobert.export.huggingface import write_transformers
+from neobert.export.source import load_source
 from neobert.tasks import pretraining
 from neobert.training.checkpoint import list_steps
 from neobert.training.metrics import read_metrics
@@ -162,3 +168,17 @@ def test_preset(name, small, tmp_path, monkeypatch, capsys):
     if name == "logging":
         assert {"accuracy", "grad_norm", "weight_norm"} <= rows[0].keys()
         assert list((tmp_path / "logs/wandb/wandb").glob("offline-run-*"))
+    check_export(tmp_path / "out", tmp_path / "exported")
+
+
+@torch.no_grad()
+def check_export(run, folder):
+    """transformers loads what was trained, without our code, and computes the same."""
+    source = load_source(str(run))
+    folder.mkdir()
+    write_transformers(source, folder, {})
+    theirs = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    assert type(theirs).__name__ == "EuroBertForMaskedLM"
+    ids, mask = padded_rows((1, 7, 64, 200))
+    ids = ids % len(AutoTokenizer.from_pretrained(folder))
+    assert largest_difference(source.model, theirs, ids, mask, "logits") <= 1e-5

@@ -15,7 +15,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from neobert import cli_data, cli_embed, cli_glue
+from neobert import cli_data, cli_embed, cli_evaluate, cli_export, cli_glue
+from neobert.cli_words import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses
+from neobert.cli_words import layers as _layers
 from neobert.errors import ConfigError, Problem, UserError
 
 app = typer.Typer(
@@ -34,12 +36,6 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 app.add_typer(config_app, name="config")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-OVERRIDES = "[--SECTION.KEY VALUE]..."
-WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; every key: neobert config keys.")]
-NumProcesses = Annotated[
-    int | None, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine [1, or as launched].")
-]
 DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only"}
 
 
@@ -89,14 +85,6 @@ def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses 
     _run(config, context.args, "contrastive", nproc)
 
 
-def _layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
-    """(YAML files, overrides): files that directly follow the first one are laid over it."""
-    count = 0
-    while count < len(words) and words[count].endswith((".yaml", ".yml")) and not words[count].startswith("-"):
-        count += 1
-    return [str(first), *words[:count]], words[count:]
-
-
 @app.command(context_settings=WITH_OVERRIDES, options_metavar="[OPTIONS] " + OVERRIDES)
 def glue(
     context: typer.Context,
@@ -125,15 +113,14 @@ def glue(
 
 def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> None:
     from neobert.config.load import load_config
-    from neobert.config.rules import not_built
 
     loaded = load_config(*_layers(first, words), task)
-    if missing := not_built(loaded.config):
-        raise ConfigError(*missing)
     if loaded.config.task == "glue" and (nproc or 1) > 1:
         raise UserError(
             "--nproc: GLUE fine-tunes in one process; a suite can be shared by starting it with different --tasks"
         )
+    if loaded.config.task == "mteb":
+        raise typer.Exit(cli_evaluate.run_mteb(*_layers(first, words), None))
     if nproc is not None or loaded.config.accelerate_config_file is not None:
         from neobert.tasks.launch import launch, plan_launch
 
@@ -152,24 +139,6 @@ def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> 
         write_report(finished.folder)
     if finished.exit_code:
         raise typer.Exit(finished.exit_code)
-
-
-@app.command("fill-mask")
-def fill_mask(
-    checkpoint: Annotated[str, typer.Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Sentences with [MASK].")],
-    top: Annotated[int, typer.Option(min=1, max=1000, help="Candidates per mask.")] = 5,
-) -> None:
-    """What a trained model expects in place of [MASK].
-
-    \b
-    Example:
-      neobert fill-mask outputs/quickstart "The President of the United [MASK] spoke to Congress."
-    """
-    from neobert.inference.fill_mask import fill_masks, format_guesses
-
-    for guesses in fill_masks(checkpoint, texts, top):
-        print(format_guesses(guesses))
 
 
 @app.command()
@@ -197,10 +166,9 @@ def config_check(context: typer.Context, config: ConfigFile) -> None:
       neobert config check my.yaml
     """
     from neobert.config.load import load_config
-    from neobert.config.rules import not_built
 
     loaded = load_config(*_layers(config, context.args))
-    for warning in [*loaded.warnings, *not_built(loaded.config)]:
+    for warning in loaded.warnings:
         print(f"note: {warning}")
     print(f"{config}: ok ({loaded.config.task}, {len(loaded.keys_set)} keys set)")
 
@@ -336,8 +304,13 @@ def verify_resume(
 
 
 app.command("tokenize")(cli_data.tokenize)
+app.command("fill-mask")(cli_evaluate.fill_mask)
 app.command("embed")(cli_embed.embed)
 app.command("similarity")(cli_embed.similarity)
+app.command("mteb", context_settings=WITH_OVERRIDES, options_metavar="[--model PATH] " + OVERRIDES)(cli_evaluate.mteb)
+app.command("pseudo-perplexity")(cli_evaluate.pseudo_perplexity)
+app.command("export")(cli_export.export)
+app.command("import")(cli_export.import_)
 tokenizer_app.command("train")(cli_data.tokenizer_train)
 
 

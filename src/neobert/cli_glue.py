@@ -6,11 +6,8 @@ from neobert.errors import ConfigError, Problem
 def run_glue(files: list[str], overrides: list[str], tasks: str | None, seeds: int | None, predict: bool) -> int:
     """Returns the exit code. Raises UserError."""
     from neobert.config.load import load_config
-    from neobert.config.rules import not_built
 
     loaded = load_config(files, overrides, "glue")
-    if missing := not_built(loaded.config):
-        raise ConfigError(*missing)
     names = parse_tasks(tasks or loaded.config.glue.task_name) if tasks is not None or seeds is not None else []
     from neobert.insight.report import write_report
     from neobert.tasks import glue, glue_predict, glue_suite

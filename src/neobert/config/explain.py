@@ -30,7 +30,9 @@ STARTERS = {
         "contrastive.loss_type", "contrastive.temperature", "contrastive.pooling", "datacollator.pack_sequences",
         "trainer.output_dir", "trainer.max_steps", "trainer.per_device_train_batch_size", "optimizer.lr", "seed",
     ),
-    "mteb": ("mteb_task_type", "mteb_batch_size", "mteb_pooling", "pretrained_checkpoint", "trainer.output_dir"),
+    "mteb": (
+        "mteb_task_type", "mteb_local_tasks", "mteb_batch_size", "mteb_pooling", "pretrained_checkpoint", "trainer.output_dir",
+    ),
 }  # fmt: skip
 
 

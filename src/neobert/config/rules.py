@@ -15,6 +15,7 @@ from neobert.config.contrastive_rules import (
     contrastive_keys_need_contrastive,
     temperature_wins_over_weights,
 )
+from neobert.config.mteb_rules import mteb_trains_nothing
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero, zero_stage
@@ -198,10 +199,10 @@ def glue_has_rows_of_its_own(config: Config, keys_set: KeysSet) -> Found:
             yield Problem(path, "has no effect in task: glue")
 
 
-def hub_weights_are_for_glue(config: Config, keys_set: KeysSet) -> Found:
-    """Other encoders are fine-tuned, on GLUE or by contrastive training; pretraining starts from fresh weights."""
-    if config.model.from_hub and config.task == "pretraining":
-        yield Problem("model.from_hub", "is for task: glue and contrastive; pretraining starts from fresh weights")
+def from_hub_needs_a_name(config: Config, keys_set: KeysSet) -> Found:
+    """`model.from_hub` continues from the model that `model.name` names."""
+    if config.model.from_hub and config.task == "pretraining" and not config.model.name:
+        yield Problem("model.name", "not set; model.from_hub continues from the model that it names")
 
 
 def classifier_range_of_glue_wins(config: Config, keys_set: KeysSet) -> Found:
@@ -344,7 +345,7 @@ RULES = (
     Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
     Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
     Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
-    Rule("ERROR", hub_weights_are_for_glue, ("model.from_hub", "task")),
+    Rule("ERROR", from_hub_needs_a_name, ("model.from_hub", "model.name")),
     Rule("ERROR", resume_needs_a_position, ("trainer.resume_from_checkpoint", "dataset.streaming")),
     Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", *ZERO_KEYS)),
     Rule("ERROR", zero_updates_copies, ("model.ngpt", "trainer.torch_compile", *ZERO_KEYS)),
@@ -361,6 +362,7 @@ RULES = (
          ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
     Rule("WARNING", glue_has_rows_of_its_own, ("task", *NOT_GLUES)),
     Rule("WARNING", contrastive_has_batches_of_its_own, ("task", *NOT_CONTRASTIVES)),
+    Rule("WARNING", mteb_trains_nothing, ("task",)),
     Rule("WARNING", contrastive_keys_need_contrastive, ("task", "dataset.columns", "dataset.mixture_temperature")),
     Rule("PRECEDENCE", temperature_wins_over_weights, ("dataset.mixture_temperature", "dataset.mixture")),
     Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
@@ -384,16 +386,3 @@ def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[lis
             errors += found if rule.kind == "ERROR" else []
             notes += [] if rule.kind == "ERROR" else map(str, found)
     return errors, notes
-
-
-# What a later version will do: refused at the start of a run, so that no key is silently without effect.
-NOT_BUILT = {"task": ("mteb",)}
-
-
-def not_built(config: Config) -> list[Problem]:
-    """What the configuration asks for and this version does not have."""
-    problems = []
-    for dotted, values in NOT_BUILT.items():
-        if (value := value_of(config, dotted)) in values:
-            problems.append(Problem(dotted, f"{value!r} is not part of this version"))
-    return problems

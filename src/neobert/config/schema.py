@@ -10,7 +10,11 @@ from neobert.config.training_sections import OptimizerConfig, SchedulerConfig, T
 class ModelConfig(Section):
     """`model`: the architecture."""
 
-    name: str | None = key(None, "Name of the model, kept in its config.json.", "config.json of a checkpoint")
+    name: str | None = key(
+        None,
+        "Name of the model, kept in its config.json; with `from_hub` the folder or hub name it comes from.",
+        "config.json of a checkpoint",
+    )
     hidden_size: int = key(
         768, "Width of embeddings, attention and residual stream.", "shape of the model", ge=8, le=65536
     )
@@ -67,8 +71,8 @@ class ModelConfig(Section):
     )
     from_hub: bool = key(
         False,
-        "GLUE, contrastive: start from the encoder `model.name`, a Hugging Face folder or hub name that `AutoModel` loads; its "
-        "architecture and tokenizer are used.",
+        "Start from the model `model.name`; its architecture and tokenizer are used. GLUE, contrastive: a folder or hub name "
+        "that `AutoModel` loads. Pretraining: a checkpoint, an export, a EuroBERT or a published NeoBERT.",
         "initial weights",
     )
 
@@ -197,10 +201,32 @@ class Config(Section):
     pretrained_checkpoint: str = key(
         "latest", "Checkpoint that a downstream task starts from: `latest`, `best`, or a step.", "initial weights"
     )
-    mteb_task_type: str = key("all", "Which MTEB tasks to run.", "results", min_length=1)
-    mteb_batch_size: int = key(32, "Texts per MTEB batch.", "speed", ge=1)
-    mteb_pooling: Literal["mean", "avg", "cls", "max"] = key("mean", "How token vectors become one.", "results")
+    mteb_task_type: str = key(
+        "all",
+        "Which MTEB tasks to run: `all` (the 56 English tasks, or all of `mteb_local_tasks`), classification, clustering, "
+        "pair_classification, reranking, retrieval, sts, summarization; names of tasks, separated by commas; or a benchmark.",
+        "results",
+        min_length=1,
+    )
+    mteb_batch_size: int = key(
+        32,
+        "Texts of 128 tokens that are computed at a time: of longer ones fewer, of shorter ones more.",
+        "speed",
+        ge=1,
+    )
+    mteb_pooling: Literal["mean", "avg", "cls", "max"] = key(
+        "mean", "How token vectors become one; where it is not set, as the model was trained.", "results"
+    )
     mteb_overwrite_results: bool = key(False, "Run tasks again that have results.", "results")
+    mteb_prompts: dict[str, str] = key(
+        None,
+        "Prompts, put in front of texts: by `query` or `document`, type of task (as STS), or task (as STS12, or STS12-query).",
+        "results",
+        factory=dict,
+    )
+    mteb_local_tasks: str | None = key(
+        None, "Folder of tasks of your own, as jsonl; `mteb_task_type` then chooses among these.", "results"
+    )
     seed: int = key(0, "Seed of weights, order, masks and dropout.", "all that is random", ge=0, lt=2**63)
     debug: bool = key(False, "Print more: the resolved configuration, versions, and every step.", "the console")
     use_deepspeed: bool = key(True, "Use DeepSpeed when launched by it.", "the engine")

@@ -131,6 +131,12 @@ def fit_vocabulary(tokenizer: Any, wanted: int | None, multiple: int = 64) -> in
     return size
 
 
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """The special tokens that a model's config.json names."""
+    ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    return {**ids, "mask_token_id": tokenizer.mask_token_id}
+
+
 def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     """The pipeline's view of a Hugging Face tokenizer."""
     inert = INERT.partition("{")[0]

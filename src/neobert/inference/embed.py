@@ -23,14 +23,13 @@ from neobert.data.records import records
 from neobert.data.sources import find_column, local_splits
 from neobert.data.tokenizer import Ids, load_tokenizer
 from neobert.errors import CheckpointError, DataError
-from neobert.inference.load import FOREIGN, check_fit, load_model_config, read_weights
+from neobert.inference.load import EMBEDDING, FOREIGN, check_fit, load_model_config, read_weights
 from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
 from neobert.model.flat import Pooling
 from neobert.training.checkpoint import STATE, find_checkpoint, verify_checkpoint
 
 BATCH_TOKENS = 4096
 TEXTS_AT_ONCE = 16_384  # of a file: sorted by length among themselves
-EMBEDDING = "embedding"  # of our sections in config.json: pooling and longest text that a model was trained with
 
 EmbeddingModel = NeoBERTForEmbedding | ForeignForEmbedding
 

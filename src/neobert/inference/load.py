@@ -1,26 +1,96 @@
-"""A trained model and its tokenizer, from a checkpoint."""
+"""A trained model and its tokenizer, from a checkpoint or from a folder that `neobert export` wrote."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTPreTrainedModel
-from neobert.training.checkpoint import Tensors, find_checkpoint, load_weights, verify_checkpoint
+from neobert.model.modeling_neobert import (
+    NeoBERTConfig,
+    NeoBERTForMaskedLM,
+    NeoBERTForSequenceClassification,
+    NeoBERTPreTrainedModel,
+)
+from neobert.training.checkpoint import (
+    STATE,
+    WEIGHTS,
+    Tensors,
+    find_checkpoint,
+    list_steps,
+    load_weights,
+    verify_checkpoint,
+)
 from neobert.training.runtime import load_whole
 
+CONFIG = "config.json"
+EMBEDDING = "embedding"  # of our section in config.json: pooling and longest text that a model was trained with
 FOREIGN = "neobert_head"  # section of config.json: our head on an encoder of transformers' making
+
+Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification | NeoBERTForEmbedding
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
-    """(model in evaluation mode, tokenizer). `checkpoint` is a run's folder or one step. Raises CheckpointError."""
-    folder = find_checkpoint(checkpoint)
-    verify_checkpoint(folder)
-    model = NeoBERTForMaskedLM(load_model_config(folder))
+    """(model in evaluation mode, tokenizer). `checkpoint` is a run's folder, one step, or an export. Raises CheckpointError."""
+    folder = find_model(checkpoint)
+    model = build_model(folder, read_model_config(folder))
+    if not isinstance(model, NeoBERTForMaskedLM):
+        raise CheckpointError(
+            f"{folder}: has no decoder, which predicting tokens needs; name a pretrained masked language model"
+        )
     load_model_weights(folder, model)
-    return model.eval(), load_tokenizer("", str(folder / "tokenizer"))
+    return model.eval(), load_model_tokenizer(folder, model.config.vocab_size)
+
+
+def build_model(folder: Path, fields: dict[str, Any]) -> Model:
+    """The model that a config.json describes, with any weights. Raises CheckpointError."""
+    name = next(iter(fields.get("architectures") or []), "")
+    try:
+        config = load_model_config(folder)
+        if name.endswith("ForSequenceClassification"):
+            return NeoBERTForSequenceClassification(config)
+        if name.endswith(("Model", "ForEmbedding")) or name == "NeoBERT":
+            trained = fields.get("neobert", {}).get(EMBEDDING, {})
+            return NeoBERTForEmbedding(config, ContrastiveSettings(pooling=trained.get("pooling", "avg")))
+        return NeoBERTForMaskedLM(config)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'}: describes no model: {reason}") from None
+
+
+def find_model(path: str) -> Path:
+    """The folder of a model: a whole checkpoint, verified, or an exported folder. Raises CheckpointError."""
+    folder = Path(path)
+    is_run = bool(list_steps(folder) or list_steps(folder / "checkpoints"))
+    if is_run or (folder / STATE).is_file() or not folder.is_dir():
+        folder = find_checkpoint(path)
+        verify_checkpoint(folder)
+        return folder
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder}: neither a checkpoint nor an exported model: it has no {STATE}, no {' and no '.join(missing)}; "
+            "expected a run's output folder, <output_dir>/checkpoints/<step>, or what `neobert export` wrote"
+        )
+    if (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder}: half a checkpoint: it has no {STATE}, which is written last")
+    return folder
+
+
+def load_model_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a model's folder. Raises CheckpointError when it has ids that the model does not have."""
+    inner = folder / "tokenizer"
+    tokenizer = load_tokenizer("", str(inner if inner.is_dir() else folder))
+    if len(tokenizer) > vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer does not fit: it has {len(tokenizer):,} tokens, the model's embeddings {vocab_size:,}"
+        )
+    return tokenizer
 
 
 def load_model_weights(folder: Path, model: NeoBERTPreTrainedModel) -> None:
@@ -32,9 +102,11 @@ def load_model_weights(folder: Path, model: NeoBERTPreTrainedModel) -> None:
 
 def read_weights(folder: Path, architecture: NeoBERTConfig) -> Tensors:
     """A checkpoint's tensors under our names. Raises CheckpointError when a part of one is missing."""
-    weights = load_weights(folder)
     try:
+        weights = load_weights(folder)
         return from_eurobert(weights) if is_eurobert(architecture) else weights
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: damaged: {error}") from None
     except KeyError as error:
         raise CheckpointError(f"{folder}: the weights do not fit the model: {error.args[0]} is missing") from None
 
@@ -46,10 +118,21 @@ def check_fit(folder: Path, weights: Tensors, own: Tensors) -> None:
         raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises CheckpointError."""
+    try:
+        fields = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder / CONFIG}: missing or not JSON; this is no folder of a model") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{folder / CONFIG}: not a JSON object; this is no folder of a model")
+    return fields
+
+
 def load_model_config(folder: Path) -> NeoBERTConfig:
-    """The architecture in a checkpoint's config.json."""
-    fields = json.loads((folder / "config.json").read_text()).get("neobert")
+    """The architecture in a checkpoint's config.json. Raises CheckpointError."""
+    fields = read_model_config(folder).get("neobert")
     if fields is None:
-        raise CheckpointError(f"{folder / 'config.json'}: no `neobert` section; this is not one of our checkpoints")
+        raise CheckpointError(f"{folder / CONFIG}: no `neobert` section; this is not one of our models")
     known = {*NeoBERTConfig.__annotations__, "num_labels"}
     return NeoBERTConfig(**{name: value for name, value in fields.items() if name in known})

@@ -13,6 +13,7 @@ torch's own, where `Layout.kernel` names one, else by one SDPA call per document
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -35,7 +36,7 @@ class Rotary:
     @staticmethod
     def of(length: int, head_width: int, positions_N: Tensor, base: float = 10_000.0) -> "Rotary":
         """Tables for positions below `length`, and those that buckets pad it with."""
-        length = -(-length // GRANULARITY) * GRANULARITY
+        length = (length + GRANULARITY - 1) // GRANULARITY * GRANULARITY  # ONNX rounds negative quotients up
         exponents = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32) / head_width
         angles = torch.arange(length, device=positions_N.device)[:, None] * (1.0 / base**exponents)
         return Rotary(angles.cos(), angles.sin(), positions_N)
@@ -112,9 +113,7 @@ def _attend_padded(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, 
 def _attend_varlen(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, scale: float) -> Tensor:
     starts, longest = layout.cumulative(q_NHK.device)
     if layout.kernel == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(
+        return import_module("flash_attn").flash_attn_varlen_func(
             q_NHK, k_NHK, v_NHK, starts, starts, longest, longest, dropout_p=layout.dropout, softmax_scale=scale
         )
     from torch.nn.attention.varlen import varlen_attn

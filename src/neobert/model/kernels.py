@@ -6,9 +6,15 @@ cache. While torch.compile traces, the composed form is used, which the compiler
 same mathematics, to rounding.
 """
 
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Optional packages are imported by name: transformers, which runs these files out of an exported folder, takes every
+# import statement in them for a requirement.
+LIGER = "liger_kernel.transformers.functional"
 
 CACHED = 2**18  # elements of a block of rows: 1 MiB in float32
 
@@ -34,9 +40,7 @@ def steady_size(rows: int, device_type: str, dtype: torch.dtype) -> int:
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, backend: str) -> Tensor:
     """x / rms(x) * weight (arXiv 1910.07467), computed in float32."""
     if backend == "liger":
-        from liger_kernel.transformers.functional import liger_rms_norm
-
-        return liger_rms_norm(x_ND, weight_D, eps, in_place=False)
+        return import_module(LIGER).liger_rms_norm(x_ND, weight_D, eps, in_place=False)
     if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
         return FusedRMSNorm.apply(x_ND, weight_D, eps, compute_dtype(x_ND))
     return F.rms_norm(x_ND.float(), weight_D.shape, weight_D, eps)
@@ -48,9 +52,7 @@ def swiglu(gate_up_N2F: Tensor, backend: str) -> Tensor:
         return FusedSwiGLU.apply(gate_up_N2F)
     gate, up = gate_up_N2F.chunk(2, dim=-1)
     if backend == "liger":
-        from liger_kernel.transformers.functional import liger_swiglu
-
-        return liger_swiglu(gate, up)
+        return import_module(LIGER).liger_swiglu(gate, up)
     return F.silu(gate) * up
 
 

@@ -55,10 +55,21 @@ def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[
         rms_norm_eps=config.norm_eps,
         initializer_range=config.decoder_init_range,
         pad_token_id=config.pad_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         dtype="float32",
         **special_ids,
     ).to_dict()
+
+
+def checkpoint_config(config: NeoBERTConfig, special_ids: dict[str, int], name: str | None = None) -> dict[str, Any]:
+    """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
+    own = {field: getattr(config, field) for field in NeoBERTConfig.__annotations__ if hasattr(config, field)}
+    if name is not None:
+        own["name"] = name
+    if is_eurobert(config):
+        return {**eurobert_config(config, special_ids), "neobert": own}
+    kind = {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32"}
+    return {**kind, **own, "neobert": own}
 
 
 def to_eurobert(weights: Tensors) -> Tensors:

@@ -6,12 +6,15 @@ blocks that stay in the cache, multiplies it into the gradients of hidden states
 `LOGIT_BUDGET` logits exist at a time.
 """
 
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import compute_dtype, steady_size
 
+LIGER = "liger_kernel.transformers.fused_linear_cross_entropy"  # imported by name, as in kernels.py
 IGNORED = -100  # label of a token that is not predicted
 LOGIT_BUDGET = 2**25  # logits that exist at a time: 64 MiB in bfloat16
 CACHED = 2**19  # logits of a block on the CPU: 2 MiB in float32
@@ -28,9 +31,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(sum of the cross-entropies in float32, number of targets that were the likeliest token: 0 unless `count`)."""
     if backend == "liger" and not count:
-        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+        liger = import_module(LIGER).LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
         dtype = compute_dtype(hidden_MD)
         bias = None if bias_V is None else bias_V.to(dtype)
         loss_sum = liger(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float()

@@ -41,6 +41,7 @@ class NeoBERTConfig(PreTrainedConfig):
     hidden_act: str = "swiglu"
     rms_norm: bool = True
     rope: bool = True
+    rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dropout_prob: float = 0.0
     ngpt: bool = False
@@ -199,7 +200,8 @@ class NeoBERT(NeoBERTPreTrainedModel):
         if config.rope:
             lengths = flat.layout.lengths
             longest = flat.shape[1] if lengths is None else max(lengths, default=0)
-            rotary = Rotary.of(longest, config.hidden_size // config.num_attention_heads, flat.positions_N)
+            width = config.hidden_size // config.num_attention_heads
+            rotary = Rotary.of(longest, width, flat.positions_N, config.rope_theta)
         else:
             x_ND = x_ND + self.embed_positions(flat.positions_N + 1)
         x_ND = self.dropout(unit(x_ND) if config.ngpt else x_ND)

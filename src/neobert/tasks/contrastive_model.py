@@ -8,8 +8,8 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.inference.embed import EMBEDDING, EmbeddingModel
-from neobert.inference.load import FOREIGN, check_fit, load_model_weights, read_weights
+from neobert.inference.embed import EmbeddingModel
+from neobert.inference.load import EMBEDDING, FOREIGN, check_fit, load_model_weights, read_weights
 from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
 from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.tasks.contrastive_data import longest_text
@@ -27,7 +27,7 @@ def build_model(config: Config, start: Start, vocab_size: int, pad_id: int) -> t
     settings = ContrastiveSettings(asked.loss_type, asked.temperature, asked.hard_negative_weight, asked.pooling)
     if start.hub is not None:
         return _foreign(config, start.hub, settings, vocab_size, pad_id), f"{start.hub}, all of the encoder"
-    model = NeoBERTForEmbedding(model_config(config, vocab_size, pad_id), settings)
+    model = NeoBERTForEmbedding(model_config(config, vocab_size, pad_id, **start.inherited), settings)
     model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
     if start.folder is None or start.architecture is None:
         return model, "random"

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from neobert.config.schema import Config
-from neobert.data.tokenizer import fit_vocabulary
+from neobert.data.tokenizer import fit_vocabulary, special_ids
 from neobert.errors import ConfigError, Problem
 from neobert.inference.load import check_fit
+from neobert.model import layouts
 from neobert.model.embedding import NeoBERTForEmbedding
-from neobert.model.layouts import eurobert_config, is_eurobert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.training.checkpoint import Tensors
 from neobert.training.choices import choose_attention, choose_kernels
@@ -57,25 +57,7 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
 
 def checkpoint_config(architecture: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
     """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
-    own = {
-        field: getattr(architecture, field) for field in NeoBERTConfig.__annotations__ if hasattr(architecture, field)
-    }
-    if name is not None:
-        own["name"] = name
-    if not is_eurobert(architecture):
-        return {
-            "model_type": "neobert",
-            "architectures": ["NeoBERTForMaskedLM"],
-            "dtype": "float32",
-            **own,
-            "neobert": own,
-        }
-    special = {
-        "bos_token_id": hf_tokenizer.cls_token_id,
-        "eos_token_id": hf_tokenizer.sep_token_id,
-        "mask_token_id": hf_tokenizer.mask_token_id,
-    }
-    return {**eurobert_config(architecture, special), "neobert": own}
+    return layouts.checkpoint_config(architecture, special_ids(hf_tokenizer), name)
 
 
 def prepare_model(

@@ -46,6 +46,7 @@ def build_classifier(
         classifier_dropout=config.glue.classifier_dropout,
         classifier_init_range=config.glue.classifier_init_range,
         classifier_pooling=POOLING[config.glue.pooling],
+        **start.inherited,
     )  # fmt: skip
     model = NeoBERTForSequenceClassification(architecture)
     model.model.gradient_checkpointing = config.trainer.gradient_checkpointing

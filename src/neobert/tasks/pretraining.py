@@ -11,16 +11,17 @@ from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.loader import build_steps
 from neobert.data.order import Rank
-from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import ConfigError, DataError
 from neobert.inference.load import load_model_weights
 from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
-from neobert.tasks.encoder import build_model, build_vocabulary, checkpoint_config, prepare_model
+from neobert.tasks.encoder import checkpoint_config, prepare_model
 from neobert.tasks.hooks import Measure, check_needs_evaluation
 from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
+from neobert.tasks.pretraining_start import begin
 from neobert.tasks.resuming import load_training_state, with_saved_lanes
 from neobert.tasks.run_folder import open_run_folder, write_run_files
 from neobert.tasks.summary import describe_run, print_summary
@@ -44,8 +45,8 @@ def build_job(
         print(f"note: {warning}")
     if config.debug:
         print(dump_config(config))
-    hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
-    vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
+    start = begin(config, loaded.keys_set)
+    config, hf_tokenizer = start.config, start.hf_tokenizer
     tokenizer = text_tokenizer(hf_tokenizer)
     folder, resume, told = open_run_folder(
         trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
@@ -60,7 +61,7 @@ def build_job(
     data.train.observe = observe
     if data.evaluation is None:
         check_needs_evaluation(trainer)
-    model = build_model(config, vocab_size, tokenizer.pad_id).to(runtime.device)
+    model = start.build_model(tokenizer.pad_id).to(runtime.device)
     lines = prepare_model(config, model, runtime)
     wrapped = runtime.distribute(model, model.model.layers)
     optimizer = build_run_optimizer(config, model, runtime.dtype)
@@ -69,7 +70,7 @@ def build_job(
     facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = Storage(
-        content=lambda: checkpoint_model(model, hf_tokenizer, config.model.name),
+        content=lambda: checkpoint_model(model, hf_tokenizer, start.name),
         load=lambda path: load_model_weights(path, model),
     )
     state = TrainState()
@@ -77,7 +78,7 @@ def build_job(
         load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
         told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
-    print_summary(facts, [*notes, *told, *warnings], folder)
+    print_summary(facts, [*start.notes, *told, *warnings], folder)
     return Job(
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
         fetch=build_steps(data.train, trainer.gradient_accumulation_steps),

@@ -44,6 +44,11 @@ class Start:
     state: dict[str, Any] | None = None
 
     @property
+    def inherited(self) -> dict[str, Any]:
+        """What the weights decide and no key says: fields of our config."""
+        return {} if self.architecture is None else {"rope_theta": self.architecture.rope_theta}
+
+    @property
     def describe(self) -> str:
         """In words, for the summary and the protocol."""
         if self.folder is None:
@@ -146,15 +151,20 @@ def _check_transfer(folder: Path, task: str | None, transfer: bool) -> None:
         raise ConfigError(Problem("glue.transfer_from_task", f"{folder} is not a checkpoint of a GLUE task"))
 
 
-def _check_architecture(config: Config, keys_set: frozenset[str], folder: Path, found: NeoBERTConfig) -> None:
-    """What the YAML says of the model, and the model that `pretrained_model_path` names, must be what is in `folder`."""
-    problems = [
+def contradictions(config: Config, keys_set: frozenset[str], folder: Path, found: NeoBERTConfig) -> list[Problem]:
+    """What the YAML says of the model that is not so in `folder`."""
+    return [
         Problem(
             f"model.{name}", f"{getattr(config.model, name)}, but {folder} has {getattr(found, name)}; leave it out"
         )
         for name in ARCHITECTURE
         if f"model.{name}" in keys_set and getattr(config.model, name) != getattr(found, name)
     ]
+
+
+def _check_architecture(config: Config, keys_set: frozenset[str], folder: Path, found: NeoBERTConfig) -> None:
+    """What the YAML says of the model, and the model that `pretrained_model_path` names, must be what is in `folder`."""
+    problems = contradictions(config, keys_set, folder, found)
     asked = asked_weights(config)
     path = asked.pretrained_model_path
     if path is not None and asked.pretrained_checkpoint_dir is not None:
@@ -204,21 +214,28 @@ def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tu
 
     Raises CheckpointError when the YAML names another one.
     """
-    named, asked = config.tokenizer, config.tokenizer.path is not None
-    asked = asked or ("tokenizer.name" in keys_set and named.name != type(named).model_fields["name"].default)
-    wanted = load_tokenizer(named.name, named.path) if asked or not (start.folder or start.hub) else None
+    named = config.tokenizer
     if start.folder is not None:
         inner = start.folder / "tokenizer"
         keys = {"path": str(inner if inner.is_dir() else start.folder)}
     elif start.hub is not None:
         keys = {"path": start.hub} if Path(start.hub).is_dir() else {"name": start.hub, "path": None}
     else:
-        return wanted, {}
+        return load_tokenizer(named.name, named.path), {}
     found = load_tokenizer(keys.get("name", ""), keys["path"])
-    if wanted is not None and text_tokenizer(wanted).fingerprint != text_tokenizer(found).fingerprint:
+    check_named_tokenizer(config, keys_set, found, str(start.folder or start.hub))
+    return found, keys
+
+
+def check_named_tokenizer(config: Config, keys_set: frozenset[str], found: Any, origin: str) -> None:
+    """Raises CheckpointError when the YAML names another tokenizer than `found`, that of the weights in `origin`."""
+    named = config.tokenizer
+    by_name = "tokenizer.name" in keys_set and named.name != type(named).model_fields["name"].default
+    if named.path is None and not by_name:
+        return
+    wanted = load_tokenizer(named.name, named.path)
+    if text_tokenizer(wanted).fingerprint != text_tokenizer(found).fingerprint:
         where = f"tokenizer.{'path' if named.path else 'name'}: {named.path or named.name!r}"
         raise CheckpointError(
-            f"{where} is another tokenizer than that of {start.folder or start.hub}; leave it out: the tokenizer follows "
-            "the weights"
+            f"{where} is another tokenizer than that of {origin}; leave it out: the tokenizer follows the weights"
         )
-    return found, keys

@@ -1,0 +1,24 @@
+"""Models by name: a folder, or a repository of the hub, downloaded or from its local cache."""
+
+import os
+from pathlib import Path
+
+from neobert.errors import CheckpointError
+
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model; of one of the hub, after downloading it. Raises CheckpointError, also when offline."""
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        why = "this machine is offline (HF_HUB_OFFLINE)" if offline else first_line
+        raise CheckpointError(f"{name!r} is no folder, and it cannot be had from the hub: {why}") from None

@@ -1,0 +1,161 @@
+"""`task: mteb`: a model evaluated by the MTEB library, task by task, in that library's own format.
+
+    <output_dir>/mteb/
+      results/<model>/<revision>/<task>.json    what the library writes and its tools read
+      <model>.json  <model>.md                  scores, averages, prompts and settings
+
+A run that was stopped goes on with the tasks that have no result. A revision names weights and settings, so results of other
+weights are not taken for these. A task whose data cannot be had is named, and the others go on.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from neobert.config.load import Loaded
+from neobert.config.schema import Config
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError
+from neobert.inference.embed import Embedder, load_embedder
+from neobert.inference.hub_model import model_folder
+from neobert.inference.sentence_settings import SentenceSettings, read_sentence_settings
+from neobert.tasks.mteb_table import Score, summarize, to_markdown, to_terminal
+from neobert.training.checkpoint import STATE, find_checkpoint, write_pointer
+
+TOKENS_OF_A_TEXT = 128  # that `mteb_batch_size` counts
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is evaluated. `settings`: what scores depend on besides its weights."""
+
+    name: str
+    folder: Path
+    embedder: Embedder
+    settings: dict[str, Any]
+
+
+def check_mteb() -> None:
+    """Raises UserError when the library is not installed."""
+    if find_spec("mteb") is None:
+        raise UserError("task: mteb needs the mteb library: pip install 'neobert[mteb]'")
+
+
+def run(loaded: Loaded, model: str | None = None) -> int:
+    """Evaluate as configured; `model` instead of the run in `trainer.output_dir`.
+
+    Returns the exit code: 2 when a task could not run. Raises UserError for what can be seen before the first task.
+    """
+    check_mteb()
+    config = loaded.config
+    for warning in loaded.warnings:
+        print(f"note: {warning}")
+    from neobert.tasks.mteb_tasks import check_prompts, choose_tasks
+
+    tasks = choose_tasks(config.mteb_task_type, config.mteb_local_tasks)
+    check_prompts(config.mteb_prompts, tasks)
+    subject = load_subject(config, loaded.keys_set, model)
+    output = Path(config.trainer.output_dir) / "mteb"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(Problem("trainer.output_dir", f"cannot write to {output}: {error.strerror}")) from None
+    print(f"model       {subject.folder}")
+    print(f"settings    {', '.join(f'{name} {value}' for name, value in subject.settings.items())}")
+    print(
+        f"tasks       {len(tasks)}: {', '.join(task.metadata.name for task in tasks[:8])}{', ...' if tasks[8:] else ''}"
+    )
+    summary = evaluate(subject, tasks, output, config.mteb_overwrite_results)
+    print("\n" + to_terminal(summary))
+    print(f"table       {output / file_name(subject)}.md, {output / file_name(subject)}.json")
+    return 2 if summary["not_run"] else 0
+
+
+def load_subject(config: Config, keys_set: frozenset[str], model: str | None) -> Subject:
+    """The model, ready to embed. Raises CheckpointError."""
+    folder = model_folder(model) if model is not None else _own_checkpoint(config)
+    sentence = read_sentence_settings(folder) if folder.is_dir() else None
+    pooling = config.mteb_pooling if "mteb_pooling" in keys_set else sentence.pooling if sentence else None
+    length = _max_length(config, keys_set, sentence)
+    embedder = load_embedder(str(folder), pooling, length, config.mteb_batch_size * TOKENS_OF_A_TEXT)
+    prompts = {**(sentence.prompts if sentence else {}), **config.mteb_prompts}
+    chosen = embedder.model.contrastive.settings.pooling
+    settings = {
+        "pooling": {"avg": "mean"}.get(chosen, chosen),
+        "normalize": sentence.normalize if sentence else True,
+        "max_length": embedder.max_length,
+        "prompts": prompts,
+    }  # fmt: skip
+    return Subject(_name(model, folder), folder, embedder, settings)
+
+
+def _own_checkpoint(config: Config) -> Path:
+    """What `pretrained_checkpoint` names of the run in `trainer.output_dir`."""
+    try:
+        return find_checkpoint(config.pretrained_checkpoint, Path(config.trainer.output_dir) / "checkpoints")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; train one, or name a model with --model") from None
+
+
+def _max_length(config: Config, keys_set: frozenset[str], sentence: SentenceSettings | None) -> int | None:
+    if "tokenizer.max_length" in keys_set:
+        return config.tokenizer.max_length
+    return sentence.max_length if sentence else None
+
+
+def _name(model: str | None, folder: Path) -> str:
+    """`org/name` of the hub as it is; of a folder `local/<run>-<step>` or `local/<folder>`."""
+    if model is not None and not Path(model).exists():
+        return model
+    folder = find_checkpoint(str(folder)) if not (folder / "config.json").is_file() else folder
+    full = folder.resolve()
+    if (full / STATE).is_file() and full.parent.name == "checkpoints":
+        return f"local/{full.parent.parent.name}-{full.name}"
+    return f"local/{full.name}"
+
+
+def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) -> dict[str, Any]:
+    """Run what has no result yet; writes the summary after every task, and returns it."""
+    import mteb
+    from mteb.cache import ResultCache
+    from mteb.results import TaskResult
+
+    from neobert.tasks.mteb_model import EncoderForMTEB, build_meta, weights_identity
+    from neobert.tasks.mteb_tasks import drop_unusable, network_errors, reason_of
+
+    folder = subject.folder if (subject.folder / "config.json").is_file() else find_checkpoint(str(subject.folder))
+    meta = build_meta(subject.name, weights_identity(folder), subject.settings, subject.embedder)
+    encoder = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"], subject.settings["normalize"])
+    cache = ResultCache(output)
+    scores: list[Score] = []
+    not_run: list[dict[str, str]] = []
+    summary: dict[str, Any] = {}
+    for number, task in enumerate(tasks, 1):
+        name, begin = task.metadata.name, time.perf_counter()
+        path = cache.get_task_result_path(name, meta)
+        drop_unusable(path, task)
+        was_there = path.is_file() and not overwrite
+        try:
+            mteb.evaluate(
+                encoder, task, cache=cache, co2_tracker=False, show_progress_bar=False,
+                overwrite_strategy="always" if overwrite else "only-missing",
+                encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
+            )  # fmt: skip
+        except network_errors() as error:
+            not_run.append({"name": name, "reason": reason_of(error)})
+            print(f"[{number}/{len(tasks)}] {name}: not run: {not_run[-1]['reason']}", flush=True)
+        else:
+            scores.append(Score.of(task, TaskResult.from_disk(path), encoder.prompts_of(task.metadata)))
+            how = "had a result" if was_there else f"{time.perf_counter() - begin:.1f} s"
+            print(f"[{number}/{len(tasks)}] {name}: {100 * scores[-1].score:.2f} ({how})", flush=True)
+        summary = summarize(meta.name, meta.revision, subject.settings, scores, not_run, len(tasks))
+        write_pointer(output / f"{file_name(subject)}.json", json.dumps(summary, indent=2))
+        write_pointer(output / f"{file_name(subject)}.md", to_markdown(summary))
+    return summary
+
+
+def file_name(subject: Subject) -> str:
+    """Of the summaries of a model, without suffix."""
+    return subject.name.replace("/", "__")

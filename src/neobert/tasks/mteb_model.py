@@ -1,0 +1,92 @@
+"""A model as the MTEB library wants one: our embedder behind its encoder's interface, with prompts.
+
+Texts of a task come at once and are sorted by length, so nothing is spent on padding.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
+from tqdm import tqdm
+
+from neobert.inference.embed import Embedder
+
+
+class EncoderForMTEB(AbsEncoder):
+    """`embedder` with `prompts`: by task name, type of task, or `query` and `document`, as MTEB chooses among them."""
+
+    def __init__(self, embedder: Embedder, meta: ModelMeta, prompts: dict[str, str], normalize: bool):
+        self.embedder, self.prompts, self.normalize = embedder, prompts, normalize
+        self.model = embedder.model
+        self.mteb_model_meta = meta
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str = "",
+        hf_subset: str = "",
+        prompt_type: Any = None,
+        **_: Any,
+    ) -> np.ndarray:
+        """Texts x width, float32. `inputs` gives batches with a list of texts under `text`."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        prompt = self._prompt(task_metadata, prompt_type)
+        texts = [prompt + text for text in texts] if prompt else texts
+        with tqdm(total=len(texts), unit="text", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
+            bar.set_description(task_metadata.name)
+            return self.embedder.encode(texts, self.normalize, bar.update)
+
+    def prompts_of(self, task_metadata: Any) -> dict[str, str]:
+        """The prompts that texts of a task get: of `query` and `document`, or of every `text`."""
+        sides: dict[str, PromptType | None] = {"text": None}
+        if task_metadata.type in ("Retrieval", "Reranking"):
+            sides = {side.value: side for side in (PromptType.query, PromptType.document)}
+        found = {name: self._prompt(task_metadata, side) for name, side in sides.items()}
+        return {name: prompt for name, prompt in found.items() if prompt}
+
+    def _prompt(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
+        name = get_prompt_name(self.prompts, task_metadata, prompt_type) if self.prompts else None
+        return self.prompts[name] if name is not None else ""
+
+
+def build_meta(name: str, identity: str, settings: dict[str, Any], embedder: Embedder) -> ModelMeta:
+    """The model's card for MTEB. Its revision names weights and settings, so that results of others are not mixed in."""
+    text = json.dumps(settings, sort_keys=True)
+    revision = f"{identity[:12]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return ModelMeta(
+        loader=None,
+        name=name,
+        revision=revision,
+        release_date=None,
+        languages=None,
+        n_parameters=sum(parameter.numel() for parameter in embedder.model.parameters()),
+        memory_usage_mb=None,
+        max_tokens=embedder.max_length,
+        embed_dim=embedder.width,
+        license=None,
+        open_weights=None,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch"],
+        similarity_fn_name=ScoringFunction.COSINE,
+        use_instructions=bool(settings["prompts"]),
+        training_datasets=None,
+    )
+
+
+def weights_identity(folder: Path) -> str:
+    """A hash of the model's tensors."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
