@@ -86,7 +86,7 @@ def of_model(folder: str):
     """The same two functions for a checkpoint: cosines."""
     from neobert.inference.embed import load_embedder
 
-    embedder = load_embedder(folder, max_length=128)
+    embedder = load_embedder(folder)
     return (
         lambda queries, texts: embedder.encode(queries) @ embedder.encode(texts).T,
         lambda first, second: (embedder.encode(first) * embedder.encode(second)).sum(1),
@@ -114,7 +114,7 @@ def train(args, folder: str) -> None:
     """Both runs."""
     data, short = Path(args.data), args.quick
     args.pretrained, args.trained = f"{folder}/pretrained", f"{folder}/trained"
-    steps = (40, 20) if short else (3000, 400)
+    steps = (40, 20) if short else (3000, 300)
     tokenizer = f"tokenizer.path={data / 'tokenizers/bert-base-uncased'}"
     shape = ["dataset.max_seq_length=128", "trainer.per_device_train_batch_size=32"]
     words = [f"dataset.path={data / 'prose'}", tokenizer, *shape, f"trainer.max_steps={steps[0]}"]
