@@ -148,6 +148,7 @@ def compare(args) -> None:
     for seed in range(args.seeds):
         for system, values in found.items():
             values.append(measure(args, system, seed))
+            print(f"seed {seed}, {system}: nDCG@10 {values[-1][0]:.4f}, {values[-1][1]:.1f} s", flush=True)
     scores = {system: [score for score, _ in values] for system, values in found.items()}
     seconds = {system: statistics.median(s for _, s in values) for system, values in found.items()}
     names = {"ours": "ours", "peer": "sentence-transformers"}

@@ -28,7 +28,8 @@ from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, Ne
 from neobert.model.flat import Pooling
 from neobert.training.checkpoint import STATE, find_checkpoint, verify_checkpoint
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048  # stays in the cache of a CPU core
+BATCH_TOKENS_CUDA = 32_768
 TEXTS_AT_ONCE = 16_384  # of a file: sorted by length among themselves
 
 EmbeddingModel = NeoBERTForEmbedding | ForeignForEmbedding
@@ -118,7 +119,7 @@ def load_embedder(
     source: str,
     pooling: Pooling | None = None,
     max_length: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     precision: torch.dtype | None = None,
 ) -> Embedder:
     """From a run's folder, one of its checkpoints, or a folder of any encoder that `AutoModel` loads.
@@ -143,9 +144,11 @@ def load_embedder(
         model = _load_foreign(folder, settings, tokenizer.pad_token_id)
     longest = int(getattr(model.config, "max_position_embeddings", 512))
     length = min(max_length or trained.get("max_length", longest), longest, tokenizer.model_max_length)
+    size = BATCH_TOKENS
     if torch.cuda.is_available():
         model.to("cuda")
-    return Embedder(model.eval(), tokenizer, length, batch_tokens, precision)
+        size = BATCH_TOKENS_CUDA
+    return Embedder(model.eval(), tokenizer, length, batch_tokens or size, precision)
 
 
 def _load_ours(folder: Path, settings: ContrastiveSettings) -> NeoBERTForEmbedding:
