@@ -21,7 +21,7 @@ from neobert.config.reference import known_keys
 from neobert.data.order import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
-from neobert.tasks import pretraining
+from neobert.tasks.encoder import build_model
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import build_data
 from neobert.training.choices import choose_device, describe_arithmetic
@@ -245,7 +245,7 @@ def recomputes(train, small):
     models = []
     for value in ("true", "false"):
         config = load_config([], [*TINY, f"trainer.gradient_checkpointing={value}"]).config
-        models.append(pretraining.build_model(config, 64, 0))
+        models.append(build_model(config, 64, 0))
     return [model.model.gradient_checkpointing for model in models] == [True, False]
 
 
@@ -347,7 +347,7 @@ def chunks(train, small):
     sizes = []
     for words in ([f"{MUON}clipping_qk_chunk_size=7"], []):
         config = load_config([], [*TINY, "optimizer.name=muonclip", *words]).config
-        clip, _ = build_clip(config, pretraining.build_model(config, 64, 0))
+        clip, _ = build_clip(config, build_model(config, 64, 0))
         sizes.append(clip.settings.chunk_size)
     return sizes == [7, 1024]
 
@@ -357,7 +357,7 @@ def anomalies(train, small):
     messages = []
     for value in ("true", "false"):
         config = load_config([], [*TINY, "optimizer.name=muonclip", f"{MUON}detect_anomalies={value}"]).config
-        model = pretraining.build_model(config, 64, 0)
+        model = build_model(config, 64, 0)
         optimizer = build_run_optimizer(config, model, None)
         model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, torch.nan)
         try:

@@ -5,7 +5,7 @@ from conftest import TINY
 
 from neobert.config.load import load_config
 from neobert.errors import ConfigError
-from neobert.tasks import pretraining
+from neobert.tasks.encoder import build_model
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 
 MUON = "optimizer.muon_config."
@@ -29,7 +29,7 @@ REFUSED = {
 
 def build(*words):
     config = load_config([], [*TINY, "optimizer.name=muonclip", *words]).config
-    model = pretraining.build_model(config, 64, 0)
+    model = build_model(config, 64, 0)
     return build_run_optimizer(config, model, None), build_clip(config, model)
 
 

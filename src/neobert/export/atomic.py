@@ -37,9 +37,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         yield scratch
         for path in (*scratch.rglob("*"), scratch):
             _sync(path)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(scratch, out)
+        _take_the_place(scratch, out, old)
         _sync(out.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -47,6 +45,18 @@ def whole_folder(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_the_place(scratch: Path, out: Path, old: Path) -> None:
+    """A folder that is not empty cannot be replaced at once: it steps aside, and comes back when that fails."""
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(scratch, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise
 
 
 def _sync(path: Path) -> None:
