@@ -60,6 +60,7 @@ def _settings(config: Any, folder: Path, num_steps: int, half: int) -> list[str]
         "trainer.early_stopping=0", "trainer.load_best_model_at_end=false", "trainer.metric_for_best_model=null",
         "trainer.report_to=[]", "wandb.enabled=false", "trainer.disable_tqdm=true", "trainer.save_total_limit=null",
         "trainer.overwrite_output_dir=true",
+        "trainer.save_in_background=false",  # or the kill might come before the checkpoint is whole
         *([f"dataset.pre_tokenize_output={folder / 'tokenized'}"] if tokens else []),
     ]  # fmt: skip
 
