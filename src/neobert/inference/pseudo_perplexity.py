@@ -4,9 +4,9 @@ PPPL = exp(-(1/N) sum over tokens of log p(token | the rest of its piece)), over
 tokens, SEP; one that is longer than the model takes is cut into pieces. Special tokens are not counted.
 
 A piece of n tokens costs n forward passes of n + 2 tokens, so rows of all pieces are sorted by length and computed
-`batch_tokens` at a time, and the decoder sees the masked tokens only.
+`batch_tokens` at a time, and the decoder, like the end of the last block, sees the masked tokens only.
 
-Shapes: B rows, T row length, N tokens of the batch, D width, V vocabulary.
+Shapes: B rows, T row length, D width, V vocabulary.
 """
 
 import math
@@ -168,8 +168,7 @@ def _log_likelihoods(
     is_target_BT[row_B, place_B] = True
     ids_BT[is_target_BT] = tokenizer.mask_id
     flat = model.model.flatten(ids_BT.to(device), mask_BT.to(device))
-    hidden_ND = model.model.encode(flat)
-    hidden_BD = hidden_ND[flat.select(is_target_BT.to(device))]
+    hidden_BD = model.model.encode(flat, flat.select(is_target_BT.to(device)).nonzero().squeeze(1))
     logits_BV = F.linear(hidden_BD, model.decoder_weight(), model.lm_head.bias).float()
     true_scores_B = logits_BV.gather(1, true_B[:, None]).squeeze(1)
     return (true_scores_B - logits_BV.logsumexp(1)).double().cpu().numpy()

@@ -152,8 +152,12 @@ class Block(nn.Module):
         x_ND = x_ND + self.dropout(self.attention.out(attended_ND))
         return x_ND + self.dropout(self.ffn(self.ffn_norm(x_ND)))
 
-    def forward(self, x_ND: Tensor, rotary: Rotary | None, layout: Layout) -> Tensor:
-        return self.finish(x_ND, self.attention(self.project(x_ND), rotary, layout))
+    def forward(self, x_ND: Tensor, rotary: Rotary | None, layout: Layout, rows_M: Tensor | None = None) -> Tensor:
+        """N x D, or M x D of the tokens `rows_M` alone, which see all others as ever."""
+        attended_ND = self.attention(self.project(x_ND), rotary, layout)
+        if rows_M is not None:
+            x_ND, attended_ND = x_ND[rows_M], attended_ND[rows_M]
+        return self.finish(x_ND, attended_ND)
 
 
 class NormalizedBlock(Block):

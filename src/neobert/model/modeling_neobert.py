@@ -193,8 +193,10 @@ class NeoBERT(NeoBERTPreTrainedModel):
             kernel=self.attention_kernel,
         )
 
-    def encode(self, flat: FlatBatch) -> Tensor:
-        """Hidden states of a flat batch: N x D, without filler."""
+    def encode(self, flat: FlatBatch, rows_M: Tensor | None = None) -> Tensor:
+        """Hidden states of a flat batch: N x D, without filler; or M x D of the tokens `rows_M`, which saves most of the last
+        block.
+        """
         config, rotary = self.config, None
         x_ND = self.embed_tokens(flat.ids_N)
         if config.rope:
@@ -206,11 +208,14 @@ class NeoBERT(NeoBERTPreTrainedModel):
             x_ND = x_ND + self.embed_positions(flat.positions_N + 1)
         x_ND = self.dropout(unit(x_ND) if config.ngpt else x_ND)
         for block in self.layers:
+            wanted_M = rows_M if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(block, x_ND, rotary, flat.layout, use_reentrant=False)
+                x_ND = checkpoint(block, x_ND, rotary, flat.layout, wanted_M, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rotary, flat.layout)
-        return self.norm(x_ND[: len(x_ND) - flat.layout.filler] if flat.layout.filler else x_ND)
+                x_ND = block(x_ND, rotary, flat.layout, wanted_M)
+        if rows_M is None and flat.layout.filler:
+            x_ND = x_ND[: -flat.layout.filler]
+        return self.norm(x_ND)
 
     def forward(
         self,
