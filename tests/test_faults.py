@@ -270,3 +270,14 @@ def test_secrets_of_the_environment_stay_there(tmp_path):
     for name, secret in SECRETS.items():
         assert secret not in good.stdout + good.stderr + bad.stdout + bad.stderr, name
         assert not [path for path in files if secret.encode() in path.read_bytes()], name
+
+
+# --- SIGKILL -----------
+
+
+def test_killed_at_random_moments_and_resumed():
+    """Ten kills over training, evaluation and saving; every resumed run equals the uninterrupted one to the bit."""
+    command = [sys.executable, str(ROOT / "benchmarks/crash_test.py"), "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "10 equal to the bit, 10 readable" in done.stdout
