@@ -5,7 +5,9 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,19 @@ def run(command: Iterable[object], **environment: str) -> str:
 def neobert(*words: object) -> list[object]:
     """The command line of our own command, in this environment."""
     return [sys.executable, "-m", "neobert", *words]
+
+
+@contextmanager
+def weights_or_own(weights: str | None, quick: bool) -> Iterator[str]:
+    """The run's folder that was named, or that of a small encoder which is trained for a minute."""
+    if weights is not None:
+        yield weights
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run(
+            neobert("pretrain", QUICKSTART, f"trainer.output_dir={folder}", f"trainer.max_steps={40 if quick else 300}")
+        )
+        yield folder
 
 
 def alternate(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:

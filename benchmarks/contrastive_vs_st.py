@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _bench import QUICKSTART, ROOT, arguments, bar, finish, neobert, run, table
+from _bench import ROOT, arguments, bar, finish, run, table, weights_or_own
 
 RATE, ROWS, LENGTH, HELD_OUT = 3e-4, 64, 128, 500
 OPTIONS = {
@@ -133,11 +133,7 @@ def main() -> None:
         return
     if args.quick:
         args.steps, args.seeds = 20, 1
-    with tempfile.TemporaryDirectory() as folder:
-        if args.weights is None:
-            steps = 40 if args.quick else 300
-            run(neobert("pretrain", QUICKSTART, f"trainer.output_dir={folder}", f"trainer.max_steps={steps}"))
-            args.weights = folder
+    with weights_or_own(args.weights, args.quick) as args.weights:
         compare(args)
     finish()
 

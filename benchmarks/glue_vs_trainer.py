@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _bench import QUICKSTART, ROOT, arguments, bar, finish, neobert, run, table
+from _bench import ROOT, arguments, bar, finish, run, table, weights_or_own
 
 RATE, ROWS, LENGTH = 3e-4, 32, 128
 OPTIONS = {
@@ -120,11 +120,7 @@ def main() -> None:
         return
     if args.quick:
         args.tasks, args.seeds, args.epochs = "rte", 1, 1
-    with tempfile.TemporaryDirectory() as folder:
-        if args.weights is None:
-            steps = 40 if args.quick else 300
-            run(neobert("pretrain", QUICKSTART, f"trainer.output_dir={folder}", f"trainer.max_steps={steps}"))
-            args.weights = folder
+    with weights_or_own(args.weights, args.quick) as args.weights:
         compare(args)
     finish()
 

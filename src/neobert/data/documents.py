@@ -237,11 +237,17 @@ def _line_cells(path: str, offset: int) -> Iterator[tuple[Cell, int, int]]:
 
 
 def _csv_cells(path: str, column: str, offset: int) -> Iterator[tuple[Cell, int, int]]:
-    csv.field_size_limit(2**31 - 1)
     header, begin = csv_header(path)
     if column not in header:
         raise DataError(f"{path}: no column {column!r}; there are: {', '.join(header)}")
-    place, position = header.index(column), max(begin, offset)
+    place = header.index(column)
+    for record, start, behind in csv_records(path, max(begin, offset)):
+        yield record[place] if place < len(record) else None, start, behind
+
+
+def csv_records(path: str, position: int) -> Iterator[tuple[list[str], int, int]]:
+    """(cells, where the record begins, where it ends) from byte `position` on."""
+    csv.field_size_limit(2**31 - 1)
     behind = position
 
     def text_lines() -> Iterator[str]:  # the reader takes exactly the lines of one record, so `behind` is behind it
@@ -253,7 +259,7 @@ def _csv_cells(path: str, column: str, offset: int) -> Iterator[tuple[Cell, int,
     begin = position
     for record in csv.reader(text_lines()):
         if record:
-            yield record[place] if place < len(record) else None, begin, behind
+            yield record, begin, behind
         begin = behind
 
 

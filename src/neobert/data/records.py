@@ -3,12 +3,12 @@
 A row of a .jsonl may also be a list of texts (anchor, positive, negatives), as the hub's older pair files have them.
 """
 
-import csv
 from collections.abc import Iterator
 from typing import Any
 
 from neobert.data.documents import (
     csv_header,
+    csv_records,
     kind_of,
     layout_of,
     lines,
@@ -62,21 +62,9 @@ def _columns_of(row: Any, path: str, offset: int) -> dict[str, Any]:
 
 
 def _csv_records(path: str) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)
     header, position = csv_header(path)
-    behind = position
-
-    def text_lines() -> Iterator[str]:
-        nonlocal behind
-        for line, _, after in lines(path, position):
-            behind = after
-            yield line.decode("utf-8", "surrogateescape")
-
-    begin = position
-    for record in csv.reader(text_lines()):
-        if record:
-            yield dict(zip(header, record, strict=False)), begin
-        begin = behind
+    for record, begin, _ in csv_records(path, position):
+        yield dict(zip(header, record, strict=False)), begin
 
 
 def _table_records(path: str) -> Iterator[Record]:

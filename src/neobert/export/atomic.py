@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from neobert.errors import UserError
+from neobert.training.checkpoint import sync
 
 
 def check_target(out: Path, mark: str, replace: bool) -> None:
@@ -36,9 +37,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         scratch.mkdir(parents=True)
         yield scratch
         for path in (*scratch.rglob("*"), scratch):
-            _sync(path)
+            sync(path)
         _take_the_place(scratch, out, old)
-        _sync(out.parent)
+        sync(out.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{out}: cannot be written: {reason}") from None
@@ -57,11 +58,3 @@ def _take_the_place(scratch: Path, out: Path, old: Path) -> None:
         if old.exists():
             os.replace(old, out)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

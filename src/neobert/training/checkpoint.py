@@ -91,7 +91,7 @@ def save_checkpoint(root: Path, content: Content, team: Team = ALONE) -> Path:
         if final.exists():
             _remove(final)
         os.replace(scratch, final)
-        _sync(root)
+        sync(root)
         write_pointer(root / "latest", str(content.step))
 
     reason = _together(team, prepare if is_main else None) or _together(team, write)
@@ -135,7 +135,7 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
         own += [folder / WEIGHTS, folder / "config.json", folder / "config.yaml", *(folder / "tokenizer").rglob("*")]
     files = sorted(path for path in own if path.is_file())
     for path in files:
-        _sync(path)
+        sync(path)
     return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
 
@@ -143,7 +143,7 @@ def _write_state(folder: Path, content: Content, sums: dict[str, str]) -> None:
     state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
     write_json(folder / STATE, {**state, "checksum": _checksum(state)})
     for path in (folder / STATE, folder / "optimizer", folder / "tokenizer", folder):
-        _sync(path)
+        sync(path)
 
 
 def _contiguous(tensors: Tensors) -> Tensors:
@@ -163,7 +163,7 @@ def write_pointer(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def read_pointer(path: Path) -> str | None:
@@ -337,7 +337,8 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
