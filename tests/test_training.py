@@ -174,7 +174,7 @@ def test_a_failing_write_keeps_the_last_good_checkpoint(tmp_path):
     verify_checkpoint(find_checkpoint("latest", tmp_path))
 
 
-WRITES = ("save_file", "save_arrays", "write_json", "_sync", "write_pointer")
+WRITES = ("save_file", "save_arrays", "write_json", "sync", "write_pointer")
 
 
 def test_every_write_of_a_save_may_fail(tmp_path, monkeypatch):
