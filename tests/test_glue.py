@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from neobert.config.load import load_config
 from neobert.data.classification import EpochLoader, LabelCollator, Rows
 from neobert.data.glue import TASKS, Source, read_split
+from neobert.data.layout import Share
 from neobert.errors import UserError
 from neobert.tasks import glue, glue_metrics, glue_predict
 from neobert.tasks.glue_model import load_finetuned
@@ -144,7 +145,7 @@ def made(number=53):
 
 
 def loader_of(rows, **changes):
-    settings = {"batch_size": 8, "seed": 3, "group_by_length": False, "num_workers": 0} | changes
+    settings = {"share": Share(0, 1, 8), "seed": 3, "group_by_length": False, "num_workers": 0} | changes
     return EpochLoader(rows, LabelCollator(0, False, None, 1, False), fingerprint={}, **settings)
 
 
@@ -180,7 +181,22 @@ def test_threads_and_positions_change_nothing():
         assert (found.epoch, found.ends_epoch) == (wanted.epoch, wanted.ends_epoch)
     ahead.close(), resumed.close()
     with pytest.raises(UserError, match="batch_size was 8, now 4"):
-        loader_of(made(), batch_size=4).load_state_dict(*reference.state_dict())
+        loader_of(made(), share=Share(0, 1, 4)).load_state_dict(*reference.state_dict())
+
+
+def test_two_processes_have_the_batches_of_one():
+    one = loader_of(made(49))  # the last batch has one row, and the second process none of it
+    two = [loader_of(made(49), share=Share(rank, 2, 4)) for rank in range(2)]
+    for _ in range(2 * one.batches_per_epoch):
+        whole, parts = next(one), [next(loader) for loader in two]
+        assert whole.num_targets == sum(part.num_targets for part in parts)
+        assert whole.num_tokens == sum(part.num_tokens for part in parts)
+        rows = [row[row != 0].tolist() for row in whole.input_ids]
+        for rank, part in enumerate(parts):
+            assert [row[row != 0].tolist() for row in part.input_ids][: part.num_targets] == rows[rank::2]
+    assert parts[1].num_targets == 0
+    assert (parts[1].labels == -100).all()
+    two[0].load_state_dict(*one.state_dict())
 
 
 def test_accumulation_ends_with_the_epoch():

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from neobert import cli_data, cli_embed, cli_evaluate, cli_export, cli_glue
-from neobert.cli_words import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses
+from neobert.cli_words import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, start_processes
 from neobert.cli_words import layers as _layers
 from neobert.errors import ConfigError, Problem, UserError
 
@@ -89,6 +89,7 @@ def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses 
 def glue(
     context: typer.Context,
     config: ConfigFile,
+    nproc: NumProcesses = None,
     tasks: Annotated[
         str | None, typer.Option(help="`all`, or names: cola,rte. A suite: one run per task and seed.")
     ] = None,
@@ -106,7 +107,7 @@ def glue(
       neobert glue configs/glue/small.yaml --tasks all --seeds 5 --dataset.path glue/
       neobert glue outputs/glue-small/config.yaml --predict
     """
-    code = cli_glue.run_glue(*_layers(config, context.args), tasks, seeds, predict)
+    code = cli_glue.run_glue(config, context.args, tasks, seeds, predict, nproc)
     if code:
         raise typer.Exit(code)
 
@@ -115,21 +116,12 @@ def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> 
     from neobert.config.load import load_config
 
     loaded = load_config(*_layers(first, words), task)
-    if loaded.config.task == "glue" and (nproc or 1) > 1:
-        raise UserError(
-            "--nproc: GLUE fine-tunes in one process; a suite can be shared by starting it with different --tasks"
-        )
     if loaded.config.task == "mteb":
         raise typer.Exit(cli_evaluate.run_mteb(*_layers(first, words), None))
-    if nproc is not None or loaded.config.accelerate_config_file is not None:
-        from neobert.tasks.launch import launch, plan_launch
-
-        plan, notes = plan_launch(loaded.config, nproc)
-        for note in notes:
-            print(f"note: {note}", flush=True)
-        if plan is not None:
-            command = [{None: "run", "pretraining": "pretrain"}.get(task, task or ""), str(first), *words]
-            raise typer.Exit(launch(command, plan, loaded.config.trainer.use_cpu))
+    command = [{None: "run", "pretraining": "pretrain"}.get(task, task or ""), str(first), *words]
+    code = start_processes(loaded.config, nproc, command)
+    if code is not None:
+        raise typer.Exit(code)
     from importlib import import_module
 
     from neobert.insight.report import write_report

@@ -1,14 +1,29 @@
 """The command `glue`: one run, a suite, or predictions. Registered in `cli.py`."""
 
+from pathlib import Path
+
+from neobert.cli_words import layers, start_processes
 from neobert.errors import ConfigError, Problem
 
 
-def run_glue(files: list[str], overrides: list[str], tasks: str | None, seeds: int | None, predict: bool) -> int:
+def run_glue(
+    first: Path, words: list[str], tasks: str | None, seeds: int | None, predict: bool, nproc: int | None
+) -> int:
     """Returns the exit code. Raises UserError."""
     from neobert.config.load import load_config
 
+    files, overrides = layers(first, words)
     loaded = load_config(files, overrides, "glue")
     names = parse_tasks(tasks or loaded.config.glue.task_name) if tasks is not None or seeds is not None else []
+    if names or not predict:
+        given = {"--tasks": tasks, "--seeds": seeds}
+        options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        command = ["glue", str(first), *words, *options, *(["--predict"] if predict else [])]
+        code = start_processes(loaded.config, nproc, command)
+        if code is not None:
+            return code
+    elif nproc is not None:
+        raise ConfigError(Problem("--nproc", "one process predicts; leave it out"))
     from neobert.insight.report import write_report
     from neobert.tasks import glue, glue_predict, glue_suite
 
@@ -18,7 +33,8 @@ def run_glue(files: list[str], overrides: list[str], tasks: str | None, seeds: i
         glue_predict.predict_run(loaded.config)
         return 0
     finished = glue.run(loaded)
-    write_report(finished.folder)
+    if finished.is_main:
+        write_report(finished.folder)
     return finished.exit_code
 
 

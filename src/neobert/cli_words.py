@@ -1,9 +1,12 @@
 """What the commands share: the configuration file and the words behind it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from neobert.config.schema import Config
 
 OVERRIDES = "[--SECTION.KEY VALUE]..."
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -19,3 +22,17 @@ def layers(first: Path, words: list[str]) -> tuple[list[str], list[str]]:
     while count < len(words) and words[count].endswith((".yaml", ".yml")) and not words[count].startswith("-"):
         count += 1
     return [str(first), *words[:count]], words[count:]
+
+
+def start_processes(config: "Config", nproc: int | None, command: list[str]) -> int | None:
+    """Run `neobert <command>` in the processes that `--nproc` or a file of Accelerate ask for, and return its exit code; None
+    where this process is to run it. Raises ConfigError.
+    """
+    if nproc is None and config.accelerate_config_file is None:
+        return None
+    from neobert.tasks.launch import launch, plan_launch
+
+    plan, notes = plan_launch(config, nproc)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    return None if plan is None else launch(command, plan, config.trainer.use_cpu)

@@ -1,10 +1,11 @@
 """Texts with labels: tokenised once, then batches in an order that is a function of (seed, epoch).
 
-Shapes: B rows, T row length.
+Shapes: B rows of this process, T row length.
 
-The position is therefore a number: how many batches were used. Batches are put together ahead by threads, which changes
-nothing but time. With `group_by_length` rows of similar length come together (chunks of 50 batches are sorted, their batches
-shuffled), so that padding is small where padding costs.
+A batch of all processes together is drawn at once; of W processes number r trains every W-th row of it, from row r on. So W
+processes with B rows each have the batches of one process with W*B rows. The position is a number: how many batches were used.
+Batches are put together ahead by threads, which changes nothing but time. With `group_by_length` rows of similar length come
+together (chunks of 50 batches are sorted, their batches shuffled), so that padding is small where padding costs.
 """
 
 from collections import deque
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.layout import RowLayout
+from neobert.data.layout import RowLayout, Share
+from neobert.data.masking import IGNORED
 from neobert.data.position import require_same
 from neobert.data.workers import start_workers, submit_to_worker, wait_for_worker
 from neobert.errors import DataError
@@ -118,6 +120,7 @@ class LabelCollator(RowLayout):
     is_regression: bool
 
     def __call__(self, rows: Rows, chosen: np.ndarray, epoch: int = 0, ends_epoch: bool = False) -> LabelledBatch:
+        """The rows numbered `chosen`."""
         ids = [rows.ids[i] for i in chosen]
         segments = None if rows.segments is None else [rows.segments[i] for i in chosen]
         labels = None
@@ -145,16 +148,17 @@ class EpochLoader:
         self,
         rows: Rows,
         collator: LabelCollator,
-        batch_size: int,
+        share: Share,
         seed: int,
         group_by_length: bool,
         num_workers: int,
         fingerprint: dict[str, Any],
     ):
-        self.rows, self.collator, self.batch_size, self.seed = rows, collator, batch_size, seed
+        self.rows, self.collator, self.share, self.seed = rows, collator, share, seed
+        self.batch_size = share.rows * share.world
         self.group_by_length = group_by_length
         self.fingerprint = {
-            **fingerprint, "rows": len(rows), "tokens": rows.num_tokens, "batch_size": batch_size, "seed": seed,
+            **fingerprint, "rows": len(rows), "tokens": rows.num_tokens, "batch_size": self.batch_size, "seed": seed,
             "group_by_length": group_by_length,
         }  # fmt: skip
         self.num_used = 0
@@ -203,7 +207,10 @@ class EpochLoader:
         return self.order(epoch)[index], epoch + is_last, is_last
 
     def _build(self, chosen: np.ndarray, epoch: int, is_last: bool) -> LabelledBatch:
-        return self.collator(self.rows, chosen, epoch, is_last)
+        mine = chosen[self.share.rank :: self.share.world]
+        if len(mine):
+            return self.collator(self.rows, mine, epoch, is_last)
+        return without_targets(self.collator(self.rows, chosen[:1], epoch, is_last))
 
     def steps_of(self, accumulation: int) -> Callable[[], list[LabelledBatch]]:
         """A function that fetches the microbatches of one optimizer step; an epoch's last step may have fewer."""
@@ -235,8 +242,26 @@ def _cut(places: np.ndarray, size: int) -> list[np.ndarray]:
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
-def in_order(rows: Rows, collator: LabelCollator, batch_size: int) -> Iterator[tuple[np.ndarray, LabelledBatch]]:
-    """All rows once, longest first (little padding): (places, batch)."""
+def without_targets(batch: LabelledBatch) -> LabelledBatch:
+    """The same rows, of which nothing is learnt: for a process that the last rows of an epoch do not reach, and that has to
+    call the model when the others do.
+    """
+    assert batch.labels is not None
+    ignored = torch.full_like(batch.labels, torch.nan if batch.labels.is_floating_point() else IGNORED)
+    return replace(batch, labels=ignored, num_targets=0, num_tokens=0)
+
+
+def in_order(rows: Rows, collator: LabelCollator, share: Share) -> Iterator[tuple[np.ndarray, LabelledBatch]]:
+    """All rows once, longest first (little padding): (places, batch). Processes take batches in turn, and all get equally
+    many: the last ones may come without places.
+    """
     lengths = np.array([len(row) for row in rows.ids])
-    for chosen in _cut(np.argsort(-lengths, kind="stable"), batch_size):
-        yield chosen, collator(rows, chosen)
+    batches = _cut(np.argsort(-lengths, kind="stable"), share.rows)
+    for first in range(0, len(batches), share.world):
+        number = first + share.rank
+        chosen = batches[number if number < len(batches) else first]
+        batch = collator(rows, chosen)
+        if number < len(batches):
+            yield chosen, batch
+        else:
+            yield chosen[:0], batch

@@ -9,6 +9,15 @@ from neobert.data.tokenizer import Ids
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which part of every batch this process trains."""
+
+    rank: int
+    world: int
+    rows: int  # B
+
+
+@dataclass(frozen=True)
 class RowLayout:
     """How rows become tensors. `row_length` None: as long as the longest row, rounded up to `multiple`."""
 

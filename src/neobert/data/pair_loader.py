@@ -19,7 +19,7 @@ import torch
 
 from neobert.data.corpus import Corpus
 from neobert.data.documents import Skips, Unusable
-from neobert.data.layout import RowLayout
+from neobert.data.layout import RowLayout, Share
 from neobert.data.masking import hash_key
 from neobert.data.mixture import choose_sources
 from neobert.data.order import FETCH_TEXTS, permute
@@ -192,15 +192,6 @@ class TextSource:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position, self.num_used = state["position"], state["num_used"]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of every batch this process trains."""
-
-    rank: int
-    world: int
-    rows: int  # B
 
 
 class PairLoader:

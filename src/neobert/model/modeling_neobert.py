@@ -73,12 +73,15 @@ class ClassifierLossOutput(SequenceClassifierOutput):
 
 
 def classifier_output(logits: Tensor, labels: Tensor | None) -> ClassifierLossOutput:
-    """Cross-entropy of n x num_labels logits, or the squared error where there is one label; n `labels`."""
+    """Cross-entropy of n x num_labels logits, or the squared error where there is one label; n `labels`, of which -100, or NaN,
+    count as none.
+    """
     logits = logits.float()
     if labels is None:
         return ClassifierLossOutput(logits=logits)
     if logits.shape[1] == 1:
-        loss_sum = F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        known = ~labels.isnan()
+        loss_sum = F.mse_loss(logits.squeeze(-1) * known, labels.nan_to_num().float(), reduction="sum")
         num_correct = labels.new_zeros((), dtype=torch.int64)
     else:
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")

@@ -11,10 +11,10 @@ from neobert.config.schema import Config
 from neobert.data.corpus import open_corpus
 from neobert.data.documents import Files, Skips
 from neobert.data.hub import hub_files
-from neobert.data.layout import RowLayout
+from neobert.data.layout import RowLayout, Share
 from neobert.data.masking import hash_key
 from neobert.data.pair_columns import PAIR_SETS, Roles
-from neobert.data.pair_loader import PairLoader, PairSource, Share, Source, TextSource
+from neobert.data.pair_loader import PairLoader, PairSource, Source, TextSource
 from neobert.data.pairs import Examples, build_table, encode_texts, read_examples, roles_of, training_rows
 from neobert.data.rows import describe_skips, first_skip
 from neobert.data.sources import EVAL_NAMES, find_splits, fingerprint, local_splits, parse_slice

@@ -7,99 +7,103 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from neobert.config.load import Loaded, dump_config
 from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.data.classification import LabelCollator, Rows, in_order
 from neobert.data.glue import REPOSITORY, TASKS, GlueTask
-from neobert.errors import ConfigError, Problem, UserError
+from neobert.data.layout import Share
+from neobert.errors import ConfigError, Problem
 from neobert.model.foreign import ForeignForSequenceClassification
 from neobert.tasks import glue_metrics
 from neobert.tasks.encoder import build_vocabulary, prepare_model
 from neobert.tasks.glue_data import MOST_THREADS, GlueData, build_data, first_rows
 from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
 from neobert.tasks.hooks import Measure
-from neobert.tasks.job import Finished, Job, build_run_schedule
+from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.resuming import load_training_state
-from neobert.tasks.run_folder import prepare_run_folder, write_run_files
+from neobert.tasks.run_folder import open_run_folder, write_run_files
 from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
-from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_summary
 from neobert.training.checkpoint import has_data, verify_checkpoint, write_json
 from neobert.training.loop import Interrupt, TrainState
-from neobert.training.runtime import Runtime, build_runtime
+from neobert.training.runtime import Runtime
 
 RESULT = "result.json"
 
 
 def run(loaded: Loaded) -> Finished:
     """Fine-tune as configured and write result.json. Raises UserError (and its kinds) for what a user can repair."""
-    interrupt = Interrupt()
-    with stop_signals(interrupt):
-        return _run(loaded, interrupt)
+    return run_job(loaded.config, lambda runtime, interrupt: build_job(loaded, runtime, interrupt))
 
 
-def _run(loaded: Loaded, interrupt: Interrupt) -> Finished:
+def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
+    """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
     task = TASKS[loaded.config.glue.task_name]
     if not task.trains:
         problem = f"{task.name} is predicted by a model of mnli, not trained on: neobert glue CONFIG --predict, of an mnli run"
         raise ConfigError(Problem("glue.task_name", problem))
     glue_metrics.check_metrics()
-    trainer = loaded.config.trainer
-    runtime = build_runtime(use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32)
-    if runtime.world_size > 1:
-        raise UserError("started as one of several processes; GLUE fine-tunes in one")
-    start = find_start(loaded.config, loaded.keys_set)
-    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, loaded.keys_set, start)
-    config = settle(loaded.config, loaded.keys_set, task, start, tokenizer_keys)
+    trainer, keys_set = loaded.config.trainer, loaded.keys_set
+    for warning in loaded.warnings:
+        print(f"note: {warning}")
+    start = find_start(loaded.config, keys_set)
+    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, keys_set, start)
+    config = settle(loaded.config, keys_set, task, start, tokenizer_keys)
     vocab_size, notes = len(hf_tokenizer), []
     if start.folder is None and start.hub is None:
-        vocab_size, notes = build_vocabulary(config, loaded.keys_set, hf_tokenizer)
+        vocab_size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
     check_length(config, start, "glue.max_seq_length", config.glue.max_seq_length)
-    data = build_data(config, task, hf_tokenizer)
+    if config.debug:
+        print(dump_config(config))
+    data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, runtime.rank, runtime.world_size))
     model, weights_line = build_classifier(config, task, start, vocab_size, hf_tokenizer.pad_token_id)
     model.to(runtime.device)
     kernels = describe_kernels(config, model, runtime)
+    is_foreign = isinstance(model, ForeignForSequenceClassification)
+    wrapped = runtime.distribute(model, [] if is_foreign else model.model.layers)
     optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
     schedule, warnings = build_run_schedule(config, data.num_steps)
+    facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
+    wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, task, hf_tokenizer)
-    folder, resume, told = prepare_run_folder(
-        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir
+    folder, resume, told = open_run_folder(
+        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
     )
-    (folder / RESULT).unlink(missing_ok=True)
+    runtime.on_main(lambda: (folder / RESULT).unlink(missing_ok=True))
     state = TrainState()
     if resume is not None:
-        saved = verify_checkpoint(resume)
-        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
+        saved = runtime.on_main(lambda: verify_checkpoint(resume))
+        if missing := list(resume_needs_a_position(config, keys_set, has_data(resume))):
             raise ConfigError(*missing)
-        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, model)
+        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
         told.append(f"resuming from {resume}: step {state.step:,}")
-    facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
-    for note in loaded.warnings:
-        print(f"note: {note}")
-    if config.debug:
-        print(dump_config(config))
-    write_run_files(folder, dump_config(config), facts)
+    runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *told, *warnings, *data.notes], folder)
-    measure = build_measure(config, task, model, data, runtime, interrupt)
-    job = Job(
+    measure = build_measure(config, task, wrapped, data, runtime, interrupt)
+
+    def conclude(finished: Finished) -> Finished:
+        values = finished.values or measure.run()
+        if values is None:
+            return replace(finished, exit_code=128 + int(runtime.all_max(interrupt.signal)[0]))
+        runtime.on_main(
+            lambda: write_result(
+                config, task, start, runtime.world_size, finished, measure.headline(values), values, weights_line
+            )
+        )
+        return finished
+
+    return Job(
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
         fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
         num_steps=data.num_steps, measure=measure, storage=storage, folder=folder, state=state, resumed=resume is not None,
-        wrapped=model, interrupt=interrupt, clip=clip,
+        wrapped=wrapped, interrupt=interrupt, clip=clip, conclude=conclude,
         next_command=f"neobert glue {folder / 'config.yaml'} --predict",
     )  # fmt: skip
-    finished = job.run()
-    if finished.exit_code:
-        return finished
-    values = finished.values or measure.run()
-    if values is None:
-        return replace(finished, exit_code=128 + interrupt.signal)
-    write_result(config, task, start, finished, measure.headline(values), values, weights_line)
-    return finished
 
 
 # --- what the configuration comes to -----------
@@ -124,7 +128,7 @@ def settle(
     )
 
 
-def protocol(config: Config, start: Start) -> dict[str, Any]:
+def protocol(config: Config, start: Start, world_size: int) -> dict[str, Any]:
     """What a score depends on, besides task, seed and machine: two runs with equal protocols may be compared."""
     trainer, glue, optimizer, scheduler = config.trainer, config.glue, config.optimizer, config.scheduler
     return {
@@ -132,7 +136,7 @@ def protocol(config: Config, start: Start) -> dict[str, Any]:
         "weights_identity": start.identity,
         "data": config.dataset.path or config.dataset.name,
         "max_seq_length": glue.max_seq_length,
-        "batch_size": trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps,
+        "batch_size": trainer.per_device_train_batch_size * world_size * trainer.gradient_accumulation_steps,
         "epochs": trainer.num_train_epochs,
         "max_steps": trainer.max_steps,
         "optimizer": optimizer.model_dump(),
@@ -163,7 +167,7 @@ def describe(
 ) -> dict[str, Any]:
     """The lines of the summary."""
     trainer, rows = config.trainer, data.train.rows
-    size = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    size = trainer.per_device_train_batch_size * runtime.world_size * trainer.gradient_accumulation_steps
     threads = min(config.glue.num_workers, MOST_THREADS)
     ahead = f"batches prepared ahead by {threads} threads" if threads else "batches prepared in the training process"
     splits = zip(task.evaluation, data.evaluation, strict=True)
@@ -182,6 +186,7 @@ def describe(
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {config.scheduler.name}, warmup {warmup_steps:,}",
         "result of": _selection(config),
         "device": runtime.describe,
+        "processes": runtime.describe_engine,
     }  # fmt: skip
 
 
@@ -210,33 +215,36 @@ def describe_kernels(config: Config, model: Classifier, runtime: Runtime) -> dic
 
 @torch.no_grad()
 def predict_logits(
-    model: Classifier,
+    model: nn.Module,
+    num_labels: int,
     rows: Rows,
     collator: LabelCollator,
     batch_size: int,
     runtime: Runtime,
     interrupt: Interrupt | None = None,
 ) -> tuple[np.ndarray, float]:
-    """(logits of every row in its order, sum of the losses; 0 without labels). Leaves the model in evaluation mode.
+    """(logits of every row in its order, sum of the losses; 0 without labels), in all processes, which share the work. `model`
+    as it is called; it is left in evaluation mode.
 
-    Broken off, with zeros for the rest, when `interrupt` is wanted.
+    Broken off, with zeros for the rest, when `interrupt` is wanted in one of them.
     """
     model.eval()
-    logits, loss = np.zeros((len(rows), model.classifier.out_features), dtype=np.float32), 0.0
-    for places, batch in in_order(rows, collator, batch_size):
-        if interrupt is not None and interrupt.wanted:
+    logits, loss = torch.zeros((len(rows), num_labels)), 0.0
+    for places, batch in in_order(rows, collator, Share(runtime.rank, runtime.world_size, batch_size)):
+        if interrupt is not None and runtime.all_max(interrupt.wanted)[0]:
             break
         with runtime.autocast():
             output = model(**batch.to(runtime.device).inputs())
-        logits[places] = output.logits.float().cpu().numpy()
-        loss += 0.0 if output.loss_sum is None else float(output.loss_sum)
-    return logits, loss
+        if len(places):
+            logits[torch.from_numpy(places)] = output.logits.float().cpu()
+            loss += 0.0 if output.loss_sum is None else float(output.loss_sum)
+    return runtime.sum_tensor(logits).numpy(), runtime.all_sum(loss)[0]
 
 
 def build_measure(
-    config: Config, task: GlueTask, model: Classifier, data: GlueData, runtime: Runtime, interrupt: Interrupt
+    config: Config, task: GlueTask, model: nn.Module, data: GlueData, runtime: Runtime, interrupt: Interrupt
 ) -> Measure:
-    """Loss, metrics and score on the evaluation splits."""
+    """Loss, metrics and score on the evaluation splits. `model` as it is called."""
     trainer = config.trainer
     size, most = trainer.per_device_eval_batch_size, trainer.eval_max_batches
     splits = [first_rows(rows, None if most is None else most * size) for rows in data.evaluation]
@@ -244,12 +252,12 @@ def build_measure(
     def measure() -> dict[str, float] | None:
         values, losses = {}, 0.0
         for rows, suffix in zip(splits, glue_metrics.suffixes(task), strict=True):
-            logits, loss = predict_logits(model, rows, data.collator, size, runtime, interrupt)
+            logits, loss = predict_logits(model, task.num_labels, rows, data.collator, size, runtime, interrupt)
             assert rows.labels is not None
             values |= {f"{k}{suffix}": v for k, v in glue_metrics.measure(task, logits, rows.labels).items()}
             losses += loss
         model.train()
-        if interrupt.wanted:
+        if runtime.all_max(interrupt.wanted)[0]:
             return None
         loss = losses / sum(map(len, splits))
         return {"loss": loss, "score": glue_metrics.score(task, values), **values}
@@ -278,6 +286,7 @@ def write_result(
     config: Config,
     task: GlueTask,
     start: Start,
+    world_size: int,
     finished: Finished,
     headline: str,
     values: dict[str, float],
@@ -297,7 +306,7 @@ def write_result(
         "weights": weights_line,
         "transferred_from": start.task,
         "pretraining_metadata": (start.state or {}).get("metadata", {}),
-        "protocol": protocol(config, start),
+        "protocol": protocol(config, start, world_size),
     }
     write_json(finished.folder / RESULT, result)
     print(f"result      {task.title}: {headline}\n            {finished.folder / RESULT}")

@@ -7,6 +7,7 @@ from typing import Any
 from neobert.config.schema import Config
 from neobert.data.classification import EpochLoader, LabelCollator, Rows, tokenize_rows
 from neobert.data.glue import REPOSITORY, GlueTask, Source, find_files, read_split
+from neobert.data.layout import Share
 from neobert.data.tokenizer import text_tokenizer
 
 MOST_THREADS = 64
@@ -23,7 +24,7 @@ class GlueData:
     notes: list[str]
 
 
-def build_data(config: Config, task: GlueTask, hf_tokenizer: Any) -> GlueData:
+def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, rank: int = 0, world: int = 1) -> GlueData:
     """Read and tokenise the splits. Raises DataError."""
     glue, trainer = config.glue, config.trainer
     source = glue_source(config)
@@ -35,7 +36,8 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any) -> GlueData:
     collator = build_collator(config, task, hf_tokenizer.pad_token_id)
     num_threads = min(glue.num_workers, MOST_THREADS)
     loader = EpochLoader(
-        train, collator, trainer.per_device_train_batch_size, config.seed, glue.group_by_length, num_threads,
+        train, collator, Share(rank, world, trainer.per_device_train_batch_size), config.seed, glue.group_by_length,
+        num_threads,
         {"task": task.name, "tokenizer": fingerprint, "max_seq_length": glue.max_seq_length,
          "accumulation": trainer.gradient_accumulation_steps},
     )  # fmt: skip

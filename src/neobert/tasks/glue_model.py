@@ -18,7 +18,7 @@ from neobert.tasks.encoder import checkpoint_config, load_encoder, load_foreign,
 from neobert.tasks.job import Storage
 from neobert.tasks.start import Start, read_config
 from neobert.training.checkpoint import Tensors, load_weights, verify_checkpoint
-from neobert.training.runtime import whole_weights
+from neobert.training.runtime import load_whole, whole_weights
 
 Classifier = NeoBERTForSequenceClassification | ForeignForSequenceClassification
 POOLING = {"cls": "bos", "mean": "mean"}  # ours -> transformers' names
@@ -122,7 +122,7 @@ def _foreign_storage(config: Config, model: ForeignForSequenceClassification, ta
     def load(folder: Path) -> None:
         weights = model.from_checkpoint(load_weights(folder))
         check_fit(folder, weights, model.state_dict())
-        model.load_state_dict(weights)
+        load_whole(model, weights)
 
     return Storage(content, load)
 

@@ -13,21 +13,24 @@ from neobert.tasks.glue_data import Shared, build_collator, encode_split, glue_s
 from neobert.tasks.glue_metrics import predictions
 from neobert.tasks.glue_model import load_finetuned
 from neobert.training.checkpoint import STATE
-from neobert.training.runtime import build_runtime
+from neobert.training.runtime import Runtime, build_runtime
 
 FOLDER = "submission"
 
 
 def predict_run(config: Config) -> list[Path]:
     """Write the submission files of the run in `trainer.output_dir`. Raises UserError when there is nothing to predict."""
-    folder = Path(config.trainer.output_dir)
-    written = write_predictions(config, folder, folder / FOLDER)
+    folder, trainer = Path(config.trainer.output_dir), config.trainer
+    runtime = build_runtime(use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32)
+    if not runtime.is_main:
+        return []
+    written = write_predictions(config, folder, folder / FOLDER, runtime.alone())
     if not written:
         raise DataError(f"{glue_source(config)}: no test split of {config.glue.task_name}: nothing to predict")
     return written
 
 
-def write_predictions(config: Config, run_folder: Path, output: Path) -> list[Path]:
+def write_predictions(config: Config, run_folder: Path, output: Path, runtime: Runtime) -> list[Path]:
     """The submission files of a finished run, for every test split that is there; a model of mnli also predicts ax."""
     result = read_result(run_folder)
     if result is None:
@@ -37,7 +40,6 @@ def write_predictions(config: Config, run_folder: Path, output: Path) -> list[Pa
         raise CheckpointError(f"{checkpoint}: the run kept no checkpoint of its result (trainer.save_model: false?)")
     model, hf_tokenizer, task = load_finetuned(checkpoint, config)
     trainer, glue, source = config.trainer, config.glue, glue_source(config)
-    runtime = build_runtime(use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32)
     model.to(runtime.device)
     collator = build_collator(config, task, hf_tokenizer.pad_token_id)
     shared = Shared(hf_tokenizer, text_tokenizer(hf_tokenizer).fingerprint)
@@ -49,7 +51,9 @@ def write_predictions(config: Config, run_folder: Path, output: Path) -> list[Pa
                 print(f"note: no split {split} of {one.name} in {source}: {name} is not written")
                 continue
             rows = encode_split(source, one, split, False, shared, limits)
-            logits, _ = predict_logits(model, rows, collator, trainer.per_device_eval_batch_size, runtime)
+            logits, _ = predict_logits(
+                model, one.num_labels, rows, collator, trainer.per_device_eval_batch_size, runtime
+            )
             written.append(write_submission(output / name, one, logits))
             print(f"{output / name}: {len(rows):,} predictions, by {checkpoint}")
     return written

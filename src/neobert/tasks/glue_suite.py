@@ -9,6 +9,7 @@ run only the weights of its result are kept.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from neobert.tasks.glue_data import find_all_files
 from neobert.tasks.glue_metrics import check_metrics
 from neobert.tasks.glue_predict import FOLDER, write_predictions
 from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
+from neobert.tasks.job import speaks, start_runtime
 from neobert.tasks.start import find_start
 from neobert.training.checkpoint import list_steps, prune, strip_checkpoint, write_json
+from neobert.training.runtime import Runtime
 
 TRANSFERRED = ("rte", "mrpc", "stsb")  # from mnli, with glue.transfer_from_task
 
@@ -44,37 +47,60 @@ def run_suite(
     predict: bool,
     after_run: Callable[[Path], object] = lambda folder: None,
 ) -> int:
-    """Run what is missing, then write the table. `after_run` is called with the folder of each run.
+    """Run what is missing, then write the table. `after_run` is called with the folder of each run, in the main process.
 
     Returns the exit code. Raises UserError, for what can be seen beforehand before anything is trained.
     """
     check_metrics()
     base = load_config(files, overrides, "glue")
-    for note in base.warnings:
-        print(f"note: {note}")
-    plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
-    check_plan(plan)
+    runtime = start_runtime(base.config)
+    with speaks(runtime):
+        for note in base.warnings:
+            print(f"note: {note}")
+        plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
+        check_plan(plan)
+        results, code = run_plan(plan, runtime, after_run)
+        if not code:
+            runtime.on_main(lambda: write_table(results, output))
+            if predict:
+                runtime.on_main(lambda: predict_best(plan, results, output / FOLDER, runtime))
+    runtime.close()
+    return code
+
+
+def run_plan(
+    plan: list[Planned], runtime: Runtime, after_run: Callable[[Path], object]
+) -> tuple[list[dict[str, Any]], int]:
+    """(results, exit code) of the runs, up to the first one that was stopped."""
     results: list[dict[str, Any]] = []
     for number, one in enumerate(plan, 1):
-        result = finished_result(one)
+        result = runtime.on_main(partial(finished_result, one, runtime.world_size))
         if result is None:
             print(f"\n=== {number} of {len(plan)}: {one.task}, seed {one.seed} ===", flush=True)
             finished = glue.run(one.loaded)
-            after_run(one.folder)
+            runtime.on_main(partial(after_run, one.folder))
             if finished.exit_code:
                 print(f"\n{len(results)} of {len(plan)} runs are finished; the same command goes on with the rest")
-                return finished.exit_code
-            result = glue.read_result(one.folder)
-            assert result is not None
-            keep_weights_only(one.folder, result["step"])
+                return results, finished.exit_code
+            result = runtime.on_main(partial(take_result, one))
         results.append(result)
+    return results, 0
+
+
+def take_result(one: Planned) -> dict[str, Any]:
+    """What a run came to; only its weights are kept."""
+    result = glue.read_result(one.folder)
+    assert result is not None
+    keep_weights_only(one.folder, result["step"])
+    return result
+
+
+def write_table(results: list[dict[str, Any]], output: Path) -> None:
+    """results.json, results.md, and the same on the console."""
     summary = summarize(results)
     write_json(output / "results.json", summary)
     (output / "results.md").write_text(to_markdown(summary))
     print("\n" + to_terminal(summary) + f"\ntable       {output / 'results.md'}, {output / 'results.json'}")
-    if predict:
-        predict_best(plan, results, output / FOLDER)
-    return 0
 
 
 def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[str], num_seeds: int) -> list[Planned]:
@@ -111,14 +137,14 @@ def check_plan(plan: list[Planned]) -> None:
             find_start(config, one.loaded.keys_set)
 
 
-def finished_result(one: Planned) -> dict[str, Any] | None:
+def finished_result(one: Planned, world_size: int) -> dict[str, Any] | None:
     """The result of a run that was finished before, under the same protocol. Raises ConfigError when it was another."""
     result = glue.read_result(one.folder)
     if result is None:
         return None
     start = find_start(one.loaded.config, one.loaded.keys_set)
     task = TASKS[one.task]
-    now = glue.protocol(glue.settle(one.loaded.config, one.loaded.keys_set, task, start, {}), start)
+    now = glue.protocol(glue.settle(one.loaded.config, one.loaded.keys_set, task, start, {}), start, world_size)
     changed = [name for name, value in now.items() if result["protocol"].get(name) != value]
     if changed:
         was, is_now = result["protocol"].get(changed[0]), now[changed[0]]
@@ -139,9 +165,9 @@ def keep_weights_only(folder: Path, step: int) -> None:
         prune(root, 1, {step}, keep_newest=False)
 
 
-def predict_best(plan: list[Planned], results: list[dict[str, Any]], output: Path) -> None:
+def predict_best(plan: list[Planned], results: list[dict[str, Any]], output: Path, runtime: Runtime) -> None:
     """The submission of every task, by the seed that scored best on the evaluation split."""
     for task in dict.fromkeys(one.task for one in plan):
         pairs = [(r["score"], one) for one, r in zip(plan, results, strict=True) if one.task == task]
         best = max(pairs, key=lambda pair: pair[0])[1]
-        write_predictions(best.loaded.config, best.folder, output)
+        write_predictions(best.loaded.config, best.folder, output, runtime.alone())

@@ -5,8 +5,8 @@ loop and the one checkpoint format.
 """
 
 import os
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,6 +93,7 @@ class Job:
         dict  # what the task adds to the rows of the log; all processes call it
     )
     end_notes: Callable[[], list[str]] = list
+    conclude: Callable[[Finished], Finished] = lambda finished: finished  # of a run that came to its end
     next_command: str = ""
 
     def run(self) -> Finished:
@@ -135,7 +136,8 @@ class Job:
         print_end(self.state, max_steps, self.folder, stopwatch, save.last_step, notes, self.next_command)
         values = evaluation.values if evaluation is not None else {}
         code = 128 + stopped_by if stopped_by else 0
-        return Finished(self.folder, self.state, stopwatch.data_fraction, code, values, runtime.is_main)
+        finished = Finished(self.folder, self.state, stopwatch.data_fraction, code, values, runtime.is_main)
+        return finished if code else self.conclude(finished)
 
     def step_settings(self) -> StepSettings:
         """The numbers that every step depends on."""
@@ -206,13 +208,20 @@ def run_job(config: Config, build: Callable[[Runtime, Interrupt], Job]) -> Finis
     interrupt = Interrupt()
     with stop_signals(interrupt):
         runtime = start_runtime(config)
-        if runtime.is_main:
+        with speaks(runtime):
             finished = build(runtime, interrupt).run()
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                finished = build(runtime, interrupt).run()
         runtime.close()
     return finished
+
+
+@contextmanager
+def speaks(runtime: Runtime) -> Iterator[None]:
+    """Inside, only the main process prints."""
+    if runtime.is_main:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def start_runtime(config: Config) -> Runtime:

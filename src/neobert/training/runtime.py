@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -168,6 +168,16 @@ class Runtime:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, how)
         return tensor.tolist()
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """The sum of a CPU tensor over all processes, in all of them."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=self.patient)
+        return tensor
+
+    def alone(self) -> "Runtime":
+        """This process on its device, for work that the others have no part in."""
+        return replace(self, rank=0, world_size=1, engine="plain", patient=None, owns_group=False, zero_options={})
 
     def on_main(self, function: Callable[[], Result]) -> Result:
         """What `function` returns in the main process, in all of them. A UserError is raised in all of them."""
