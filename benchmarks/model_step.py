@@ -179,7 +179,7 @@ def contender(name: str, size: Size, documents: list[list[int]]) -> tuple[torch.
         keep_memory()
         model = build_ours(size)
         if kind == "compiled":
-            compile_blocks(model.model.layers, DEVICE.type, "inductor", None)
+            compile_blocks(model.model, DEVICE.type, "inductor", None)
         return model, batches(documents, size.rows, packed=True)
     return build_peer(kind, size), batches(documents, int(rows), packed=False)
 

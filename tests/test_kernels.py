@@ -99,7 +99,7 @@ def test_compiled_equals_eager(variant, checkpointing):
     torch._dynamo.reset()
     eager, compiled = build(**variant), build(**variant)
     compiled.model.gradient_checkpointing = checkpointing
-    compile_blocks(compiled.model.layers, "cpu", "aot_eager", None)
+    compile_blocks(compiled.model, "cpu", "aot_eager", None)
     inputs = batch_of((5, 30, 29), (64,))
     assert_same(gradients(eager, **inputs), gradients(compiled, **inputs))
     assert compiled.state_dict().keys() == eager.state_dict().keys()
@@ -108,33 +108,33 @@ def test_compiled_equals_eager(variant, checkpointing):
 def test_inductor_equals_eager():
     torch._dynamo.reset()
     eager, compiled = build(num_hidden_layers=1), build(num_hidden_layers=1)
-    compile_blocks(compiled.model.layers, "cpu", "inductor", None)
+    compile_blocks(compiled.model, "cpu", "inductor", None)
     inputs = batch_of((5, 30, 29), (64,))
     assert_same(gradients(eager, **inputs), gradients(compiled, **inputs))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_packed_batches_do_not_recompile(dynamic):
-    """Three blocks, ten batches of other document lengths: two graphs, compiled once."""
+@pytest.fixture
+def counter(monkeypatch):
+    """A backend that counts what is compiled."""
+    monkeypatch.setattr("neobert.training.machine.check_compile", lambda *_: None)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    return CompileCounterWithBackend("eager")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_packed_batches_do_not_recompile(dynamic, counter):
+    """Three blocks, ten batches of other document lengths: two graphs, compiled once."""
     model = build()
-    for block in model.model.layers:
-        block.project = torch.compile(block.project, backend=counter, dynamic=dynamic, fullgraph=True)
-        block.finish = torch.compile(block.finish, backend=counter, dynamic=dynamic, fullgraph=True)
+    compile_blocks(model.model, "cpu", counter, dynamic)
     for n in range(1, 11):
         gradients(model, **batch_of((n, 64 - n), (64,)))
     assert counter.frame_count == 2
 
 
-def test_padded_batches_stop_recompiling():
+def test_padded_batches_stop_recompiling(counter):
     """Batches of ever other sizes: after the second, torch compiles for any size and never again."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
     model = build()
-    for block in model.model.layers:
-        block.project = torch.compile(block.project, backend=counter, fullgraph=True)
-        block.finish = torch.compile(block.finish, backend=counter, fullgraph=True)
+    compile_blocks(model.model, "cpu", counter, None)
     counts = []
     for n in range(10, 20):
         ids = torch.randint(5, 100, (3, n))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from neobert.config.reference import known_keys, value_of
+from neobert.config.reference import is_chosen
 from neobert.config.schema import Config
 from neobert.errors import Problem
 
@@ -17,15 +17,14 @@ NOT_CONTRASTIVES = (
 def contrastive_has_batches_of_its_own(config: Config, keys_set: frozenset[str]) -> Iterator[Problem]:
     """Pairs are held in memory and drawn by source: what describes streams, rows and masks of pretraining does not act."""
     for path in NOT_CONTRASTIVES:
-        is_asked = path in keys_set and value_of(config, path) != known_keys()[path].default
-        if config.task == "contrastive" and is_asked:
+        if config.task == "contrastive" and is_chosen(path, config, keys_set):
             yield Problem(path, "has no effect in task: contrastive")
 
 
 def contrastive_keys_need_contrastive(config: Config, keys_set: frozenset[str]) -> Iterator[Problem]:
     """`dataset.columns` and `mixture_temperature` are read by `task: contrastive`."""
     for path in ("dataset.columns", "dataset.mixture_temperature"):
-        if config.task != "contrastive" and path in keys_set:
+        if config.task != "contrastive" and is_chosen(path, config, keys_set):
             yield Problem(path, f"has no effect in task: {config.task}")
 
 

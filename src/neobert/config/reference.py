@@ -47,6 +47,11 @@ def value_of(config: Config, dotted: str) -> object:
     return value
 
 
+def is_chosen(path: str, config: Config, keys_set: frozenset[str]) -> bool:
+    """Whether a key was set to something else than its default, which the saved configuration of a run has everywhere."""
+    return path in keys_set and value_of(config, path) != known_keys()[path].default
+
+
 def nearest_key(dotted: str) -> str:
     """`; did you mean trainer.max_steps?` for an unknown key: first among its siblings, then anywhere."""
     keys = list(known_keys())

@@ -16,7 +16,7 @@ from neobert.config.contrastive_rules import (
     temperature_wins_over_weights,
 )
 from neobert.config.mteb_rules import mteb_trains_nothing
-from neobert.config.reference import known_keys, value_of
+from neobert.config.reference import is_chosen, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero, zero_stage
 from neobert.errors import Problem
@@ -75,7 +75,7 @@ def packing_keys_need_packing(config: Config, keys_set: KeysSet) -> Found:
 def pieces_fit_rows(config: Config, keys_set: KeysSet) -> Found:
     """A piece of a document is at most as long as the row it goes into."""
     row = config.datacollator.max_length or config.dataset.max_seq_length
-    if "tokenizer.max_length" in keys_set and config.tokenizer.max_length > row:
+    if is_chosen("tokenizer.max_length", config, keys_set) and config.tokenizer.max_length > row:
         yield Problem(
             "tokenizer.max_length", f"{config.tokenizer.max_length} is longer than a row: pieces have {row} tokens"
         )
@@ -162,7 +162,7 @@ def algorithms_need_muonclip(config: Config, keys_set: KeysSet) -> Found:
 def schedule_keys_fit_shape(config: Config, keys_set: KeysSet) -> Found:
     """`power` is for `polynomial`, `wsd_decay_percent` for `wsd`."""
     for name, shape in (("power", "polynomial"), ("wsd_decay_percent", "wsd")):
-        if f"scheduler.{name}" in keys_set and config.scheduler.name != shape:
+        if is_chosen(f"scheduler.{name}", config, keys_set) and config.scheduler.name != shape:
             yield Problem(f"scheduler.{name}", f"has no effect with scheduler.name: {config.scheduler.name}")
 
 
@@ -194,8 +194,7 @@ NOT_GLUES = (
 def glue_has_rows_of_its_own(config: Config, keys_set: KeysSet) -> Found:
     """GLUE's rows are sentences of a length of their own: what describes pretraining's rows and masks does not act."""
     for path in NOT_GLUES:
-        is_asked = path in keys_set and value_of(config, path) != known_keys()[path].default
-        if config.task == "glue" and is_asked:
+        if config.task == "glue" and is_chosen(path, config, keys_set):
             yield Problem(path, "has no effect in task: glue")
 
 
@@ -278,7 +277,7 @@ def ngpt_has_no_norms(config: Config, keys_set: KeysSet) -> Found:
 def compile_keys_need_compile(config: Config, keys_set: KeysSet) -> Found:
     """`torch_compile_backend` and `torch_compile_dynamic` say how to compile, `torch_compile` whether."""
     for path in ("trainer.torch_compile_backend", "trainer.torch_compile_dynamic"):
-        if path in keys_set and not config.trainer.torch_compile:
+        if is_chosen(path, config, keys_set) and not config.trainer.torch_compile:
             yield Problem(path, "has no effect without trainer.torch_compile: true")
 
 

@@ -156,7 +156,7 @@ class Block(nn.Module):
         """N x D, or M x D of the tokens `rows_M` alone, which see all others as ever."""
         attended_ND = self.attention(self.project(x_ND), rotary, layout)
         if rows_M is not None:
-            x_ND, attended_ND = x_ND[rows_M], attended_ND[rows_M]
+            x_ND, attended_ND = x_ND.index_select(0, rows_M), attended_ND.index_select(0, rows_M)
         return self.finish(x_ND, attended_ND)
 
 

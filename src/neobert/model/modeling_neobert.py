@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 from .attention import Kernel, Rotary
 from .bucket_attention import FINE_GRANULARITY
 from .flat import FlatBatch, Pooling, flatten
+from .kernels import compute_dtype, steady_size
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
 from .loss import IGNORED, full_cross_entropy, linear_cross_entropy
 
@@ -176,7 +177,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout_prob)
         self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.is_compiled = False
         self.attention_kernel: Kernel = "sdpa"
         self.post_init()
 
@@ -197,10 +198,15 @@ class NeoBERT(NeoBERTPreTrainedModel):
         )
 
     def encode(self, flat: FlatBatch, rows_M: Tensor | None = None) -> Tensor:
-        """Hidden states of a flat batch: N x D, without filler; or M x D of the tokens `rows_M`, which saves most of the last
-        block.
+        """Hidden states of a flat batch: N x D, without filler; or M x D of the tokens `rows_M`, which alone go through what
+        follows the last block's attention.
         """
-        config, rotary = self.config, None
+        if rows_M is not None and self.is_compiled:  # as many tokens in every batch: nothing is compiled anew
+            return self.encode(flat).index_select(0, rows_M)
+        config, rotary, chosen = self.config, None, rows_M
+        if rows_M is not None:  # some first tokens more, whose states nobody asks for
+            size = steady_size(max(1, len(rows_M)), rows_M.device.type, compute_dtype(self.embed_tokens.weight))
+            chosen = F.pad(rows_M, (0, size - len(rows_M)))
         x_ND = self.embed_tokens(flat.ids_N)
         if config.rope:
             lengths = flat.layout.lengths
@@ -211,12 +217,14 @@ class NeoBERT(NeoBERTPreTrainedModel):
             x_ND = x_ND + self.embed_positions(flat.positions_N + 1)
         x_ND = self.dropout(unit(x_ND) if config.ngpt else x_ND)
         for block in self.layers:
-            wanted_M = rows_M if block is self.layers[-1] else None
+            wanted = chosen if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(block, x_ND, rotary, flat.layout, wanted_M, use_reentrant=False)
+                x_ND = checkpoint(block, x_ND, rotary, flat.layout, wanted, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rotary, flat.layout, wanted_M)
-        if rows_M is None and flat.layout.filler:
+                x_ND = block(x_ND, rotary, flat.layout, wanted)
+        if rows_M is not None:
+            x_ND = x_ND[: len(rows_M)]
+        elif flat.layout.filler:
             x_ND = x_ND[: -flat.layout.filler]
         return self.norm(x_ND)
 
@@ -280,41 +288,39 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
         flat = self.model.flatten(input_ids, attention_mask, document_lengths)
-        hidden_ND = self.model.encode(flat)
         if labels is None:
-            logits = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
+            logits = F.linear(self.model.encode(flat), self.decoder_weight(), self.lm_head.bias)
             return MaskedLMLossOutput(logits=flat.restore(logits))
-        loss_sum, num_correct, num_targets = self.masked_lm_loss(
-            hidden_ND, flat.select(labels), masked_only, count_correct
-        )
-        return MaskedLMLossOutput(loss=loss_sum / max(1, num_targets), loss_sum=loss_sum, num_correct=num_correct)
-
-    def masked_lm_loss(
-        self, hidden_ND: Tensor, labels_N: Tensor, masked_only: bool, count_correct: bool
-    ) -> tuple[Tensor, Tensor, int]:
-        """Sum of the losses, how many targets were the likeliest token, number of targets."""
-        targets = (labels_N != IGNORED).nonzero().squeeze(1)
-        labels_M = labels_N[targets]
-        if (
-            labels_M.device.type == "cpu"
-            and len(targets)
-            and not 0 <= labels_M.min() <= labels_M.max() < self.config.vocab_size
-        ):
-            raise ValueError(
-                f"labels go up to {int(labels_M.max())}, but the vocabulary has {self.config.vocab_size} tokens"
-            )
-        weight, bias = self.decoder_weight(), self.lm_head.bias
+        labels_N = flat.select(labels)
+        targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
+        self._check_labels(labels_N[targets_M])
         if masked_only:
-            hidden_MD = hidden_ND.index_select(0, targets)
-            loss_sum, num_correct = linear_cross_entropy(
-                hidden_MD, weight, bias, labels_M, self.kernel_backend, count_correct
-            )
-            return loss_sum, num_correct, len(targets)
+            hidden_MD = self.model.encode(flat, targets_M)
+            loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
+        else:
+            loss_sum, num_correct = self.full_loss(self.model.encode(flat), labels_N, count_correct)
+        return MaskedLMLossOutput(loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
+
+    def _check_labels(self, labels_M: Tensor) -> None:
+        """Raises ValueError for one beyond the vocabulary, where looking costs nothing."""
+        if labels_M.device.type == "cpu" and len(labels_M):
+            least, most = int(labels_M.min()), int(labels_M.max())
+            if not 0 <= least <= most < self.config.vocab_size:
+                raise ValueError(f"labels go up to {most}, but the vocabulary has {self.config.vocab_size} tokens")
+
+    def masked_loss(self, hidden_MD: Tensor, labels_M: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
+        """(sum of the losses, how many targets were the likeliest token), from the hidden states of the targets alone."""
+        weight, bias = self.decoder_weight(), self.lm_head.bias
+        return linear_cross_entropy(hidden_MD, weight, bias, labels_M, self.kernel_backend, count_correct)
+
+    def full_loss(self, hidden_ND: Tensor, labels_N: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
+        """The same from logits at every position (-100: no target)."""
+        weight, bias = self.decoder_weight(), self.lm_head.bias
         num_correct = labels_N.new_zeros(())
         if count_correct:
             with torch.no_grad():
-                num_correct = (F.linear(hidden_ND[targets], weight, bias).argmax(-1) == labels_M).sum()
-        return full_cross_entropy(hidden_ND, weight, bias, labels_N), num_correct, len(targets)
+                num_correct = (F.linear(hidden_ND, weight, bias).argmax(-1) == labels_N).sum()
+        return full_cross_entropy(hidden_ND, weight, bias, labels_N), num_correct
 
 
 class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):

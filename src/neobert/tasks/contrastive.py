@@ -3,7 +3,6 @@
 from typing import Any
 
 from neobert.config.load import Loaded, dump_config
-from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem
 from neobert.inference.embed import EmbeddingModel
@@ -16,12 +15,11 @@ from neobert.tasks.encoder import build_vocabulary, prepare_model
 from neobert.tasks.hooks import check_needs_evaluation
 from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
-from neobert.tasks.resuming import load_training_state
-from neobert.tasks.run_folder import open_run_folder, write_run_files
+from neobert.tasks.resuming import continue_run, open_run
+from neobert.tasks.run_folder import write_run_files
 from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
 from neobert.tasks.summary import print_summary
-from neobert.training.checkpoint import has_data, verify_checkpoint
-from neobert.training.loop import Interrupt, TrainState
+from neobert.training.loop import Interrupt
 from neobert.training.runtime import Runtime
 
 
@@ -61,25 +59,18 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, hf_tokenizer)
-    folder, resume, told = open_run_folder(
-        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
-    )
-    state = TrainState()
-    if resume is not None:
-        saved = runtime.on_main(lambda: verify_checkpoint(resume))
-        if missing := list(resume_needs_a_position(config, keys_set, has_data(resume))):
-            raise ConfigError(*missing)
-        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
-        told.append(f"resuming from {resume}: step {state.step:,}")
+    opened = open_run(config, keys_set, runtime)
+    folder = opened.folder
+    state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
-    print_summary(facts, [*notes, *told, *warnings, *data.notes, *advice(config, data)], folder)
+    print_summary(facts, [*notes, *opened.told, *warnings, *data.notes, *advice(config, data)], folder)
     return Job(
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
         fetch=lambda: [next(data.train) for _ in range(trainer.gradient_accumulation_steps)],
         num_steps=data.num_steps,
         measure=build_measure(config, wrapped, hf_tokenizer, sets, runtime, interrupt),
-        storage=storage, folder=folder, state=state, resumed=resume is not None, wrapped=wrapped, interrupt=interrupt,
-        clip=clip,
+        storage=storage, folder=folder, state=state, resumed=opened.checkpoint is not None, wrapped=wrapped,
+        interrupt=interrupt, clip=clip,
         end_notes=data.train.describe_used,
         log_metrics=lambda: mean_metrics(runtime, model.contrastive.take_sums()),
         next_command='neobert similarity {checkpoint} "one text" "another text"',

@@ -81,7 +81,7 @@ def prepare_model(
     model.choose_kernels(kernels)
     trainer, compiled = config.trainer, "no"
     if trainer.torch_compile:
-        compile_blocks(model.model.layers, kind, trainer.torch_compile_backend, trainer.torch_compile_dynamic)
+        compile_blocks(model.model, kind, trainer.torch_compile_backend, trainer.torch_compile_dynamic)
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
         compiled = (
             f"{trainer.torch_compile_backend}, {shapes[trainer.torch_compile_dynamic]}; the first steps take longer"

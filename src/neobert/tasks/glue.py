@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from neobert.config.load import Loaded, dump_config
-from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.data.classification import LabelCollator, Rows, in_order
 from neobert.data.glue import REPOSITORY, TASKS, GlueTask
@@ -24,12 +23,12 @@ from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
 from neobert.tasks.hooks import Measure
 from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
-from neobert.tasks.resuming import load_training_state
-from neobert.tasks.run_folder import open_run_folder, write_run_files
+from neobert.tasks.resuming import continue_run, open_run
+from neobert.tasks.run_folder import write_run_files
 from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
 from neobert.tasks.summary import print_summary
-from neobert.training.checkpoint import has_data, verify_checkpoint, write_json
-from neobert.training.loop import Interrupt, TrainState
+from neobert.training.checkpoint import write_json
+from neobert.training.loop import Interrupt
 from neobert.training.runtime import Runtime
 
 RESULT = "result.json"
@@ -71,19 +70,12 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, task, hf_tokenizer)
-    folder, resume, told = open_run_folder(
-        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
-    )
+    opened = open_run(config, keys_set, runtime)
+    folder = opened.folder
     runtime.on_main(lambda: (folder / RESULT).unlink(missing_ok=True))
-    state = TrainState()
-    if resume is not None:
-        saved = runtime.on_main(lambda: verify_checkpoint(resume))
-        if missing := list(resume_needs_a_position(config, keys_set, has_data(resume))):
-            raise ConfigError(*missing)
-        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
-        told.append(f"resuming from {resume}: step {state.step:,}")
+    state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
-    print_summary(facts, [*notes, *told, *warnings, *data.notes], folder)
+    print_summary(facts, [*notes, *opened.told, *warnings, *data.notes], folder)
     measure = build_measure(config, task, wrapped, data, runtime, interrupt)
 
     def conclude(finished: Finished) -> Finished:
@@ -100,8 +92,8 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     return Job(
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
         fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
-        num_steps=data.num_steps, measure=measure, storage=storage, folder=folder, state=state, resumed=resume is not None,
-        wrapped=wrapped, interrupt=interrupt, clip=clip, conclude=conclude,
+        num_steps=data.num_steps, measure=measure, storage=storage, folder=folder, state=state,
+        resumed=opened.checkpoint is not None, wrapped=wrapped, interrupt=interrupt, clip=clip, conclude=conclude,
         next_command=f"neobert glue {folder / 'config.yaml'} --predict",
     )  # fmt: skip
 

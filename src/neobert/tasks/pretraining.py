@@ -6,13 +6,12 @@ from typing import Any
 from torch import nn
 
 from neobert.config.load import Loaded, dump_config
-from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.loader import build_steps
 from neobert.data.order import Rank
 from neobert.data.tokenizer import text_tokenizer
-from neobert.errors import ConfigError, DataError
+from neobert.errors import DataError
 from neobert.inference.load import load_model_weights
 from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
@@ -22,11 +21,11 @@ from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, run_jo
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.pretraining_start import begin
-from neobert.tasks.resuming import load_training_state, with_saved_lanes
-from neobert.tasks.run_folder import open_run_folder, write_run_files
+from neobert.tasks.resuming import continue_run, open_run, with_saved_lanes
+from neobert.tasks.run_folder import write_run_files
 from neobert.tasks.summary import describe_run, print_summary
-from neobert.training.checkpoint import Tensors, has_data, verify_checkpoint
-from neobert.training.loop import Interrupt, TrainState, evaluate
+from neobert.training.checkpoint import Tensors
+from neobert.training.loop import Interrupt, evaluate
 from neobert.training.metrics import perplexity
 from neobert.training.runtime import Runtime, whole_weights
 
@@ -48,15 +47,10 @@ def build_job(
     start = begin(config, loaded.keys_set)
     config, hf_tokenizer = start.config, start.hf_tokenizer
     tokenizer = text_tokenizer(hf_tokenizer)
-    folder, resume, told = open_run_folder(
-        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
-    )
-    saved = None
-    if resume is not None:
-        saved = runtime.on_main(lambda: verify_checkpoint(resume))
-        if missing := list(resume_needs_a_position(config, loaded.keys_set, has_data(resume))):
-            raise ConfigError(*missing)
-        config = with_saved_lanes(config, resume, runtime.world_size)
+    opened = open_run(config, loaded.keys_set, runtime)
+    folder = opened.folder
+    if opened.checkpoint is not None:
+        config = with_saved_lanes(config, opened.checkpoint, runtime.world_size)
     data = build_run_data(config, tokenizer, runtime, folder)
     data.train.observe = observe
     if data.evaluation is None:
@@ -73,12 +67,9 @@ def build_job(
         content=lambda: checkpoint_model(model, hf_tokenizer, start.name),
         load=lambda path: load_model_weights(path, model),
     )
-    state = TrainState()
-    if resume is not None and saved is not None:
-        load_training_state(resume, saved, runtime, storage, optimizer, data.train, state, wrapped)
-        told.append(f"resuming from {resume}: step {state.step:,}, {state.num_tokens:,} tokens seen")
+    state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
-    print_summary(facts, [*start.notes, *told, *warnings], folder)
+    print_summary(facts, [*start.notes, *opened.told, *warnings], folder)
     return Job(
         config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
         fetch=build_steps(data.train, trainer.gradient_accumulation_steps),
@@ -87,7 +78,7 @@ def build_job(
         storage=storage,
         folder=folder,
         state=state,
-        resumed=resume is not None,
+        resumed=opened.checkpoint is not None,
         wrapped=wrapped,
         interrupt=interrupt,
         clip=clip,

@@ -5,10 +5,9 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
 
 from neobert.training.choices import check_compile
 
@@ -44,15 +43,17 @@ def _installed(module: str) -> bool:
         return False
 
 
-def compile_blocks(blocks: Iterable[nn.Module], device_type: str, backend: str, dynamic: bool | None) -> None:
-    """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
+def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None) -> None:
+    """torch.compile what lies before and after the attention of every block of an encoder; the blocks share the
+    compiled code.
 
     Attention itself depends on the lengths of documents, which change with every batch, and stays as it is. Raises
     ConfigError for a backend that is unknown or cannot run here.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     check_compile(backend, torch._dynamo.list_backends(None), device_type, compiler is not None)
-    for block in blocks:
+    encoder.is_compiled = True
+    for block in encoder.layers:
         for name in ("project", "finish"):
             method = torch.compile(getattr(block, name), backend=backend, dynamic=dynamic, fullgraph=True)
             setattr(block, name, method)
