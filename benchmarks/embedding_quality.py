@@ -7,6 +7,7 @@ descriptions (a title among 1,000 first paragraphs) and Spearman's correlation o
 
 import json
 import re
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -19,10 +20,17 @@ OPTIONS = {
     "pretrained": {"default": None}, "trained": {"default": None}, "data": {"default": str(ROOT.parent / "shared/data")},
 }  # fmt: skip
 
-STORY = [
-    "trainer.per_device_train_batch_size=256", "dataset.max_seq_length=64", "contrastive.temperature=0.03",
-    "optimizer.lr=1e-3", "scheduler.name=linear", "scheduler.final_lr_ratio=0.0", "trainer.gradient_clipping=1.0",
-    "datacollator.pack_sequences=true",
+MUON = [
+    "optimizer.name=muonclip", "optimizer.lr=2e-3", "optimizer.betas=[0.9, 0.98]", "scheduler.name=linear",
+    "scheduler.final_lr_ratio=0.0", "trainer.gradient_clipping=1.0",
+]  # fmt: skip
+PRETRAINING = [
+    "dataset.max_seq_length=128", "tokenizer.max_length=128", "trainer.per_device_train_batch_size=32",
+    "trainer.eval_strategy=no", "scheduler.warmup_percent=5", *MUON,
+]  # fmt: skip
+CONTRASTIVE = [
+    "dataset.max_seq_length=96", "trainer.per_device_train_batch_size=256", "contrastive.temperature=0.03",
+    "trainer.eval_strategy=no", "dataset.validation_split=null", "scheduler.warmup_percent=10", *MUON,
 ]  # fmt: skip
 
 
@@ -111,22 +119,37 @@ def lexical_bm25(first: list[str], second: list[str]) -> np.ndarray:
 
 
 def train(args, folder: str) -> None:
-    """Both runs."""
-    data, short = Path(args.data), args.quick
+    """A tokenizer for speeches, sermons and pairs; pretraining; pairs."""
+    data = Path(args.data)
     args.pretrained, args.trained = f"{folder}/pretrained", f"{folder}/trained"
-    steps = (40, 20) if short else (3000, 300)
-    tokenizer = f"tokenizer.path={data / 'tokenizers/bert-base-uncased'}"
-    shape = ["dataset.max_seq_length=128", "trainer.per_device_train_batch_size=32"]
-    words = [f"dataset.path={data / 'prose'}", tokenizer, *shape, f"trainer.max_steps={steps[0]}"]
-    run(neobert("pretrain", QUICKSTART, *words, f"trainer.output_dir={args.pretrained}"))
+    pretraining_steps, steps = (40, 20) if args.quick else (1400, 900)
+    tokenizer, texts, prose = (
+        f"{folder}/tokenizer",
+        Path(folder) / "pairs.txt",
+        sorted((data / "prose").glob("*.jsonl")),
+    )
+    texts.write_text("\n".join(text for rows in training_pairs(data) for row in rows for text in row.values()))
+    run(neobert("tokenizer", "train", *prose, texts, "-o", tokenizer, "--vocab-size", 16000))
+    words = [f"dataset.path={data / 'prose'}", f"tokenizer.path={tokenizer}", f"trainer.output_dir={args.pretrained}"]
+    run(neobert("pretrain", QUICKSTART, *words, f"trainer.max_steps={pretraining_steps}", *PRETRAINING))
     mixture: list[dict] = [
         {"path": str(data / "pairs/packages.jsonl"), "train_split": f"train[:-{HELD_OUT}]", "weight": 4.0},
         {"path": str(data / "pairs/wordnet.jsonl")},
         {"path": str(data / "pairs/verses.jsonl")},
     ]
-    words = [f"dataset.mixture={json.dumps(mixture)}", "dataset.path=", f"trainer.max_steps={steps[1]}", *STORY]
+    words = [f"dataset.mixture={json.dumps(mixture)}", "dataset.path=", f"trainer.max_steps={steps}", *CONTRASTIVE]
     words += [f"contrastive.pretrained_checkpoint_dir={args.pretrained}", f"trainer.output_dir={args.trained}"]
     run(neobert("contrastive", ROOT / "configs/contrastive/small.yaml", *words))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"trained: {(used.ru_utime + used.ru_stime) / 60:.0f} CPU minutes\n", flush=True)
+
+
+def training_pairs(data: Path) -> list[list[dict[str, str]]]:
+    """The rows of the three sources without those that are held out."""
+    found = []
+    for name, end in (("packages", -HELD_OUT), ("wordnet", None), ("verses", None)):
+        found.append([json.loads(line) for line in (data / f"pairs/{name}.jsonl").read_text().splitlines()[:end]])
+    return found
 
 
 def main() -> None:
