@@ -15,14 +15,15 @@ SHARED = ROOT.parent / "shared/data"
 OPTIONS = {
     "text": {"default": str(SHARED / "prose")}, "data": {"default": str(SHARED / "glue")},
     "folder": {"default": str(ROOT / "outputs/glue-pretrained")}, "weights": {"default": None},
-    "steps": {"type": int, "default": 3000}, "seeds": {"type": int, "default": 3},
+    "steps": {"type": int, "default": 3200}, "seeds": {"type": int, "default": 3},
     "tasks": {"default": "cola,mrpc,stsb,rte"},
 }  # fmt: skip
 PRETRAINING = [
-    "dataset.max_seq_length=128", "tokenizer.max_length=128", "dataset.validation_split=0.02",
-    "trainer.per_device_train_batch_size=32", "trainer.mixed_precision=bf16",
-    "trainer.eval_max_batches=20", "trainer.eval_steps=1000", "trainer.save_steps=500",
-    "optimizer.lr=1e-3", "scheduler.name=linear", "scheduler.warmup_percent=5", "scheduler.final_lr_ratio=0.0",
+    "dataset.max_seq_length=512", "tokenizer.max_length=512", "dataset.validation_split=0.02",
+    "trainer.per_device_train_batch_size=8", "trainer.mixed_precision=bf16",
+    "trainer.eval_max_batches=20", "trainer.eval_steps=800", "trainer.save_steps=400",
+    "optimizer.name=muonclip", "optimizer.lr=2e-3", "optimizer.betas=[0.9, 0.98]",
+    "scheduler.name=linear", "scheduler.warmup_percent=5", "scheduler.final_lr_ratio=0.0",
 ]  # fmt: skip
 FINETUNING = [
     "glue.pooling=mean", "glue.max_seq_length=128", "trainer.per_device_train_batch_size=32", "trainer.max_steps=-1",
