@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,13 @@ MUON = [
     "scheduler.final_lr_ratio=0.0", "trainer.gradient_clipping=1.0",
 ]  # fmt: skip
 PRETRAINING = [
+    "model.hidden_size=384", "model.num_hidden_layers=2", "model.num_attention_heads=6", "model.intermediate_size=1536",
     "dataset.max_seq_length=128", "tokenizer.max_length=128", "trainer.per_device_train_batch_size=32",
     "trainer.eval_strategy=no", "scheduler.warmup_percent=5", *MUON,
 ]  # fmt: skip
 CONTRASTIVE = [
-    "dataset.max_seq_length=96", "trainer.per_device_train_batch_size=256", "contrastive.temperature=0.03",
+    "contrastive.loss_type=supcon", "contrastive.temperature=0.05",
+    "dataset.max_seq_length=96", "trainer.per_device_train_batch_size=512",
     "trainer.eval_strategy=no", "dataset.validation_split=null", "scheduler.warmup_percent=10", *MUON,
 ]  # fmt: skip
 
@@ -122,21 +125,22 @@ def train(args, folder: str) -> None:
     """A tokenizer for speeches, sermons and pairs; pretraining; pairs."""
     data = Path(args.data)
     args.pretrained, args.trained = f"{folder}/pretrained", f"{folder}/trained"
-    pretraining_steps, steps = (40, 20) if args.quick else (1400, 900)
-    tokenizer, texts, prose = (
-        f"{folder}/tokenizer",
-        Path(folder) / "pairs.txt",
-        sorted((data / "prose").glob("*.jsonl")),
+    pretraining_steps, steps = (40, 20) if args.quick else (1000, 600)
+    packages, others = Path(folder) / "packages.jsonl", [data / f"pairs/{name}.jsonl" for name in ("wordnet", "verses")]
+    rows = (data / "pairs/packages.jsonl").read_text().splitlines(keepends=True)[:-HELD_OUT]
+    packages.write_text("".join(rows))
+    sentences = Path(folder) / "sentences.jsonl"
+    sentences.write_text("".join(f"{json.dumps(pair)}\n" for pair in sentence_pairs(map(json.loads, rows))))
+    tokenizer, texts = f"{folder}/tokenizer", Path(folder) / "texts.txt"
+    texts.write_text(
+        "\n".join(" ".join(json.loads(row).values()) for path in (packages, *others) for row in path.open())
     )
-    texts.write_text("\n".join(text for rows in training_pairs(data) for row in rows for text in row.values()))
+    prose = sorted((data / "prose").glob("*.jsonl"))
     run(neobert("tokenizer", "train", *prose, texts, "-o", tokenizer, "--vocab-size", 16000))
     words = [f"dataset.path={data / 'prose'}", f"tokenizer.path={tokenizer}", f"trainer.output_dir={args.pretrained}"]
     run(neobert("pretrain", QUICKSTART, *words, f"trainer.max_steps={pretraining_steps}", *PRETRAINING))
-    mixture: list[dict] = [
-        {"path": str(data / "pairs/packages.jsonl"), "train_split": f"train[:-{HELD_OUT}]", "weight": 4.0},
-        {"path": str(data / "pairs/wordnet.jsonl")},
-        {"path": str(data / "pairs/verses.jsonl")},
-    ]
+    shares = {packages: 3.0, sentences: 2.0, **dict.fromkeys(others, 1.0)}
+    mixture = [{"path": str(path), "weight": weight} for path, weight in shares.items()]
     words = [f"dataset.mixture={json.dumps(mixture)}", "dataset.path=", f"trainer.max_steps={steps}", *CONTRASTIVE]
     words += [f"contrastive.pretrained_checkpoint_dir={args.pretrained}", f"trainer.output_dir={args.trained}"]
     run(neobert("contrastive", ROOT / "configs/contrastive/small.yaml", *words))
@@ -144,12 +148,14 @@ def train(args, folder: str) -> None:
     print(f"trained: {(used.ru_utime + used.ru_stime) / 60:.0f} CPU minutes\n", flush=True)
 
 
-def training_pairs(data: Path) -> list[list[dict[str, str]]]:
-    """The rows of the three sources without those that are held out."""
-    found = []
-    for name, end in (("packages", -HELD_OUT), ("wordnet", None), ("verses", None)):
-        found.append([json.loads(line) for line in (data / f"pairs/{name}.jsonl").read_text().splitlines()[:end]])
-    return found
+def sentence_pairs(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """More pairs of the same texts: a sentence of a paragraph, and what is left of it."""
+    for row in rows:
+        sentences = re.split(r"(?<=[.!?])\s+", row["positive"])
+        for number, sentence in enumerate(sentences[:3]):
+            rest = " ".join(sentences[:number] + sentences[number + 1 :])
+            if min(len(sentence.split()), len(rest.split())) >= 4:
+                yield {"anchor": sentence, "positive": rest}
 
 
 def main() -> None:

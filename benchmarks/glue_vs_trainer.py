@@ -1,9 +1,9 @@
 """GLUE fine-tuning: ours against transformers' Trainer, on the same weights and hyper-parameters: scores and wall-clock.
 
 The peer is the same model, read from our checkpoint as EuroBertForSequenceClassification (mean pooling, no head dropout), with
-rows padded to the longest of their batch, fused AdamW, the same learning rates, epochs, clipping and precision. Seeds differ in
-the head's first weights and the order of the rows. The clock runs from reading the rows to the final evaluation, in a
-process of its own for every run; imports and checkpoints are left out on both sides. The runs take turns.
+rows padded to the longest of their batch, fused AdamW, the same learning rates, epochs, clipping and precision. A seed's first
+weights of the head and order of the rows are the same on both sides. The clock runs from reading the rows to the final
+evaluation, in a process of its own for every run; imports and checkpoints are left out on both sides. The runs take turns.
 
 Weights are those of `--weights`, a run's folder; without it a small encoder is trained for a minute first. The data is a folder
 with <task>/train.jsonl and validation.jsonl (`--data`).
@@ -33,29 +33,55 @@ def precision() -> str:
     return "bf16" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "no"
 
 
+def configuration(args, task: str, seed: int, folder: str):
+    """Our configuration of a run."""
+    from neobert.config.load import load_config
+
+    words = [
+        f"dataset.path={args.data}", f"glue.task_name={task}", f"glue.pretrained_checkpoint_dir={args.weights}",
+        "glue.pooling=mean", "glue.classifier_dropout=0", f"glue.max_seq_length={LENGTH}", f"seed={seed}",
+        f"trainer.output_dir={folder}", f"trainer.per_device_train_batch_size={ROWS}", "trainer.max_steps=-1",
+        f"trainer.num_train_epochs={args.epochs}", "trainer.save_strategy=no", "trainer.save_model=false",
+        "trainer.gradient_clipping=1.0", f"trainer.mixed_precision={precision()}", f"optimizer.lr={RATE}",
+        "scheduler.name=linear", "scheduler.warmup_percent=10", "scheduler.final_lr_ratio=0.0",
+    ]  # fmt: skip
+    return load_config([], words, "glue")
+
+
 def one_of_ours(args, task: str, seed: int) -> tuple[float, float]:
     """(score, seconds)."""
-    from neobert.config.load import load_config
     from neobert.tasks import glue
 
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            f"dataset.path={args.data}", f"glue.task_name={task}", f"glue.pretrained_checkpoint_dir={args.weights}",
-            "glue.pooling=mean", "glue.classifier_dropout=0", f"glue.max_seq_length={LENGTH}", f"seed={seed}",
-            f"trainer.output_dir={folder}", f"trainer.per_device_train_batch_size={ROWS}", "trainer.max_steps=-1",
-            f"trainer.num_train_epochs={args.epochs}", "trainer.save_strategy=no", "trainer.save_model=false",
-            "trainer.gradient_clipping=1.0", f"trainer.mixed_precision={precision()}", f"optimizer.lr={RATE}",
-            "scheduler.name=linear", "scheduler.warmup_percent=10", "scheduler.final_lr_ratio=0.0",
-        ]  # fmt: skip
-        loaded, begin = load_config([], words, "glue"), time.perf_counter()
+        loaded, begin = configuration(args, task, seed, folder), time.perf_counter()
         finished = glue.run(loaded)
         seconds = time.perf_counter() - begin
         return glue.read_result(finished.folder)["score"], seconds
 
 
+def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
+    """The head that our run of this seed begins with, and the rows of each epoch in its order."""
+    import numpy as np
+
+    from neobert.data.glue import TASKS
+    from neobert.tasks.glue import settle
+    from neobert.tasks.glue_data import build_data
+    from neobert.tasks.glue_model import build_classifier
+    from neobert.tasks.start import find_start
+
+    loaded, task = configuration(args, name, seed, ""), TASKS[name]
+    start = find_start(loaded.config, loaded.keys_set)
+    config = settle(loaded.config, loaded.keys_set, task, start, {})
+    model, _ = build_classifier(config, task, start, len(hf_tokenizer), hf_tokenizer.pad_token_id)
+    loader = build_data(config, task, hf_tokenizer).train
+    loader.close()
+    return model, [np.concatenate(loader.order(epoch)).tolist() for epoch in range(args.epochs)]
+
+
 def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
     """(score, seconds)."""
     import numpy as np
+    import torch
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -70,6 +96,21 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
     from neobert.training.checkpoint import find_checkpoint
 
     task, checkpoint = TASKS[name], find_checkpoint(args.weights)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    first, orders = first_head_and_order(args, name, seed, tokenizer)
+    remaining = iter(orders)
+
+    class InOurOrder(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            class Sampler(torch.utils.data.Sampler):
+                def __iter__(self):
+                    return iter(next(remaining))
+
+                def __len__(self):
+                    return len(orders[0])
+
+            return Sampler()
+
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
 
@@ -84,6 +125,8 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
     model = AutoModelForSequenceClassification.from_pretrained(
         checkpoint, num_labels=task.num_labels, classifier_pooling="mean"
     )
+    for layer in ("dense", "classifier"):
+        getattr(model, layer).load_state_dict(getattr(first, layer).state_dict())
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, num_train_epochs=args.epochs,
@@ -91,7 +134,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
             bf16=precision() == "bf16", optim="adamw_torch_fused", save_strategy="no", report_to=[], seed=seed,
             disable_tqdm=True, use_cpu=True, logging_strategy="no", dataloader_num_workers=0,
         )  # fmt: skip
-        trainer = Trainer(
+        trainer = InOurOrder(
             model, settings, train_dataset=train, eval_dataset=validation,
             data_collator=DataCollatorWithPadding(tokenizer),
         )  # fmt: skip
