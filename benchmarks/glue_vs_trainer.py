@@ -69,7 +69,7 @@ def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
     from neobert.tasks.glue_model import build_classifier
     from neobert.tasks.start import find_start
 
-    loaded, task = configuration(args, name, seed, ""), TASKS[name]
+    loaded, task = configuration(args, name, seed, "unused"), TASKS[name]
     start = find_start(loaded.config, loaded.keys_set)
     config = settle(loaded.config, loaded.keys_set, task, start, {})
     model, _ = build_classifier(config, task, start, len(hf_tokenizer), hf_tokenizer.pad_token_id)
