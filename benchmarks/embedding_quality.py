@@ -1,8 +1,9 @@
 """What contrastive training makes of a pretrained encoder, beside word overlap and BM25: MRR@10 on held-out package
 descriptions (a title among 1,000 first paragraphs) and Spearman's correlation on STS-B's test.
 
-`--pretrained` is a run of pretraining, `--trained` a contrastive run from it that held the last 1,000 packages out
-(docs/training.md has its configuration). Without them both are trained first: about 30 CPU minutes, `--quick` a minute.
+`--pretrained` is a run of pretraining, `--trained` a contrastive run from it that held the last 1,000 packages out. Without
+them both are trained first, in `--folder`: about 30 CPU minutes (`--quick` a minute). Pairs are titles and paragraphs of the
+packages, pieces of their paragraphs, WordNet's example sentences and glosses, and verses in two translations.
 """
 
 import json
@@ -10,15 +11,17 @@ import re
 import resource
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from _bench import QUICKSTART, ROOT, arguments, bar, finish, neobert, run, table
 
 HELD_OUT = 1000
 OPTIONS = {
-    "pretrained": {"default": None}, "trained": {"default": None}, "data": {"default": str(ROOT.parent / "shared/data")},
+    "pretrained": {"default": None}, "trained": {"default": None}, "folder": {"default": None},
+    "data": {"default": str(ROOT.parent / "shared/data")},
 }  # fmt: skip
 
 MUON = [
@@ -35,6 +38,7 @@ CONTRASTIVE = [
     "dataset.max_seq_length=96", "trainer.per_device_train_batch_size=512",
     "trainer.eval_strategy=no", "dataset.validation_split=null", "scheduler.warmup_percent=10", *MUON,
 ]  # fmt: skip
+SHARES = {"packages": 3, "pieces": 2, "halves": 1, "wordnet": 1, "verses": 1}
 
 
 def words(text: str) -> list[str]:
@@ -121,26 +125,25 @@ def lexical_bm25(first: list[str], second: list[str]) -> np.ndarray:
     return np.mean(scores, axis=0)
 
 
-def train(args, folder: str) -> None:
+def train(args, home: Path) -> None:
     """A tokenizer for speeches, sermons and pairs; pretraining; pairs."""
     data = Path(args.data)
-    args.pretrained, args.trained = f"{folder}/pretrained", f"{folder}/trained"
-    pretraining_steps, steps = (40, 20) if args.quick else (1000, 600)
-    packages, others = Path(folder) / "packages.jsonl", [data / f"pairs/{name}.jsonl" for name in ("wordnet", "verses")]
-    rows = (data / "pairs/packages.jsonl").read_text().splitlines(keepends=True)[:-HELD_OUT]
-    packages.write_text("".join(rows))
-    sentences = Path(folder) / "sentences.jsonl"
-    sentences.write_text("".join(f"{json.dumps(pair)}\n" for pair in sentence_pairs(map(json.loads, rows))))
-    tokenizer, texts = f"{folder}/tokenizer", Path(folder) / "texts.txt"
-    texts.write_text(
-        "\n".join(" ".join(json.loads(row).values()) for path in (packages, *others) for row in path.open())
-    )
+    args.pretrained, args.trained = str(home / "pretrained"), str(home / "trained")
+    pretraining_steps, steps = (40, 20) if args.quick else (1000, 450)
+    packages = read_rows(data / "pairs/packages.jsonl")[:-HELD_OUT]
+    made = {"packages": packages, "halves": halves(packages), "pieces": pieces(packages)}
+    paths = {name: home / f"{name}.jsonl" for name in made}
+    for name, rows in made.items():
+        paths[name].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    paths |= {name: data / f"pairs/{name}.jsonl" for name in ("wordnet", "verses")}
+    texts, tokenizer = home / "texts.txt", home / "tokenizer"
+    sources = [read_rows(paths[name]) for name in ("packages", "wordnet", "verses")]
+    texts.write_text("\n".join(text for rows in sources for row in rows for text in row.values()))
     prose = sorted((data / "prose").glob("*.jsonl"))
     run(neobert("tokenizer", "train", *prose, texts, "-o", tokenizer, "--vocab-size", 16000))
     words = [f"dataset.path={data / 'prose'}", f"tokenizer.path={tokenizer}", f"trainer.output_dir={args.pretrained}"]
     run(neobert("pretrain", QUICKSTART, *words, f"trainer.max_steps={pretraining_steps}", *PRETRAINING))
-    shares = {packages: 3.0, sentences: 2.0, **dict.fromkeys(others, 1.0)}
-    mixture = [{"path": str(path), "weight": weight} for path, weight in shares.items()]
+    mixture = [{"path": str(paths[name]), "weight": weight} for name, weight in SHARES.items()]
     words = [f"dataset.mixture={json.dumps(mixture)}", "dataset.path=", f"trainer.max_steps={steps}", *CONTRASTIVE]
     words += [f"contrastive.pretrained_checkpoint_dir={args.pretrained}", f"trainer.output_dir={args.trained}"]
     run(neobert("contrastive", ROOT / "configs/contrastive/small.yaml", *words))
@@ -148,14 +151,34 @@ def train(args, folder: str) -> None:
     print(f"trained: {(used.ru_utime + used.ru_stime) / 60:.0f} CPU minutes\n", flush=True)
 
 
-def sentence_pairs(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
-    """More pairs of the same texts: a sentence of a paragraph, and what is left of it."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def halves(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """The first sentence of a paragraph, and the others."""
     for row in rows:
-        sentences = re.split(r"(?<=[.!?])\s+", row["positive"])
-        for number, sentence in enumerate(sentences[:3]):
-            rest = " ".join(sentences[:number] + sentences[number + 1 :])
-            if min(len(sentence.split()), len(rest.split())) >= 4:
-                yield {"anchor": sentence, "positive": rest}
+        first, *others = re.split(r"(?<=[.!?])\s+", row["positive"])
+        if min(len(first.split()), len(" ".join(others).split())) >= 4:
+            yield {"anchor": first, "positive": " ".join(others)}
+
+
+def pieces(rows: list[dict[str, str]], each: int = 4) -> Iterator[dict[str, str]]:
+    """A few words out of a paragraph, some of them left out, and half of it or more (as Contriever crops, arXiv 2112.09118)."""
+    random = Random(0)
+
+    def span(words: list[str], least: int, most: int) -> list[str]:
+        length = random.randint(min(least, len(words)), min(most, len(words)))
+        start = random.randint(0, len(words) - length)
+        return words[start : start + length]
+
+    for row in rows:
+        words = row["positive"].split()
+        for _ in range(each if len(words) >= 8 else 0):
+            few = [word for word in span(words, 5, 12) if random.random() > 0.2]
+            most = span(words, max(6, len(words) // 2), len(words))
+            if len(few) > 1:
+                yield {"anchor": " ".join(few), "positive": " ".join(most)}
 
 
 def main() -> None:
@@ -164,7 +187,9 @@ def main() -> None:
         sys.exit(print(f"no pairs at {args.data}: name them with --data"))
     with tempfile.TemporaryDirectory() as folder:
         if args.trained is None:
-            train(args, folder)
+            home = Path(args.folder or folder)
+            home.mkdir(parents=True, exist_ok=True)
+            train(args, home)
         compare(args)
     finish()
 
