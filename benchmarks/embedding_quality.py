@@ -31,12 +31,12 @@ MUON = [
 PRETRAINING = [
     "model.hidden_size=384", "model.num_hidden_layers=2", "model.num_attention_heads=6", "model.intermediate_size=1536",
     "dataset.max_seq_length=128", "tokenizer.max_length=128", "trainer.per_device_train_batch_size=32",
-    "trainer.eval_strategy=no", "scheduler.warmup_percent=5", *MUON,
+    "scheduler.warmup_percent=5", *MUON,
 ]  # fmt: skip
 CONTRASTIVE = [
     "contrastive.loss_type=supcon", "contrastive.temperature=0.05",
     "dataset.max_seq_length=96", "trainer.per_device_train_batch_size=512",
-    "trainer.eval_strategy=no", "dataset.validation_split=null", "scheduler.warmup_percent=10", *MUON,
+    "dataset.validation_split=null", "scheduler.warmup_percent=10", *MUON,
 ]  # fmt: skip
 SHARES = {"packages": 3, "pieces": 2, "halves": 1, "wordnet": 1, "verses": 1}
 
