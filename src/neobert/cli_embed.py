@@ -26,7 +26,9 @@ def embed(
     pooling: PoolingOption = None,
     normalize: Annotated[bool, typer.Option(help="Give every vector length 1, so that products are cosines.")] = True,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens computed at a time.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens computed at a time [2048 on a CPU, else 32768].")
+    ] = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Compute in bfloat16: faster with AMX or CUDA, less exact.")
     ] = False,

@@ -258,10 +258,6 @@ def in_order(rows: Rows, collator: LabelCollator, share: Share) -> Iterator[tupl
     lengths = np.array([len(row) for row in rows.ids])
     batches = _cut(np.argsort(-lengths, kind="stable"), share.rows)
     for first in range(0, len(batches), share.world):
-        number = first + share.rank
-        chosen = batches[number if number < len(batches) else first]
-        batch = collator(rows, chosen)
-        if number < len(batches):
-            yield chosen, batch
-        else:
-            yield chosen[:0], batch
+        has_one = first + share.rank < len(batches)
+        chosen = batches[first + share.rank if has_one else first]
+        yield chosen if has_one else chosen[:0], collator(rows, chosen)
