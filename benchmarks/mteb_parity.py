@@ -64,7 +64,7 @@ def untrained(folder: Path) -> str:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from neobert.export.sentence_transformers import Embedding, write_sentence_transformers
+    from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 
     tokens = SHARED / "tokenizers/bert-base-uncased"
     tokenizer = AutoTokenizer.from_pretrained(str(tokens if tokens.is_dir() else TOKENIZER))

@@ -46,7 +46,7 @@ def write_checkpoint(run, model, step=7, **own):
             step=step,
             weights=to_eurobert(weights) if prefix == "EuroBert" else weights,
             model_config=fields,
-            save_tokenizer=lambda folder: save_tokenizer(tokenizer, folder),
+            save_beside=lambda folder: save_tokenizer(tokenizer, folder),
             config_yaml="dataset:\n  path: /somewhere/corpus\noptimizer:\n  lr: 0.002\n",
             optimizer={},
             data=({}, {}),

@@ -53,7 +53,7 @@ def test_what_a_run_leaves_behind(run):
     folder, _ = run
     assert list_steps(folder / "checkpoints") == [3, 6]
     assert {p.name for p in (folder / "checkpoints/6").iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer", "config.yaml", "optimizer", "state.json",
+        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "config.yaml", "optimizer", "state.json",
         "data_rank00000.json", "data_rank00000.safetensors",
     }  # fmt: skip
     rows = read_metrics(folder / "metrics.jsonl")

@@ -518,8 +518,9 @@ ROWS = {
     "trainer.early_stopping": observed(lambda run: run.state.step < 12, True, "trainer.early_stopping=2", *BEST),
     "trainer.metric_for_best_model": refused("no metric 'speed'", "trainer.metric_for_best_model=speed"),
     "trainer.greater_is_better": best_accuracies,
-    "trainer.load_best_model_at_end": printed(
-        "loading the best checkpoint",
+    "trainer.load_best_model_at_end": observed(
+        lambda run: find_checkpoint(str(run.folder)).name == str(run.state.best_step) != str(run.state.step),
+        True,
         "trainer.load_best_model_at_end=true",
         "trainer.save_strategy=best",
         *BEST[:1],

@@ -184,13 +184,13 @@ def test_damaged_checkpoints_are_named_before_training_starts(trained, tmp_path)
 
 @pytest.mark.parametrize("name", ["../4/model.safetensors", "/etc/hostname", "..", "tokenizer/../../4/config.json"])
 def test_a_checkpoint_names_no_files_outside(name, trained, tmp_path):
-    from neobert.training.checkpoint import _checksum, write_json
+    from neobert.training.checkpoint import checksum, write_json
 
     folder = shutil.copytree(trained / "checkpoints/6", tmp_path / "6")
     state = json.loads((folder / "state.json").read_text())
     del state["checksum"]
     state["sha256"][name] = "0" * 64
-    write_json(folder / "state.json", {**state, "checksum": _checksum(state)})
+    write_json(folder / "state.json", {**state, "checksum": checksum(state)})
     with pytest.raises(CheckpointError, match="is not a file of the checkpoint"):
         verify_checkpoint(folder)
 

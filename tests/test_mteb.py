@@ -22,9 +22,9 @@ from sentence_transformers import SentenceTransformer
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, DataError
 from neobert.export.huggingface import write_transformers
-from neobert.export.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.export.source import load_source
 from neobert.inference.sentence_settings import read_sentence_settings
+from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.tasks import mteb as mteb_task
 from neobert.tasks.mteb_local import KINDS, build_task, find_local_tasks
 from neobert.tasks.mteb_table import Score, averages

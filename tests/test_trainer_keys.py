@@ -3,7 +3,7 @@
 import pytest
 
 from neobert.errors import ConfigError, DataError
-from neobert.training.checkpoint import read_pointer
+from neobert.training.checkpoint import find_checkpoint, read_pointer
 
 
 def test_epochs_limit_the_run(train, small):
@@ -34,7 +34,10 @@ def test_early_stopping_and_the_best_model(train, small):
     assert run.state.stop_reason == "no better loss in 2 evaluations"
     assert run.state.best_step == best["step"]
     assert read_pointer(run.folder / "checkpoints/best") == str(best["step"])
-    assert run.eval[-1]["eval_loss"] == pytest.approx(best["eval_loss"])  # evaluated again with the best weights
+    assert len({row["step"] for row in run.eval}) == len(run.eval)  # the best one's numbers stand at its own step only
+    root = run.folder / "checkpoints"
+    assert find_checkpoint(str(run.folder)).name == read_pointer(root / "latest") == str(best["step"])
+    assert find_checkpoint("latest", root, to_resume=True).name == str(run.state.step) != str(best["step"])
 
 
 def test_best_by_another_metric(train, small):

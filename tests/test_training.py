@@ -19,16 +19,15 @@ from neobert.training.background import Saver
 from neobert.training.checkpoint import (
     ALONE,
     Content,
-    clean_leftovers,
     find_checkpoint,
     list_steps,
     load_weights,
-    prune,
     save_checkpoint,
     verify_checkpoint,
 )
 from neobert.training.loop import StepSettings, TrainState, train, train_step
 from neobert.training.metrics import Stopwatch
+from neobert.training.retention import clean_leftovers, prune
 from neobert.training.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), None)
@@ -102,7 +101,7 @@ def content(step, size=100):
         step=step,
         weights={"w": torch.arange(size).float() + step},
         model_config={"model_type": "x"},
-        save_tokenizer=lambda path: (path.mkdir(), (path / "tokenizer.json").write_text("{}")),
+        save_beside=lambda path: (path / "tokenizer.json").write_text("{}"),
         config_yaml="task: pretraining\n",
         optimizer={"w/exp_avg": torch.ones(size)},
         data=({"reader": {}}, {"buffer.ids": torch.zeros(3).numpy()}),
@@ -179,7 +178,7 @@ WRITES = ("save_file", "save_arrays", "write_json", "sync", "write_pointer")
 
 def test_every_write_of_a_save_may_fail(tmp_path, monkeypatch):
     """One after the other, down to the last pointer: what was there is whole, what is new is whole or absent."""
-    root, save_tokenizer = tmp_path / "checkpoints", content(2).save_tokenizer
+    root, save_beside = tmp_path / "checkpoints", content(2).save_beside
     save_checkpoint(root, content(1))
     left = 0
 
@@ -196,7 +195,7 @@ def test_every_write_of_a_save_may_fail(tmp_path, monkeypatch):
     for name in WRITES:
         monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
     monkeypatch.setattr(os, "replace", failing(os.replace))
-    new = replace(content(2), save_tokenizer=failing(save_tokenizer))
+    new = replace(content(2), save_beside=failing(save_beside))
     number, message = 0, "start"
     while message:
         number, message = number + 1, ""

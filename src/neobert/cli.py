@@ -3,7 +3,6 @@
 Exit codes: 0 done, 2 something the user can repair (one line per problem on stderr), 128 + n stopped by signal n.
 """
 
-import errno
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import typer
 from neobert import cli_data, cli_embed, cli_evaluate, cli_export, cli_glue
 from neobert.cli_words import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, start_processes
 from neobert.cli_words import layers as _layers
-from neobert.errors import ConfigError, Problem, UserError
+from neobert.errors import ConfigError, Problem, UserError, disk_error
 
 app = typer.Typer(
     name="neobert",
@@ -35,8 +34,6 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at and check configura
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 app.add_typer(config_app, name="config")
 app.add_typer(tokenizer_app, name="tokenizer")
-
-DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only"}
 
 
 @app.command(context_settings=WITH_OVERRIDES, options_metavar="[--nproc N] " + OVERRIDES)
@@ -352,10 +349,10 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        failed = disk_error(error)
+        if failed is None:
             raise
-        print(f"error: {error.filename or 'cannot write'}: {DISK_ERRORS[error.errno]}", file=sys.stderr)
-        sys.exit(2)
+        _complain(str(failed))
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def export(
       neobert export outputs/quickstart exported/embedder --sentence-transformers --prompt query='query: '
       neobert export outputs/quickstart/checkpoints/800 exported/graph --onnx
     """
-    from neobert.export.sentence_transformers import Embedding, parse_pooling
     from neobert.export.write import Wanted, export_model
+    from neobert.inference.sentence_transformers import Embedding, parse_pooling
 
     embedding = None
     if sentence_transformers:

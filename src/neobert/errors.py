@@ -1,7 +1,16 @@
 """What a user can get wrong. Each of these prints as plain lines and ends the command with exit code 2;
 any other exception is a bug of ours and keeps its traceback."""
 
+import errno
 from dataclasses import dataclass
+
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than is allowed here",
+    errno.EROFS: "read-only",
+    errno.EIO: "the disk does not work",
+}
 
 
 class UserError(ValueError):
@@ -35,3 +44,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or does not fit what is asked of it; or one that could not be written."""
+
+
+def disk_error(error: OSError, name: object = None) -> UserError | None:
+    """A write that failed, in one line, with the file's name where the error has it; None for an error of another kind."""
+    if error.errno not in DISK_ERRORS:
+        return None
+    return UserError(f"{error.filename or name or 'cannot write'}: {DISK_ERRORS[error.errno]}")

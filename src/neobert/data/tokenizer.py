@@ -204,11 +204,26 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool, max_lengt
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **SPECIAL_TOKENS)
 
 
-def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
-    """Write the tokenizer so that any fast-tokenizer loader reads it, on any version of transformers."""
-    tokenizer.save_pretrained(str(folder))
+def tokenizer_folder(folder: Path) -> Path:
+    """Where a model's folder has its tokenizer: beside the weights, or, in older checkpoints, in a folder of its own."""
+    inner = folder / "tokenizer"
+    return inner if inner.is_dir() else folder
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path, has_token_types: bool = True) -> None:
+    """Write the tokenizer so that any fast-tokenizer loader reads it, on any version of transformers. Without
+    `has_token_types` it makes only what a model of ours takes. Raises OSError.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None  # tokenizers has no class of its own for a file that cannot be written
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text())
+    if not has_token_types:
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
     for private in ("name_or_path", "is_local", "local_files_only"):
         settings.pop(private, None)
     path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from neobert.config.reference import known_keys
-from neobert.export.sentence_transformers import Embedding
 from neobert.export.source import Source
 from neobert.export.verify import Check
+from neobert.inference.sentence_transformers import Embedding
 from neobert.training.metrics import read_metrics
 
 CURVE = "training.svg"

@@ -36,7 +36,8 @@ from neobert.export.verify import (
 )
 from neobert.inference.convert import Converted, convert
 from neobert.model.modeling_neobert import NeoBERTConfig
-from neobert.training.checkpoint import Content, save_checkpoint, strip_checkpoint, write_json
+from neobert.training.checkpoint import Content, save_checkpoint, write_json
+from neobert.training.retention import strip_checkpoint
 
 RECORD = "import.json"
 
@@ -126,7 +127,7 @@ def checkpoint_content(converted: Converted) -> Content:
         step=0,
         weights=converted.tensors(),
         model_config={name: value for name, value in converted.fields.items() if name != "auto_map"},
-        save_tokenizer=lambda folder: save_tokenizer(converted.tokenizer, folder),
+        save_beside=lambda folder: save_tokenizer(converted.tokenizer, folder, has_token_types=False),
         config_yaml=yaml.safe_dump({"model": {name: getattr(architecture, name) for name in names}}, sort_keys=False),
         optimizer={},
         data=({}, {}),

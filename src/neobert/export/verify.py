@@ -22,10 +22,10 @@ from safetensors.numpy import load_file
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import UserError
 from neobert.export.sample import HARD, MESSAGE
-from neobert.export.sentence_transformers import Embedding
 from neobert.export.source import Source
 from neobert.inference.embed import Embedder
 from neobert.inference.load import Model
+from neobert.inference.sentence_transformers import Embedding
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")

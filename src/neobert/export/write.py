@@ -21,7 +21,6 @@ from neobert.export.atomic import check_target, whole_folder
 from neobert.export.card import write_card
 from neobert.export.huggingface import write_transformers
 from neobert.export.onnx import ONNX, Output, check_onnx, write_onnx
-from neobert.export.sentence_transformers import Embedding, check_sentence_transformers, write_sentence_transformers
 from neobert.export.source import Source, load_source
 from neobert.export.verify import (
     Check,
@@ -32,6 +31,7 @@ from neobert.export.verify import (
     compare,
     judged,
 )
+from neobert.inference.sentence_transformers import Embedding, check_sentence_transformers, write_sentence_transformers
 from neobert.training.checkpoint import write_json
 
 RECORD = "export.json"

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids
+from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids, tokenizer_folder
 from neobert.errors import CheckpointError
 from neobert.inference.load import (
     CONFIG,
@@ -115,7 +115,7 @@ def _load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, with what it calls bos and eos as CLS and SEP. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
-    inner = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    inner = tokenizer_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(inner), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ from neobert.data.layout import RowLayout
 from neobert.data.pairs import encode_texts
 from neobert.data.records import records
 from neobert.data.sources import find_column, local_splits
-from neobert.data.tokenizer import Ids, load_tokenizer
+from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
 from neobert.inference.load import EMBEDDING, FOREIGN, check_fit, load_model_config, read_weights
 from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
@@ -136,8 +136,7 @@ def load_embedder(
         raise CheckpointError(f"{folder / 'config.json'}: missing or not JSON") from None
     trained = fields.get("neobert", fields.get(FOREIGN, {})).get(EMBEDDING, {})
     settings = ContrastiveSettings(pooling=pooling or trained.get("pooling", "avg"))
-    inner = folder / "tokenizer"
-    tokenizer = load_tokenizer("", str(inner if inner.is_dir() else folder))
+    tokenizer = load_tokenizer("", str(tokenizer_folder(folder)))
     if "neobert" in fields:
         model: EmbeddingModel = _load_ours(folder, settings)
     else:

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from neobert.data.tokenizer import load_tokenizer
+from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.layouts import from_eurobert, is_eurobert, mismatches
@@ -84,8 +84,7 @@ def find_model(path: str) -> Path:
 
 def load_model_tokenizer(folder: Path, vocab_size: int) -> Any:
     """The tokenizer of a model's folder. Raises CheckpointError when it has ids that the model does not have."""
-    inner = folder / "tokenizer"
-    tokenizer = load_tokenizer("", str(inner if inner.is_dir() else folder))
+    tokenizer = load_tokenizer("", str(tokenizer_folder(folder)))
     if len(tokenizer) > vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer does not fit: it has {len(tokenizer):,} tokens, the model's embeddings {vocab_size:,}"

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from neobert.errors import DataError
+from neobert.training.checkpoint import write_text
 from neobert.training.metrics import duration, read_metrics
 
 PAGE = """<!doctype html>
@@ -59,7 +60,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         config=html.escape(_changed_keys(folder / "config.yaml")),
     )
     target = output or folder / "report.html"
-    target.write_text(page)
+    write_text(target, page)
     return target
 
 

@@ -15,8 +15,8 @@ from neobert.tasks.encoder import build_vocabulary, prepare_model
 from neobert.tasks.hooks import check_needs_evaluation
 from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
-from neobert.tasks.resuming import continue_run, open_run
-from neobert.tasks.run_folder import write_run_files
+from neobert.tasks.resuming import continue_run
+from neobert.tasks.run_folder import OpenRun, write_run_files
 from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
 from neobert.tasks.summary import print_summary
 from neobert.training.loop import Interrupt
@@ -25,10 +25,10 @@ from neobert.training.runtime import Runtime
 
 def run(loaded: Loaded) -> Finished:
     """Train as configured. Raises UserError (and its kinds) for what a user can repair."""
-    return run_job(loaded.config, lambda runtime, interrupt: build_job(loaded, runtime, interrupt))
+    return run_job(loaded, lambda *parts: build_job(loaded, *parts))
 
 
-def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
+def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: OpenRun) -> Job:
     """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
     trainer, keys_set = loaded.config.trainer, loaded.keys_set
     for warning in loaded.warnings:
@@ -59,17 +59,16 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, hf_tokenizer)
-    opened = open_run(config, keys_set, runtime)
     folder = opened.folder
     state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *opened.told, *warnings, *data.notes, *advice(config, data)], folder)
     return Job(
-        config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
+        config, runtime, model, optimizer, schedule, data.train,
         fetch=lambda: [next(data.train) for _ in range(trainer.gradient_accumulation_steps)],
         num_steps=data.num_steps,
         measure=build_measure(config, wrapped, hf_tokenizer, sets, runtime, interrupt),
-        storage=storage, folder=folder, state=state, resumed=opened.checkpoint is not None, wrapped=wrapped,
+        storage=storage, opened=opened, state=state, wrapped=wrapped,
         interrupt=interrupt, clip=clip,
         end_notes=data.train.describe_used,
         log_metrics=lambda: mean_metrics(runtime, model.contrastive.take_sums()),

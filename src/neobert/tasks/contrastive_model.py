@@ -1,15 +1,18 @@
 """The model of a contrastive run: built, given its first weights, and stored in checkpoints."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neobert.config.schema import Config
+from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.embed import EmbeddingModel
 from neobert.inference.load import EMBEDDING, FOREIGN, check_fit, load_model_weights, read_weights
+from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
 from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.tasks.contrastive_data import longest_text
@@ -58,8 +61,14 @@ def _foreign(
 def build_storage(config: Config, model: EmbeddingModel, hf_tokenizer: Any) -> Storage:
     """How the encoder is written to checkpoints and read back; transformers' `AutoModel` reads them too."""
     trained = {EMBEDDING: {"pooling": config.contrastive.pooling, "max_length": longest_text(config)}}
+    width, embedding = model.config.hidden_size, Embedding(config.contrastive.pooling, max_length=longest_text(config))
+
+    def save_beside(folder: Path) -> None:
+        save_tokenizer(hf_tokenizer, folder, has_token_types=isinstance(model, ForeignForEmbedding))
+        write_sentence_transformers(folder, width, embedding)
+
     if isinstance(model, ForeignForEmbedding):
-        return _foreign_storage(model, trained)
+        return _foreign_storage(model, trained, save_beside)
 
     def content() -> tuple[Tensors, dict[str, Any]]:
         weights, fields = whole_weights(model), checkpoint_config(model.config, hf_tokenizer, config.model.name)
@@ -68,10 +77,12 @@ def build_storage(config: Config, model: EmbeddingModel, hf_tokenizer: Any) -> S
         fields = {**fields, "architectures": [kind], "neobert": {**fields["neobert"], **trained}}
         return to_eurobert(weights) if is_euro else weights, fields
 
-    return Storage(content, lambda folder: load_model_weights(folder, model))
+    return Storage(content, lambda folder: load_model_weights(folder, model), save_beside)
 
 
-def _foreign_storage(model: ForeignForEmbedding, trained: dict[str, Any]) -> Storage:
+def _foreign_storage(
+    model: ForeignForEmbedding, trained: dict[str, Any], save_beside: Callable[[Path], None]
+) -> Storage:
     """Under the names of the encoder itself."""
 
     def content() -> tuple[Tensors, dict[str, Any]]:
@@ -84,4 +95,4 @@ def _foreign_storage(model: ForeignForEmbedding, trained: dict[str, Any]) -> Sto
         check_fit(folder, weights, model.state_dict())
         load_whole(model, weights)
 
-    return Storage(content, load)
+    return Storage(content, load, save_beside)

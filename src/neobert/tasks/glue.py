@@ -23,8 +23,8 @@ from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
 from neobert.tasks.hooks import Measure
 from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
-from neobert.tasks.resuming import continue_run, open_run
-from neobert.tasks.run_folder import write_run_files
+from neobert.tasks.resuming import continue_run
+from neobert.tasks.run_folder import OpenRun, write_run_files
 from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
 from neobert.tasks.summary import print_summary
 from neobert.training.checkpoint import write_json
@@ -36,10 +36,10 @@ RESULT = "result.json"
 
 def run(loaded: Loaded) -> Finished:
     """Fine-tune as configured and write result.json. Raises UserError (and its kinds) for what a user can repair."""
-    return run_job(loaded.config, lambda runtime, interrupt: build_job(loaded, runtime, interrupt))
+    return run_job(loaded, lambda *parts: build_job(loaded, *parts))
 
 
-def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
+def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: OpenRun) -> Job:
     """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
     task = TASKS[loaded.config.glue.task_name]
     if not task.trains:
@@ -70,10 +70,9 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, task, hf_tokenizer)
-    opened = open_run(config, keys_set, runtime)
     folder = opened.folder
-    runtime.on_main(lambda: (folder / RESULT).unlink(missing_ok=True))
     state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
+    runtime.on_main(lambda: (folder / RESULT).unlink(missing_ok=True))
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *opened.told, *warnings, *data.notes], folder)
     measure = build_measure(config, task, wrapped, data, runtime, interrupt)
@@ -90,10 +89,10 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
         return finished
 
     return Job(
-        config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
+        config, runtime, model, optimizer, schedule, data.train,
         fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
-        num_steps=data.num_steps, measure=measure, storage=storage, folder=folder, state=state,
-        resumed=opened.checkpoint is not None, wrapped=wrapped, interrupt=interrupt, clip=clip, conclude=conclude,
+        num_steps=data.num_steps, measure=measure, storage=storage, opened=opened, state=state,
+        wrapped=wrapped, interrupt=interrupt, clip=clip, conclude=conclude,
         next_command=f"neobert glue {folder / 'config.yaml'} --predict",
     )  # fmt: skip
 
@@ -286,13 +285,12 @@ def write_result(
 ) -> None:
     """result.json of a run that came to its end, and a line on the console."""
     state = finished.state
-    best = state.best_step if config.trainer.load_best_model_at_end else None
     result = {
         "task": task.name,
         "seed": config.seed,
         "score": values["score"],
         "metrics": values,
-        "step": state.step if best is None else best,
+        "step": finished.step,
         "steps_trained": state.step,
         "stopped": state.stop_reason,
         "weights": weights_line,

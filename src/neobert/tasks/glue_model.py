@@ -8,7 +8,7 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.glue import TASKS, GlueTask
-from neobert.data.tokenizer import load_tokenizer
+from neobert.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError
 from neobert.inference.load import FOREIGN, check_fit, load_model_config, load_model_weights, read_weights
 from neobert.model.foreign import ForeignForSequenceClassification
@@ -77,7 +77,7 @@ def _head_on(
 def build_storage(config: Config, model: Classifier, task: GlueTask, hf_tokenizer: Any) -> Storage:
     """How the classifier is written to checkpoints and read back; transformers reads them too (EuroBERT's classifier)."""
     if isinstance(model, ForeignForSequenceClassification):
-        return _foreign_storage(config, model, task)
+        return _foreign_storage(config, model, task, hf_tokenizer)
 
     def content() -> tuple[Tensors, dict[str, Any]]:
         weights = whole_weights(model)
@@ -85,7 +85,11 @@ def build_storage(config: Config, model: Classifier, task: GlueTask, hf_tokenize
             return weights, classifier_config(config, model, task, hf_tokenizer)
         return to_eurobert(weights), classifier_config(config, model, task, hf_tokenizer)
 
-    return Storage(content, lambda folder: load_model_weights(folder, model))
+    return Storage(
+        content,
+        load=lambda folder: load_model_weights(folder, model),
+        save_beside=lambda folder: save_tokenizer(hf_tokenizer, folder, has_token_types=False),
+    )
 
 
 def classifier_config(
@@ -110,7 +114,9 @@ def label_names(task: GlueTask) -> dict[str, Any]:
     return {"id2label": by_id, "label2id": {name: i for i, name in enumerate(names)}, "problem_type": kind}
 
 
-def _foreign_storage(config: Config, model: ForeignForSequenceClassification, task: GlueTask) -> Storage:
+def _foreign_storage(
+    config: Config, model: ForeignForSequenceClassification, task: GlueTask, hf_tokenizer: Any
+) -> Storage:
     def content() -> tuple[Tensors, dict[str, Any]]:
         fields = json.loads(model.config.to_json_string(use_diff=False))
         head = {
@@ -124,7 +130,7 @@ def _foreign_storage(config: Config, model: ForeignForSequenceClassification, ta
         check_fit(folder, weights, model.state_dict())
         load_whole(model, weights)
 
-    return Storage(content, load)
+    return Storage(content, load, lambda folder: save_tokenizer(hf_tokenizer, folder))
 
 
 def load_finetuned(folder: Path, config: Config) -> tuple[Classifier, Any, GlueTask]:
@@ -142,6 +148,6 @@ def load_finetuned(folder: Path, config: Config) -> tuple[Classifier, Any, GlueT
         model: Classifier = _head_on(encoder, task, head["pooling"], head["classifier_dropout"], config)
     else:
         model = NeoBERTForSequenceClassification(load_model_config(folder))
-    tokenizer = load_tokenizer("", str(folder / "tokenizer"))
+    tokenizer = load_tokenizer("", str(tokenizer_folder(folder)))
     build_storage(config, model, task, tokenizer).load(folder)
     return model.eval(), tokenizer, task

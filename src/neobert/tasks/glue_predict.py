@@ -12,7 +12,7 @@ from neobert.tasks.glue import predict_logits, read_result
 from neobert.tasks.glue_data import Shared, build_collator, encode_split, glue_source
 from neobert.tasks.glue_metrics import predictions
 from neobert.tasks.glue_model import load_finetuned
-from neobert.training.checkpoint import STATE
+from neobert.training.checkpoint import STATE, write_text
 from neobert.training.runtime import Runtime, build_runtime
 
 FOLDER = "submission"
@@ -67,5 +67,5 @@ def write_submission(path: Path, task: GlueTask, logits: np.ndarray) -> Path:
     else:
         lines = [task.labels[number] if task.writes_names else str(number) for number in predicted]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
+    write_text(path, "index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
     return path

@@ -23,7 +23,8 @@ from neobert.tasks.glue_predict import FOLDER, write_predictions
 from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
 from neobert.tasks.job import speaks, start_runtime
 from neobert.tasks.start import find_start
-from neobert.training.checkpoint import list_steps, prune, strip_checkpoint, write_json
+from neobert.training.checkpoint import list_steps, write_json, write_text
+from neobert.training.retention import prune, strip_checkpoint
 from neobert.training.runtime import Runtime
 
 TRANSFERRED = ("rte", "mrpc", "stsb")  # from mnli, with glue.transfer_from_task
@@ -99,7 +100,7 @@ def write_table(results: list[dict[str, Any]], output: Path) -> None:
     """results.json, results.md, and the same on the console."""
     summary = summarize(results)
     write_json(output / "results.json", summary)
-    (output / "results.md").write_text(to_markdown(summary))
+    write_text(output / "results.md", to_markdown(summary))
     print("\n" + to_terminal(summary) + f"\ntable       {output / 'results.md'}, {output / 'results.json'}")
 
 

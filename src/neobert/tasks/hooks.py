@@ -11,9 +11,10 @@ from neobert.config.schema import TrainerConfig
 from neobert.errors import ConfigError, Problem
 from neobert.tasks.qk_clip import clip_metrics
 from neobert.training.background import Saver
-from neobert.training.checkpoint import Content, prune, write_pointer
+from neobert.training.checkpoint import Content, write_pointer
 from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
 from neobert.training.metrics import Console, Stopwatch, duration
+from neobert.training.retention import prune
 from neobert.training.runtime import Runtime, total_norm
 from neobert.training.trackers import Sinks
 
@@ -115,9 +116,12 @@ class Evaluate:
         if due and self.last_step != state.step:
             self.run(state)
 
-    def run(self, state: TrainState, compare: bool = True) -> None:
-        """Evaluate and say so; `compare` with the best so far."""
-        self.last_step = state.step
+    def run(self, state: TrainState, loaded: int | None = None) -> None:
+        """Evaluate, and compare with the best so far; or evaluate again the weights that were `loaded`, those of an earlier
+        step, which has been compared and has its row.
+        """
+        self.last_step = step = state.step if loaded is None else loaded
+        self.improved = False
         with self.stopwatch.phase("evaluate"):
             values = self.measure.run()
         state.is_evaluation_open = values is None
@@ -125,13 +129,13 @@ class Evaluate:
             self.interrupt.act(state, self.runtime)
             return
         self.values = values
-        if compare:
+        if loaded is None:
             self._compare(state, values)
-        self.metrics.write(
-            {"kind": "eval", "step": state.step, **{f"eval_{name}": value for name, value in values.items()}}
-        )
+            self.metrics.write(
+                {"kind": "eval", "step": step, **{f"eval_{name}": value for name, value in values.items()}}
+            )
         best = "  best so far" if self.improved else ""
-        self.console.line(f"evaluation at step {state.step:,}: {self.measure.headline(values)}{best}")
+        self.console.line(f"evaluation at step {step:,}: {self.measure.headline(values)}{best}")
 
     def _compare(self, state: TrainState, values: dict[str, float]) -> None:
         name = (self.trainer.metric_for_best_model or self.measure.default).removeprefix("eval_")
@@ -186,8 +190,6 @@ class Save:
     def _tidy(self, step: int, best: int | None) -> None:
         """When a checkpoint is whole: point at the best one, remove old ones."""
         root = self.saver.root
-        if self.saver.team.rank:
-            return
         if best is not None and (root / str(best)).is_dir():
             write_pointer(root / "best", str(best))
         prune(root, self.trainer.save_total_limit, {step, step if best is None else best})

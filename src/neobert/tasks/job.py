@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from neobert.config.explain import plain_json
-from neobert.config.load import dump_config
+from neobert.config.load import Loaded, dump_config
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero
-from neobert.data.tokenizer import save_tokenizer
-from neobert.errors import ConfigError, Problem
+from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.optim.build import optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 from neobert.tasks.hooks import Evaluate, Log, Measure, Save, finish_evaluation, step_hooks
 from neobert.tasks.qk_clip import QKClip
+from neobert.tasks.run_folder import OpenRun, open_run
 from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_end
 from neobert.training.background import Saver
-from neobert.training.checkpoint import Content, Tensors
+from neobert.training.checkpoint import Content, Tensors, end_with, list_steps, verify_checkpoint
 from neobert.training.loop import Interrupt, MicroBatch, StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
 from neobert.training.runtime import Runtime, build_runtime, held_parts, own_partition
@@ -48,19 +48,21 @@ class Batches(Protocol):
 @dataclass(frozen=True)
 class Storage:
     """How a task's model goes into a checkpoint, as whole tensors that training does not write to and config.json, and
-    comes back.
+    comes back. `save_beside` writes the tokenizer and what else belongs to the model into the folder.
     """
 
     content: Callable[[], tuple[Tensors, dict[str, Any]]]
     load: Callable[[Path], None]
+    save_beside: Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run came to. `values` are the last evaluation's, if there was one."""
+    """What a run came to: the weights of `step`, which `values` belong to, if there was an evaluation."""
 
     folder: Path
     state: TrainState
+    step: int
     data_fraction: float
     exit_code: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -73,7 +75,6 @@ class Job:
 
     config: Config
     runtime: Runtime
-    hf_tokenizer: Any
     model: Any
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -82,9 +83,8 @@ class Job:
     num_steps: int
     measure: Measure | None
     storage: Storage
-    folder: Path
+    opened: OpenRun
     state: TrainState
-    resumed: bool
     wrapped: nn.Module  # the model as it is called
     interrupt: Interrupt
     clip: QKClip | None = None
@@ -100,17 +100,20 @@ class Job:
         trainer, max_steps, runtime = self.config.trainer, self.num_steps, self.runtime
         if trainer.early_stopping and self.state.num_evaluations_without_gain >= trainer.early_stopping:
             self.state.stop_reason = "it had stopped early when it was saved"
+        self.forget_lost_best()
         stopwatch = Stopwatch()
         metrics = self.build_sinks()
         console = Console(max_steps, self.state.step, runtime.is_main and not trainer.disable_tqdm)
         log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug, self.log_metrics)
-        root = self.folder / "checkpoints"
+        opened, lock = self.opened, self.opened.lock
+        root = opened.folder / "checkpoints"
         evaluation = None
         if self.measure is not None:
             evaluation = Evaluate(trainer, self.measure, runtime, metrics, console, stopwatch, self.interrupt)
-        saver = Saver(root, runtime.team(), trainer.save_in_background)
-        save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if self.resumed else -1)
-        self.interrupt.failed, self.interrupt.explain = saver.has_failed, saver.explain
+        saver = Saver(root, runtime.team(), trainer.save_in_background, (lambda: None) if lock is None else lock.check)
+        save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if opened.goes_on else -1)
+        self.interrupt.failed = lambda: saver.has_failed() or metrics.failure is not None
+        self.interrupt.explain = lambda: metrics.explain() or saver.explain()
         hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
         try:
             self.interrupt.start()
@@ -124,19 +127,22 @@ class Job:
             if trainer.save_model or stopped_by:
                 save.run(self.state)
             saver.wait()
-            if not stopped_by:
-                self.load_best(root, evaluation)
-                stopped_by = int(runtime.all_max(self.interrupt.signal)[0])
+            ended_with_best = not stopped_by and self.load_best(root, evaluation)
+            stopped_by, failed = map(int, runtime.all_max(self.interrupt.signal, self.interrupt.failed()))
+            if failed:
+                self.interrupt.explain()
         finally:
             console.close()
             metrics.close()
             self.batches.close()
             saver.close()
         notes = [*self.end_notes(), *saver.describe(stopwatch.total_seconds["save"])]
-        print_end(self.state, max_steps, self.folder, stopwatch, save.last_step, notes, self.next_command)
-        values = evaluation.values if evaluation is not None else {}
+        best = self.state.best_step if ended_with_best else None
+        print_end(self.state, max_steps, opened.folder, stopwatch, save.last_step, best, notes, self.next_command)
+        step = self.state.step if best is None else best
+        values = evaluation.values if evaluation is not None and evaluation.last_step == step else {}
         code = 128 + stopped_by if stopped_by else 0
-        finished = Finished(self.folder, self.state, stopwatch.data_fraction, code, values, runtime.is_main)
+        finished = Finished(opened.folder, self.state, step, stopwatch.data_fraction, code, values, runtime.is_main)
         return finished if code else self.conclude(finished)
 
     def step_settings(self) -> StepSettings:
@@ -157,17 +163,16 @@ class Job:
         """metrics.jsonl and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
         config = self.config
         if not self.runtime.is_main:
-            return Sinks(MetricsFile(Path(os.devnull), None), [])
+            return Sinks(MetricsFile(Path(os.devnull), 0), [])
         names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
         wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
         if "wandb" in names:
             Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
-            keep = self.resumed and config.wandb.resume != "never"
-            wandb["id"] = wandb_run_id(self.folder, keep)
+            keep = self.opened.goes_on and config.wandb.resume != "never"
+            wandb["id"] = wandb_run_id(self.opened.folder, keep)
         flat = {key: plain_json(value_of(config, key)) for key in known_keys() if "muon_config." not in key}
-        trackers = build_trackers(names, config.wandb.project, self.folder / "trackers", flat, wandb)
-        step = self.state.step if self.resumed else None
-        return Sinks(MetricsFile(self.folder / "metrics.jsonl", step), trackers)
+        trackers = build_trackers(names, config.wandb.project, self.opened.folder / "trackers", flat, wandb)
+        return Sinks(MetricsFile(self.opened.folder / "metrics.jsonl", self.state.step), trackers)
 
     def checkpoint_content(self, state: TrainState) -> Content:
         """Everything a checkpoint of this moment holds; copies, so that training can go on."""
@@ -177,7 +182,7 @@ class Job:
             step=state.step,
             weights=weights,
             model_config=model_config,
-            save_tokenizer=lambda path: save_tokenizer(self.hf_tokenizer, path),
+            save_beside=self.storage.save_beside,
             config_yaml=dump_config(self.config),
             optimizer=parts,
             first_rows=first_rows,
@@ -191,25 +196,55 @@ class Job:
             },
         )
 
-    def load_best(self, root: Path, evaluation: Evaluate | None) -> None:
-        """`load_best_model_at_end`: go back to the weights of the best evaluation, and say so."""
-        best = self.state.best_step
-        if not self.config.trainer.load_best_model_at_end or evaluation is None or best in (None, self.state.step):
+    def forget_lost_best(self) -> None:
+        """With `load_best_model_at_end`, a best checkpoint that is not in the folder cannot be what the run ends with: the next
+        evaluation begins a new search.
+        """
+        root, best = self.opened.folder / "checkpoints", self.state.best_step
+        if best is None or not self.config.trainer.load_best_model_at_end:
             return
+        if not self.runtime.on_main(lambda: best in list_steps(root)):
+            self.state.best_step = self.state.best_metric = None
+
+    def load_best(self, root: Path, evaluation: Evaluate | None) -> bool:
+        """`load_best_model_at_end`: go back to the weights of the best evaluation, which `latest` then means. False where they
+        are those of the last step, or cannot be had any more.
+        """
+        best, state = self.state.best_step, self.state
+        if not self.config.trainer.load_best_model_at_end or evaluation is None or best in (None, state.step):
+            return False
+        if damage := self.runtime.on_main(lambda: _damage(root / str(best))):
+            evaluation.console.line(
+                f"note: the best checkpoint is lost ({damage}): these are the weights of the last step"
+            )
+            return False
         with self.runtime.open_weights(self.wrapped):
             self.storage.load(root / str(best))
+        self.runtime.on_main(lambda: end_with(root, best))
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
-        evaluation.improved = False
-        evaluation.run(self.state, compare=False)
+        evaluation.run(state, loaded=best)
+        return True
 
 
-def run_job(config: Config, build: Callable[[Runtime, Interrupt], Job]) -> Finished:
-    """Start the runtime of this process, build the job and run it; the main process alone speaks. Raises UserError."""
+def _damage(checkpoint: Path) -> str:
+    """What keeps a checkpoint from being loaded; nothing of a whole one."""
+    try:
+        verify_checkpoint(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def run_job(loaded: Loaded, build: Callable[[Runtime, Interrupt, OpenRun], Job]) -> Finished:
+    """Start the runtime of this process, open the output folder, build the job and run it; the main process alone speaks.
+
+    Raises UserError.
+    """
     interrupt = Interrupt()
     with stop_signals(interrupt):
-        runtime = start_runtime(config)
-        with speaks(runtime):
-            finished = build(runtime, interrupt).run()
+        runtime = start_runtime(loaded.config)
+        with speaks(runtime), open_run(loaded.config, loaded.keys_set, runtime) as opened:
+            finished = build(runtime, interrupt, opened).run()
         runtime.close()
     return finished
 

@@ -10,7 +10,7 @@ from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.loader import build_steps
 from neobert.data.order import Rank
-from neobert.data.tokenizer import text_tokenizer
+from neobert.data.tokenizer import save_tokenizer, text_tokenizer
 from neobert.errors import DataError
 from neobert.inference.load import load_model_weights
 from neobert.model.layouts import is_eurobert, to_eurobert
@@ -21,8 +21,8 @@ from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, run_jo
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.pretraining_start import begin
-from neobert.tasks.resuming import continue_run, open_run, with_saved_lanes
-from neobert.tasks.run_folder import write_run_files
+from neobert.tasks.resuming import continue_run, with_saved_lanes
+from neobert.tasks.run_folder import OpenRun, write_run_files
 from neobert.tasks.summary import describe_run, print_summary
 from neobert.training.checkpoint import Tensors
 from neobert.training.loop import Interrupt, evaluate
@@ -32,11 +32,15 @@ from neobert.training.runtime import Runtime, whole_weights
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
     """Pretrain as configured; `observe` is shown every training batch. Raises UserError for what a user can repair."""
-    return run_job(loaded.config, lambda runtime, interrupt: build_job(loaded, runtime, interrupt, observe))
+    return run_job(loaded, lambda *parts: build_job(loaded, *parts, observe))
 
 
 def build_job(
-    loaded: Loaded, runtime: Runtime, interrupt: Interrupt, observe: Callable[[Batch, int], None] | None
+    loaded: Loaded,
+    runtime: Runtime,
+    interrupt: Interrupt,
+    opened: OpenRun,
+    observe: Callable[[Batch, int], None] | None,
 ) -> Job:
     """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
     config, trainer = loaded.config, loaded.config.trainer
@@ -44,14 +48,12 @@ def build_job(
         print(f"note: {warning}")
     if config.debug:
         print(dump_config(config))
-    start = begin(config, loaded.keys_set)
+    start = begin(config, loaded.keys_set, opened.checkpoint)
     config, hf_tokenizer = start.config, start.hf_tokenizer
     tokenizer = text_tokenizer(hf_tokenizer)
-    opened = open_run(config, loaded.keys_set, runtime)
-    folder = opened.folder
     if opened.checkpoint is not None:
         config = with_saved_lanes(config, opened.checkpoint, runtime.world_size)
-    data = build_run_data(config, tokenizer, runtime, folder)
+    data = build_run_data(config, tokenizer, runtime, opened.folder)
     data.train.observe = observe
     if data.evaluation is None:
         check_needs_evaluation(trainer)
@@ -66,19 +68,19 @@ def build_job(
     storage = Storage(
         content=lambda: checkpoint_model(model, hf_tokenizer, start.name),
         load=lambda path: load_model_weights(path, model),
+        save_beside=lambda path: save_tokenizer(hf_tokenizer, path, has_token_types=False),
     )
     state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
-    runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
-    print_summary(facts, [*start.notes, *opened.told, *warnings], folder)
+    runtime.on_main(lambda: write_run_files(opened.folder, dump_config(config), facts))
+    print_summary(facts, [*start.notes, *opened.told, *warnings], opened.folder)
     return Job(
-        config, runtime, hf_tokenizer, model, optimizer, schedule, data.train,
+        config, runtime, model, optimizer, schedule, data.train,
         fetch=build_steps(data.train, trainer.gradient_accumulation_steps),
         num_steps=data.num_steps,
         measure=build_measure(config, wrapped, data, runtime, interrupt),
         storage=storage,
-        folder=folder,
+        opened=opened,
         state=state,
-        resumed=opened.checkpoint is not None,
         wrapped=wrapped,
         interrupt=interrupt,
         clip=clip,

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from neobert.config.schema import Config
-from neobert.data.tokenizer import load_tokenizer
+from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.convert import convert
 from neobert.inference.hub_model import model_folder
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.tasks.encoder import build_model, build_vocabulary
 from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions
-from neobert.training.checkpoint import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,14 @@ class Begin:
         return Path(name).name if name is not None and self.model is not None else name
 
 
-def begin(config: Config, keys_set: frozenset[str]) -> Begin:
-    """What the configuration names to start from. Raises ConfigError, DataError or CheckpointError."""
+def begin(config: Config, keys_set: frozenset[str], resumed: Path | None) -> Begin:
+    """What the configuration names to start from, or the checkpoint that the run goes on from, which has all that is needed.
+
+    Raises ConfigError, DataError or CheckpointError.
+    """
     if not config.model.from_hub:
         hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
         return Begin(config, hf_tokenizer, *build_vocabulary(config, keys_set, hf_tokenizer))
-    resumed = _resumed(config)
     folder = resumed or _named(config.model.name or "")
     found = convert(str(folder))
     if not isinstance(found.model, NeoBERTForMaskedLM):
@@ -65,17 +66,6 @@ def begin(config: Config, keys_set: frozenset[str]) -> Begin:
     model.load_state_dict(found.model.state_dict())
     notes = [f"continuing from {found.folder} ({found.kind}) with a fresh optimizer", *found.notes]
     return Begin(config, found.tokenizer, architecture.vocab_size, [] if resumed else notes, model)
-
-
-def _resumed(config: Config) -> Path | None:
-    """The checkpoint that the run goes on from, which has all that is needed; None for a run that has not begun."""
-    selector = config.trainer.resume_from_checkpoint
-    if selector is None:
-        return None
-    try:
-        return find_checkpoint(selector, Path(config.trainer.output_dir) / "checkpoints")
-    except CheckpointError:
-        return None  # `latest` of a run that has not begun; what else is wrong is said where the run is resumed
 
 
 def _named(name: str) -> Path:
@@ -95,9 +85,8 @@ def _apply_settable(config: Config, keys_set: frozenset[str], architecture: NeoB
 
 def _settle(config: Config, keys_set: frozenset[str], architecture: NeoBERTConfig, folder: Path) -> Config:
     """The configuration with architecture and tokenizer of the weights, as it is saved: it loads to the same run."""
-    inner = folder / "tokenizer"
     values = {name: getattr(architecture, name) for name in (*ARCHITECTURE, "dropout_prob")}
-    tokenizer = {"path": str(inner if inner.is_dir() else folder)}
+    tokenizer = {"path": str(tokenizer_folder(folder))}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=values),

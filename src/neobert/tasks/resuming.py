@@ -1,46 +1,20 @@
 """Continue a run from a checkpoint: on any number of processes and any engine that can hold what was saved."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.data.position import join_positions
-from neobert.errors import CheckpointError, ConfigError
+from neobert.errors import CheckpointError
 from neobert.optim.build import load_optimizer_state
 from neobert.tasks.job import Batches, Storage
-from neobert.tasks.run_folder import open_run_folder
-from neobert.training.checkpoint import has_data, load_data, load_optimizer, load_rank_optimizer, verify_checkpoint
+from neobert.tasks.run_folder import OpenRun, enter_run
+from neobert.training.checkpoint import load_data, load_optimizer, load_rank_optimizer
 from neobert.training.loop import TrainState
 from neobert.training.runtime import Runtime, as_part_of, held_rows, load_partition
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    """The folder of a run; the checkpoint it goes on from, verified, with what that counts; and what to tell the user."""
-
-    folder: Path
-    checkpoint: Path | None
-    saved: dict[str, Any]
-    told: list[str]
-
-
-def open_run(config: Config, keys_set: frozenset[str], runtime: Runtime) -> OpenRun:
-    """Make or enter the output folder and find the checkpoint to resume from. Raises ConfigError and CheckpointError."""
-    trainer = config.trainer
-    folder, checkpoint, told = open_run_folder(
-        trainer.output_dir, trainer.resume_from_checkpoint, trainer.overwrite_output_dir, runtime
-    )
-    if checkpoint is None:
-        return OpenRun(folder, None, {}, told)
-    saved = runtime.on_main(lambda: verify_checkpoint(checkpoint))
-    if missing := list(resume_needs_a_position(config, keys_set, has_data(checkpoint))):
-        raise ConfigError(*missing)
-    return OpenRun(folder, checkpoint, saved, told)
 
 
 def with_saved_lanes(config: Config, folder: Path, world_size: int) -> Config:
@@ -61,10 +35,11 @@ def continue_run(
 ) -> TrainState:
     """Where the run is: at its beginning, or exactly where its checkpoint was saved. `model` as it is called.
 
-    Raises CheckpointError where that cannot be.
+    What is in the way in the output folder is moved aside: the run begins. Raises CheckpointError and ConfigError.
     """
     state, folder, saved = TrainState(), opened.checkpoint, opened.saved
     if folder is None:
+        opened.told.extend(runtime.on_main(lambda: enter_run(opened)))
         return state
     check_engine(folder, saved, runtime)
     with runtime.open_weights(model):
@@ -80,6 +55,7 @@ def continue_run(
     positions = [load_data(folder, rank) for rank in ranks]
     batches.load_state_dict(*(positions[0] if len(positions) == 1 else join_positions(positions)))
     state.load_state_dict(saved)
+    opened.told.extend(runtime.on_main(lambda: enter_run(opened)))
     opened.told.append(f"resuming from {folder}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     return state
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from neobert.config.load import load_config
 from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
-from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+from neobert.data.tokenizer import load_tokenizer, text_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.load import FOREIGN, load_model_config
 from neobert.model.modeling_neobert import NeoBERTConfig
@@ -216,8 +216,7 @@ def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tu
     """
     named = config.tokenizer
     if start.folder is not None:
-        inner = start.folder / "tokenizer"
-        keys = {"path": str(inner if inner.is_dir() else start.folder)}
+        keys = {"path": str(tokenizer_folder(start.folder))}
     elif start.hub is not None:
         keys = {"path": start.hub} if Path(start.hub).is_dir() else {"name": start.hub, "path": None}
     else:

@@ -76,10 +76,11 @@ def print_end(
     folder: Path,
     stopwatch: Stopwatch,
     last_saved: int,
+    best_loaded: int | None,
     notes: list[str],
     next_command: str,
 ) -> None:
-    """Where things are and what to type next; `{checkpoint}` in `next_command` is the last one."""
+    """Where things are and what to type next; `{checkpoint}` in `next_command` is the one that the run ended with."""
     seconds = stopwatch.total_seconds
     trained = sum(seconds[name] for name in ("data", "compute", "optimizer"))
     print()
@@ -92,9 +93,10 @@ def print_end(
     print(f"waiting for data: {stopwatch.data_fraction:.2%} of the step time")
     for note in notes:
         print(note)
-    last = folder / "checkpoints" / str(last_saved)
+    last = folder / "checkpoints" / str(last_saved if best_loaded is None else best_loaded)
     if last_saved >= 0:
         best = f" (best: step {state.best_step:,})" if state.best_step is not None else ""
+        best = best if best_loaded is None else f" (the best; the last is step {last_saved:,}, where resuming goes on)"
         print(f"checkpoint  {last}{best}")
     print(f"metrics     {folder / 'metrics.jsonl'}")
     print(f"report      {folder / 'report.html'}")

@@ -22,13 +22,16 @@ class Saver:
     root: Path
     team: Team
     in_background: bool = True
+    before: Callable[[], None] = lambda: None  # of every save, in the main process; may raise UserError
     num_saved: int = 0
     write_seconds: float = 0.0
     _running: Future[None] | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="save"))
 
     def submit(self, content: Content, behind: Callable[[], None]) -> None:
-        """Write a checkpoint, whose tensors nobody changes any more; then call `behind`. Raises what `wait` raises."""
+        """Write a checkpoint, whose tensors nobody changes any more; then the main process calls `behind`. Raises what `wait`
+        raises.
+        """
         self.wait()
         self._running = self._thread.submit(self._save, content, behind)
         if not self.in_background:
@@ -36,8 +39,7 @@ class Saver:
 
     def _save(self, content: Content, behind: Callable[[], None]) -> None:
         start = time.perf_counter()
-        save_checkpoint(self.root, content, self.team)
-        behind()
+        save_checkpoint(self.root, content, self.team, self.before, behind)
         self.write_seconds += time.perf_counter() - start
         self.num_saved += 1
 

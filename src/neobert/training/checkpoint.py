@@ -1,10 +1,12 @@
 """The on-disk contract of a run's checkpoints.
 
     <output_dir>/checkpoints/
-      latest                          text: the newest complete step
+      latest                          text: the step that a word for the run's model means: the newest, or, at the end of a run
+                                      with load_best_model_at_end, the best
+      last                            text: at that end, the newest step, from which the run can go on
       best                            text: the step of the best evaluation so far
       <step>/
-        model.safetensors  config.json  tokenizer/     enough for evaluation, fine-tuning, export; transformers loads it
+        model.safetensors  config.json  tokenizer.json ...    enough for evaluation, fine-tuning, export; transformers loads it
         config.yaml                                    what produced it
         optimizer/rank00000.safetensors                resume only
         data_rank00000.json  data_rank00000.safetensors    resume only: position behind the last batch used
@@ -30,10 +32,15 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, UserError
 
 FORMAT = 1
+POINTERS = ("latest", "last", "best")
 WEIGHTS, STATE = "model.safetensors", "state.json"
+REPLACED, DELETED = (
+    ".replaced.tmp",
+    ".old.tmp",
+)  # ends of hidden names: a checkpoint that another replaces, one that goes
 OPTIMIZER = "optimizer/rank{:05d}.safetensors"
 DATA = "data_rank{:05d}"
 
@@ -58,12 +65,13 @@ class Content:
     """What a checkpoint holds: of `optimizer` and `data` what is in this process, the rest in the main process only.
 
     `state` is plain data: step, tokens seen, and what else the loop counts. `first_rows` of optimizer state that is split.
+    `save_beside` writes the tokenizer, and what else readers of the weights look for, into the folder.
     """
 
     step: int
     weights: Tensors
     model_config: dict[str, Any]
-    save_tokenizer: Callable[[Path], None]
+    save_beside: Callable[[Path], None]
     config_yaml: str
     optimizer: Tensors
     data: tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -71,15 +79,23 @@ class Content:
     first_rows: dict[str, int] = field(default_factory=dict)
 
 
-def save_checkpoint(root: Path, content: Content, team: Team = ALONE) -> Path:
-    """Write `<root>/<step>` atomically and point `latest` at it; all of a team together.
+def save_checkpoint(
+    root: Path,
+    content: Content,
+    team: Team = ALONE,
+    before: Callable[[], None] = lambda: None,
+    behind: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write `<root>/<step>` atomically and point `latest` at it; all of a team together. The main process calls `before` it
+    writes, and `behind` when the checkpoint is whole.
 
     Raises CheckpointError, in all of them, when the disk is full or a write fails; what was there before is then untouched.
     """
     final, scratch = root / str(content.step), root / f".{content.step}.tmp"
-    is_main, sums = team.rank == 0, {}
+    is_main, sums = team.rank == 0, dict[str, str]()
 
     def prepare() -> None:
+        before()
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / "optimizer").mkdir(parents=True)
 
@@ -88,11 +104,10 @@ def save_checkpoint(root: Path, content: Content, team: Team = ALONE) -> Path:
 
     def publish() -> None:
         _write_state(scratch, content, sums)
-        if final.exists():
-            _remove(final)
-        os.replace(scratch, final)
-        sync(root)
+        _take_the_place(scratch, final)
         write_pointer(root / "latest", str(content.step))
+        (root / "last").unlink(missing_ok=True)
+        behind()
 
     reason = _together(team, prepare if is_main else None) or _together(team, write)
     for part in team.gather(sums):
@@ -113,7 +128,7 @@ def _together(team: Team, work: Callable[[], None] | None) -> str:
     try:
         if work is not None:
             work()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return next((one for one in team.gather(reason) if one), "")
 
@@ -130,20 +145,41 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
     if rank == 0:
         save_file(_contiguous(content.weights), folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / "config.json", content.model_config)
-        (folder / "config.yaml").write_text(content.config_yaml)
-        content.save_tokenizer(folder / "tokenizer")
-        own += [folder / WEIGHTS, folder / "config.json", folder / "config.yaml", *(folder / "tokenizer").rglob("*")]
-    files = sorted(path for path in own if path.is_file())
+        write_text(folder / "config.yaml", content.config_yaml)
+        content.save_beside(folder)
+        own += [one for one in folder.rglob("*") if not is_of_a_rank(str(one.relative_to(folder)))]
+    files = sorted({path for path in own if path.is_file()})
     for path in files:
         sync(path)
     return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
 
+def is_of_a_rank(name: str) -> bool:
+    """Whether a file is one that every process writes its own of, and that only resuming needs."""
+    return name.startswith(("optimizer/", "data_rank"))
+
+
 def _write_state(folder: Path, content: Content, sums: dict[str, str]) -> None:
     state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
-    write_json(folder / STATE, {**state, "checksum": _checksum(state)})
-    for path in (folder / STATE, folder / "optimizer", folder / "tokenizer", folder):
+    write_json(folder / STATE, {**state, "checksum": checksum(state)})
+    for path in (folder / STATE, *(one for one in folder.rglob("*") if one.is_dir()), folder):
         sync(path)
+
+
+def _take_the_place(scratch: Path, final: Path) -> None:
+    """Rename `scratch` to `final`; a checkpoint of the same step steps aside, and comes back if that fails or is broken off."""
+    old = final.with_name(f".{final.name}{REPLACED}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    try:
+        os.replace(scratch, final)
+    except OSError:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _contiguous(tensors: Tensors) -> Tensors:
@@ -156,14 +192,24 @@ def list_steps(root: Path) -> list[int]:
 
 
 def write_pointer(path: Path, text: str) -> None:
-    """Replace a small text file atomically."""
+    """Replace a file of one line atomically."""
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all. Raises OSError naming it."""
     scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    sync(path.parent)
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        sync(path.parent)
+    except OSError as error:
+        error.filename = str(path)
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def read_pointer(path: Path) -> str | None:
@@ -172,15 +218,19 @@ def read_pointer(path: Path) -> str | None:
     return text if text.isdigit() else None
 
 
-def find_checkpoint(selector: str, root: Path | None = None) -> Path:
+def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = False) -> Path:
     """The folder that `selector` names: `latest`, `best`, a step below `root`; or a path to a step, to `checkpoints/`, or
-    to a run's output folder. Raises CheckpointError saying what is there instead.
+    to a run's output folder, which means its `latest`: the model that the run came to, or `to_resume` its last step.
+
+    Raises CheckpointError saying what is there instead.
     """
     if root is not None and (selector in ("latest", "best") or selector.isdigit()):
         steps = list_steps(root)
         name = selector if selector.isdigit() else read_pointer(root / selector)
-        if selector == "latest" and (name is None or not (root / name / STATE).is_file()):
-            name = str(steps[-1]) if steps else None
+        if selector == "latest":
+            names = [name, read_pointer(root / "last")] if to_resume else [name]
+            pointed = [int(one) for one in names if one is not None and int(one) in steps]
+            name = str(max(pointed or steps)) if steps else None
         if name is None or not (root / name / STATE).is_file():
             there = f"there are: {', '.join(map(str, steps))}" if steps else "there is none"
             raise CheckpointError(f"{root}: no checkpoint {selector!r}; {there}")
@@ -188,11 +238,18 @@ def find_checkpoint(selector: str, root: Path | None = None) -> Path:
     path = Path(selector)
     for candidate in (path / "checkpoints", path):
         if list_steps(candidate):
-            return find_checkpoint("latest", candidate)
+            return find_checkpoint("latest", candidate, to_resume)
     if not (path / STATE).is_file():
         what = "not a checkpoint (it has no state.json)" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {what}; expected a run's output folder or <output_dir>/checkpoints/<step>")
     return path
+
+
+def end_with(root: Path, step: int) -> None:
+    """Make `step` what `latest` means, and keep in `last` where the run can go on. Raises OSError."""
+    last = find_checkpoint("latest", root, to_resume=True)
+    write_pointer(root / "last", last.name)
+    write_pointer(root / "latest", str(step))
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -200,7 +257,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / STATE).read_text()
         state = json.loads(text)
-        if text != as_json(state) or state.pop("checksum") != _checksum(state):
+        if text != as_json(state) or state.pop("checksum") != checksum(state):
             raise ValueError
         version, sums = state["format"], state["sha256"]
     except (ValueError, KeyError, AttributeError, OSError):
@@ -260,18 +317,13 @@ def load_optimizer(folder: Path, rows_of: Callable[[str], slice | None] = lambda
                 else:
                     held = tensors.get_tensor(path)
                 parts.setdefault(path, []).append((first, held))
-    return {
-        path: _join_rows([held for _, held in sorted(some, key=lambda one: one[0])]) for path, some in parts.items()
-    }
+    whole = {path: [held for _, held in sorted(some, key=lambda one: one[0])] for path, some in parts.items()}
+    return {path: torch.cat(some) if some[0].ndim and len(some) > 1 else some[0] for path, some in whole.items()}
 
 
 def load_rank_optimizer(folder: Path, rank: int) -> Tensors:
     """The optimizer's tensors that one process wrote."""
     return load_file(folder / OPTIMIZER.format(rank))
-
-
-def _join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts) if parts[0].ndim and len(parts) > 1 else parts[0]
 
 
 def has_data(folder: Path) -> bool:
@@ -285,51 +337,9 @@ def load_data(folder: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, np
     return json.loads((folder / f"{name}.json").read_text()), load_arrays(folder / f"{name}.safetensors")
 
 
-def prune(root: Path, keep: int | None, protected: set[int], keep_newest: bool = True) -> list[int]:
-    """Delete the oldest checkpoints beyond `keep`, never a protected one; nor the newest, unless `keep_newest` is off.
-
-    Returns the steps deleted.
-    """
-    if keep is None:
-        return []
-    steps = list_steps(root)
-    spare = max(0, len(steps) - keep)
-    doomed = [step for step in (steps[:-1] if keep_newest else steps) if step not in protected][:spare]
-    for step in doomed:
-        _remove(root / str(step))
-    return doomed
-
-
-def strip_checkpoint(folder: Path) -> None:
-    """Leave out what only resuming needs; what is left verifies as before. Does nothing the second time."""
-    state = json.loads((folder / STATE).read_text())
-    spare = [name for name in state["sha256"] if name.startswith(("optimizer/", "data_rank"))]
-    if spare:
-        state["sha256"] = {name: value for name, value in state["sha256"].items() if name not in spare}
-        del state["checksum"]
-        write_pointer(folder / STATE, json.dumps({**state, "checksum": _checksum(state)}, indent=2))
-    shutil.rmtree(folder / "optimizer", ignore_errors=True)
-    for path in folder.glob("data_rank*"):
-        path.unlink()
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint under another name, so that a half-deleted one never looks whole."""
-    hidden = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def clean_leftovers(root: Path) -> None:
-    """Remove what a crash in the middle of a save left behind."""
-    for path in root.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline."""
-    path.write_text(as_json(value))
+    write_text(path, as_json(value))
 
 
 def as_json(value: Any) -> str:
@@ -346,7 +356,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(state: dict[str, Any]) -> str:
+def checksum(state: dict[str, Any]) -> str:
     """Of state.json itself, which holds the checksums of the other files."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

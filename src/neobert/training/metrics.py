@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from neobert.training.checkpoint import write_text
 
 PHASES = ("data", "compute", "optimizer", "evaluate", "save")
 
@@ -45,20 +46,20 @@ class Stopwatch:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, flushed at once. Resuming cuts off what lies behind the checkpoint."""
+    """metrics.jsonl: one JSON object a line, written at once. What lies behind `step`, where the run starts, is cut off."""
 
-    def __init__(self, path: Path, resume_step: int | None):
+    def __init__(self, path: Path, step: int):
         self.path = path
-        if resume_step is not None and path.exists():
-            kept = [row for row in read_metrics(path) if row.get("step", 0) <= resume_step]
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(scratch, path)
-        self._file = open(path, "a")  # noqa: SIM115 - closed by close()
+        if path.is_file():
+            kept = [row for row in read_metrics(path) if row.get("step", 0) <= step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Raises OSError when the disk is full."""
+        rest = (json.dumps(row) + "\n").encode()
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         self._file.close()

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from neobert.errors import UserError
+from neobert.errors import UserError, disk_error
 from neobert.training import zero
 from neobert.training.checkpoint import ALONE, Team, Tensors
 from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
@@ -180,7 +180,9 @@ class Runtime:
         return replace(self, rank=0, world_size=1, engine="plain", patient=None, owns_group=False, zero_options={})
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns in the main process, in all of them. A UserError is raised in all of them."""
+        """What `function` returns in the main process, in all of them. A UserError is raised in all of them, and
+        a disk that is full is one.
+        """
         if self.world_size == 1:
             return function()
         told: list[Any] = [None, None]
@@ -189,6 +191,10 @@ class Runtime:
                 told[0] = function()
             except UserError as error:
                 told[1] = error
+            except OSError as error:
+                told[1] = disk_error(error)
+                if told[1] is None:
+                    raise
         dist.broadcast_object_list(told, 0, group=self.patient)
         if told[1] is not None:
             raise told[1]

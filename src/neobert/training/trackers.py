@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neobert.errors import ConfigError, Problem, UserError
+from neobert.errors import ConfigError, Problem, UserError, disk_error
+from neobert.training.checkpoint import write_text
 from neobert.training.metrics import MetricsFile
 
 INSTALL = "pip install 'neobert[trackers]'"
@@ -20,13 +21,24 @@ class Sinks:
 
     def __init__(self, file: MetricsFile, trackers: list[Any]):
         self.file, self.trackers = file, trackers
+        self.failure: UserError | None = None  # of a write; all processes of a run end together on it
 
     def write(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl; trackers get its numbers as `<kind>/<name>` at its step."""
-        self.file.write(row)
         numbers = {f"{row['kind']}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
-        for tracker in self.trackers:
-            tracker.log(numbers, step=row["step"])
+        try:
+            self.file.write(row)
+            for tracker in self.trackers:
+                tracker.log(numbers, step=row["step"])
+        except OSError as error:
+            self.failure = disk_error(error, self.file.path)
+            if self.failure is None:
+                raise
+
+    def explain(self) -> None:
+        """Raises UserError when a row could not be written."""
+        if self.failure is not None:
+            raise self.failure
 
     def close(self) -> None:
         self.file.close()
@@ -84,5 +96,5 @@ def wandb_run_id(folder: Path, keep: bool) -> str:
     if keep and path.is_file():
         return str(json.loads(path.read_text())["id"])
     identifier = secrets.token_hex(4)
-    path.write_text(json.dumps({"id": identifier}) + "\n")
+    write_text(path, json.dumps({"id": identifier}) + "\n")
     return identifier
