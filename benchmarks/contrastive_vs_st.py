@@ -86,7 +86,7 @@ def one_of_the_peer(args, seed: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         train, held_out = split(args)
-        model = load_peer(args.weights, folder)
+        model = load_peer(args.weights)
         settings = SentenceTransformerTrainingArguments(
             folder, per_device_train_batch_size=ROWS, max_steps=args.steps, learning_rate=RATE, lr_scheduler_type="linear",
             warmup_steps=0.1, weight_decay=0.01, max_grad_norm=1.0, bf16=precision() == "bf16", optim="adamw_torch_fused",
@@ -99,20 +99,14 @@ def one_of_the_peer(args, seed: int) -> tuple[float, float]:
         return evaluate(model, held_out), seconds
 
 
-def load_peer(weights: str, folder: str, length: int = LENGTH):
+def load_peer(weights: str, length: int = LENGTH):
     """Our checkpoint as a SentenceTransformer with mean pooling."""
-    import shutil
-
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     from neobert.training.checkpoint import find_checkpoint
 
-    checkpoint, target = find_checkpoint(weights), Path(folder) / "encoder"
-    shutil.copytree(checkpoint / "tokenizer", target)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(checkpoint / name, target)
-    encoder = Transformer(str(target), max_seq_length=length)
+    encoder = Transformer(str(find_checkpoint(weights)), max_seq_length=length)
     return SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")], device="cpu")
 
 

@@ -32,17 +32,17 @@ def main() -> None:
         if args.weights is None:
             run(neobert("pretrain", QUICKSTART, f"trainer.output_dir={folder}", "trainer.max_steps=20"))
             args.weights = folder
-        compare(args, folder)
+        compare(args)
     finish()
 
 
-def compare(args, folder: str) -> None:
+def compare(args) -> None:
     """The table, and the bars."""
     from neobert.inference.embed import load_embedder
 
     rows = [json.loads(line) for line in Path(args.data).read_text().splitlines()[: args.texts // 2]]
     texts = [text for row in rows for text in (row["anchor"], row["positive"])]
-    ours, peer = load_embedder(args.weights, max_length=LENGTH), load_peer(args.weights, folder, LENGTH)
+    ours, peer = load_embedder(args.weights, max_length=LENGTH), load_peer(args.weights, LENGTH)
     found: dict[str, np.ndarray] = {}
 
     def seconds_of(name: str, encode) -> float:

@@ -96,7 +96,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
     from neobert.training.checkpoint import find_checkpoint
 
     task, checkpoint = TASKS[name], find_checkpoint(args.weights)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     first, orders = first_head_and_order(args, name, seed, tokenizer)
     remaining = iter(orders)
 
@@ -112,7 +112,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
             return Sampler()
 
     begin = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     def rows(split: str) -> list[dict]:
         found = read_split(Source(args.data), task, split)

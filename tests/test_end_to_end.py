@@ -87,9 +87,8 @@ def test_transformers_loads_the_checkpoint(run):
     folder = find_checkpoint(str(run[0]))
     theirs = AutoModelForMaskedLM.from_pretrained(folder).eval()
     ours, _ = load_pretrained(str(run[0]))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(["The Congress [MASK].", "Peace"], return_tensors="pt", padding=True)
-    inputs.pop("token_type_ids", None)
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         difference = ours(**inputs).logits[real] - theirs(**inputs).logits[real]
@@ -220,7 +219,7 @@ def test_a_new_run_moves_the_old_one_aside(run, tmp_path, empty_config):
     assert "holds a run" in refused.stderr
     again = run_neobert("run", empty_config, *words, "seed=1")
     assert "is now in" in again.stdout
-    assert list_steps(tmp_path / "previous/checkpoints") == [2]
+    assert list_steps(tmp_path / "previous/1/checkpoints") == [2]
 
 
 def made_tokenizer(folder):

@@ -24,6 +24,7 @@ from neobert.errors import UserError
 from neobert.tasks.encoder import build_model
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import build_data
+from neobert.training.checkpoint import find_checkpoint
 from neobert.training.choices import choose_device, describe_arithmetic
 
 COMPILE_EAGER = "trainer.torch_compile_backend=eager"

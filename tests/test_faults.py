@@ -227,7 +227,7 @@ def test_nothing_that_comes_with_data_is_executed(trained, tmp_path):
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
     corpus = shutil.copytree(TEXT, tmp_path / "corpus")
     out = shutil.copytree(trained, tmp_path / "out")
-    for folder in (tokenizer, corpus, out / "checkpoints/6", out / "checkpoints/6/tokenizer", out):
+    for folder in (tokenizer, corpus, out / "checkpoints/6", out):
         for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "dataset.pkl"):
             (folder / name).write_bytes(bomb)
         for name in ("tokenization.py", "modeling.py", "corpus.py", "conftest.py", "sitecustomize.py"):

@@ -141,7 +141,8 @@ def test_a_killed_suite_finishes_with_the_same_table(pretrained, local, tmp_path
         "config.yaml",
         "model.safetensors",
         "state.json",
-        "tokenizer",
+        "tokenizer.json",
+        "tokenizer_config.json",
     }
     verify_checkpoint(folder)
 

@@ -9,9 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import TOKENIZER
 from test_model import VOCABULARY, build
 
 from neobert.data.batch import Batch
+from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import CheckpointError, UserError
 from neobert.optim.build import build_optimizer
 from neobert.training import checkpoint
@@ -173,44 +176,78 @@ def test_a_failing_write_keeps_the_last_good_checkpoint(tmp_path):
     verify_checkpoint(find_checkpoint("latest", tmp_path))
 
 
-WRITES = ("save_file", "save_arrays", "write_json", "sync", "write_pointer")
+WRITES = ("save_file", "save_arrays", "write_json", "write_text", "sync")
 
 
-def test_every_write_of_a_save_may_fail(tmp_path, monkeypatch):
-    """One after the other, down to the last pointer: what was there is whole, what is new is whole or absent."""
-    root, save_beside = tmp_path / "checkpoints", content(2).save_beside
-    save_checkpoint(root, content(1))
-    left = 0
+class FailingWrites:
+    """The writes of a save, of which the one that `left` counts down to fails, as on a full disk."""
 
-    def failing(write):
+    def __init__(self):
+        self.left = 0
+        for name in WRITES:
+            setattr(checkpoint, name, self.wrap(getattr(checkpoint, name)))
+        os.replace = self.wrap(os.replace)
+
+    def wrap(self, write):
         def attempt(*arguments, **keywords):
-            nonlocal left
-            left -= 1
-            if left == 0:
+            self.left -= 1
+            if self.left == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return write(*arguments, **keywords)
 
         return attempt
 
-    for name in WRITES:
-        monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
-    monkeypatch.setattr(os, "replace", failing(os.replace))
-    new = replace(content(2), save_beside=failing(save_beside))
-    number, message = 0, "start"
-    while message:
-        number, message = number + 1, ""
-        left = number
-        try:
-            save_checkpoint(root, new)
-        except CheckpointError as error:
-            message = str(error)
-        assert not message or "cannot save step 2: No space left on device; the checkpoint of step" in message
-        for step in list_steps(root):
-            verify_checkpoint(root / str(step))
-        assert list_steps(root)[0] == 1
-        assert find_checkpoint("latest", root).name in ("1", "2")
-    assert number > 20
-    assert find_checkpoint("latest", root).name == "2"
+
+def save_with_failures(rank, folder):
+    """In two processes, one after the other the one that fails: every write of a save fails once."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    def gather(value):
+        values = [None, None]
+        dist.all_gather_object(values, value)
+        return values
+
+    team, writes = checkpoint.Team(rank, 2, gather), FailingWrites()
+    for victim in (0, 1):
+        root, writes.left = folder / f"checkpoints{victim}", 0
+        save_checkpoint(root, content(1), team)
+        new = replace(content(2), save_beside=writes.wrap(content(2).save_beside))
+        number, message = 0, "start"
+        while message:
+            number, message = number + 1, ""
+            writes.left = number if rank == victim else 0
+            try:
+                save_checkpoint(root, new, team, behind=lambda: checkpoint.write_pointer(root / "best", "2"))  # noqa: B023
+            except CheckpointError as error:
+                message = str(error)
+            assert len(set(gather(message))) == 1
+            assert not message or "cannot save step 2: No space left on device; the checkpoint of step" in message
+            if rank == 0:
+                for step in list_steps(root):
+                    verify_checkpoint(root / str(step))
+                assert list_steps(root)[0] == 1
+                assert find_checkpoint("latest", root).name in ("1", "2")
+                assert not list(root.glob(".*"))
+            gather(None)
+        assert number > (20, 6)[victim]
+        assert find_checkpoint("latest", root).name == "2"
+    writes.left = 0
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # less than tokenizer.json
+    hf_tokenizer = load_tokenizer("", str(TOKENIZER))
+    big = replace(content(3), save_beside=lambda path: save_tokenizer(hf_tokenizer, path))
+    with pytest.raises(
+        CheckpointError, match="cannot save step 3: File too large .*; the checkpoint of step 2 is intact"
+    ):
+        save_checkpoint(root, big, team)
+    assert rank or not list(root.glob(".*"))
+    dist.destroy_process_group()
+
+
+def test_every_write_of_a_save_may_fail(tmp_path):
+    """On two processes, down to the last pointer and the tokenizer: what was there is whole, what is new is whole or absent,
+    and both say the same."""
+    torch.multiprocessing.spawn(save_with_failures, (tmp_path,), nprocs=2)
 
 
 def test_a_save_in_the_background_fails_where_the_loop_looks(tmp_path):

@@ -68,11 +68,14 @@ class TrainerConfig(Section):
         True, "Compute logits at masked positions only; `false`: at all positions.", "memory; speed"
     )
     resume_from_checkpoint: Annotated[str | None, BeforeValidator(_selector)] = key(
-        None, "Continue from `latest`, a step number, or the path of a checkpoint.", "where the run starts"
+        None,
+        "Continue from `latest` (the last step), a step number (later steps are moved to `previous/<n>`), or the path of a "
+        "checkpoint; one of another folder begins a new run in this one.",
+        "where the run starts",
     )
     overwrite_output_dir: bool = key(
         True,
-        "Start over in an output folder that holds a run (its checkpoints and metrics are removed first); "
+        "Start over in an output folder that holds a run, which is moved to `previous/<n>` in it and never deleted; "
         "`false`: refuse.",
         "an error, or a fresh folder",
     )
@@ -127,7 +130,7 @@ class TrainerConfig(Section):
     greater_is_better: bool = key(
         True, "Whether a larger metric is better; for `loss` and `perplexity` smaller always is.", "the best checkpoint"
     )
-    load_best_model_at_end: bool = key(False, "End with the weights of the best checkpoint.", "the final weights")
+    load_best_model_at_end: bool = key(False, "End with the weights of the best checkpoint, which `latest` then means.", "the final weights")
     save_model: bool = key(True, "Save the final weights at the end of the run.", "the last checkpoint")
 
 

@@ -1,5 +1,6 @@
 """`neobert glue CONFIG --predict`: the files that GLUE's server takes, from a finished run."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from neobert.tasks.glue import predict_logits, read_result
 from neobert.tasks.glue_data import Shared, build_collator, encode_split, glue_source
 from neobert.tasks.glue_metrics import predictions
 from neobert.tasks.glue_model import load_finetuned
+from neobert.tasks.run_folder import hold_folder
 from neobert.training.checkpoint import STATE, write_text
 from neobert.training.runtime import Runtime, build_runtime
 
@@ -24,7 +26,9 @@ def predict_run(config: Config) -> list[Path]:
     runtime = build_runtime(use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32)
     if not runtime.is_main:
         return []
-    written = write_predictions(config, folder, folder / FOLDER, runtime.alone())
+    alone = runtime.alone()
+    with hold_folder(folder, alone) if folder.is_dir() else nullcontext():
+        written = write_predictions(config, folder, folder / FOLDER, alone)
     if not written:
         raise DataError(f"{glue_source(config)}: no test split of {config.glue.task_name}: nothing to predict")
     return written

@@ -22,6 +22,7 @@ from neobert.tasks.glue_metrics import check_metrics
 from neobert.tasks.glue_predict import FOLDER, write_predictions
 from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
 from neobert.tasks.job import speaks, start_runtime
+from neobert.tasks.run_folder import hold_folder
 from neobert.tasks.start import find_start
 from neobert.training.checkpoint import list_steps, write_json, write_text
 from neobert.training.retention import prune, strip_checkpoint
@@ -59,12 +60,13 @@ def run_suite(
         for note in base.warnings:
             print(f"note: {note}")
         plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
-        check_plan(plan)
-        results, code = run_plan(plan, runtime, after_run)
-        if not code:
-            runtime.on_main(lambda: write_table(results, output))
-            if predict:
-                runtime.on_main(lambda: predict_best(plan, results, output / FOLDER, runtime))
+        with hold_folder(output, runtime):
+            check_plan(plan)
+            results, code = run_plan(plan, runtime, after_run)
+            if not code:
+                runtime.on_main(lambda: write_table(results, output))
+                if predict:
+                    runtime.on_main(lambda: predict_best(plan, results, output / FOLDER, runtime))
     runtime.close()
     return code
 

@@ -178,8 +178,10 @@ def _take_the_place(scratch: Path, final: Path) -> None:
         if old.exists():
             os.replace(old, final)
         raise
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        sync(final.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _contiguous(tensors: Tensors) -> Tensors:
