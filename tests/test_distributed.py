@@ -73,10 +73,13 @@ def worker(rank, root):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    num_open = []
     for name, words in TWO.items():
         run(root / name, *words)
     for name, (source, words) in RESUMED.items():
         resume(root, name, source, *words)
+        num_open.append([len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")])
+    (root / f"open{rank}.json").write_text(json.dumps(num_open))
     with pytest.raises(UserError, match="cannot share equally"):
         run(root / "three lanes", "dataset.lanes=3")
     run_folder.SHARED_SECONDS = 0.5
@@ -164,6 +167,14 @@ def test_optimizer_state_is_split_as_the_engine_splits_it(root):
         load_file(root / "fsdp2/checkpoints/20/model.safetensors").keys()
         == load_file(root / "one/checkpoints/20/model.safetensors").keys()
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_runs_in_one_process_group_leave_nothing_open(root, rank):
+    """Files and threads of a process behind each of several runs, as a suite has them."""
+    files, threads = zip(*json.loads((root / f"open{rank}.json").read_text()), strict=True)
+    assert max(files) <= files[0] + 2, files
+    assert max(threads) <= threads[0] + 2, threads
 
 
 @pytest.mark.parametrize("missing", ["optimizer/rank00001.safetensors", "data_rank00001.json"])

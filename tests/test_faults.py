@@ -1,5 +1,5 @@
-"""Faults of a run on real processes and folders: signals in every phase, damaged checkpoints, dead workers; and safety: nothing
-is executed that came with data, names stay names, secrets of the environment stay there.
+"""Faults of a run on real processes and folders: signals in every phase, damaged checkpoints, what is left of a killed run; and
+safety: nothing is executed that came with data, names stay names, secrets of the environment stay there.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 
 from neobert.config.load import load_config
 from neobert.data.tokenizer import load_tokenizer
-from neobert.data.workers import start_workers, submit_to_worker, wait_for_worker
 from neobert.errors import CheckpointError, ConfigError, DataError
 from neobert.tasks import pretraining
 from neobert.tasks.stopping import stop_signals
@@ -58,7 +58,7 @@ PHASES = {  # phase: (words, when to send, what is left)
     "compiling": (["trainer.torch_compile=true"], lambda out: (out / "environment.json").is_file(), "a checkpoint"),
     "saving": (["trainer.save_steps=1"], lambda out: list(out.glob("checkpoints/.*.tmp")), "a checkpoint"),
     "tokenising": (
-        ["dataset.pre_tokenize=true", "dataset.num_proc=1"], lambda out: list(out.glob("tokenized/train/plan.json")),
+        ["dataset.pre_tokenize=true", "dataset.num_proc=2"], lambda out: list(out.glob("tokenized/train/plan.json")),
         "nothing",
     ),
 }  # fmt: skip
@@ -115,26 +115,46 @@ def test_a_signal_in_a_step_ends_behind_it(number, tmp_path):
     assert signal.getsignal(number) not in (None, stop_signals)
 
 
-# --- data workers -----------
+# --- what a run starts, and what is left of it -----------
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [("os.kill(os.getpid(), 9)", "was killed by SIGKILL, most likely for want of memory"),
-     ("os.kill(os.getpid(), 11)", "was killed by SIGSEGV"), ("os._exit(3)", "ended with exit code 3")],
-)  # fmt: skip
-def test_a_dead_worker_is_reported_with_its_reason(how, reason):
-    with start_workers(2) as pool, pytest.raises(DataError, match=f"a tokenising process {reason}"):
-        wait_for_worker(submit_to_worker(pool, exec, f"import os; {how}"))
+def test_a_script_without_a_main_guard_trains(tmp_path):
+    """`pretraining.run` from the top level of a script: no process that tokenises imports the script again."""
+    words = [*TINY, "dataset.streaming=true", "dataset.num_workers=2", f"trainer.output_dir={tmp_path / 'out'}"]
+    (tmp_path / "script.py").write_text(
+        "from neobert.config.load import load_config\nfrom neobert.tasks import pretraining\n"
+        f"open({str(tmp_path / 'imported')!r}, 'a').write('once')\npretraining.run(load_config([], {words!r}))\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert list_steps(tmp_path / "out/checkpoints") == [6]
+    assert (tmp_path / "imported").read_text() == "once"
 
 
-def test_workers_outlive_signals_that_are_for_the_run():
-    with start_workers(1) as pool:
-        wait_for_worker(submit_to_worker(pool, len, "up"))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            subprocess.run(["kill", f"-{int(number)}", str(pool.context.started[0].pid)], check=True)
-        time.sleep(0.2)
-        assert wait_for_worker(submit_to_worker(pool, len, "abc")) == 3
+@pytest.mark.parametrize("moment", ["starting", "training"])
+def test_nothing_is_left_of_a_launcher_that_was_killed(moment, tmp_path):
+    """SIGKILL to the launcher alone, as soon as its processes exist or between two steps: they end, files in /tmp too."""
+    (tmp_path / "tmp").mkdir()
+    process = start(tmp_path, "trainer.max_steps=100000", "--nproc", "2", TMPDIR=str(tmp_path / "tmp"))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(process, lambda: len(children.read_text().split()) == 2)
+    if moment == "training":
+        wait_for(process, lambda: (tmp_path / "out/metrics.jsonl").is_file())
+    process.kill()
+    process.communicate(timeout=60)  # behind the end of all that write to the pipe
+    assert not os.path.exists(f"/proc/{process.pid}")
+    assert not processes_of(tmp_path)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def processes_of(folder):
+    """Processes whose command line names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 # --- damaged checkpoints -----------

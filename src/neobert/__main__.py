@@ -1,5 +1,9 @@
 """`python -m neobert`: the same as the `neobert` command."""
 
-from neobert.cli import main
+from neobert.launched import end_with_launcher
+
+end_with_launcher()
+
+from neobert.cli import main  # noqa: E402
 
 main()

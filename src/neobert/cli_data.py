@@ -15,7 +15,7 @@ def tokenize(
     corpus: Annotated[str, typer.Argument(metavar="TEXT", help="File, folder or glob, or a `save_to_disk` folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the tokens.")],
     tokenizer: Annotated[str, typer.Option("-t", "--tokenizer", help="Folder of a tokenizer, or its name on the hub.")],
-    num_proc: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes [one per core].")] = None,
+    num_proc: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads [one per core].")] = None,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Make every N-th shard from the I-th, counted from 1: for array jobs.")
     ] = "1/1",

@@ -98,8 +98,8 @@ class DatasetConfig(Section):
     )
     num_workers: int = key(
         16,
-        "Processes that tokenise ahead of training (never more than the machine has cores; 0: in the training process).",
-        "processes; time spent waiting for data",
+        "Threads that tokenise ahead of training (never more than the machine has cores; 0: none, it is done on reading).",
+        "threads; time spent waiting for data",
         ge=0,
         le=1024,
     )
@@ -109,16 +109,16 @@ class DatasetConfig(Section):
         "batch memory",
     )
     persistent_workers: bool = key(
-        True, "Keep the tokenising processes from one epoch to the next; `false` starts new ones.", "process ids"
+        True, "Keep the tokenising threads from one epoch to the next; `false` starts new ones.", "threads"
     )
     prefetch_factor: int | None = key(
         None,
-        "Blocks of documents in flight per tokenising process (default: 2).",
+        "Blocks of documents in flight per tokenising thread (default: 2).",
         "memory; time waiting for data",
         ge=1,
         le=1024,
     )
-    num_proc: int = key(4, "Processes for `pre_tokenize`.", "processes while preparing", ge=1, le=1024)
+    num_proc: int = key(4, "Threads for `pre_tokenize`.", "threads while preparing", ge=1, le=1024)
     shuffle_buffer_size: int = key(
         10000,
         "Pieces of documents in the shuffle buffer of a streamed corpus; 0 or 1 keeps file order, also with "

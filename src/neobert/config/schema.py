@@ -117,7 +117,7 @@ class GlueConfig(Section):
     )
     num_workers: int = key(4, "Threads that put batches together ahead.", "speed", ge=0, le=1024)
     preprocessing_num_proc: int = key(
-        4, "Most processes for tokenising the task; one takes 20,000 rows.", "speed", ge=1, le=1024
+        4, "Most threads for tokenising the task; one takes 20,000 rows.", "speed", ge=1, le=1024
     )
     pooling: Literal["cls", "mean"] = key(
         "cls", "What the classifier sees of a row: its first token, or the mean of all.", "shape of the head"

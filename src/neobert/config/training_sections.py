@@ -92,7 +92,7 @@ class TrainerConfig(Section):
     max_ckpt: int = key(3, "Older name of `save_total_limit`; acts when that one is not set.", "checkpoints", ge=1)
     disable_tqdm: bool = key(False, "No progress bars.", "the terminal")
     dataloader_num_workers: int = key(
-        0, "Older name of `dataset.num_workers`; acts when that one is not set.", "processes", ge=0, le=1024
+        0, "Older name of `dataset.num_workers`; acts when that one is not set.", "threads", ge=0, le=1024
     )
     engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = key(
         "auto",

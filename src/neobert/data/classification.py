@@ -8,6 +8,7 @@ Batches are put together ahead by threads, which changes nothing but time. With 
 together (chunks of 50 batches are sorted, their batches shuffled), so that padding is small where padding costs.
 """
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +22,11 @@ import torch
 from neobert.data.layout import RowLayout, Share
 from neobert.data.masking import IGNORED
 from neobert.data.position import require_same
-from neobert.data.workers import start_workers, submit_to_worker, wait_for_worker
+from neobert.data.tokenizer import tokenizing_threads
 from neobert.errors import DataError
 
 CHUNK_BATCHES = 50
-ROWS_PER_PROCESS = 20_000  # fewer are not worth another process
+ROWS_PER_THREAD = 20_000  # fewer are not worth another thread
 
 Ids = np.ndarray
 
@@ -59,14 +60,13 @@ def tokenize_rows(
 
     Of a pair the longer text is cut first. Raises DataError for longer rows where `truncate` is off.
     """
-    num_proc = min(num_proc, -(-len(texts[0]) // ROWS_PER_PROCESS))
+    num_proc = min(num_proc, -(-len(texts[0]) // ROWS_PER_THREAD))
     limit = max_length if truncate else None
     if num_proc > 1:
         bounds = np.linspace(0, len(texts[0]), num_proc + 1).astype(int)
         parts = [tuple(column[a:b] for column in texts) for a, b in pairwise(bounds)]
-        with start_workers(num_proc) as pool:
-            works = [submit_to_worker(pool, _encode, hf_tokenizer, part, limit) for part in parts]
-            done = [wait_for_worker(work) for work in works]
+        with tokenizing_threads(num_proc) as pool:  # a tokenizer each, as its limit is part of it
+            done = list(pool.map(lambda part: _encode(copy.deepcopy(hf_tokenizer), part, limit), parts))
     else:
         done = [_encode(hf_tokenizer, texts, limit)]
     ids = [row for part, _ in done for row in part]

@@ -2,7 +2,7 @@
 
     RowSource (one per source) -> Lane (draws rows from its sources) -> microbatches -> mask -> queue -> training
 
-Everything behind the tokeniser runs in one background thread, in one order, whatever the number of tokenising processes.
+Everything behind the tokeniser runs in one background thread, in one order, whatever the number of tokenising threads.
 Each batch in the queue carries the position behind itself (tuples that share arrays: tens of microseconds), so what was
 prefetched and not used is read again after a resume, and nothing else is.
 
@@ -159,7 +159,7 @@ class Loader:
         return False
 
     def close(self) -> None:
-        """Stop the thread and its processes."""
+        """Stop the threads."""
         self._stop.set()
         self._thread.shutdown()
         self.pipeline.workers.close()

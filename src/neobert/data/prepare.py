@@ -1,12 +1,14 @@
 """Tokenising a corpus before training, shard by shard, into a `TokenStore`.
 
 The corpus is cut into shards by where its files begin and by their sizes alone, so everybody who looks at the same files has
-the same plan, whatever the number of processes. A process takes a whole shard: it reads, tokenises and writes it. What a
+the same plan, whatever the number of threads. A thread takes a whole shard: it reads, tokenises and writes it. What a
 killed run has finished is found by the next; several machines may each take every N-th shard.
 """
 
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,7 @@ from neobert.data.token_store import (
     write_json,
     write_shard,
 )
-from neobert.data.tokenizer import Ids, TextTokenizer, train_tokenizer
-from neobert.data.workers import start_workers, submit_to_worker, wait_for_worker, worker_tokenizer
+from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads, train_tokenizer
 from neobert.errors import DataError
 
 MAX_SHARDS, MIN_SHARD_BYTES = 256, 1_000_000
@@ -55,7 +56,7 @@ def tokenize_files(
     """Make the missing shards of `folder`, or every N-th of them from the I-th (`share` = I, N, from 1).
 
     Returns how many were made, and the manifest when the folder is whole. Raises DataError when the folder is of another
-    tokenizer or another text, when a process dies, or when the disk is full.
+    tokenizer or another text, or when the disk is full.
     """
     try:
         shards = _agree_on_plan(files, tokenizer, folder)
@@ -175,39 +176,40 @@ def _make_shards(
     refuse: bool,
 ) -> None:
     stops = [*shards[1:], files.stop]
-    jobs = [(folder, n, replace(files, start=shards[n], stop=stops[n]), refuse) for n in missing]
-    num_proc = min(num_proc, len(jobs))
-    pool = start_workers(num_proc, tokenizer) if num_proc > 1 else None
-    try:
-        with tqdm(total=len(jobs), desc="tokenising", unit=" shards", disable=not show_bar, leave=False) as bar:
-            if pool is None:
-                for job in jobs:
-                    tokenize_shard(*job, tokenizer)
-                    bar.update()
-                return
-            futures = [submit_to_worker(pool, tokenize_shard, *job) for job in jobs]
-            for future in futures:
-                wait_for_worker(future)
+    stop = threading.Event()
+    jobs = [
+        (folder, n, replace(files, start=shards[n], stop=stops[n]), Skips(refuse), tokenizer, stop) for n in missing
+    ]
+    with tqdm(total=len(jobs), desc="tokenising", unit=" shards", disable=not show_bar, leave=False) as bar:
+        if min(num_proc, len(jobs)) <= 1:
+            for job in jobs:
+                tokenize_shard(*job)
                 bar.update()
-    finally:
-        if pool:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return
+        pool = tokenizing_threads(num_proc)
+        try:
+            for future in [pool.submit(tokenize_shard, *job) for job in jobs]:
+                future.result()
+                bar.update()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def tokenize_shard(
-    folder: Path, number: int, files: Files, refuse: bool, tokenizer: TextTokenizer | None = None
+    folder: Path, number: int, files: Files, skips: Skips, tokenizer: TextTokenizer, stop: threading.Event
 ) -> None:
-    """Read, tokenise and write one shard; in a worker process the tokenizer is that of the process."""
+    """Read, tokenise and write one shard. Raises CancelledError before the next block when `stop` is set."""
     for leftover in folder.glob(f".*-{number:05d}.*.tmp"):
         leftover.unlink(missing_ok=True)  # of a process that was killed
-    encoder = tokenizer or worker_tokenizer()
-    skips = Skips(refuse)
-    write_shard(folder, number, _encode(files, encoder, skips), encoder.dtype, skips.counts)
+    write_shard(folder, number, _encode(files, skips, tokenizer, stop), tokenizer.dtype, skips.counts)
 
 
-def _encode(files: Files, tokenizer: TextTokenizer, skips: Skips) -> Iterator[Ids]:
+def _encode(files: Files, skips: Skips, tokenizer: TextTokenizer, stop: threading.Event) -> Iterator[Ids]:
     reader = StreamReader(files, skips=skips)
     while block := reader.read():
+        if stop.is_set():
+            raise CancelledError
         yield from tokenizer.encode(block)
 
 

@@ -2,13 +2,14 @@
 
     reader -> tokenise -> cut into pieces -> shuffle buffer (streams) -> rows
 
-Worker processes only tokenise blocks of documents, as pure functions, and their results are taken in the order of the
+Worker threads only tokenise blocks of documents, as pure functions, and their results are taken in the order of the
 blocks. So the position is small: where the reader stands behind the last block taken, the pieces in the shuffle buffer, the
 open rows, and the rows that are ready.
 """
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +18,7 @@ import numpy as np
 from neobert.data.masking import hash_key
 from neobert.data.order import Reader, StreamReader
 from neobert.data.packing import Cut, OnePerRow, Packer, Row, Segmenter
-from neobert.data.tokenizer import Ids, TextTokenizer
-from neobert.data.workers import Work, encode_in_worker, start_workers, submit_to_worker, wait_for_worker
-from neobert.data.workers import Workers as Processes
+from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
 
 
@@ -62,31 +61,31 @@ class ShuffleBuffer:
 
 @dataclass
 class Workers:
-    """The tokenising processes of a pipeline, started when the first text comes. `count` 0: none."""
+    """The threads that tokenise for a pipeline, started when the first text comes. `count` 0: none."""
 
     tokenizer: TextTokenizer
     count: int = 0
     prefetch_factor: int = 2
     persistent: bool = True
-    pool: Processes | None = None
+    pool: ThreadPoolExecutor | None = None
 
     @property
     def num_ahead(self) -> int:
         """Blocks in flight per source."""
         return self.count * self.prefetch_factor
 
-    def submit(self, documents: list[Any]) -> Work[list[Ids]] | list[Ids]:
+    def submit(self, documents: list[Any]) -> Future[list[Ids]] | list[Ids]:
         """Token ids of a block, now or later. Documents that are token ids already pass."""
         if not documents or not isinstance(documents[0], str):
             return documents
         if not self.count:
             return self.tokenizer.encode(documents)
         if self.pool is None:
-            self.pool = start_workers(self.count, self.tokenizer)
-        return submit_to_worker(self.pool, encode_in_worker, documents)
+            self.pool = tokenizing_threads(self.count)
+        return self.pool.submit(self.tokenizer.encode, documents)
 
     def end_epoch(self) -> None:
-        """Without `persistent`, new processes from now on; blocks in flight are still finished."""
+        """Without `persistent`, new threads from now on; blocks in flight are still finished."""
         if not self.persistent and self.pool is not None:
             self.pool.shutdown(wait=False)
             self.pool = None
@@ -199,7 +198,7 @@ class RowSource:
 
     def _tokenized(self) -> Iterator[tuple[list[Ids], int, dict[str, Any]]]:
         """The blocks in order, tokenised; with workers, several are in flight."""
-        pending: deque[tuple[Work[list[Ids]] | list[Ids], int, dict[str, Any]]] = deque()
+        pending: deque[tuple[Future[list[Ids]] | list[Ids], int, dict[str, Any]]] = deque()
         for documents, epoch, behind in self._read():
             pending.append((self.workers.submit(documents), epoch, behind))
             while len(pending) > self.workers.num_ahead or (pending and not documents):
@@ -251,7 +250,7 @@ class RowSource:
 
 
 def _result(block: Any, epoch: int, behind: dict[str, Any]) -> tuple[list[Ids], int, dict[str, Any]]:
-    return (block if isinstance(block, list) else wait_for_worker(block)), epoch, behind
+    return (block if isinstance(block, list) else block.result()), epoch, behind
 
 
 def first_skip(first: dict[str, str]) -> str:

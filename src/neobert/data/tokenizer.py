@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -29,7 +31,7 @@ Ids = np.ndarray  # token ids of one document, uint16 or uint32, without special
 
 @dataclass
 class TextTokenizer:
-    """What the data pipeline needs of a tokenizer; cheap to send to another process.
+    """What the data pipeline needs of a tokenizer; several threads may encode with it at once.
 
     `json` is the serialised fast tokenizer. `special_ids` are never masked; `num_real` counts the ids below the inert
     ones. Raises nothing itself: `load_tokenizer` checks that all special tokens exist.
@@ -42,10 +44,6 @@ class TextTokenizer:
     mask_id: int
     special_ids: frozenset[int]
     num_real: int
-    _backend: Any = field(default=None, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_backend": None}
 
     @property
     def dtype(self) -> type:
@@ -64,18 +62,21 @@ class TextTokenizer:
         settings |= {"added_tokens": added, "truncation": None, "padding": None}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
+    @cached_property
+    def _backend(self) -> Any:
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(self.json)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend
+
     def encode(self, texts: list[str]) -> list[Ids]:
         """Token ids of each text, without special tokens; special tokens written in the text are not interpreted.
 
         Very long texts are encoded in parts, cut in front of white space, which bounds the memory this takes.
         """
-        if self._backend is None:
-            from tokenizers import Tokenizer
-
-            self._backend = Tokenizer.from_str(self.json)
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            self._backend.encode_special_tokens = True
         if any(len(text) > LONGEST_PART for text in texts):
             return [np.concatenate(self.encode(list(_parts(text)))) for text in texts]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -91,6 +92,15 @@ def _parts(text: str) -> Iterator[str]:
         yield text[begin:end]
         begin = end
     yield text[begin:]
+
+
+def tokenizing_threads(count: int) -> ThreadPoolExecutor:
+    """Threads that tokenise at the same time: the tokenizer is compiled code that runs without Python's lock.
+
+    Each works alone on what it is given. The library would otherwise use all cores for every call, whatever `count` is.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return ThreadPoolExecutor(count, "tokenise")
 
 
 def load_tokenizer(name: str, path: str | None) -> Any:

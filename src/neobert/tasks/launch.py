@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.errors import ConfigError, Problem
+from neobert.launched import LAUNCHER
 
 HANDED_ON = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"
 KEY = "accelerate_config_file"
@@ -73,8 +75,10 @@ def read_accelerate(config: Config, path: str) -> tuple[Launch, list[str]]:
     return Launch(total // machines, machines, numbers["machine_rank"], endpoint, kind), notes
 
 
-def launch(command: list[str], plan: Launch, use_cpu: bool) -> int:
-    """Run `neobert <command>` as planned; returns the exit code. Signals are handed on. Raises ConfigError."""
+def launch(command: list[str] | Callable[[], None], plan: Launch, use_cpu: bool) -> int:
+    """Run `neobert <command>` as planned, or a function in forks of this process; returns the exit code. Signals are handed
+    on. Raises ConfigError.
+    """
     num_processes = plan.num_processes
     gpus = 0 if use_cpu else torch.cuda.device_count()
     if gpus and num_processes > gpus:
@@ -86,6 +90,7 @@ def launch(command: list[str], plan: Launch, use_cpu: bool) -> int:
     if plan.kind in SWITCHES:
         os.environ[SWITCHES[plan.kind]] = "true"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_SECONDS)
+    os.environ[LAUNCHER] = str(os.getpid())
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say it in a line
     several = plan.num_machines > 1
     config = LaunchConfig(
@@ -96,13 +101,17 @@ def launch(command: list[str], plan: Launch, use_cpu: bool) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint=plan.endpoint,
         rdzv_configs={"is_host": plan.machine == 0} if several else {},
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(os.devnull),  # by default a folder of temporary files, which stays
+        start_method="fork",  # of a function
         monitor_interval=0.1,
         max_restarts=0,
         signals_to_handle=HANDED_ON,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "neobert", *command)
+        if callable(command):
+            elastic_launch(config, command)()
+        else:
+            elastic_launch(config, sys.executable)("-m", "neobert", *command)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as error:

@@ -206,7 +206,7 @@ def _describe_workers(pipeline: Pipeline, sources: list[Source]) -> str:
     if all(source.is_tokenized for source in sources):
         return "tokenised beforehand"
     count = pipeline.workers.count
-    return f"{count} tokenising processes" if count else "tokenised in the training process"
+    return f"tokenised by {count} threads" if count else "tokenised as it is read"
 
 
 def _describe_rows(config: Config) -> str:

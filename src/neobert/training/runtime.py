@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +37,8 @@ SPLIT = (
     "optimizer state and gradients are",
     "the whole model is",
 )  # by ZeRO's stage
-PATIENCE = timedelta(days=2)  # of processes that wait while the main one tokenises, or for a slow disk
+START_PATIENCE = timedelta(minutes=10)  # of processes that connect to each other
+PATIENCE = timedelta(days=2)  # of connected processes that wait while the main one tokenises, or for a slow disk
 Result = TypeVar("Result")
 
 
@@ -210,7 +212,7 @@ class Runtime:
         """The processes of this run as those that write a checkpoint together, with a connection of their own."""
         if self.world_size == 1:
             return ALONE
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = connect("checkpoints", dist.group.WORLD)
 
         def gather(value: Any) -> list[Any]:
             values: list[Any] = [None] * self.world_size
@@ -253,8 +255,16 @@ def build_runtime(
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if world_size > 1:
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        patient = connect("long waits", dist.group.WORLD)
     return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, patient, owns_group, zero_options or {})
+
+
+@cache
+def connect(purpose: str, world: Any) -> dist.ProcessGroup:
+    """A connection of the processes of `world` over the network for one purpose. Runs that follow each other share it."""
+    group = dist.new_group(backend="gloo", timeout=START_PATIENCE)
+    dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+    return group
 
 
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets them
