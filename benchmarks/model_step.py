@@ -128,6 +128,7 @@ def stepper(model: torch.nn.Module, source: Iterator[Batch]) -> Callable[[], flo
     def step() -> float:
         batch = next(source).to(DEVICE)
         inputs = {name: value for name, value in batch.inputs().items() if ours or name != "document_lengths"}
+        inputs |= {"masked_only": True} if ours else {}
         start = clock()
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=BF16):
             loss = model(**inputs).loss
@@ -155,7 +156,7 @@ def products(size: Size, batch: Batch) -> list[tuple[int, int, int, int]]:
 def step_flops(size: Size, batch: Batch) -> float:
     """Of forward and backward: three times the forward's products, attention included, at two operations each."""
     linear = sum(2 * n * k * m * times for n, k, m, times in products(size, batch))
-    attention = sum(4 * length**2 * size.width for length in batch.document_lengths.tolist()) * size.layers
+    attention = sum(4 * length**2 * size.width for length in batch.document_lengths) * size.layers
     return 3.0 * (linear + attention)
 
 

@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert.model import flat, loss
-from neobert.model.attention import Layout, Rotary, attend, attend_documents
+from neobert.model.attention import CPU_CALL, Layout, Rotary, attend, attend_documents, uses_buckets
+from neobert.model.bucket_attention import BucketAttention
+from neobert.model.flat import FlatBatch
 from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, steady_size
-from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM
+from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 
 VOCABULARY = 120
 LENGTHS = [(5, 30, 29), (64,), (1, 62, 1), (40, 24)]  # 4 packed rows of 64 tokens
@@ -41,9 +44,9 @@ def unpacked(x_BT, fill):
     return torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True, padding_value=fill)
 
 
-def gradients(model, **inputs):
+def gradients(model, masked_only=True, **inputs):
     model.zero_grad()
-    output = model(**inputs)
+    output = model(**inputs, masked_only=masked_only)
     output.loss_sum.backward()
     return output.loss_sum.detach(), {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
@@ -132,24 +135,83 @@ def test_count_correct():
     assert model(ids, document_lengths=lengths, labels=labels, count_correct=True).num_correct == expected
 
 
+DOCUMENTS = {
+    "mixed": (5, 64, 3, 130, 64, 200, 1, 77),
+    "like GLUE's": (20, 33, 33, 57, 20, 41, 33, 60),
+    "one token": (1,) * 300,
+    "equal": (128, 128, 128),
+    "long": (512, 1024),
+    "empty rows": (0, 7, 0, 7, 40),
+}
+
+
+def loop_of_sdpa(qkv, rotary, lengths, scale):
+    """Every document by itself."""
+    q, k, v = qkv.unbind(1)
+    parts = (x.transpose(0, 1).split(lengths, 1) for x in (rotary.rotate(q), rotary.rotate(k), v))
+    documents = [[x[None] for x in pieces] for pieces in zip(*parts, strict=True) if pieces[0].shape[1]]
+    outs = [F.scaled_dot_product_attention(*document, scale=scale)[0] for document in documents]
+    return torch.cat(outs, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernel", ["buckets", "documents"])
+@pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("budget", [2**21, 1])
-def test_bucket_attention_equals_sdpa(dtype, tolerance, budget, monkeypatch):
-    monkeypatch.setattr("neobert.model.bucket_attention.SCORE_BUDGET", budget)
-    lengths = (5, 64, 3, 130, 64, 200, 1, 77)
+def test_attention_equals_a_loop_over_documents(dtype, tolerance, lengths, kernel, monkeypatch):
+    """Both kernels of the CPU, whichever of them the arithmetic gets: outputs and gradients."""
+    monkeypatch.setattr("neobert.model.attention.uses_buckets", lambda dtype: kernel == "buckets")
+    monkeypatch.setattr("neobert.model.bucket_attention.SCORE_BUDGET", 2**21 if sum(lengths) > 512 else 1)
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 4, 64).to(dtype).requires_grad_()
     rotary = Rotary.of(max(lengths), 64, torch.cat([torch.arange(n) for n in lengths]))
-    layout = Layout(lengths=lengths)
-    out = attend(qkv, rotary, layout, 0.125)
+    out = attend(qkv, rotary, Layout(lengths=lengths), 0.125)
     direction = torch.randn_like(out)
     (grad,) = torch.autograd.grad(out, qkv, direction)
     reference = qkv.detach().float().requires_grad_()
-    q, k, v = reference.unbind(1)
-    expected = attend_documents(rotary.rotate(q), rotary.rotate(k), v, layout, 0.125)
+    expected = loop_of_sdpa(reference, rotary, lengths, 0.125)
     (expected_grad,) = torch.autograd.grad(expected, reference, direction.float())
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grad.float(), expected_grad, rtol=tolerance, atol=tolerance)
+
+
+def test_the_arithmetic_chooses_the_kernel_of_the_cpu():
+    """bfloat16 goes through buckets, everything else through SDPA, as the saved tensors of a forward pass show."""
+    for dtype, wanted in (
+        (torch.bfloat16, True),
+        (torch.float32, False),
+        (torch.float64, False),
+        (torch.float16, False),
+    ):
+        qkv = torch.randn(12, 3, 2, 8).to(dtype).requires_grad_()
+        out = attend(qkv, None, Layout(lengths=(5, 7)), 0.3)
+        assert isinstance(out.grad_fn, BucketAttention._backward_cls) is uses_buckets(dtype) is wanted
+
+
+class SDPACalls(TorchDispatchMode):
+    """Batch sizes of the attention kernels that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default or "attention" in func.name():
+            self.sizes.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_equal_documents_are_one_call():
+    """Off the CPU ("meta") rows without a mask cost one call, packed documents one for each length; on the CPU a call
+    holds a bounded number of tokens.
+    """
+    qkv = torch.randn(192, 3, 2, 8, device="meta")
+    for lengths, calls in (((12,) * 16, 1), ((5, 7) * 16, 2)):
+        with SDPACalls() as seen:
+            attend(qkv, None, Layout(lengths=lengths), 0.3)
+        assert len(seen.sizes) == calls * 2, lengths  # "meta" composes each of two products
+    with SDPACalls() as seen:
+        attend_documents(torch.randn(2 * CPU_CALL, 3, 2, 8), Layout(lengths=(8,) * (CPU_CALL // 4)), 0.3)
+    assert seen.sizes == [CPU_CALL // 8] * 2
 
 
 @pytest.mark.parametrize("kind", ["norm", "swiglu"])
@@ -257,8 +319,100 @@ def test_rows_of_padding_only():
     hidden = model.model(ids, attention_mask=mask).last_hidden_state
     assert torch.all(hidden[1] == 0)
     torch.testing.assert_close(hidden[2:], model.model(ids[2:]).last_hidden_state, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="row 1 has no tokens"):
-        model.model.embed(ids, attention_mask=mask)
+    padded = FlatBatch(ids.flatten(), torch.arange(10).repeat(3), Layout(mask_BT=mask.bool()), ids.shape, None)
+    restored = padded.restore(model.model.encode(padded))  # as off the CPU, where padding stays in
+    torch.testing.assert_close(restored, hidden, rtol=1e-5, atol=1e-5)
+    for pooling in ("mean", "cls", "max"):
+        with pytest.raises(ValueError, match="row 1 has no tokens"):
+            model.model.embed(ids, attention_mask=mask, pooling=pooling)
+        with pytest.raises(ValueError, match="row 1 has no tokens"):
+            padded.pool(restored.flatten(0, 1), pooling)
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (3, 0), (0, 0)])
+@pytest.mark.parametrize("batch", ["packed", "padded", "whole"])
+def test_empty_batches_have_empty_states(shape, batch):
+    ids = torch.ones(shape, dtype=torch.long)
+    inputs = {"packed": {"document_lengths": ()}, "padded": {"attention_mask": ids}, "whole": {}}[batch]
+    assert build().model(ids, **inputs).last_hidden_state.shape == (*shape, 32)
+
+
+# --- as transformers' users call it -----------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_half_precision_weights(variant, dtype):
+    """A model loaded in half precision computes about what it does in float32, forward and backward; off the CPU too."""
+    ids, labels, lengths = packed_batch()
+    inputs = {"input_ids": ids, "labels": labels, "document_lengths": lengths}
+    expected = gradients(build(**variant), **inputs)
+    model = build(**variant).to(dtype)
+    loss, grads = gradients(model, **inputs)
+    assert loss == pytest.approx(expected[0].item(), rel=2e-2)
+    for name, grad in grads.items():
+        assert grad.dtype == dtype
+        assert F.cosine_similarity(grad.float().flatten(), expected[1][name].flatten(), 0) > 0.95, name
+    assert model(ids, document_lengths=lengths).logits.dtype == dtype
+    classifier = NeoBERTForSequenceClassification(model.config).to(dtype)
+    assert classifier(ids, document_lengths=lengths).logits.isfinite().all()
+    mask = torch.ones_like(ids, device="meta")
+    assert model.to("meta")(ids.to("meta"), attention_mask=mask).logits.dtype == dtype
+
+
+def test_labels_give_loss_and_logits():
+    model, (ids, labels, lengths) = build().eval(), packed_batch()
+    output = model(ids, document_lengths=lengths, labels=labels, count_correct=True)
+    lean = model(ids, document_lengths=lengths, labels=labels, count_correct=True, masked_only=True)
+    wanted = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(output.loss, wanted)
+    torch.testing.assert_close(output.loss, lean.loss)
+    assert (lean.logits, lean.num_correct) == (None, output.num_correct)
+
+
+@pytest.mark.parametrize("kind", [NeoBERTForMaskedLM, NeoBERTForSequenceClassification])
+def test_hidden_states(kind):
+    """What goes into each block, then the last hidden state; by argument or by configuration. What is not done is refused."""
+    ids, mask = torch.randint(5, VOCABULARY, (2, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    model = kind(build().config).eval()
+    output = model(ids, attention_mask=mask, output_hidden_states=True)
+    states = output.hidden_states
+    assert [tuple(state.shape) for state in states] == [(2, 6, 32)] * 4
+    torch.testing.assert_close(states[0], model.model.embed_tokens(ids) * mask[..., None])
+    torch.testing.assert_close(states[-1], model.model(ids, attention_mask=mask).last_hidden_state)
+    torch.testing.assert_close(model.model.norm(model.model.layers[2](*block_inputs(states[2][0]))), states[-1][0])
+    assert model(ids, attention_mask=mask).hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(ids, attention_mask=mask).hidden_states) == 4
+    with pytest.raises(ValueError, match="does not take output_attentions"):
+        model(ids, output_attentions=True)
+
+
+def block_inputs(x_ND):
+    """What a block takes of a row without padding."""
+    rotary = Rotary.of(len(x_ND), 8, torch.arange(len(x_ND)))
+    return x_ND, rotary, Layout(lengths=(len(x_ND),))
+
+
+@pytest.mark.parametrize("size", [VOCABULARY + 7, VOCABULARY - 20])
+@pytest.mark.parametrize("variant", [{}, {"ngpt": True}], ids=str)
+def test_another_vocabulary_size(variant, size):
+    """Tokens that stay have the logits they had; those that are new have some."""
+    model, ids = build(**variant).eval(), torch.randint(5, 90, (2, 6))
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(size, mean_resizing=False)
+        after = model(ids).logits
+    assert after.shape == (2, 6, size)
+    assert after.isfinite().all()
+    kept = min(size, VOCABULARY)
+    torch.testing.assert_close(after[..., :kept], before[..., :kept])
+    model(torch.full((1, 3), size - 1), labels=torch.full((1, 3), size - 1)).loss.backward()
+
+
+def test_tied_embeddings_are_refused():
+    with pytest.raises(ValueError, match="decoder has weights of its own"):
+        build(tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize(

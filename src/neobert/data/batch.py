@@ -12,12 +12,12 @@ from neobert.data.packing import Row
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens. Packed: `document_lengths` (int64, on the CPU, sum B*T). Padded: `attention_mask`."""
+    """B rows of T tokens. Packed: `document_lengths`, whose sum is B*T. Padded: `attention_mask`."""
 
     input_ids: torch.Tensor  # int64, B x T, corrupted
     labels: torch.Tensor  # int64, B x T, -100 where nothing is predicted
     attention_mask: torch.Tensor | None
-    document_lengths: torch.Tensor | None
+    document_lengths: tuple[int, ...] | None
     num_targets: int
     num_tokens: int  # real ones: no padding
     epoch: int  # that the run is in behind it
@@ -32,7 +32,7 @@ class Batch:
         }
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; document lengths stay on the CPU, where shapes are decided."""
+        """The same batch on a device."""
         if device.type == "cpu":
             return self
 
@@ -72,7 +72,7 @@ class Collator:
         inputs, labels = self.masker(ids, epochs, indices)
         counts = np.array([row.num_tokens for row in rows])
         mask = None if self.packed else torch.from_numpy((np.arange(length) < counts[:, None]).astype(np.int64))
-        lengths = torch.tensor(_lengths(rows, length), dtype=torch.int64) if self.packed else None
+        lengths = tuple(_lengths(rows, length)) if self.packed else None
         return Batch(
             torch.from_numpy(inputs),
             torch.from_numpy(labels),

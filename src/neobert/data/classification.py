@@ -94,7 +94,7 @@ class LabelledBatch:
     input_ids: torch.Tensor  # int64, B x T, or 1 x sum of lengths
     token_type_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
-    document_lengths: torch.Tensor | None
+    document_lengths: tuple[int, ...] | None
     labels: torch.Tensor | None  # B; int64 classes, or float32
     num_targets: int
     num_tokens: int
@@ -107,7 +107,7 @@ class LabelledBatch:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "LabelledBatch":
-        """The same batch on a device; document lengths stay on the CPU."""
+        """The same batch on a device."""
         names = ("input_ids", "token_type_ids", "attention_mask", "labels")
         moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **moved)

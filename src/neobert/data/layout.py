@@ -35,12 +35,12 @@ class RowLayout:
             out[place, : len(row)] = row
         return torch.from_numpy(out)
 
-    def boundaries(self, rows: list[Ids]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def boundaries(self, rows: list[Ids]) -> tuple[torch.Tensor | None, tuple[int, ...] | None]:
         """(attention_mask, document_lengths): one of them says what is real, the other is None."""
-        counts = np.array([len(row) for row in rows])
+        lengths = tuple(map(len, rows))
         if self.packed:
-            return None, torch.from_numpy(counts)
-        return torch.from_numpy((np.arange(self._width(rows)) < counts[:, None]).astype(np.int64)), None
+            return None, lengths
+        return torch.from_numpy((np.arange(self._width(rows)) < np.array(lengths)[:, None]).astype(np.int64)), None
 
     def _width(self, rows: list[Ids]) -> int:
         return -(-(self.row_length or max(map(len, rows))) // self.multiple) * self.multiple

@@ -38,7 +38,7 @@ class PairBatch:
 
     input_ids: torch.Tensor  # int64, n x T, or 1 x sum of lengths
     attention_mask: torch.Tensor | None
-    document_lengths: torch.Tensor | None
+    document_lengths: tuple[int, ...] | None
     keys: dict[str, Any]
     num_targets: int
     num_tokens: int
@@ -50,7 +50,7 @@ class PairBatch:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on a device; document lengths stay on the CPU."""
+        """The same batch on a device."""
         mask = self.attention_mask
         return replace(
             self,

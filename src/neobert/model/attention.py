@@ -7,8 +7,9 @@ Hidden states travel as N x D; only the layout knows where a document begins. It
   with a variable-length kernel, whose padding is left out before the first layer and put back behind the last.
 - padded: rows of one length with a mask of the real tokens, for SDPA on CUDA, which wants static shapes.
 
-Ragged attention runs on the CPU as `BucketAttention`; on CUDA by a variable-length kernel, of the flash-attn package or
-torch's own, where `Layout.kernel` names one, else by one SDPA call per document.
+Ragged attention runs on CUDA by a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel`
+names one. On the CPU it runs as `BucketAttention` in bfloat16 (`uses_buckets`). Everything else is SDPA, one call
+for documents of the same length.
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch import Tensor
 from .bucket_attention import GRANULARITY, BucketAttention, Buckets
 
 Kernel = Literal["sdpa", "flash_attn", "torch_varlen"]
+CPU_CALL = 256  # tokens of an SDPA call on the CPU that holds several documents: more leave the cache
 
 
 @dataclass
@@ -51,6 +53,27 @@ class Rotary:
         first, second = x_NHK.chunk(2, dim=-1)
         cos, sin = (table.to(x_NHK.dtype) for table in self.tables_N1K)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class FusedRotary(torch.autograd.Function):
+    """q, k and v, N x 3 x H x K, with q and k rotated; the tables are N x 1 x K/2. The same as `Rotary.rotate`."""
+
+    @staticmethod
+    def forward(ctx, qkv_N3HK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> Tensor:  # type: ignore
+        ctx.save_for_backward(cos_N1K, sin_N1K)
+        cos, sin = (table[:, None].to(qkv_N3HK.dtype) for table in (cos_N1K, sin_N1K))
+        out_N3HK = torch.empty_like(qkv_N3HK)
+        out_N3HK[:, 2] = qkv_N3HK[:, 2]
+        first, second = qkv_N3HK[:, :2].chunk(2, dim=-1)
+        to_first, to_second = out_N3HK[:, :2].chunk(2, dim=-1)
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+        return out_N3HK
+
+    @staticmethod
+    def backward(ctx, grad_N3HK: Tensor):  # type: ignore
+        cos_N1K, sin_N1K = ctx.saved_tensors
+        return FusedRotary.apply(grad_N3HK, cos_N1K, -sin_N1K), None, None
 
 
 @dataclass
@@ -83,21 +106,33 @@ class Layout:
         return self._starts, max(self.lengths)
 
 
+def uses_buckets(dtype: torch.dtype) -> bool:
+    """Whether ragged attention on the CPU runs as `BucketAttention`, which computes the same as SDPA.
+
+    Measured forward and backward at documents of 8 to 4,096 tokens (`benchmarks/attention.py`): in bfloat16 buckets take
+    half of the time of SDPA without AMX and a third with it; in float32 SDPA takes less at every length, 0.45 to 0.95.
+    """
+    return dtype is torch.bfloat16
+
+
 def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float) -> Tensor:
     """Softmax attention of every token to its own document: N x H x K.
 
     `rotary` turns queries and keys first; `scale` multiplies their products.
     """
-    if layout.lengths is not None and qkv_N3HK.device.type == "cpu":
+    on_cpu = qkv_N3HK.device.type == "cpu"
+    if layout.lengths is not None and on_cpu and uses_buckets(qkv_N3HK.dtype):
         cos, sin = (None, None) if rotary is None else (rotary.cos_TK, rotary.sin_TK)
         return BucketAttention.apply(qkv_N3HK, cos, sin, layout.buckets, scale, layout.dropout)
+    if layout.lengths is not None and (on_cpu or layout.kernel == "sdpa"):
+        if rotary is not None:
+            qkv_N3HK = FusedRotary.apply(qkv_N3HK, *rotary.tables_N1K)
+        return attend_documents(qkv_N3HK, layout, scale)
     q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
     if rotary is not None:
         q_NHK, k_NHK = rotary.rotate(q_NHK), rotary.rotate(k_NHK)
     if layout.lengths is None:
         return _attend_padded(q_NHK, k_NHK, v_NHK, layout, scale)
-    if layout.kernel == "sdpa":
-        return attend_documents(q_NHK, k_NHK, v_NHK, layout, scale)
     return _attend_varlen(q_NHK, k_NHK, v_NHK, layout, scale)
 
 
@@ -121,12 +156,34 @@ def _attend_varlen(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, 
     return varlen_attn(q_NHK, k_NHK, v_NHK, starts, starts, longest, longest, scale=scale)
 
 
-def attend_documents(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, scale: float) -> Tensor:
-    """One SDPA call per document, over `split` pieces: slices would cost a full-size zero gradient each."""
-    lengths = list(layout.lengths or ())
-    pieces = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_NHK, k_NHK, v_NHK)), strict=True)
-    outs = [
-        F.scaled_dot_product_attention(q[None], k[None], v[None], dropout_p=layout.dropout, scale=scale)[0]
-        for q, k, v in pieces
-    ]
-    return torch.cat(outs, dim=1).transpose(0, 1)
+def attend_documents(qkv_N3HK: Tensor, layout: Layout, scale: float) -> Tensor:
+    """SDPA over documents of the same length together, as many as `CPU_CALL` tokens hold on the CPU: N x H x K.
+
+    Pieces come from `split`: slices would cost a full-size zero gradient each.
+    """
+    assert layout.lengths is not None
+    lengths = (*layout.lengths, layout.filler) if layout.filler else layout.lengths
+    limit = CPU_CALL if qkv_N3HK.device.type == "cpu" else len(qkv_N3HK)
+    groups: list[list[int]] = []
+    group_of: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        group = group_of.get(length)
+        if group is None or (len(group) + 1) * length > limit:
+            groups.append(group := [])
+            group_of[length] = group
+        group.append(number)
+    if len(groups) == 1:  # rows as they lie
+        return _attend_equal(qkv_N3HK.unflatten(0, (len(lengths), lengths[0])), layout.dropout, scale).flatten(0, 1)
+    pieces = qkv_N3HK.split(lengths)
+    outs = list(pieces)
+    for group in groups:
+        stacked = pieces[group[0]][None] if len(group) == 1 else torch.stack([pieces[number] for number in group])
+        for number, out_LHK in zip(group, _attend_equal(stacked, layout.dropout, scale).unbind(0), strict=True):
+            outs[number] = out_LHK
+    return torch.cat(outs) if outs else qkv_N3HK[:, 0]
+
+
+def _attend_equal(qkv_nL3HK: Tensor, dropout: float, scale: float) -> Tensor:
+    """SDPA of n documents of L tokens: n x L x H x K."""
+    q, k, v = qkv_nL3HK.transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Attention within documents on the CPU: batched matrix products over documents of similar length.
+"""Attention within documents on the CPU in bfloat16: batched matrix products over documents of similar length.
 
 Documents are padded to a multiple of 32 tokens and those of one padded length form a bucket, so that every product is a
 batch of equal matrices, which is what AMX is fast at, and only a few shapes occur. Padding repeats the document's own last

@@ -6,6 +6,7 @@ whatever their role: anchors, positives, then hard negatives.
 Shapes: N tokens, D width, n texts of this process, B rows of this process, G rows of all, A anchors, C candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .contrastive_loss import alignment, gather_rows, info_nce, supcon, uniformity
-from .flat import Pooling
+from .flat import Lengths, Pooling, check_not_empty, host_lengths
 from .modeling_neobert import NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
 
 Tensors = dict[str, Tensor]
@@ -118,7 +119,7 @@ class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Tensor | None = None,
+        document_lengths: Lengths | None = None,
         keys: dict[str, Any] | None = None,
         **_: Any,
     ) -> EmbeddingOutput:
@@ -144,17 +145,19 @@ class ForeignForEmbedding(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Tensor | None = None,
+        document_lengths: Lengths | None = None,
         keys: dict[str, Any] | None = None,
         **_: Any,
     ) -> EmbeddingOutput:
         """As `NeoBERTForEmbedding.forward`."""
         if document_lengths is None:
             assert attention_mask is not None
-            document_lengths = attention_mask.sum(1).cpu()
+            document_lengths = attention_mask.sum(1)
             input_ids = input_ids[attention_mask.bool()][None]
-        texts = input_ids[0].split(document_lengths.tolist())
-        order, groups = group_by_length(document_lengths.tolist())
+        lengths = host_lengths(document_lengths)
+        check_not_empty(lengths)
+        texts = input_ids[0].split(lengths)
+        order, groups = group_by_length(lengths)
         vectors = torch.cat([self._embed([texts[number] for number in group]) for group in groups])
         places = torch.empty(len(order), dtype=torch.int64)
         places[torch.tensor(order)] = torch.arange(len(order))
@@ -176,7 +179,7 @@ class ForeignForEmbedding(nn.Module):
         """Nothing: only nGPT has matrices of length 1."""
 
 
-def group_by_length(lengths: list[int]) -> tuple[list[int], list[list[int]]]:
+def group_by_length(lengths: Sequence[int]) -> tuple[list[int], list[list[int]]]:
     """(texts from long to short, the same in groups): a group ends where texts are shorter than 3/4 of its longest."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     groups: list[list[int]] = []

@@ -3,6 +3,7 @@
 Shapes: B rows, T row length, N tokens kept, D width, n documents.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +14,12 @@ from .attention import Kernel, Layout
 from .kernels import compute_dtype, steady_size
 
 Pooling = Literal["mean", "avg", "cls", "max"]
+Lengths = Sequence[int] | Tensor
+
+
+def host_lengths(document_lengths: Lengths) -> tuple[int, ...]:
+    """Lengths of documents as numbers: shapes follow from them, on every device."""
+    return tuple(document_lengths.tolist() if isinstance(document_lengths, Tensor) else document_lengths)
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,13 @@ class FlatBatch:
         return x_BT.flatten() if self.kept_N is None else x_BT.flatten()[self.kept_N]
 
     def restore(self, x_ND: Tensor) -> Tensor:
-        """N x D -> B x T x D, zeros where padding was left out."""
+        """N x D -> B x T x D, zeros in place of padding."""
+        width = x_ND.shape[-1]
         if self.kept_N is not None:
-            full = x_ND.new_zeros(self.shape.numel(), x_ND.shape[-1])
-            x_ND = full.index_copy(0, self.kept_N, x_ND)
-        return x_ND.view(*self.shape, -1)
+            x_ND = x_ND.new_zeros(self.shape.numel(), width).index_copy(0, self.kept_N, x_ND)
+        elif self.layout.mask_BT is not None:
+            x_ND = x_ND.masked_fill(~self.layout.mask_BT.flatten()[:, None], 0)
+        return x_ND.view(*self.shape, width)
 
     def pool(self, x_ND: Tensor, how: Pooling) -> Tensor:
         """One vector per document, n x D in float32: its tokens' mean ("mean", "avg"), maximum, or its first one ("cls").
@@ -48,22 +57,26 @@ class FlatBatch:
         if lengths is None:
             mask_BT = self.layout.mask_BT
             assert mask_BT is not None
-            x_ND, lengths_n = x_ND[mask_BT.flatten()], mask_BT.sum(1)
-        else:
-            lengths_n = torch.tensor(lengths, device=x_ND.device)
+            x_ND, lengths = x_ND[mask_BT.flatten()], mask_BT.sum(1).tolist()
+        check_not_empty(lengths)
+        lengths_n = torch.tensor(lengths, dtype=torch.int64, device=x_ND.device)
         if how == "cls":
             return x_ND[lengths_n.cumsum(0) - lengths_n]
-        if lengths is not None and 0 in lengths:
-            raise ValueError(f"row {lengths.index(0)} has no tokens to pool")
         if how == "max":
             return torch.segment_reduce(x_ND, "max", lengths=lengths_n)
         return torch.segment_reduce(x_ND, "mean", lengths=lengths_n)
 
 
+def check_not_empty(lengths: Sequence[int]) -> None:
+    """Raises ValueError for a row without tokens, which has no vector."""
+    if 0 in lengths:
+        raise ValueError(f"row {list(lengths).index(0)} has no tokens to pool")
+
+
 def flatten(
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    document_lengths: Tensor | None,
+    document_lengths: Lengths | None,
     *,
     longest: int,
     dropout: float = 0.0,
@@ -71,8 +84,7 @@ def flatten(
 ) -> FlatBatch:
     """Lay a batch out flat. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out.
 
-    `document_lengths` are on the CPU, wherever the rest is. Raises ValueError when they do not sum to B*T, or when a
-    document is longer than `longest` tokens.
+    Raises ValueError when `document_lengths` do not sum to B*T, or when a document is longer than `longest` tokens.
     """
     flat = _flatten(input_ids, attention_mask, document_lengths, longest, dropout, kernel)
     num_tokens, kind = len(flat.ids_N), input_ids.device.type
@@ -86,19 +98,19 @@ def flatten(
 def _flatten(
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    document_lengths: Tensor | None,
+    document_lengths: Lengths | None,
     longest: int,
     dropout: float,
     kernel: Kernel,
 ) -> FlatBatch:
     B, T = input_ids.shape
     if document_lengths is not None:
-        lengths = document_lengths.tolist()
-        if sum(lengths) != B * T or min(lengths) < 1:
+        lengths = host_lengths(document_lengths)
+        if sum(lengths) != B * T or min(lengths, default=1) < 1:
             raise ValueError(f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens")
-        _check_length(max(lengths), longest)
-        layout = Layout(lengths=tuple(lengths), dropout=dropout, kernel=kernel)
-        positions_N = _restart(document_lengths, B * T).to(input_ids.device)
+        _check_length(max(lengths, default=0), longest)
+        layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel)
+        positions_N = _restart(torch.tensor(lengths, dtype=torch.int64), B * T).to(input_ids.device)
         return FlatBatch(input_ids.flatten(), positions_N, layout, input_ids.shape, None)
     if attention_mask is None:
         _check_length(T, longest)
@@ -113,7 +125,7 @@ def _flatten(
         return FlatBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
     kept_N = mask_BT.flatten().nonzero().squeeze(1)
     layout = Layout(lengths=tuple(mask_BT.sum(1).tolist()), dropout=dropout, kernel=kernel)
-    _check_length(max(layout.lengths or (0,)), longest)
+    _check_length(max(layout.lengths or (), default=0), longest)
     return FlatBatch(input_ids.flatten()[kept_N], positions_BT.flatten()[kept_N], layout, input_ids.shape, kept_N)
 
 

@@ -6,23 +6,30 @@ cache. While torch.compile traces, the composed form is used, which the compiler
 same mathematics, to rounding.
 """
 
+from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CACHED = 2**18  # elements of a block of rows: 1 MiB in float32
+
+
 # Optional packages are imported by name: transformers, which runs these files out of an exported folder, takes every
 # import statement in them for a requirement.
-LIGER = "liger_kernel.transformers.functional"
-
-CACHED = 2**18  # elements of a block of rows: 1 MiB in float32
+@cache
+def liger(module: str, name: str) -> Any:
+    """A class or function of liger-kernel."""
+    return getattr(import_module(f"liger_kernel.transformers.{module}"), name)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of `x` would be computed in: autocast's type where it is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else x.dtype
 
 
 def steady_size(rows: int, device_type: str, dtype: torch.dtype) -> int:
@@ -38,12 +45,12 @@ def steady_size(rows: int, device_type: str, dtype: torch.dtype) -> int:
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, backend: str) -> Tensor:
-    """x / rms(x) * weight (arXiv 1910.07467), computed in float32."""
+    """x / rms(x) * weight (arXiv 1910.07467), computed in float32 and returned in the dtype of the products that follow."""
     if backend == "liger":
-        return import_module(LIGER).liger_rms_norm(x_ND, weight_D, eps, in_place=False)
+        return liger("functional", "liger_rms_norm")(x_ND, weight_D, eps, in_place=False)
     if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
         return FusedRMSNorm.apply(x_ND, weight_D, eps, compute_dtype(x_ND))
-    return F.rms_norm(x_ND.float(), weight_D.shape, weight_D, eps)
+    return F.rms_norm(x_ND.float(), weight_D.shape, weight_D.float(), eps).to(compute_dtype(x_ND))
 
 
 def swiglu(gate_up_N2F: Tensor, backend: str) -> Tensor:
@@ -52,7 +59,7 @@ def swiglu(gate_up_N2F: Tensor, backend: str) -> Tensor:
         return FusedSwiGLU.apply(gate_up_N2F)
     gate, up = gate_up_N2F.chunk(2, dim=-1)
     if backend == "liger":
-        return import_module(LIGER).liger_swiglu(gate, up)
+        return liger("functional", "liger_swiglu")(gate, up)
     return F.silu(gate) * up
 
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Layout, Rotary, attend
-from .kernels import rms_norm, swiglu
+from .kernels import compute_dtype, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight (arXiv 1910.07467), computed in float32 and returned in the dtype of the products that follow."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -30,13 +30,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm without bias, computed in float32."""
+    """LayerNorm without bias, computed in float32 and returned in the dtype of the products that follow."""
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps=eps, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return super().forward(x_ND.float())
+        normed = F.layer_norm(x_ND.float(), self.normalized_shape, self.weight.float(), None, self.eps)
+        return normed.to(compute_dtype(x_ND))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class Attention(nn.Module):
 
     def project(self, x_ND: Tensor) -> Tensor:
         """N x D -> N x 3 x H x K."""
-        return self.qkv(x_ND).view(x_ND.shape[0], 3, self.num_heads, -1)
+        return self.qkv(x_ND).unflatten(-1, (3, self.num_heads, -1))
 
     def forward(self, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> Tensor:
         """What `project` gave -> N x D, before the output projection."""
@@ -173,4 +174,4 @@ class NormalizedBlock(Block):
         return self._step(x_ND, self.ffn(x_ND), self.ffn_alpha)
 
     def _step(self, x_ND: Tensor, part_ND: Tensor, alpha: LearnedScale) -> Tensor:
-        return unit(x_ND + alpha().abs() * (unit(self.dropout(part_ND)) - x_ND))
+        return unit(x_ND + alpha().abs() * (unit(self.dropout(part_ND)) - x_ND)).to(x_ND.dtype)

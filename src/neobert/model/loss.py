@@ -6,35 +6,33 @@ blocks that stay in the cache, multiplies it into the gradients of hidden states
 `LOGIT_BUDGET` logits exist at a time.
 """
 
-from importlib import import_module
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import compute_dtype, steady_size
+from .kernels import compute_dtype, liger, steady_size
 
-LIGER = "liger_kernel.transformers.fused_linear_cross_entropy"  # imported by name, as in kernels.py
 IGNORED = -100  # label of a token that is not predicted
 LOGIT_BUDGET = 2**25  # logits that exist at a time: 64 MiB in bfloat16
 CACHED = 2**19  # logits of a block on the CPU: 2 MiB in float32
 
 
-def full_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
-    """Sum of the cross-entropies in float32, from logits at every position (the usual way, as a baseline)."""
-    logits_NV = F.linear(hidden_ND, weight_VD, bias_V).float()
-    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="sum")
+def full_cross_entropy(logits_NV: Tensor, labels_N: Tensor, count: bool = False) -> tuple[Tensor, Tensor]:
+    """As `linear_cross_entropy`, from logits at every position (-100: no target)."""
+    loss_sum = F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum")
+    return loss_sum, (logits_NV.argmax(-1) == labels_N).sum() if count else labels_N.new_zeros(())
 
 
 def linear_cross_entropy(
     hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor, backend: str, count: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(sum of the cross-entropies in float32, number of targets that were the likeliest token: 0 unless `count`)."""
-    if backend == "liger" and not count:
-        liger = import_module(LIGER).LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+    if backend == "liger" and not count and len(labels_M):  # it divides by the number of targets
+        loss_class = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
         dtype = compute_dtype(hidden_MD)
         bias = None if bias_V is None else bias_V.to(dtype)
-        loss_sum = liger(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float()
+        fused_loss = loss_class(reduction="sum", accum_dtype=torch.float32)
+        loss_sum = fused_loss(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float()
         return loss_sum, labels_M.new_zeros(())
     return FusedLinearCrossEntropy.apply(hidden_MD, weight_VD, bias_V, labels_M, compute_dtype(hidden_MD), count)
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 
 from .attention import Kernel, Rotary
 from .bucket_attention import FINE_GRANULARITY
-from .flat import FlatBatch, Pooling, flatten
+from .flat import FlatBatch, Lengths, Pooling, flatten
 from .kernels import compute_dtype, steady_size
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
 from .loss import IGNORED, full_cross_entropy, linear_cross_entropy
@@ -92,6 +92,23 @@ def classifier_output(logits: Tensor, labels: Tensor | None) -> ClassifierLossOu
     )
 
 
+def wants_states(config: NeoBERTConfig, extra: dict[str, Any]) -> bool:
+    """Whether a forward pass is asked for hidden states, by its argument `output_hidden_states` or the configuration.
+
+    Raises ValueError for what transformers' models take and these do not, instead of ignoring it.
+    """
+    for name in ("output_attentions", "inputs_embeds", "position_ids"):
+        if extra.get(name) is not None and extra[name] is not False:
+            raise ValueError(f"NeoBERT does not take {name}")
+    asked = extra.get("output_hidden_states")
+    return bool(config.output_hidden_states if asked is None else asked)
+
+
+def _restored(flat: FlatBatch, states: list[Tensor] | None, last_BTD: Tensor) -> tuple[Tensor, ...] | None:
+    """`hidden_states` of an output: what went into each block as B x T x D, and the last hidden state."""
+    return None if states is None else (*map(flat.restore, states), last_BTD)
+
+
 def build_block(config: NeoBERTConfig) -> Block:
     """One layer of the variant that `config` describes."""
     width = config.hidden_size
@@ -153,6 +170,18 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
                 writes = name.endswith(("attention.out.weight", "ffn.down.weight"))
                 weight.copy_(F.normalize(weight, dim=0 if writes else 1))
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in transformers; new tokens get the initial logit scale where nGPT has them, and vectors of length 1."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        scale = getattr(self, "logit_scale", None)
+        if scale is not None and len(scale.weight) != self.config.vocab_size:
+            old = scale.weight.detach()
+            kept = min(len(old), self.config.vocab_size)
+            scale.weight = nn.Parameter(old.new_full((self.config.vocab_size,), scale.stored))
+            scale.weight.data[:kept] = old[:kept]
+        self.normalize_matrices()
+        return embeddings
+
     def choose_kernels(self, backend: str) -> None:
         """Which kernels run norms, SwiGLU and the loss: "torch" or "liger"."""
         for module in self.modules():
@@ -185,7 +214,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         return self.embed_tokens
 
     def flatten(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths | None = None
     ) -> FlatBatch:
         """The batch as this model takes it. Raises ValueError for lengths that do not fit it."""
         return flatten(
@@ -197,9 +226,9 @@ class NeoBERT(NeoBERTPreTrainedModel):
             kernel=self.attention_kernel,
         )
 
-    def encode(self, flat: FlatBatch, rows_M: Tensor | None = None) -> Tensor:
+    def encode(self, flat: FlatBatch, rows_M: Tensor | None = None, states: list[Tensor] | None = None) -> Tensor:
         """Hidden states of a flat batch: N x D, without filler; or M x D of the tokens `rows_M`, which alone go through what
-        follows the last block's attention.
+        follows the last block's attention. What goes into each block is appended to `states`.
         """
         if rows_M is not None and self.is_compiled:  # as many tokens in every batch: nothing is compiled anew
             return self.encode(flat).index_select(0, rows_M)
@@ -215,8 +244,10 @@ class NeoBERT(NeoBERTPreTrainedModel):
             rotary = Rotary.of(longest, width, flat.positions_N, config.rope_theta)
         else:
             x_ND = x_ND + self.embed_positions(flat.positions_N + 1)
-        x_ND = self.dropout(unit(x_ND) if config.ngpt else x_ND)
+        x_ND = self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND)
         for block in self.layers:
+            if states is not None:
+                states.append(x_ND[: len(x_ND) - flat.layout.filler])
             wanted = chosen if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
                 x_ND = checkpoint(block, x_ND, rotary, flat.layout, wanted, use_reentrant=False)
@@ -232,25 +263,33 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Tensor | None = None,
-        **_: Any,
+        document_lengths: Lengths | None = None,
+        **extra: Any,
     ) -> BaseModelOutput:
-        """Hidden states B x T x D; zero where `attention_mask` is."""
+        """Hidden states B x T x D; zero where `attention_mask` is. With `output_hidden_states` also what went into each
+        block, B x T x D each, and behind it the same as `last_hidden_state`. Raises ValueError as `wants_states`.
+        """
+        states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
         flat = self.flatten(input_ids, attention_mask, document_lengths)
-        return BaseModelOutput(last_hidden_state=flat.restore(self.encode(flat)))
+        last = flat.restore(self.encode(flat, states=states))
+        return BaseModelOutput(last_hidden_state=last, hidden_states=_restored(flat, states, last))
 
     def embed(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Tensor | None = None,
+        document_lengths: Lengths | None = None,
         pooling: Pooling = "mean",
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """One vector per row, or per document of packed rows: n x D in float32."""
+        """One vector per row, or per document of packed rows: n x D in float32. `states` gets what `forward` returns."""
         flat = self.flatten(input_ids, attention_mask, document_lengths)
         if not self.training:
             flat.layout.granularity = FINE_GRANULARITY
-        return flat.pool(self.encode(flat), pooling)
+        hidden_ND = self.encode(flat, states=states)
+        if states is not None:
+            states[:] = _restored(flat, states, flat.restore(hidden_ND)) or ()
+        return flat.pool(hidden_ND, pooling)
 
 
 class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
@@ -258,6 +297,10 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
 
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
+        if config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings is true, but NeoBERT's decoder has weights of its own; set it to false"
+            )
         self.model = NeoBERT(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         self.logit_scale = LearnedScale(config.vocab_size, 1.0, config.base_scale) if config.ngpt else None
@@ -276,30 +319,35 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Tensor | None = None,
+        document_lengths: Lengths | None = None,
         labels: Tensor | None = None,
-        masked_only: bool = True,
+        masked_only: bool = False,
         count_correct: bool = False,
-        **_: Any,
+        **extra: Any,
     ) -> MaskedLMLossOutput:
-        """Without `labels`: logits B x T x V. With `labels` B x T (-100: no target): losses, and no logits.
+        """Logits B x T x V, and with `labels` B x T (-100: no target) losses.
 
-        `masked_only=False` computes logits at every position first; same loss and gradients, more memory.
+        `masked_only`, as training sets it, computes the same losses from the targets' logits alone and returns no logits.
         `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
+        states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
         flat = self.model.flatten(input_ids, attention_mask, document_lengths)
-        if labels is None:
-            logits = F.linear(self.model.encode(flat), self.decoder_weight(), self.lm_head.bias)
-            return MaskedLMLossOutput(logits=flat.restore(logits))
-        labels_N = flat.select(labels)
-        targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
-        self._check_labels(labels_N[targets_M])
-        if masked_only:
-            hidden_MD = self.model.encode(flat, targets_M)
-            loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
-        else:
-            loss_sum, num_correct = self.full_loss(self.model.encode(flat), labels_N, count_correct)
-        return MaskedLMLossOutput(loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
+        labels_N = None if labels is None else flat.select(labels)
+        if labels_N is not None:
+            targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
+            self._check_labels(labels_N[targets_M])
+            if masked_only:
+                hidden_MD = self.model.encode(flat, targets_M)
+                loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
+                return MaskedLMLossOutput(loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
+        hidden_ND = self.model.encode(flat, states=states)
+        logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
+        hidden_states = _restored(flat, states, flat.restore(hidden_ND)) if states is not None else None
+        output = MaskedLMLossOutput(logits=flat.restore(logits_NV), hidden_states=hidden_states)
+        if labels_N is not None:
+            output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
+            output.loss = output.loss_sum / max(1, len(targets_M))
+        return output
 
     def _check_labels(self, labels_M: Tensor) -> None:
         """Raises ValueError for one beyond the vocabulary, where looking costs nothing."""
@@ -312,15 +360,6 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         """(sum of the losses, how many targets were the likeliest token), from the hidden states of the targets alone."""
         weight, bias = self.decoder_weight(), self.lm_head.bias
         return linear_cross_entropy(hidden_MD, weight, bias, labels_M, self.kernel_backend, count_correct)
-
-    def full_loss(self, hidden_ND: Tensor, labels_N: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
-        """The same from logits at every position (-100: no target)."""
-        weight, bias = self.decoder_weight(), self.lm_head.bias
-        num_correct = labels_N.new_zeros(())
-        if count_correct:
-            with torch.no_grad():
-                num_correct = (F.linear(hidden_ND, weight, bias).argmax(-1) == labels_N).sum()
-        return full_cross_entropy(hidden_ND, weight, bias, labels_N), num_correct
 
 
 class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
@@ -338,11 +377,15 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Tensor | None = None,
+        document_lengths: Lengths | None = None,
         labels: Tensor | None = None,
-        **_: Any,
+        **extra: Any,
     ) -> ClassifierLossOutput:
         """Logits n x num_labels in float32. `labels` n: class ids, or numbers where there is one label."""
+        states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
         pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling
-        pooled = self.dropout(self.model.embed(input_ids, attention_mask, document_lengths, pooling))
-        return classifier_output(self.classifier(self.dropout(F.gelu(self.dense(pooled)))), labels)
+        pooled = self.model.embed(input_ids, attention_mask, document_lengths, pooling, states)
+        pooled = self.dropout(pooled.to(self.dense.weight.dtype))
+        output = classifier_output(self.classifier(self.dropout(F.gelu(self.dense(pooled)))), labels)
+        output.hidden_states = None if states is None else tuple(states)
+        return output

@@ -119,7 +119,7 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
 
 def _rows(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
     """(ids, labels, lengths of the documents) of every row, without padding."""
-    rest = batch.document_lengths.tolist() if batch.document_lengths is not None else []
+    rest = list(batch.document_lengths or ())
     for number, (ids, labels) in enumerate(zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)):
         lengths: list[int] = []
         while batch.document_lengths is not None and sum(lengths) < len(ids):

@@ -235,7 +235,7 @@ def evaluate(
         has_one = runtime.rank < len(turn)
         batch = turn[runtime.rank if has_one else 0]  # all call the model together, or none
         with runtime.autocast():
-            output = model(**batch.to(runtime.device).inputs(), count_correct=True)
+            output = model(**batch.to(runtime.device).inputs(), masked_only=True, count_correct=True)
         if has_one:
             one = float(output.loss_sum), int(output.num_correct), batch.num_targets
             mine = [a + b for a, b in zip(mine, one, strict=True)]
