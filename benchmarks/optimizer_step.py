@@ -20,7 +20,7 @@ from neobert.optim.muon import SCALE
 from neobert.optim.orthogonalize import quintics
 from neobert.optim.qk_clip import QKClipSettings
 from neobert.tasks.qk_clip import QKClip
-from neobert.training.loop import StepSettings, train_step
+from neobert.training.loop import StepSettings, Window, train_step
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import build_runtime
 
@@ -47,13 +47,18 @@ def batches(count: int) -> list[Batch]:
     return made
 
 
+def window_of(micro: list[Batch]) -> Window:
+    return Window(micro, sum(batch.num_targets for batch in micro), 0)
+
+
 class Contestant:
     """A model of its own with one optimizer; `step(update)` times a training step."""
 
     def __init__(self, name: str, config: NeoBERTConfig, micro: list[Batch]):
         torch.manual_seed(0)
         self.runtime = build_runtime(use_cpu=True, mixed_precision="bf16", tf32=False)
-        self.model, self.micro = NeoBERTForMaskedLM(config), micro
+        self.model = NeoBERTForMaskedLM(config)
+        self.window = window_of(micro)
         dtype = self.runtime.dtype or torch.float32
         self.optimizer = build_optimizer(
             name, self.model.named_parameters(), lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), eps=1e-8,
@@ -65,7 +70,7 @@ class Contestant:
 
     def step(self, update: int) -> float:
         start = time.perf_counter()
-        train_step(self.model, self.optimizer, self.micro, self.runtime, self.settings, update - 1, self.stopwatch)
+        train_step(self.model, self.optimizer, self.window, self.runtime, self.settings, update - 1, self.stopwatch)
         return time.perf_counter() - start
 
 
@@ -119,9 +124,9 @@ def main() -> None:
     micro = batches(4)
     adamw, muonclip = (Contestant(name, config, micro) for name in ("adamw", "muonclip"))
     for contestant in (adamw, muonclip):
-        contestant.micro = micro[:1]
+        contestant.window = window_of(micro[:1])
         contestant.step(1)
-        contestant.micro = micro
+        contestant.window = window_of(micro)
     steps = {
         "adamw": partial(adamw.step, 1),
         "muonclip": partial(muonclip.step, 1),

@@ -28,13 +28,13 @@ from neobert.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from neobert.training.loop import StepSettings, TrainState, train, train_step
+from neobert.training.loop import StepSettings, TrainState, Window, train, train_step
 from neobert.training.metrics import Stopwatch
 from neobert.training.retention import clean_leftovers, prune
 from neobert.training.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), None)
-SETTINGS = StepSettings(seed=0, lr=lambda step: 0.01, needs_grad_norm=True)
+SETTINGS = StepSettings(seed=0, lr=lambda step: 0.01)
 
 
 def batches(count, rows, seed=0):
@@ -47,6 +47,10 @@ def batches(count, rows, seed=0):
         targets = int((labels != -100).sum())
         made.append(Batch(ids, labels, None, torch.full((rows,), 32), targets, ids.numel(), 0))
     return made
+
+
+def window(micro):
+    return Window(micro, sum(batch.num_targets for batch in micro), 0)
 
 
 def optimizer_of(model):
@@ -64,7 +68,9 @@ def test_accumulation_is_exact():
     for micro in (small, [joined]):
         model = build()
         results.append(
-            train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), micro, RUNTIME, SETTINGS, 0, Stopwatch())
+            train_step(
+                model, torch.optim.SGD(model.parameters(), lr=1.0), window(micro), RUNTIME, SETTINGS, 0, Stopwatch()
+            )
         )
         weights.append(model.state_dict())
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
@@ -77,7 +83,7 @@ def test_clipping_bounds_the_gradient():
     model, settings = build(), StepSettings(seed=0, lr=lambda step: 1.0, gradient_clipping=1e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     result = train_step(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), batches(2, 2), RUNTIME, settings, 0, Stopwatch()
+        model, torch.optim.SGD(model.parameters(), lr=1.0), window(batches(2, 2)), RUNTIME, settings, 0, Stopwatch()
     )
     moved = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
     assert result.grad_norm > 1e-3

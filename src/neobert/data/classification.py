@@ -223,9 +223,15 @@ class EpochLoader:
 
         return fetch
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The position behind the last batch that was used."""
-        return {"num_used": self.num_used, "fingerprint": self.fingerprint}, {}
+    @property
+    def position(self) -> int:
+        """Behind the last batch that was used."""
+        return self.num_used
+
+    def state_dict(self, position: int | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """A `position`, or that behind the last batch that was used."""
+        num_used = self.num_used if position is None else position
+        return {"num_used": num_used, "fingerprint": self.fingerprint}, {}
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Continue behind a saved position. Raises CheckpointError when the data is not the same."""

@@ -7,15 +7,16 @@ Each batch in the queue carries the position behind itself (tuples that share ar
 prefetched and not used is read again after a resume, and nothing else is.
 
 The corpus is dealt to `world` lanes, document by document. A rank owns the lanes whose number is its own modulo the number
-of ranks, and takes its batches from them in turn: so a run may go on with any number of ranks that divides the lanes. Ranks
-whose lanes end early hand out empty batches until all have the same number (`num_batches`), so that none waits for another.
+of ranks, and takes its batches from them in turn: so a run may go on with any number of ranks that divides the lanes. A lane
+that has ended gives empty batches until all lanes of its rank have; then the loader ends, and the training loop fills up with
+empty batches (`Loader.empty_batch`) while other ranks have some.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from neobert.data.mixture import Lane
 from neobert.data.packing import Cut, Row
 from neobert.data.position import FORMAT, Saved, Snapshot, read_snapshot, write_snapshot
 from neobert.data.rows import Workers, describe_skips, first_skip
+from neobert.data.tokenizer import Ids
 from neobert.errors import CheckpointError
 
 QUEUE_BATCHES = 4
@@ -41,29 +43,28 @@ class Pipeline:
     batch_size: int
     seed: int = 0
     fill_last: bool = False  # a lane's last, short microbatch is filled up with empty rows
-    num_batches: int | None = None  # exactly so many, filled up with empty ones
 
     def __post_init__(self) -> None:
         self.num_done = 0
 
     def batches(self) -> Iterator[tuple[Batch, Snapshot]]:
         """Masked microbatches, each with the position behind it."""
-        for rows, epoch in self._microbatches():
-            yield self.collator(rows, epoch), self.snapshot()
+        for rows in self._microbatches():
+            yield self.collator(rows, self.epoch), self.snapshot()
 
-    def _microbatches(self) -> Iterator[tuple[list[Row], int]]:
-        """The rows of the microbatches with the epoch behind each; lanes take turns."""
-        num_ended = 0  # lanes in a row that had nothing more
-        while num_ended < len(self.lanes) if self.num_batches is None else self.num_done < self.num_batches:
-            lane = self.lanes[self.num_done % len(self.lanes)]
-            rows = self._take(lane)
-            num_ended = 0 if rows else num_ended + 1
+    def _microbatches(self) -> Iterator[list[Row]]:
+        """The rows of the microbatches; lanes take turns, those that have ended with empty rows."""
+        while self.num_done % len(self.lanes) or not all(lane.is_done() for lane in self.lanes):
+            rows = self._take(self.lanes[self.num_done % len(self.lanes)])
+            if not rows or self.fill_last:
+                rows += self._empty_rows()[len(rows) :]
             self.num_done += 1
-            if rows or self.num_batches is not None:
-                is_short = len(rows) < self.batch_size
-                if not rows or (is_short and self.fill_last):
-                    rows += [self._empty_row()] * (self.batch_size - len(rows))
-                yield rows, lane.epoch
+            yield rows
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that all of these lanes have got to."""
+        return min(lane.epoch for lane in self.lanes)
 
     def _take(self, lane: Lane) -> list[Row]:
         rows: list[Row] = []
@@ -73,16 +74,25 @@ class Pipeline:
                 break
         return rows
 
-    def _empty_row(self) -> Row:
-        """[CLS] [SEP]: nothing in it can be masked."""
+    def _empty_rows(self) -> list[Row]:
+        """A batch of [CLS] [SEP]: nothing in it can be masked."""
         tokenizer = self.workers.tokenizer
-        return Row((np.array([tokenizer.cls_id, tokenizer.sep_id], dtype=tokenizer.dtype),), 0, 0)
+        ids: Ids = np.array([tokenizer.cls_id, tokenizer.sep_id], dtype=tokenizer.dtype)
+        return [Row((ids,), 0, 0)] * self.batch_size
+
+    def empty_batch(self) -> Batch:
+        """A batch without targets."""
+        return self.collator(self._empty_rows(), self.epoch)
+
+    def set_num_rows(self, num_rows: int) -> None:
+        """How many rows the whole run has, which rates of masking that change depend on."""
+        self.collator = replace(self.collator, masker=replace(self.collator.masker, num_rows=num_rows))
 
     def count_batches(self) -> int:
-        """Batches of the longest of these lanes, by a pass over the data that masks nothing."""
-        longest = max(sum(1 for _ in iter(lambda lane=lane: self._take(lane), [])) for lane in self.lanes)  # type: ignore[misc]
+        """Batches that are left, by a pass over the data that masks nothing."""
+        count = sum(1 for _ in self._microbatches())
         self.workers.close()
-        return longest
+        return count
 
     # --- position -----------
 
@@ -164,11 +174,18 @@ class Loader:
         self._thread.shutdown()
         self.pipeline.workers.close()
 
-    def state_dict(self) -> Saved:
-        """(JSON, arrays) of the position behind the last batch that was used."""
+    @property
+    def position(self) -> Snapshot:
+        """Behind the last batch that was used."""
+        return self._snapshot
+
+    def state_dict(self, position: Snapshot | None = None) -> Saved:
+        """(JSON, arrays) of a `position`, or of that behind the last batch that was used."""
         pipeline = self.pipeline
         numbers = [lane.index for lane in pipeline.lanes]
-        return write_snapshot(self._snapshot, numbers, pipeline.fingerprint(), pipeline.workers.tokenizer.dtype)
+        return write_snapshot(
+            position or self._snapshot, numbers, pipeline.fingerprint(), pipeline.workers.tokenizer.dtype
+        )
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Continue behind a saved position. Raises CheckpointError when the data is not the same."""

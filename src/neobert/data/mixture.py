@@ -47,13 +47,27 @@ class Lane:
 
     def next(self) -> Row | None:
         """The next row with its index in the run; None when there is no more."""
-        index = self.num_rows * self.world + self.index
+        index, source = self._next_index, self._next_source()
+        row = None if source is None else source.next()
+        if row is None:
+            return None
+        self.num_rows += 1
+        return Row(row.pieces, row.epoch, index, row.ends_batch)
+
+    def is_done(self) -> bool:
+        """Whether there is no more row. Reads on where it has to; no row is taken."""
+        return self._next_source() is None
+
+    @property
+    def _next_index(self) -> int:
+        return self.num_rows * self.world + self.index
+
+    def _next_source(self) -> RowSource | None:
+        """The source of the next row; those that are found without rows are dry from now on."""
         while len(self.dry) < len(self.sources):
-            number = self._choose(index)
-            row = self.sources[number].next()
-            if row is not None:
-                self.num_rows += 1
-                return Row(row.pieces, row.epoch, index, row.ends_batch)
+            number = self._choose(self._next_index)
+            if self.sources[number].has_next():
+                return self.sources[number]
             self.dry = set(range(len(self.sources))) if self.exhausted == "stop" else self.dry | {number}
         return None
 

@@ -8,6 +8,7 @@ has been read.
 Shapes: B rows of this process, G rows of all, T row length, n texts of this process (anchors, positives, negatives).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -263,9 +264,19 @@ class PairLoader:
     def _position(self) -> dict[str, Any]:
         return {"num_batches": self.num_made, "sources": [source.state_dict() for source in self.sources]}
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The position behind the last batch that was used."""
-        return {**self._used, "fingerprint": self.fingerprint}, {}
+    def steps_left(self, num_epochs: int, accumulation: int) -> int:
+        """Steps of `accumulation` batches until the end of so many epochs, each of which is a whole number of steps."""
+        num_batches = math.ceil(self.batches_per_epoch / accumulation) * accumulation * num_epochs
+        return max(0, math.ceil((num_batches - self._used["num_batches"]) / accumulation))
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Behind the last batch that was used."""
+        return self._used
+
+    def state_dict(self, position: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """A `position`, or that behind the last batch that was used."""
+        return {**(position or self._used), "fingerprint": self.fingerprint}, {}
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Continue behind a saved position. Raises CheckpointError when the data is not the same."""

@@ -43,17 +43,13 @@ def read_snapshot(saved: Saved, lane_numbers: list[int], fingerprint: dict[str, 
     missing = [number for number in lane_numbers if str(number) not in state["lanes"]]
     if missing:
         raise CheckpointError(f"the checkpoint holds no position of lane {missing[0]}; the files of a rank are missing")
-    if state["rest"] and state["lanes_per_rank"] != len(lane_numbers):
-        raise CheckpointError(
-            f"the checkpoint was written in the middle of a turn over {state['lanes_per_rank']} lanes a process: resume with "
-            "the number of processes that wrote it"
-        )
     lanes = []
     for number in lane_numbers:
         lane = state["lanes"][str(number)]
         sources = tuple(_read_source(arrays, f"{number}.{n}.", one) for n, one in enumerate(lane["sources"]))
         lanes.append(LaneState(lane["num_rows"], tuple(lane["dry"]), sources))
-    return Snapshot(tuple(lanes), state["turns"] * len(lane_numbers) + state["rest"])
+    rest = state["rest"] if state["lanes_per_rank"] == len(lane_numbers) else 0  # or else with the first lane again
+    return Snapshot(tuple(lanes), state["turns"] * len(lane_numbers) + rest)
 
 
 def join_positions(positions: list[Saved]) -> Saved:

@@ -135,15 +135,21 @@ class RowSource:
         self._blocks: Iterator[tuple[list[Ids], int, dict[str, Any]]] | None = None
         self._frozen: SourceState | None = None  # all of the position but the ready rows, until the next block
 
-    def next(self) -> Row | None:
-        """The next row; None behind the last epoch. Raises DataError."""
+    def has_next(self) -> bool:
+        """Whether there is another row, for which blocks are read. Raises DataError."""
         while not self.ready:
             if self._blocks is None:
                 self._blocks = self._tokenized()
             block = next(self._blocks, None)
             if block is None:
-                return None
+                return False
             self._take(*block)
+        return True
+
+    def next(self) -> Row | None:
+        """The next row; None behind the last epoch. Raises DataError."""
+        if not self.has_next():
+            return None
         row = self.ready.popleft()
         self.epoch = max(self.epoch, row.epoch)
         self.num_rows += 1

@@ -20,8 +20,10 @@ class Schedule:
     decay_start: int = 0  # wsd: until here the rate stays at the peak
 
 
-def lr_scale(step: int, schedule: Schedule) -> float:
-    """Ratio of the peak learning rate for the update number `step` (the first is 0)."""
+def lr_scale(step: float, schedule: Schedule) -> float:
+    """Ratio of the peak learning rate for the update number `step` (the first is 0; between two where a resumed run has steps
+    of another size).
+    """
     if step < schedule.warmup_steps:
         return (step + 1) / (schedule.warmup_steps + 1)
     if schedule.name == "constant":
@@ -33,7 +35,7 @@ def lr_scale(step: int, schedule: Schedule) -> float:
     return schedule.floor + (1.0 - schedule.floor) * _height(step, schedule)
 
 
-def _height(step: int, schedule: Schedule) -> float:
+def _height(step: float, schedule: Schedule) -> float:
     """From 1 at the peak to 0 at the floor."""
     start = max(schedule.warmup_steps, schedule.decay_start if schedule.name == "wsd" else 0)
     progress = max(0, step - start) / max(1, schedule.decay_end - start)

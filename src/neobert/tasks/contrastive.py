@@ -1,5 +1,6 @@
 """`task: contrastive`: from an encoder to sentence embeddings, by pairs, labels, scores and plain text."""
 
+from functools import partial
 from typing import Any
 
 from neobert.config.load import Loaded, dump_config
@@ -14,6 +15,7 @@ from neobert.tasks.contrastive_model import build_model, build_storage
 from neobert.tasks.encoder import build_vocabulary, prepare_model
 from neobert.tasks.hooks import check_needs_evaluation
 from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
+from neobert.tasks.length import Length, plan_length, step_size
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.resuming import continue_run
 from neobert.tasks.run_folder import OpenRun, write_run_files
@@ -54,19 +56,23 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
     wrapped = runtime.distribute(model, [] if isinstance(model, ForeignForEmbedding) else model.model.layers)
     optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
-    schedule, warnings = build_run_schedule(config, data.num_steps)
-    facts = describe(config, model, data, runtime, weights_line, schedule) | kernels | clip_line
-    facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, hf_tokenizer)
     folder = opened.folder
     state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
+    size, accumulation = step_size(config, runtime.world_size), trainer.gradient_accumulation_steps
+    steps_left = partial(data.train.steps_left, trainer.num_train_epochs, accumulation)
+    length = plan_length(config, size, state, opened.saved, steps_left)
+    schedule, warnings = build_run_schedule(config, length.schedule_steps)
+    facts = describe(config, model, data, runtime, weights_line, length, schedule) | kernels | clip_line
+    facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
     print_summary(facts, [*notes, *opened.told, *warnings, *data.notes, *advice(config, data)], folder)
     return Job(
         config, runtime, model, optimizer, schedule, data.train,
-        fetch=lambda: [next(data.train) for _ in range(trainer.gradient_accumulation_steps)],
-        num_steps=data.num_steps,
+        fetch=lambda: [next(data.train) for _ in range(accumulation)],
+        size=size,
+        length=length,
         measure=build_measure(config, wrapped, hf_tokenizer, sets, runtime, interrupt),
         storage=storage, opened=opened, state=state, wrapped=wrapped,
         interrupt=interrupt, clip=clip,
@@ -101,7 +107,13 @@ def describe_kernels(config: Config, model: EmbeddingModel, runtime: Runtime) ->
 
 
 def describe(
-    config: Config, model: EmbeddingModel, data: ContrastiveData, runtime: Runtime, weights: str, schedule: Schedule
+    config: Config,
+    model: EmbeddingModel,
+    data: ContrastiveData,
+    runtime: Runtime,
+    weights: str,
+    length: Length,
+    schedule: Schedule,
 ) -> dict[str, Any]:
     """The lines of the summary."""
     trainer, asked = config.trainer, config.contrastive
@@ -119,7 +131,7 @@ def describe(
         "step": f"{rows} rows of one source, every text against those of all {rows}"
         + (alone if windows > 1 else "")
         + f"; texts of at most {longest_text(config)} tokens, {layout}",
-        "run": f"{data.num_steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
+        "run": f"{length.num_steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, warmup {schedule.warmup_steps:,}",
         "device": runtime.describe,
         "processes": runtime.describe_engine,

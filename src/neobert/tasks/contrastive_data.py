@@ -57,7 +57,6 @@ class ContrastiveData:
 
     train: PairLoader
     held_out: dict[str, Examples]
-    num_steps: int
     describe: list[str]
     notes: list[str]
     has_text: bool
@@ -89,12 +88,10 @@ def build_data(config: Config, hf_tokenizer: Any, rank: int, world: int) -> Cont
         fingerprint=_fingerprint(config, hf_tokenizer, sources),
         ahead=config.dataset.num_workers > 0,
     )
-    per_epoch_steps = math.ceil(per_epoch / trainer.gradient_accumulation_steps)
-    num_steps = trainer.max_steps if trainer.max_steps >= 0 else per_epoch_steps * trainer.num_train_epochs
     describe = [f"{w:.0%} of the batches: {one.describe}" for w, one in zip(weights, sources, strict=True)]
     held = {one.label: one.held_out for one in sources if one.held_out is not None}
     notes = [*mixed, *(note for one in sources for note in one.notes)]
-    return ContrastiveData(loader, held, num_steps, describe, notes, any(one.is_text for one in sources))
+    return ContrastiveData(loader, held, describe, notes, any(one.is_text for one in sources))
 
 
 def _fingerprint(config: Config, hf_tokenizer: Any, sources: list[OpenSource]) -> dict[str, Any]:

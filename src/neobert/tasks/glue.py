@@ -22,6 +22,7 @@ from neobert.tasks.glue_data import MOST_THREADS, GlueData, build_data, first_ro
 from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
 from neobert.tasks.hooks import Measure
 from neobert.tasks.job import Finished, Job, build_run_schedule, run_job
+from neobert.tasks.length import Length, step_size
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.resuming import continue_run
 from neobert.tasks.run_folder import OpenRun, write_run_files
@@ -91,7 +92,8 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
     return Job(
         config, runtime, model, optimizer, schedule, data.train,
         fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
-        num_steps=data.num_steps, measure=measure, storage=storage, opened=opened, state=state,
+        size=step_size(config, runtime.world_size), length=Length(data.num_steps), measure=measure,
+        storage=storage, opened=opened, state=state,
         wrapped=wrapped, interrupt=interrupt, clip=clip, conclude=conclude,
         next_command=f"neobert glue {folder / 'config.yaml'} --predict",
     )  # fmt: skip

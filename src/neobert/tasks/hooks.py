@@ -24,7 +24,9 @@ LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # 
 
 @dataclass
 class Log:
-    """Sums of the steps since the last line, and the line."""
+    """Sums of the steps since the last line, and the line. What it says of the loss is summed in the state, which is saved;
+    times are those of this process.
+    """
 
     trainer: TrainerConfig
     model: nn.Module
@@ -34,21 +36,29 @@ class Log:
     max_steps: int
     debug: bool
     more: Callable[[], dict[str, float]] = dict
-    window: list[StepResult] = field(default_factory=list)
+    window: list[StepResult] = field(default_factory=list)  # of this process
     last_rate: float | None = None
 
-    def __call__(self, state: TrainState, result: StepResult) -> None:
-        self.window.append(result)
-        if state.step % self.trainer.logging_steps == 0 or state.step == self.max_steps or self.debug:
+    def __call__(self, state: TrainState, result: StepResult | None) -> None:
+        if result is not None:
+            self.window.append(result)
+            one = {
+                "loss": result.loss * result.num_targets,
+                "targets": result.num_targets,
+                "correct": result.num_correct,
+            }
+            state.logged = {name: state.logged.get(name, 0) + value for name, value in one.items()}
+        is_due = result is None or state.step % self.trainer.logging_steps == 0 or state.step == self.max_steps
+        if self.window and (is_due or self.debug):
             self._write(state)
-        self.console.step(result.loss, self.last_rate)
+        if result is not None:
+            self.console.step(result.loss, self.last_rate)
 
     def _write(self, state: TrainState) -> None:
-        window, self.window = self.window, []
+        (window, self.window), (sums, state.logged) = (self.window, []), (state.logged, {})
         seconds = self.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
-        targets = sum(one.num_targets for one in window)
-        loss = sum(one.loss * one.num_targets for one in window) / max(1, targets)
+        loss = sums["loss"] / max(1, sums["targets"])
         self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
         row: dict[str, Any] = {
             "kind": "train",
@@ -66,7 +76,7 @@ class Log:
         if self.trainer.log_weight_norms:
             row["weight_norm"] = weight_norm(self.model)
         if self.trainer.log_train_accuracy:
-            row["accuracy"] = sum(one.num_correct for one in window) / max(1, targets)
+            row["accuracy"] = sums["correct"] / max(1, sums["targets"])
         row |= self.more()
         row |= clip_metrics([one.clip for one in window if one.clip is not None])
         self.metrics.write(row)
@@ -178,21 +188,29 @@ class Save:
     content: Callable[[TrainState], Content]
     stopwatch: Stopwatch
     last_step: int = -1
+    has_spare: bool = True  # checkpoints beyond the limit, until the newest is known to be good
 
     def run(self, state: TrainState) -> None:
         if self.last_step == state.step:
             return
-        step, best = state.step, state.best_step
+        best = state.best_step
         with self.stopwatch.phase("save"):
-            self.saver.submit(self.content(state), lambda: self._tidy(step, best))
-        self.last_step = step
+            self.saver.submit(self.content(state), lambda: self._point_at(best))
+        self.last_step, self.has_spare = state.step, True
 
-    def _tidy(self, step: int, best: int | None) -> None:
-        """When a checkpoint is whole: point at the best one, remove old ones."""
+    def _point_at(self, best: int | None) -> None:
+        """When a checkpoint is whole: point at the best one."""
         root = self.saver.root
         if best is not None and (root / str(best)).is_dir():
             write_pointer(root / "best", str(best))
-        prune(root, self.trainer.save_total_limit, {step, step if best is None else best})
+
+    def prune(self, state: TrainState) -> None:
+        """Once the loss behind the newest checkpoint is known to be finite: remove the oldest beyond the limit."""
+        if self.has_spare and self.saver.team.rank == 0 and self.trainer.save_total_limit is not None:
+            root, keep = self.saver.root, self.trainer.save_total_limit
+            protected = {self.last_step, self.last_step if state.best_step is None else state.best_step}
+            self.saver.then(lambda: prune(root, keep, protected))
+        self.has_spare = False
 
 
 def finish_evaluation(evaluation: Evaluate, save: Save, state: TrainState) -> None:
@@ -209,11 +227,12 @@ def step_hooks(
     """The hooks of a run in their order: log, evaluate, save. `epoch` is the one the run starts in."""
     edge = EpochEdge(epoch)
 
-    def evaluate_and_save(state: TrainState, result: StepResult) -> None:
-        new_epoch = edge.crossed(state)
+    def evaluate_and_save(state: TrainState, result: StepResult | None) -> None:
+        new_epoch, is_last = edge.crossed(state), result is None or state.step == max_steps
+        save.prune(state)
         if evaluation is not None:
             by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
-            evaluation(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or state.step == max_steps)
+            evaluation(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or is_last)
         if state.is_evaluation_open:
             return  # the run ends here, with a checkpoint
         due = {

@@ -4,6 +4,7 @@ A task builds model, batches and evaluation, says how its model is stored, and h
 loop and the one checkpoint format.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -19,26 +20,30 @@ from neobert.config.load import Loaded, dump_config
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero
-from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError
 from neobert.optim.build import optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
-from neobert.tasks.hooks import Evaluate, Log, Measure, Save, finish_evaluation, step_hooks
+from neobert.tasks.hooks import Evaluate, Log, Measure, Save, finish_evaluation, step_hooks, weight_norm
+from neobert.tasks.length import Length, StepSize
 from neobert.tasks.qk_clip import QKClip
 from neobert.tasks.run_folder import OpenRun, open_run
 from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_end
 from neobert.training.background import Saver
 from neobert.training.checkpoint import Content, Tensors, end_with, list_steps, verify_checkpoint
-from neobert.training.loop import Interrupt, MicroBatch, StepSettings, TrainState, train
+from neobert.training.loop import Interrupt, MicroBatch, StepResult, StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
 from neobert.training.runtime import Runtime, build_runtime, held_parts, own_partition
 from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
 
 
 class Batches(Protocol):
-    """A source of microbatches whose position can be saved."""
+    """A source of microbatches whose position can be saved: `position` is that behind the last one used."""
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    @property
+    def position(self) -> Any: ...
+
+    def state_dict(self, position: Any = None) -> tuple[dict[str, Any], dict[str, Any]]: ...
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, Any]) -> None: ...
 
@@ -80,7 +85,8 @@ class Job:
     schedule: Schedule
     batches: Batches
     fetch: Callable[[], list[MicroBatch]]
-    num_steps: int
+    size: StepSize
+    length: Length
     measure: Measure | None
     storage: Storage
     opened: OpenRun
@@ -89,6 +95,8 @@ class Job:
     interrupt: Interrupt
     clip: QKClip | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
+    empty_batch: Callable[[], MicroBatch] | None = None  # where the data of processes ends at different steps
+    ends_with_data: bool = False  # whatever the number of steps
     log_metrics: Callable[[], dict[str, float]] = (
         dict  # what the task adds to the rows of the log; all processes call it
     )
@@ -97,7 +105,7 @@ class Job:
     next_command: str = ""
 
     def run(self) -> Finished:
-        trainer, max_steps, runtime = self.config.trainer, self.num_steps, self.runtime
+        trainer, max_steps, runtime = self.config.trainer, self.length.num_steps, self.runtime
         if trainer.early_stopping and self.state.num_evaluations_without_gain >= trainer.early_stopping:
             self.state.stop_reason = "it had stopped early when it was saved"
         self.forget_lost_best()
@@ -114,23 +122,29 @@ class Job:
         save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if opened.goes_on else -1)
         self.interrupt.failed = lambda: saver.has_failed() or metrics.failure is not None
         self.interrupt.explain = lambda: metrics.explain() or saver.explain()
-        hooks = step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)
+        self.state.position = self.batches.position
+        hooks = [self.keep_position, *step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)]
         try:
             self.interrupt.start()
             if self.state.is_evaluation_open and evaluation is not None:
                 finish_evaluation(evaluation, save, self.state)
             train(
-                self.wrapped, self.optimizer, self.fetch, runtime, self.step_settings(), self.state, max_steps, hooks,
-                stopwatch,
+                self.wrapped, self.optimizer, self.fetch, runtime, self.step_settings(), self.state,
+                None if self.ends_with_data else max_steps, hooks, stopwatch,
             )  # fmt: skip
             stopped_by = int(runtime.all_max(self.interrupt.signal)[0])
             if trainer.save_model or stopped_by:
                 save.run(self.state)
             saver.wait()
+            if not stopped_by:
+                save.prune(self.state)
             ended_with_best = not stopped_by and self.load_best(root, evaluation)
             stopped_by, failed = map(int, runtime.all_max(self.interrupt.signal, self.interrupt.failed()))
             if failed:
                 self.interrupt.explain()
+        except UserError as error:
+            save_whole_step(self.state, save, error)
+            raise
         finally:
             console.close()
             metrics.close()
@@ -145,18 +159,23 @@ class Job:
         finished = Finished(opened.folder, self.state, step, stopwatch.data_fraction, code, values, runtime.is_main)
         return finished if code else self.conclude(finished)
 
+    def keep_position(self, state: TrainState, result: StepResult | None) -> None:
+        """The first hook of a step: what is saved from now on is behind it."""
+        state.position = self.batches.position
+
     def step_settings(self) -> StepSettings:
         """The numbers that every step depends on."""
         trainer = self.config.trainer
         return StepSettings(
             seed=self.config.seed,
-            lr=lambda step: self.config.optimizer.lr * lr_scale(step, self.schedule),
+            lr=lambda step: self.config.optimizer.lr * lr_scale(step - self.length.shift, self.schedule),
             gradient_clipping=trainer.gradient_clipping,
-            needs_grad_norm=trainer.log_grad_norm,
             after_update=self.model.normalize_matrices,
             model_inputs=self.model_inputs,
             clip=self.clip,
             interrupt=self.interrupt,
+            empty_batch=self.empty_batch,
+            rows_per_step=self.size.rows_per_step,
         )
 
     def build_sinks(self) -> Sinks:
@@ -175,7 +194,12 @@ class Job:
         return Sinks(MetricsFile(self.opened.folder / "metrics.jsonl", self.state.step), trackers)
 
     def checkpoint_content(self, state: TrainState) -> Content:
-        """Everything a checkpoint of this moment holds; copies, so that training can go on."""
+        """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
+
+        Raises CheckpointError, in all processes, for weights that are not finite: there is nothing to go on from in them.
+        """
+        if not math.isfinite(weight_norm(self.model)):
+            raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
         weights, model_config = self.storage.content()
         parts, first_rows = saved_parts(self.optimizer, self.runtime.is_main)
         return Content(
@@ -186,9 +210,10 @@ class Job:
             config_yaml=dump_config(self.config),
             optimizer=parts,
             first_rows=first_rows,
-            data=self.batches.state_dict(),
+            data=self.batches.state_dict(state.position),
             state={
                 **state.state_dict(),
+                **self.length.state_dict(self.config, self.size),
                 "world_size": self.runtime.world_size,
                 "engine": self.runtime.engine,
                 "zero_stage": self.runtime.zero_stage,
@@ -224,6 +249,20 @@ class Job:
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
         evaluation.run(state, loaded=best)
         return True
+
+
+def save_whole_step(state: TrainState, save: Save, error: UserError) -> None:
+    """Before a failure that all processes share ends the run: save the last whole step, and let the message say so."""
+    root = save.saver.root
+    try:
+        if not isinstance(error, CheckpointError):  # that is what saving says
+            if state.step:
+                save.run(state)
+            save.saver.wait()
+    except CheckpointError as failure:
+        error.args = (f"{error}; {failure}",)
+    if steps := list_steps(root):
+        error.args = (f"{error}; go on from {root / str(steps[-1])}",)
 
 
 def _damage(checkpoint: Path) -> str:

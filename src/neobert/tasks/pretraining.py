@@ -18,6 +18,7 @@ from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.tasks.encoder import checkpoint_config, prepare_model
 from neobert.tasks.hooks import Measure, check_needs_evaluation
 from neobert.tasks.job import Finished, Job, Storage, build_run_schedule, run_job
+from neobert.tasks.length import Length, StepSize, keep_step_size, plan_length, saved_step_size, step_size
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 from neobert.tasks.pretraining_data import PretrainingData, build_data
 from neobert.tasks.pretraining_start import begin
@@ -25,7 +26,7 @@ from neobert.tasks.resuming import continue_run, with_saved_lanes
 from neobert.tasks.run_folder import OpenRun, write_run_files
 from neobert.tasks.summary import describe_run, print_summary
 from neobert.training.checkpoint import Tensors
-from neobert.training.loop import Interrupt, evaluate
+from neobert.training.loop import Interrupt, TrainState, evaluate
 from neobert.training.metrics import perplexity
 from neobert.training.runtime import Runtime, whole_weights
 
@@ -51,8 +52,12 @@ def build_job(
     start = begin(config, loaded.keys_set, opened.checkpoint)
     config, hf_tokenizer = start.config, start.hf_tokenizer
     tokenizer = text_tokenizer(hf_tokenizer)
+    size = step_size(config, runtime.world_size)
     if opened.checkpoint is not None:
         config = with_saved_lanes(config, opened.checkpoint, runtime.world_size)
+        before = saved_step_size(opened.checkpoint, opened.saved)
+        config, size, notes = keep_step_size(config, before, runtime.world_size)
+        opened.told.extend(notes)
     data = build_run_data(config, tokenizer, runtime, opened.folder)
     data.train.observe = observe
     if data.evaluation is None:
@@ -62,8 +67,6 @@ def build_job(
     wrapped = runtime.distribute(model, model.model.layers)
     optimizer = build_run_optimizer(config, model, runtime.dtype)
     clip, clip_line = build_clip(config, model)
-    schedule, warnings = build_run_schedule(config, data.num_steps)
-    facts = describe_run(config, model, runtime, data, schedule, lines | clip_line)
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = Storage(
         content=lambda: checkpoint_model(model, hf_tokenizer, start.name),
@@ -71,12 +74,18 @@ def build_job(
         save_beside=lambda path: save_tokenizer(hf_tokenizer, path, has_token_types=False),
     )
     state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
+    length = find_length(config, size, state, opened.saved, data, runtime)
+    schedule, warnings = build_run_schedule(config, length.schedule_steps)
+    facts = describe_run(config, model, runtime, data, length, schedule, lines | clip_line)
     runtime.on_main(lambda: write_run_files(opened.folder, dump_config(config), facts))
     print_summary(facts, [*start.notes, *opened.told, *warnings], opened.folder)
     return Job(
         config, runtime, model, optimizer, schedule, data.train,
-        fetch=build_steps(data.train, trainer.gradient_accumulation_steps),
-        num_steps=data.num_steps,
+        fetch=build_steps(data.train, config.trainer.gradient_accumulation_steps),
+        empty_batch=data.train.pipeline.empty_batch,
+        size=size,
+        length=length,
+        ends_with_data=trainer.max_steps < 0,
         measure=build_measure(config, wrapped, data, runtime, interrupt),
         storage=storage,
         opened=opened,
@@ -98,9 +107,23 @@ def build_run_data(config: Config, tokenizer: Any, runtime: Runtime, folder: Any
         Rank(runtime.rank, runtime.world_size),
         folder,
         runtime.device.type == "cuda",
-        all_max=lambda number: int(runtime.all_max(number)[0]),
         main_first=runtime.main_first,
     )
+
+
+def find_length(
+    config: Config, size: StepSize, state: TrainState, saved: dict[str, Any], data: PretrainingData, runtime: Runtime
+) -> Length:
+    """How long the run is; also of the rates of masking, which follow the rows of all of it."""
+
+    def count_left() -> int:
+        epochs = config.trainer.num_train_epochs
+        print(f"counting the steps of {epochs} epochs, by a pass over the data", flush=True)
+        return -(-int(runtime.all_max(data.count_left())[0]) // config.trainer.gradient_accumulation_steps)
+
+    length = plan_length(config, size, state, saved, count_left)
+    data.train.pipeline.set_num_rows(state.num_rows + (length.num_steps - state.step) * size.rows_per_step)
+    return length
 
 
 def build_measure(

@@ -37,7 +37,7 @@ class PretrainingData:
 
     train: Loader
     evaluation: Callable[[], Iterator[Batch]] | None
-    num_steps: int
+    count_left: Callable[[], int]  # microbatches from where `train` stands to the end of its data, by reading it
     row_length: int  # tokens, padding included, at most
     describe: list[str]
 
@@ -48,34 +48,29 @@ def build_data(
     rank: Rank,
     output_dir: Path,
     on_cuda: bool,
-    all_max: Callable[[int], int] = lambda number: number,
     main_first: Callable[[Callable[[], list[Source]]], list[Source]] = lambda function: function(),
 ) -> PretrainingData:
     """Open, and if asked for tokenise, the corpus; the other ranks find what the first one wrote.
 
-    `all_max` is the largest of a number over all ranks, `main_first` calls a function in the first rank, then in the others.
-    Raises DataError.
+    `main_first` calls a function in the first rank, then in the others. Raises DataError.
     """
     sources = main_first(lambda: open_sources(config, tokenizer, output_dir))
-    num_epochs = _num_epochs(config)
     notes = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         notes.append("dataset.pin_memory is for CUDA; this run has none")
-    num_steps, num_batches = config.trainer.max_steps, None
-    num_lanes = config.dataset.lanes or rank.world
-    if config.trainer.max_steps < 0 or (num_epochs is not None and num_lanes > 1):
-        counting = _training_pipeline(config, tokenizer, sources, rank, num_epochs, 0)
-        num_batches = all_max(counting.count_batches()) * len(counting.lanes)
-    if config.trainer.max_steps < 0:
-        num_steps = -(-(num_batches or 0) // config.trainer.gradient_accumulation_steps)
-        notes.append(f"{num_epochs} epochs are {num_steps:,} steps")
-    pipeline = _training_pipeline(config, tokenizer, sources, rank, num_epochs, num_steps)
-    pipeline.num_batches = num_batches
+    pipeline = _training_pipeline(config, tokenizer, sources, rank)
+    loader = Loader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
+
+    def count_left() -> int:
+        counting = _training_pipeline(config, tokenizer, sources, rank)
+        counting.restore(loader.position)
+        return counting.count_batches()
+
     notes[0] += f"; {_describe_workers(pipeline, sources)}"
     return PretrainingData(
-        Loader(pipeline, pin_memory=on_cuda),
+        loader,
         _evaluation_pass(config, tokenizer, sources),
-        num_steps,
+        count_left,
         pipeline.collator.row_length or piece_length(config),
         [*notes, _describe_rows(config), _describe_evaluation([source.evaluation for source in sources])],
     )
@@ -88,9 +83,7 @@ def _num_epochs(config: Config) -> int | None:
     return 1 if config.dataset.mixture and config.dataset.mixture_exhausted != "repeat" else None
 
 
-def _training_pipeline(
-    config: Config, tokenizer: TextTokenizer, sources: list[Source], rank: Rank, num_epochs: int | None, num_steps: int
-) -> Pipeline:
+def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[Source], rank: Rank) -> Pipeline:
     """Documents to masked batches of a rank."""
     dataset, packed = config.dataset, config.datacollator.pack_sequences
     num_lanes = dataset.lanes or rank.world
@@ -112,7 +105,7 @@ def _training_pipeline(
                     config,
                     workers,
                     build_reader(config, source.train, Rank(number, num_lanes)),
-                    num_epochs,
+                    _num_epochs(config),
                     min_rows,
                     source,
                 )
@@ -124,7 +117,7 @@ def _training_pipeline(
         )
         for number in lanes_of(rank.index, rank.world, num_lanes)
     ]
-    num_rows = num_steps * config.trainer.gradient_accumulation_steps * batch_size * rank.world
+    num_rows = max(0, config.trainer.max_steps) * config.trainer.gradient_accumulation_steps * batch_size * rank.world
     return Pipeline(
         lanes,
         workers,

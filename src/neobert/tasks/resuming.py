@@ -11,6 +11,7 @@ from neobert.data.position import join_positions
 from neobert.errors import CheckpointError
 from neobert.optim.build import load_optimizer_state
 from neobert.tasks.job import Batches, Storage
+from neobert.tasks.length import saved_step_size
 from neobert.tasks.run_folder import OpenRun, enter_run
 from neobert.training.checkpoint import load_data, load_optimizer, load_rank_optimizer
 from neobert.training.loop import TrainState
@@ -54,7 +55,8 @@ def continue_run(
     ranks = [runtime.rank] if saved["world_size"] == runtime.world_size else list(range(saved["world_size"]))
     positions = [load_data(folder, rank) for rank in ranks]
     batches.load_state_dict(*(positions[0] if len(positions) == 1 else join_positions(positions)))
-    state.load_state_dict(saved)
+    before = saved_step_size(folder, saved).rows_per_step
+    state.load_state_dict({"num_rows": saved["step"] * before, **saved})
     opened.told.extend(runtime.on_main(lambda: enter_run(opened)))
     opened.told.append(f"resuming from {folder}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     return state

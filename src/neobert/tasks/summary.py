@@ -7,6 +7,7 @@ from typing import Any
 from neobert.config.schema import Config
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.optim.schedule import Schedule
+from neobert.tasks.length import Length
 from neobert.tasks.pretraining_data import PretrainingData
 from neobert.training.loop import TrainState
 from neobert.training.metrics import Stopwatch, duration
@@ -18,6 +19,7 @@ def describe_run(
     model: NeoBERTForMaskedLM,
     runtime: Runtime,
     data: PretrainingData,
+    length: Length,
     schedule: Schedule,
     lines: dict[str, str],
 ) -> dict[str, Any]:
@@ -25,13 +27,14 @@ def describe_run(
     trainer, m = config.trainer, model.config
     num_parameters = sum(p.numel() for p in model.parameters())
     in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
-    length = data.row_length
+    row_length = data.row_length
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
     norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
     kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
     shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
     decay = f"peak until {schedule.decay_start:,}, " if schedule.name == "wsd" else ""
     span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {schedule.decay_end:,}"
+    epochs = f"{trainer.num_train_epochs} epochs are " if trainer.max_steps < 0 else ""
     masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
     return {
         "model": f"{shape}, {kinds}",
@@ -39,11 +42,11 @@ def describe_run(
         "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
         "data": data.describe,
         "masking": f"{_rates(config)} of the tokens, {masks}",
-        "step": f"{rows} rows x {length} = {rows * length:,} tokens"
+        "step": f"{rows} rows x {row_length} = {rows * row_length:,} tokens"
         + (
             f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""
         ),
-        "run": f"{data.num_steps:,} steps, {data.num_steps * rows * length:,} tokens",
+        "run": f"{epochs}{length.num_steps:,} steps, {length.num_steps * rows * row_length:,} tokens",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
         "device": runtime.describe,
         "processes": runtime.describe_engine,

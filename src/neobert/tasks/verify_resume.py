@@ -56,7 +56,7 @@ def _settings(config: Any, folder: Path, num_steps: int, half: int) -> list[str]
     tokens = config.dataset.pre_tokenize and not config.dataset.pre_tokenize_output
     return [
         f"trainer.max_steps={num_steps}", f"trainer.save_steps={half}", "trainer.save_strategy=steps",
-        "trainer.eval_steps=1000000", "trainer.eval_strategy=steps", "trainer.eval_max_batches=1", "trainer.logging_steps=1",
+        "trainer.eval_steps=1000000", "trainer.eval_strategy=steps", "trainer.eval_max_batches=1",
         "trainer.early_stopping=0", "trainer.load_best_model_at_end=false", "trainer.metric_for_best_model=null",
         "trainer.report_to=[]", "wandb.enabled=false", "trainer.disable_tqdm=true", "trainer.save_total_limit=null",
         "trainer.overwrite_output_dir=true",
@@ -110,12 +110,11 @@ def _compare(folder: Path, killed: list[dict[str, int]], num_steps: int, half: i
             name: all(number in part and part[number][name] == whole[number][name] for number in numbers)
             for name in ("ids", "labels")
         }
-        a, b = (found.get(step, float("nan")) for found in losses)
-        words = ["equal" if same[name] else "DIFFERENT" for name in ("ids", "labels")]
+        a, b = (found.get(step) for found in losses)
+        words = ["equal" if is_same else "DIFFERENT" for is_same in (same["ids"], same["labels"], a == b)]
+        logged = [f"{'-' if loss is None else format(loss, '.6f'):<9}" for loss in (a, b)]
         mark = "" if step <= half else "  resumed"
-        print(
-            f"{step:>4}{mark:<9}  {words[0]:<9}  {words[1]:<9}  {a:<9.6f}  {b:<9.6f}  {'equal' if a == b else 'DIFFERENT'}"
-        )
+        print("  ".join([f"{step:>4}{mark:<9}", f"{words[0]:<9}", f"{words[1]:<9}", *logged, words[2]]))
         all_equal = all_equal and all(same.values()) and a == b
     print(f"\n{'resume is exact: every token, mask and loss is equal' if all_equal else 'resume is NOT exact'}")
     return all_equal

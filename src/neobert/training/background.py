@@ -37,6 +37,17 @@ class Saver:
         if not self.in_background:
             self.wait()
 
+    def then(self, work: Callable[[], object]) -> None:
+        """Do something in the background, behind the save that is being written; if that fails, so does this."""
+        before = self._running
+
+        def do() -> None:
+            if before is not None:
+                before.result()
+            work()
+
+        self._running = self._thread.submit(do)
+
     def _save(self, content: Content, behind: Callable[[], None]) -> None:
         start = time.perf_counter()
         save_checkpoint(self.root, content, self.team, self.before, behind)

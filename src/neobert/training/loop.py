@@ -3,12 +3,16 @@
 A step fetches all its microbatches first and counts their targets; every microbatch's loss *sum* is then divided by that
 one number. Accumulation, packing and data parallelism are exact by construction, and the last, short window of an epoch
 is too.
+
+With the counts the processes exchange what they have to agree on before they compute together: how many microbatches the
+step has (a process whose data has ended fills up with empty ones; the run ends when the data of all has), which epoch all of
+them have got to, and whether one of them could not read its data. Then all raise that error, and none waits for another.
 """
 
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -42,8 +46,8 @@ class WeightClip(Protocol):
 
 @dataclass
 class StepResult:
-    """One optimizer step, over all processes. `loss` is the mean over `num_targets`; `grad_norm` is None where nobody asked
-    for it, `clip` is what the weight clip reported.
+    """One optimizer step, over all processes. `loss` is the mean over `num_targets`; `clip` is what the weight clip
+    reported.
     """
 
     loss: float
@@ -51,33 +55,40 @@ class StepResult:
     num_tokens: int
     num_correct: int
     lr: float
-    grad_norm: float | None
+    grad_norm: float
     clip: Any = None
     is_wanted: bool = False  # some process has to be attended to
 
 
 @dataclass
 class TrainState:
-    """Where a run is. All of it is saved; nothing else has to be."""
+    """Where a run is, the same in all processes. All of it is saved but the last two, `position` with the data; nothing
+    else has to be.
+    """
 
     step: int = 0
-    epoch: int = 0
+    epoch: int = 0  # that all lanes of all processes have got to
     num_tokens: int = 0
+    num_rows: int = 0  # that the steps asked for, of all processes, whether they were filled or not
     best_metric: float | None = None
     best_step: int | None = None
     num_evaluations_without_gain: int = 0
     is_evaluation_open: bool = False  # the evaluation of this step was broken off
-    stop_reason: str | None = field(default=None, metadata={"saved": False})
+    logged: dict[str, float] = field(
+        default_factory=dict
+    )  # sums since the last line of the log; replaced, never changed
+    stop_reason: str | None = None
+    position: Any = field(default=None, compare=False)  # of the data, at the end of the last whole step
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "stop_reason"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("stop_reason", "position")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, default in self.state_dict().items():
             setattr(self, name, state.get(name, default))
 
 
-Hook = Callable[[TrainState, StepResult], None]
+Hook = Callable[[TrainState, StepResult | None], None]  # None: no step was made, the data has ended
 
 
 class Interrupt:
@@ -116,11 +127,12 @@ class StepSettings:
     seed: int
     lr: Callable[[int], float]
     gradient_clipping: float | None = None
-    needs_grad_norm: bool = False
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
     clip: WeightClip | None = None
     interrupt: Interrupt = field(default_factory=lambda: Interrupt())
+    empty_batch: Callable[[], MicroBatch] | None = None  # for a process whose data ends before that of others
+    rows_per_step: int = 0
 
 
 def train(
@@ -130,39 +142,83 @@ def train(
     runtime: Runtime,
     settings: StepSettings,
     state: TrainState,
-    max_steps: int,
-    hooks: Iterable[Hook],
+    max_steps: int | None,
+    hooks: Sequence[Hook],
     stopwatch: Stopwatch,
 ) -> None:
-    """Train until `max_steps`, the end of the data, or `state.stop_reason`. Hooks run after every step, in order."""
+    """Train until `max_steps` (None: the end of the data), or `state.stop_reason`. Hooks run after every step, in order, and
+    once more when the data has ended.
+
+    Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite. `state` is then that
+    of the last whole step.
+    """
     model.train()
-    while state.step < max_steps and state.stop_reason is None:
+    first_step = state.step
+    while (max_steps is None or state.step < max_steps) and state.stop_reason is None:
         with stopwatch.phase("data"):
-            micro = fetch()
-        if not micro:
-            state.stop_reason = "the data ended"
+            window = fetch_window(fetch, runtime, settings.empty_batch)
+        if window is None:
+            state.stop_reason = None if max_steps is None else "the data ended"
+            for hook in hooks if state.step > first_step else []:
+                hook(state, None)
             break
-        result = train_step(model, optimizer, micro, runtime, settings, state.step, stopwatch)
+        result = train_step(model, optimizer, window, runtime, settings, state.step, stopwatch)
         state.step += 1
         state.num_tokens += result.num_tokens
-        state.epoch = micro[-1].epoch
+        state.num_rows += settings.rows_per_step
+        state.epoch = max(state.epoch, window.epoch)
         if result.is_wanted:
             settings.interrupt.act(state, runtime)
         for hook in hooks:
             hook(state, result)
 
 
+@dataclass(frozen=True)
+class Window:
+    """The microbatches of a step, as many in every process, and what is the same in all: the number of their targets and the
+    epoch that every process has got to with them.
+    """
+
+    micro: list[MicroBatch]
+    num_targets: int
+    epoch: int
+
+
+def fetch_window(
+    fetch: Callable[[], list[MicroBatch]], runtime: Runtime, empty_batch: Callable[[], MicroBatch] | None = None
+) -> Window | None:
+    """The next window; None when the data of all processes has ended. Raises, in all of them, what `fetch` raised in one."""
+    micro: list[MicroBatch] = []
+    error = None
+    try:
+        micro = fetch()
+    except UserError as failure:
+        error = failure
+    mine = error is not None, len(micro), sum(batch.num_targets for batch in micro), micro[-1].epoch if micro else 0
+    found = runtime.gather(*mine)
+    if any(failed for failed, *_ in found):
+        raise runtime.first_error(error)
+    count = int(max(number for _, number, _, _ in found))
+    if not count:
+        return None
+    if len(micro) < count:
+        assert empty_batch is not None, "all processes have as many microbatches"
+        micro = [*micro, *(empty_batch() for _ in range(count - len(micro)))]
+    num_targets = int(sum(targets for _, _, targets, _ in found))
+    return Window(micro, num_targets, int(min(epoch for _, number, _, epoch in found if number)))
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro: list[MicroBatch],
+    window: Window,
     runtime: Runtime,
     settings: StepSettings,
     step: int,
     stopwatch: Stopwatch,
 ) -> StepResult:
     """One update from the microbatches of one accumulation window."""
-    num_targets = max(1, int(runtime.all_sum(sum(batch.num_targets for batch in micro))[0]))
+    micro, num_targets = window.micro, max(1, window.num_targets)
     with stopwatch.phase("compute"):
         *mine, bad = _accumulate(model, micro, runtime, settings, step, num_targets)
         sums = runtime.all_sum(*mine, sum(batch.num_tokens for batch in micro), settings.interrupt.wanted)
@@ -171,11 +227,9 @@ def train_step(
             first = len(micro) - int(runtime.all_max(len(micro) - bad)[0])
             _refuse(loss_sum, step, first, optimizer)
     with stopwatch.phase("optimizer"):
-        norm = None
-        if settings.gradient_clipping is not None or settings.needs_grad_norm:
-            norm = float(runtime.clip(model, settings.gradient_clipping))
-            if not math.isfinite(norm):
-                _refuse(norm, step, len(micro) - 1, optimizer, what="gradient")
+        norm = float(runtime.clip(model, settings.gradient_clipping))
+        if not math.isfinite(norm):
+            _refuse(norm, step, len(micro) - 1, optimizer, what="gradient")
         lr = settings.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -212,8 +266,8 @@ def _refuse(value: float, step: int, micro: int, optimizer: torch.optim.Optimize
     """Stop before the optimizer writes."""
     optimizer.zero_grad(set_to_none=True)
     raise UserError(
-        f"the {what} became {value} at step {step + 1}, microbatch {micro}; the weights were not touched. "
-        "Resume from the last checkpoint with a lower optimizer.lr, a longer warmup or trainer.gradient_clipping"
+        f"the {what} became {value} at step {step + 1}, microbatch {micro}, whose update was not made; go on from a checkpoint "
+        "with a lower optimizer.lr, a longer warmup or trainer.gradient_clipping"
     )
 
 
@@ -227,11 +281,25 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode.
 
-    Processes take batches in turn. None: broken off, since `interrupt` was wanted in some process.
+    Processes take batches in turn. None: broken off, since `interrupt` was wanted in some process. Raises, in all processes,
+    the UserError of one that could not read its batches.
     """
     model.eval()
     mine, is_wanted = [0.0, 0.0, 0.0], False
-    for turn in _turns(itertools.islice(batches, max_batches), runtime.world_size):
+    turns = _turns(itertools.islice(batches, max_batches), runtime.world_size)
+    while True:
+        turn, error = None, None
+        try:
+            turn = next(turns, None)
+        except UserError as failure:
+            error = failure
+        stops = interrupt is not None and interrupt.wanted
+        failed, has_ended, is_wanted = map(bool, runtime.all_max(error is not None, turn is None, stops))
+        if failed:
+            raise runtime.first_error(error)
+        if has_ended or is_wanted:
+            break
+        assert turn is not None
         has_one = runtime.rank < len(turn)
         batch = turn[runtime.rank if has_one else 0]  # all call the model together, or none
         with runtime.autocast():
@@ -239,9 +307,6 @@ def evaluate(
         if has_one:
             one = float(output.loss_sum), int(output.num_correct), batch.num_targets
             mine = [a + b for a, b in zip(mine, one, strict=True)]
-        if interrupt is not None and runtime.all_max(interrupt.wanted)[0]:
-            is_wanted = True
-            break
     model.train()
     total, num_correct, num_targets = runtime.all_sum(*mine)
     if is_wanted:

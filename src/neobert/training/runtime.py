@@ -171,6 +171,23 @@ class Runtime:
         dist.all_reduce(tensor, how)
         return tensor.tolist()
 
+    def gather(self, *values: float) -> list[list[float]]:
+        """The values of every process, in all of them, in float64."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size == 1:
+            return [mine.tolist()]
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(found, mine)
+        return torch.stack(found).tolist()  # type: ignore[no-any-return]
+
+    def first_error(self, error: UserError | None) -> UserError:
+        """The error of the first process that has one, in all of them. All call it when one has."""
+        errors = [error]
+        if self.world_size > 1:
+            errors = [None] * self.world_size
+            dist.all_gather_object(errors, error, group=self.patient)
+        return next(one for one in errors if one is not None)
+
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """The sum of a CPU tensor over all processes, in all of them."""
         if self.world_size > 1:
