@@ -109,9 +109,9 @@ def test_the_rules_of_the_reference(name, tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text(json.dumps(values))
     loaded = load_config([str(tmp_path / "c.yaml")])
     assert [rule.kind for rule in RULES if rule.check is check] == [kind]
-    found = check(loaded.config, loaded.keys_set, *([False] if check is resume_needs_a_position else []))
+    found = check(loaded.config, *([False] if check is resume_needs_a_position else []))
     assert len(list(found)) == 1
-    assert list(check(load_config([]).config, frozenset())) == []
+    assert list(check(load_config([]).config)) == []
 
 
 def test_files_on_the_command_line_are_layered(tmp_path):
@@ -130,11 +130,9 @@ def test_files_on_the_command_line_are_layered(tmp_path):
         ("model: {hidden_size: 30, num_attention_heads: 2}", "model.num_attention_heads", "even head width"),
         ("trainer: {mixed_precision: fp16}", "trainer.mixed_precision", "fp16"),
         ("dataset: {max_seq_length: 1024}", "dataset.max_seq_length", "max_position_embeddings"),
-        ("datacollator: {max_length: 64}", "datacollator.max_length", "pack_sequences"),
         ("dataset: {pre_tokenize: true}", "dataset.pre_tokenize", "streaming: false"),
-        ("optimizer: {muon_config: {ns_steps: 4}}", "optimizer.muon_config", "no effect"),
         ("optimizer: {muon_config: {ns_stps: 4}}", "optimizer.muon_config.ns_stps", "ns_steps"),
-        ("trainer: {max_ckpt: 2, save_total_limit: 5}", "trainer.max_ckpt", "contradicts"),
+        ("trainer: {dir: a, output_dir: b}", "trainer.dir", "contradicts"),
         ("trainer: 3", "trainer", "must be a section with keys"),
         (
             "model: {hidden_size: 1000000000000, num_attention_heads: 7}",
@@ -151,6 +149,35 @@ def test_rules_say_what_is_wrong(tmp_path, text, path, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("datacollator: {max_length: 1024}", "datacollator.max_length: has no effect"),
+        (
+            "datacollator: {pad_to_multiple_of: 8, pack_sequences: true}",
+            "datacollator.pad_to_multiple_of: has no effect",
+        ),
+        ("optimizer: {muon_config: {ns_steps: 4}}", "optimizer.muon_config: has no effect"),
+        ("dataset: {pre_tokenize_output: x}", "dataset.pre_tokenize_output: has no effect"),
+        ("wandb: {log_interval: 7}", "wandb.log_interval: has no effect"),
+        ("trainer: {bf16: false, mixed_precision: fp32}", "trainer.bf16 is an older name"),
+    ],
+)
+def test_what_has_no_effect_is_said_and_refuses_nothing(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    (warning,) = load_config([str(path)], LOCAL).warnings
+    assert words in warning
+
+
+ALIASES = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "a: &a [" + "x, " * 9 + "]\n" + ALIASES,
+            r"c.yaml:6: not valid YAML: its aliases stand for more than 100,000 values",
+        ),
+        ("a: &a [*a]", "an alias contains itself"),
         ("a: 1\na: 2", "written twice"),
         ("- 1", "expected sections"),
         ("a: [1", "not valid YAML"),

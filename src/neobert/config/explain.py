@@ -5,9 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from neobert.config.legacy import LEGACY
+from neobert.config.legacy import LEGACY, nearest_key
 from neobert.config.load import Loaded
-from neobert.config.reference import KeyInfo, known_keys, nearest_key, value_of
+from neobert.config.reference import KeyInfo, known_keys, value_of
 from neobert.config.rules import RULES
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem
@@ -152,7 +152,8 @@ def reference_page() -> str:
     lines += [
         "",
         "## Older names", "",
-        "They act, with a warning; an older and a newer name that contradict each other in one file are an error.", "",
+        "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an older",
+        "name that still is a key above gives way then, with a warning, and at its default it has no say.", "",
         "| older | acts as |", "|---|---|",
         *[f"| `{rule.old}` | `{rule.new}` |" for rule in LEGACY],
     ]  # fmt: skip

@@ -108,7 +108,7 @@ def _settle(config: Config, keys_set: frozenset[str], architecture: NeoBERTConfi
 
 def _check_rows(config: Config) -> None:
     longest = config.model.max_position_embeddings
-    row = config.datacollator.max_length or config.dataset.max_seq_length
+    row = config.row_length
     if row > longest:
-        path = "datacollator.max_length" if config.datacollator.max_length else "dataset.max_seq_length"
+        path = "dataset.max_seq_length" if row == config.dataset.max_seq_length else "datacollator.max_length"
         raise ConfigError(Problem(path, f"{row} is longer than the {longest} positions of {config.model.name}"))

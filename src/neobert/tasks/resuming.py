@@ -38,7 +38,7 @@ def open_run(config: Config, keys_set: frozenset[str], runtime: Runtime) -> Open
     if checkpoint is None:
         return OpenRun(folder, None, {}, told)
     saved = runtime.on_main(lambda: verify_checkpoint(checkpoint))
-    if missing := list(resume_needs_a_position(config, keys_set, has_data(checkpoint))):
+    if missing := list(resume_needs_a_position(config, has_data(checkpoint))):
         raise ConfigError(*missing)
     return OpenRun(folder, checkpoint, saved, told)
 
