@@ -227,7 +227,7 @@ def test_explain():
 def test_show_says_where_and_loads_again(tmp_path):
     file = write(tmp_path / "c.yaml", {"trainer": {"max_steps": 5, "seed": 3}})
     loaded = load_config([file], ["optimizer.lr=0.1"])
-    text = show_config(loaded)
+    text = show_config(loaded.config, loaded.origins)
     assert f"  max_steps: 5  # {file}:2" in text
     assert f"seed: 3  # {file}:3" in text
     assert "  lr: 0.1  # command line" in text

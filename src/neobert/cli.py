@@ -18,7 +18,7 @@ import typer
 from neobert import cli_data, cli_embed, cli_evaluate, cli_export, cli_glue
 from neobert.cli_words import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, start_processes
 from neobert.cli_words import layers as _layers
-from neobert.errors import ConfigError, Problem, UserError
+from neobert.errors import ConfigError, Problem, UserError, print_notes
 
 app = typer.Typer(
     name="neobert",
@@ -160,8 +160,7 @@ def config_check(context: typer.Context, config: ConfigFile) -> None:
     from neobert.config.load import load_config
 
     loaded = load_config(*_layers(config, context.args))
-    for warning in loaded.warnings:
-        print(f"note: {warning}")
+    print_notes(loaded.warnings)
     print(f"{config}: ok ({loaded.config.task}, {len(loaded.keys_set)} keys set)")
 
 
@@ -176,7 +175,9 @@ def config_show(context: typer.Context, config: ConfigFile) -> None:
     from neobert.config.explain import show_config
     from neobert.config.load import load_config
 
-    print(show_config(load_config(*_layers(config, context.args))))
+    loaded = load_config(*_layers(config, context.args))
+    print_notes(loaded.warnings)
+    print(show_config(loaded.config, loaded.origins))
 
 
 @config_app.command("explain")

@@ -1,6 +1,8 @@
 """What a user can get wrong. Each of these prints as plain lines and ends the command with exit code 2;
-any other exception is a bug of ours and keeps its traceback."""
+any other exception is a bug of ours and keeps its traceback. Notes say what a user should know of a run that goes on."""
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -35,3 +37,9 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or does not fit what is asked of it; or one that could not be written."""
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What the user should know, a line each, on stderr."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)

@@ -1,12 +1,12 @@
 """The configuration explained: one key, one file with its origins, two files compared, a starter file, the reference page."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 from neobert.config.legacy import LEGACY, nearest_key
-from neobert.config.load import Loaded
 from neobert.config.reference import KeyInfo, known_keys, value_of
 from neobert.config.rules import RULES
 from neobert.config.schema import Config
@@ -60,23 +60,23 @@ def explain_key(dotted: str) -> str:
     return "\n".join(lines)
 
 
-def show_config(loaded: Loaded) -> str:
-    """The resolved configuration as YAML; keys that were set say where."""
+def show_config(config: Config, origins: Mapping[str, str]) -> str:
+    """The whole configuration as YAML; keys in `origins` say where they were set."""
     lines: list[str] = []
-    _show_section(loaded, loaded.config, "", lines)
+    _show_section(origins, config, "", lines)
     return "\n".join(lines)
 
 
-def _show_section(loaded: Loaded, section: BaseModel, prefix: str, lines: list[str]) -> None:
+def _show_section(origins: Mapping[str, str], section: BaseModel, prefix: str, lines: list[str]) -> None:
     indent = "  " * prefix.count(".")
     older = {rule.old for rule in LEGACY}
     for name in type(section).model_fields:
         value, dotted = getattr(section, name), prefix + name
         if isinstance(value, BaseModel):
             lines.append(f"{indent}{name}:")
-            _show_section(loaded, value, f"{dotted}.", lines)
+            _show_section(origins, value, f"{dotted}.", lines)
         elif dotted not in older:
-            origin = loaded.origins.get(dotted)
+            origin = origins.get(dotted)
             lines.append(f"{indent}{name}: {plain_json(value)}" + (f"  # {origin}" if origin else ""))
 
 
@@ -152,8 +152,8 @@ def reference_page() -> str:
     lines += [
         "",
         "## Older names", "",
-        "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an older",
-        "name that still is a key above gives way then, with a warning, and at its default it has no say.", "",
+        "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an",
+        "older name that still is a key above gives way then, with a warning, and at its default it has no say.", "",
         "| older | acts as |", "|---|---|",
         *[f"| `{rule.old}` | `{rule.new}` |" for rule in LEGACY],
     ]  # fmt: skip

@@ -8,6 +8,7 @@ import copy
 import difflib
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -63,10 +64,21 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
 
 
 def dump_config(config: Config) -> str:
-    """What was set or has been filled in, as YAML that loads to the same `Config`."""
+    """What was set or has been filled in, as YAML that loads to the same run.
+
+    Which of its own checkpoints a run went on from belongs to the call and is left out; one of another run stays.
+    """
     values = config.model_dump(exclude_unset=True)
-    values.get("trainer", {}).pop("resume_from_checkpoint", None)  # of a call, not of the run
+    if _resumes_itself(config):
+        values["trainer"].pop("resume_from_checkpoint", None)
     return yaml.safe_dump({"task": config.task, **values}, sort_keys=False, allow_unicode=True)
+
+
+def _resumes_itself(config: Config) -> bool:
+    selector = config.trainer.resume_from_checkpoint
+    if selector is None or selector == "latest" or selector.isdigit():
+        return selector is not None
+    return Path(config.trainer.output_dir).resolve() in Path(selector).resolve().parents
 
 
 def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:

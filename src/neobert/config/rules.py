@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.contrastive_rules import (
-    NOT_CONTRASTIVES,
-    contrastive_has_batches_of_its_own,
-    contrastive_keys_need_contrastive,
-    temperature_wins_over_weights,
-)
-from neobert.config.mteb_rules import mteb_trains_nothing
 from neobert.config.reference import is_chosen, is_set, value_of
 from neobert.config.schema import Config
+from neobert.config.task_rules import (
+    INERT,
+    classifier_range_of_glue_wins,
+    keys_act_in_their_task,
+    labels_fit_task,
+    mteb_trains_nothing,
+    temperature_wins_over_weights,
+)
 from neobert.config.zero import read_zero, zero_stage
 from neobert.errors import Problem
 
@@ -179,43 +180,10 @@ def best_needs_checkpoints(config: Config) -> Found:
         yield Problem("trainer.load_best_model_at_end", "needs checkpoints; set save_strategy to steps, epoch or best")
 
 
-GLUE_LABELS = {"stsb": 1, "mnli": 3, "ax": 3}
-
-
-def labels_fit_task(config: Config) -> Found:
-    """A GLUE task has a fixed number of labels; 1 is regression."""
-    wanted = GLUE_LABELS.get(config.glue.task_name, 2)
-    if is_set("glue.num_labels", config) and config.task == "glue" and config.glue.num_labels != wanted:
-        yield Problem("glue.num_labels", f"{config.glue.num_labels}, but {config.glue.task_name} has {wanted}")
-
-
-# Keys of pretraining's rows and loss: GLUE's are in `glue`.
-NOT_GLUES = (
-    "dataset.streaming", "dataset.max_seq_length", "dataset.text_column", "dataset.train_split", "dataset.eval_split",
-    "dataset.validation_split", "dataset.pre_tokenize", "dataset.mixture", "tokenizer.max_length", "datacollator.max_length",
-    "datacollator.mlm_probability", "datacollator.mask_all", "trainer.masked_logits_only_loss",
-    "trainer.enforce_full_packed_batches",
-)  # fmt: skip
-
-
-def glue_has_rows_of_its_own(config: Config) -> Found:
-    """GLUE's rows are sentences of a length of their own: what describes pretraining's rows and masks does not act."""
-    for path in NOT_GLUES:
-        if config.task == "glue" and is_chosen(path, config):
-            yield Problem(path, "has no effect in task: glue")
-
-
 def from_hub_needs_a_name(config: Config) -> Found:
     """`model.from_hub` continues from the model that `model.name` names."""
     if config.model.from_hub and config.task == "pretraining" and not config.model.name:
         yield Problem("model.name", "not set; model.from_hub continues from the model that it names")
-
-
-def classifier_range_of_glue_wins(config: Config) -> Found:
-    """`glue.classifier_init_range` wins over `model.classifier_init_range`."""
-    names = ("glue.classifier_init_range", "model.classifier_init_range")
-    if all(is_set(name, config) for name in names) and value_of(config, names[0]) != value_of(config, names[1]):
-        yield Problem(names[0], f"wins over {names[1]}")
 
 
 def resume_needs_a_position(config: Config, has_position: bool = True) -> Found:
@@ -312,6 +280,10 @@ def path_wins_over_name(config: Config) -> Found:
 
 def vocabulary_follows_tokenizer(config: Config) -> Found:
     """Inert tokens pad the tokenizer until its length is the model's vocabulary size, a multiple of 64."""
+    if is_chosen("tokenizer.vocab_size", config):
+        yield Problem(
+            "tokenizer.vocab_size", f"{config.tokenizer.vocab_size:,} has no effect: it follows the tokenizer"
+        )
     if is_chosen("model.vocab_size", config):
         yield Problem(
             "model.vocab_size", f"{config.model.vocab_size:,} is a lower bound: the size follows the tokenizer"
@@ -371,10 +343,8 @@ RULES = (
          ("trainer.torch_compile", "trainer.torch_compile_backend", "trainer.torch_compile_dynamic")),
     Rule("PRECEDENCE", ngpt_has_no_norms,
          ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
-    Rule("WARNING", glue_has_rows_of_its_own, ("task", *NOT_GLUES)),
-    Rule("WARNING", contrastive_has_batches_of_its_own, ("task", *NOT_CONTRASTIVES)),
+    Rule("WARNING", keys_act_in_their_task, ("task", *dict.fromkeys(key for keys in INERT.values() for key in keys))),
     Rule("WARNING", mteb_trains_nothing, ("task",)),
-    Rule("WARNING", contrastive_keys_need_contrastive, ("task", "dataset.columns", "dataset.mixture_temperature")),
     Rule("PRECEDENCE", temperature_wins_over_weights, ("dataset.mixture_temperature", "dataset.mixture")),
     Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),

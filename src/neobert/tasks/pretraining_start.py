@@ -12,7 +12,7 @@ from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.convert import convert
 from neobert.inference.hub_model import model_folder
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.tasks.encoder import build_model, build_vocabulary
+from neobert.tasks.encoder import build_model, build_vocabulary, with_vocab_size
 from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions
 from neobert.training.checkpoint import find_checkpoint
 
@@ -47,7 +47,8 @@ def begin(config: Config, keys_set: frozenset[str]) -> Begin:
     """What the configuration names to start from. Raises ConfigError, DataError or CheckpointError."""
     if not config.model.from_hub:
         hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
-        return Begin(config, hf_tokenizer, *build_vocabulary(config, keys_set, hf_tokenizer))
+        size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
+        return Begin(with_vocab_size(config, size), hf_tokenizer, size, notes)
     resumed = _resumed(config)
     folder = resumed or _named(config.model.name or "")
     found = convert(str(folder))
@@ -64,6 +65,7 @@ def begin(config: Config, keys_set: frozenset[str]) -> Begin:
     model = NeoBERTForMaskedLM(architecture)  # again, for the dropout and the positions that the YAML sets
     model.load_state_dict(found.model.state_dict())
     notes = [f"continuing from {found.folder} ({found.kind}) with a fresh optimizer", *found.notes]
+    config = with_vocab_size(config, architecture.vocab_size)
     return Begin(config, found.tokenizer, architecture.vocab_size, [] if resumed else notes, model)
 
 

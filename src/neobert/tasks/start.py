@@ -224,7 +224,8 @@ def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tu
         return load_tokenizer(named.name, named.path), {}
     found = load_tokenizer(keys.get("name", ""), keys["path"])
     check_named_tokenizer(config, keys_set, found, str(start.folder or start.hub))
-    return found, keys
+    size = {} if named.vocab_size is None else {"vocab_size": len(found)}
+    return found, {**keys, **size}
 
 
 def check_named_tokenizer(config: Config, keys_set: frozenset[str], found: Any, origin: str) -> None:
