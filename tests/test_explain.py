@@ -5,13 +5,14 @@ import json
 
 import pytest
 import yaml
-from conftest import CONFIGS, ROOT
+from conftest import CONFIGS, ROOT, TEXT, TOKENIZER, run_neobert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neobert.config.explain import STARTERS, diff_configs, explain_key, reference_page, show_config, starter_file
 from neobert.config.legacy import LEGACY
 from neobert.config.load import load_config
+from neobert.config.ready import check_ready
 from neobert.config.reference import known_keys
 from neobert.config.rules import RULES, value_of
 from neobert.config.schema import Config
@@ -243,9 +244,29 @@ def test_diff(tmp_path):
 
 
 @pytest.mark.parametrize("task", STARTERS)
-def test_starter_files_load(task, tmp_path):
-    (tmp_path / "new.yaml").write_text(starter_file(task))
-    assert load_config([str(tmp_path / "new.yaml")]).config == Config(task=task, config_path=str(tmp_path / "new.yaml"))
+def test_starter_files(task, tmp_path):
+    """A starter says what is to be filled in, `check` refuses it until that is done, and no key of it is without effect."""
+    path = tmp_path / "new.yaml"
+    path.write_text(starter_file(task))
+    lines = path.read_text().splitlines()
+    result = run_neobert("config", "check", path, cwd=tmp_path)
+    assert result.returncode == 2
+    places = [f"({path}:{number})" for number, line in enumerate(lines, 1) if "to be filled in" in line]
+    told = result.stderr.splitlines()
+    assert len(told) == len(places)
+    assert all(line.endswith(place) for line, place in zip(told, places, strict=True))
+    (tmp_path / "checkpoints").mkdir()
+    filled = {"path": TEXT, "pretrained_checkpoint_dir": tmp_path, "output_dir": tmp_path}
+    for number, line in enumerate(lines):
+        name = line.strip().partition(":")[0]
+        if "to be filled in" in line:
+            value = TOKENIZER if lines[number - 2] == "tokenizer:" else filled[name]
+            lines[number] = f"{line.partition(':')[0]}: {value}"
+    path.write_text("\n".join(lines))
+    loaded = load_config([str(path)])
+    check_ready(loaded)
+    assert loaded.warnings == []
+    assert not {"mteb_pooling", "scheduler.warmup_steps"} & set(loaded.origins)
 
 
 def test_generated_files_are_fresh():

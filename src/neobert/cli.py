@@ -114,10 +114,12 @@ def glue(
 
 def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> None:
     from neobert.config.load import load_config
+    from neobert.config.ready import check_ready
 
     loaded = load_config(*_layers(first, words), task)
     if loaded.config.task == "mteb":
         raise typer.Exit(cli_evaluate.run_mteb(*_layers(first, words), None))
+    check_ready(loaded)
     command = [{None: "run", "pretraining": "pretrain"}.get(task, task or ""), str(first), *words]
     code = start_processes(loaded.config, nproc, command)
     if code is not None:
@@ -151,17 +153,19 @@ def report(
 
 @config_app.command("check", context_settings=WITH_OVERRIDES)
 def config_check(context: typer.Context, config: ConfigFile) -> None:
-    """Check a file: all problems at once, each with its line. Does not need torch and takes a moment.
+    """Check a file: all problems at once, each with its line, and what a run would not find. Takes a moment.
 
     \b
     Example:
       neobert config check my.yaml
     """
     from neobert.config.load import load_config
+    from neobert.config.ready import check_ready
 
     loaded = load_config(*_layers(config, context.args))
     print_notes(loaded.warnings)
-    print(f"{config}: ok ({loaded.config.task}, {len(loaded.keys_set)} keys set)")
+    check_ready(loaded)
+    print(f"{config}: ok ({loaded.config.task}, {len(loaded.origins)} keys set)")
 
 
 @config_app.command("show", context_settings=WITH_OVERRIDES)

@@ -183,6 +183,9 @@ def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
         return Problem(
             entry, "must be a section with keys" if kind == "model_type" else f"{message}, got {shown}", where
         )
+    if dotted == "trainer.eval_strategy" and value in (False, "no"):
+        without = "set trainer.eval_steps to more than the steps of the run to train without evaluations"
+        return Problem(dotted, f"must be one of {', '.join(info.choices or [])}, got {shown}; {without}", where)
     if info.choices and (isinstance(value, str) or kind == "literal_error"):
         near = difflib.get_close_matches(str(value), info.choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""

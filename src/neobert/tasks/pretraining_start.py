@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from neobert.config.schema import Config
-from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.convert import convert
 from neobert.inference.hub_model import model_folder
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.tasks.encoder import build_model, build_vocabulary, with_vocab_size
-from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions
+from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions, load_named_tokenizer
 from neobert.training.checkpoint import find_checkpoint
 
 
@@ -46,7 +45,7 @@ class Begin:
 def begin(config: Config, keys_set: frozenset[str]) -> Begin:
     """What the configuration names to start from. Raises ConfigError, DataError or CheckpointError."""
     if not config.model.from_hub:
-        hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
+        hf_tokenizer = load_named_tokenizer(config)
         size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
         return Begin(with_vocab_size(config, size), hf_tokenizer, size, notes)
     resumed = _resumed(config)
