@@ -42,7 +42,7 @@ TINY = [
 ]
 
 
-def run_neobert(*arguments, timeout=120, env=None):
+def run_neobert(*arguments, timeout=120, env=None, cwd=ROOT):
     """Run the command in a process of its own, output to pipes."""
     return subprocess.run(
         [sys.executable, "-m", "neobert", *map(str, arguments)],
@@ -50,7 +50,7 @@ def run_neobert(*arguments, timeout=120, env=None):
         text=True,
         timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        cwd=ROOT,
+        cwd=cwd,
     )
 
 

@@ -4,9 +4,10 @@ import json
 import sys
 
 import pytest
-from conftest import CONFIGS, run_neobert
+from conftest import CONFIGS, TEXT, TOKENIZER, run_neobert
 
 from neobert.config.load import dump_config, load_config, parse_overrides
+from neobert.config.ready import find_missing
 from neobert.config.reference import known_keys
 from neobert.config.rules import (
     RULES,
@@ -109,9 +110,9 @@ def test_the_rules_of_the_reference(name, tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text(json.dumps(values))
     loaded = load_config([str(tmp_path / "c.yaml")])
     assert [rule.kind for rule in RULES if rule.check is check] == [kind]
-    found = check(loaded.config, loaded.keys_set, *([False] if check is resume_needs_a_position else []))
+    found = check(loaded.config, *([False] if check is resume_needs_a_position else []))
     assert len(list(found)) == 1
-    assert list(check(load_config([]).config, frozenset())) == []
+    assert list(check(load_config([]).config)) == []
 
 
 def test_files_on_the_command_line_are_layered(tmp_path):
@@ -130,11 +131,9 @@ def test_files_on_the_command_line_are_layered(tmp_path):
         ("model: {hidden_size: 30, num_attention_heads: 2}", "model.num_attention_heads", "even head width"),
         ("trainer: {mixed_precision: fp16}", "trainer.mixed_precision", "fp16"),
         ("dataset: {max_seq_length: 1024}", "dataset.max_seq_length", "max_position_embeddings"),
-        ("datacollator: {max_length: 64}", "datacollator.max_length", "pack_sequences"),
         ("dataset: {pre_tokenize: true}", "dataset.pre_tokenize", "streaming: false"),
-        ("optimizer: {muon_config: {ns_steps: 4}}", "optimizer.muon_config", "no effect"),
         ("optimizer: {muon_config: {ns_stps: 4}}", "optimizer.muon_config.ns_stps", "ns_steps"),
-        ("trainer: {max_ckpt: 2, save_total_limit: 5}", "trainer.max_ckpt", "contradicts"),
+        ("trainer: {dir: a, output_dir: b}", "trainer.dir", "contradicts"),
         ("trainer: 3", "trainer", "must be a section with keys"),
         (
             "model: {hidden_size: 1000000000000, num_attention_heads: 7}",
@@ -151,6 +150,35 @@ def test_rules_say_what_is_wrong(tmp_path, text, path, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("datacollator: {max_length: 1024}", "datacollator.max_length: has no effect"),
+        (
+            "datacollator: {pad_to_multiple_of: 8, pack_sequences: true}",
+            "datacollator.pad_to_multiple_of: has no effect",
+        ),
+        ("optimizer: {muon_config: {ns_steps: 4}}", "optimizer.muon_config: has no effect"),
+        ("dataset: {pre_tokenize_output: x}", "dataset.pre_tokenize_output: has no effect"),
+        ("wandb: {log_interval: 7}", "wandb.log_interval: has no effect"),
+        ("trainer: {bf16: false, mixed_precision: fp32}", "trainer.bf16 is an older name"),
+    ],
+)
+def test_what_has_no_effect_is_said_and_refuses_nothing(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    (warning,) = load_config([str(path)], LOCAL).warnings
+    assert words in warning
+
+
+ALIASES = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "a: &a [" + "x, " * 9 + "]\n" + ALIASES,
+            r"c.yaml:6: not valid YAML: its aliases stand for more than 100,000 values",
+        ),
+        ("a: &a [*a]", "an alias contains itself"),
         ("a: 1\na: 2", "written twice"),
         ("- 1", "expected sections"),
         ("a: [1", "not valid YAML"),
@@ -224,7 +252,7 @@ def test_check_needs_no_torch(empty_config):
 
     code = (
         "import sys; from neobert.cli import app\n"
-        f"try: app(['config', 'check', {str(empty_config)!r}, 'dataset.path=x'])\n"
+        f"try: app(['config', 'check', {str(empty_config)!r}, 'dataset.path={TEXT}', 'tokenizer.path={TOKENIZER}'])\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), 'heavy imports'"
     )
@@ -239,6 +267,82 @@ def test_errors_are_lines_and_exit_code_2(tmp_path):
         f"error: trainer.max_step: unknown key; did you mean trainer.max_steps? ({tmp_path}/c.yaml:2)\n"
     )
     assert run_neobert("run", tmp_path / "absent.yaml").returncode == 2
+
+
+def test_notes_are_on_stderr_once_and_in_the_same_words(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"trainer: {{dir: a}}\nscheduler: {{power: 3.0}}\ndataset: {{path: {TEXT}}}\n")
+    words = [tmp_path / "c.yaml", "--tokenizer.path", TOKENIZER]
+    check, show = run_neobert("config", "check", *words), run_neobert("config", "show", *words)
+    assert (check.returncode, show.returncode) == (0, 0)
+    assert check.stderr.splitlines() == [
+        "note: trainer.dir is an older name: 'a' acts as trainer.output_dir: 'a'",
+        "note: scheduler.power: has no effect with scheduler.name: cosine",
+    ]
+    assert show.stderr == check.stderr
+    assert "note:" not in check.stdout + show.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "words"),
+    [
+        ("modle: {hidden_size: 64}", "modle", "did you mean model?"),
+        ("trainer: {lerning_rate: 1}", "trainer.lerning_rate", "did you mean optimizer.lr?"),
+        ("optimizer: {muon_confg: {}}", "optimizer.muon_confg", "did you mean optimizer.muon_config?"),
+        ("learning_rate: 1", "learning_rate", "did you mean optimizer.lr?"),
+        ("max_steps: 1", "max_steps", "did you mean trainer.max_steps?"),
+        (
+            "trainer: {eval_strategy: no}",
+            "trainer.eval_strategy",
+            "set trainer.eval_steps to more than the steps of the run",
+        ),
+        ("trainer: {eval_strategy: 'no'}", "trainer.eval_strategy", "to train without evaluations"),
+    ],
+)
+def test_what_was_meant_is_said(tmp_path, text, path, words):
+    assert words in problems(tmp_path, text)[path].message
+
+
+NOTHING_SET = "not set; "
+MISSING = {
+    "pretraining": ("", {"dataset.path": NOTHING_SET, "tokenizer.path": NOTHING_SET}),
+    "absent": (
+        "dataset: {path: absent/*.txt}\ntokenizer: {path: absent}",
+        {"dataset.path": "absent/*.txt: no such", "tokenizer.path": "no folder at 'absent'"},
+    ),
+    "mixture": ("dataset: {mixture: [{path: no}, {name: a/b}]}\ntokenizer: {name: x}", {"dataset.mixture.0.path": "no: no"}),
+    "named": ("dataset: {name: refinedweb}\ntokenizer: {name: bert-base-uncased}", {}),
+    "glue": ("task: glue", {"glue.pretrained_checkpoint_dir": "no weights to start from"}),
+    "random": ("task: glue\nglue: {allow_random_weights: true}", {"tokenizer.path": NOTHING_SET}),
+    "contrastive": (
+        "task: contrastive\ncontrastive: {pretrained_checkpoint_dir: absent}",
+        {"dataset.path": NOTHING_SET, "contrastive.pretrained_checkpoint_dir": "absent: no such"},
+    ),
+    "mteb": ("task: mteb\nmteb_local_tasks: absent", {"mteb_local_tasks": "absent: no such", "trainer.output_dir": "no run"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_a_run_would_not_find(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, expected = MISSING[name]
+    (tmp_path / "c.yaml").write_text(text)
+    found = {problem.path: problem.message for problem in find_missing(load_config([str(tmp_path / "c.yaml")]).config)}
+    assert found.keys() == expected.keys()
+    assert all(words in found[path] for path, words in expected.items())
+
+
+def test_a_run_asks_nobody_for_a_tokenizer_that_nobody_named(tmp_path):
+    """The command says so at once, with what else is missing; so does the library."""
+    from neobert.tasks import pretraining
+
+    (tmp_path / "c.yaml").write_text("dataset: {path: absent}\n")
+    result = run_neobert("run", tmp_path / "c.yaml", "--trainer.output_dir", tmp_path / "out")
+    assert result.returncode == 2
+    assert [line.split(": ")[1] for line in result.stderr.splitlines()] == ["dataset.path", "tokenizer.path"]
+    words = [f"dataset.path={TEXT}", f"trainer.output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ConfigError, match="tokenizer.path: not set"):
+        pretraining.run(load_config([], words))
+    assert not (tmp_path / "out").exists()
 
 
 def test_keys_as_json():

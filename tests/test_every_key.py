@@ -79,6 +79,10 @@ def in_state(name):
     return lambda run: json.loads((run.folder / f"checkpoints/{run.steps[-1]}/state.json").read_text())[name]
 
 
+def in_config(section, name):
+    return lambda run: yaml.safe_load((run.folder / "config.yaml").read_text())[section].get(name)
+
+
 def in_model_config(name):
     return lambda run: json.loads((run.folder / f"checkpoints/{run.steps[-1]}/config.json").read_text())["neobert"].get(
         name
@@ -111,6 +115,12 @@ def two_files(name, number=40):
         return observe(train(*base, f"dataset.{name}_split=test")) != observe(train(*base))
 
     return row
+
+
+def tokens_elsewhere(train, small):
+    folder = Path(small[0].removeprefix("dataset.path=") + "-tokens")
+    run = train(*small, "dataset.pre_tokenize=true", f"dataset.pre_tokenize_output={folder}")
+    return (folder / "train/manifest.json").is_file() and not (run.folder / "tokenized").exists()
 
 
 def columns(train, small):
@@ -420,7 +430,7 @@ ROWS = {
     "tokenizer.max_length": losses("tokenizer.max_length=9"),
     "tokenizer.padding": printed("as long as the longest of their batch", "tokenizer.padding=longest", UNPACKED),
     "tokenizer.truncation": losses("tokenizer.truncation=false", UNPACKED, "tokenizer.max_length=9"),
-    "tokenizer.vocab_size": refused("expected 500, but the tokenizer has 8192", "tokenizer.vocab_size=500"),
+    "tokenizer.vocab_size": observed(in_config("tokenizer", "vocab_size"), 8192, "tokenizer.vocab_size=500"),
     "dataset.name": noted("wins over dataset.name 'squad'", "dataset.name=squad"),
     "dataset.path": losses(f"dataset.path={TEXT}"),
     "dataset.streaming": losses(STREAM),
@@ -436,7 +446,7 @@ ROWS = {
     "dataset.num_proc": printed("tokenised by 1 processes", "dataset.num_proc=1", *TOKENS),
     "dataset.shuffle_buffer_size": losses("dataset.shuffle_buffer_size=0", STREAM),
     "dataset.pre_tokenize": printed("tokenised beforehand", *TOKENS),
-    "dataset.pre_tokenize_output": refused("without dataset.pre_tokenize", "dataset.pre_tokenize_output=x"),
+    "dataset.pre_tokenize_output": tokens_elsewhere,
     "dataset.cache_dir": cached,
     "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
     "dataset.force_redownload": tokenises_again,
@@ -544,7 +554,7 @@ ROWS = {
     "optimizer.betas": losses("optimizer.betas=[0.5, 0.9]"),
     "optimizer.eps": losses("optimizer.eps=0.1"),
     "optimizer.param_groups": losses("optimizer.param_groups=[{pattern: '*ffn*', lr_scale: 0.1}]"),
-    "optimizer.muon_config": refused("optimizer.muon_config", "optimizer.muon_config={}"),
+    "optimizer.muon_config": losses("optimizer.muon_config={muon_beta: 0.5}", "optimizer.name=muonclip"),
     "optimizer.muon_config.muon_beta": muon("muon_beta=0.5"),
     "optimizer.muon_config.nesterov": muon("nesterov=true"),
     "optimizer.muon_config.muon_decay": muon("muon_decay=0.5"),
@@ -582,7 +592,7 @@ ROWS = {
     "wandb.mode": wandb_silent,
     "wandb.dir": wandb("project", "a-project", b"a-project"),
     "wandb.resume": wandb_continues,
-    "wandb.log_interval": noted("acts as trainer.logging_steps: 7", "wandb.log_interval=7"),
+    "wandb.log_interval": noted("trainer.logging_steps says how often", "wandb.log_interval=7"),
     "seed": losses("seed=1"),
     "use_deepspeed": stage_counts,
     "accelerate_config_file": stage_counts,

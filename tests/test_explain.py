@@ -5,16 +5,18 @@ import json
 
 import pytest
 import yaml
-from conftest import CONFIGS, ROOT
+from conftest import CONFIGS, ROOT, TEXT, TOKENIZER, run_neobert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neobert.config.explain import STARTERS, diff_configs, explain_key, reference_page, show_config, starter_file
 from neobert.config.legacy import LEGACY
 from neobert.config.load import load_config
+from neobert.config.ready import check_ready
 from neobert.config.reference import known_keys
 from neobert.config.rules import RULES, value_of
 from neobert.config.schema import Config
+from neobert.config.training_sections import MuonConfig
 from neobert.errors import ConfigError
 
 EXAMPLES = {
@@ -39,7 +41,6 @@ EXAMPLES = {
     "trainer.train_batch_size": (9, 9),
     "trainer.eval_batch_size": (9, 9),
     "trainer.dataloader_num_workers": (9, 9),
-    "wandb.log_interval": (9, 9),
     "optimizer.muon_config.algorithm": ("newton_schulz", "newton_schulz"),
     "optimizer.muon_config.polar_express": (False, "newton_schulz"),
 }
@@ -81,7 +82,10 @@ def test_older_names_act_and_warn(old, tmp_path):
     )
 
 
-@pytest.mark.parametrize("old", EXAMPLES)
+STILL_KEYS = [old for old in EXAMPLES if old in known_keys()]
+
+
+@pytest.mark.parametrize("old", [old for old in EXAMPLES if old not in STILL_KEYS])
 def test_older_and_newer_names_may_not_contradict(old, tmp_path):
     written, expected = EXAMPLES[old]
     other = {"no": "bf16", "fp32": "bf16", "flash_attn_varlen": "sdpa", "sdpa": "flash_attn_varlen"}.get(
@@ -95,6 +99,107 @@ def test_older_and_newer_names_may_not_contradict(old, tmp_path):
     target[name] = other
     with pytest.raises(ConfigError, match="contradicts"):
         load_config([write(tmp_path / "c.yaml", values)])
+
+
+NOT_THERE, REFUSED = "not there", "refused"
+OLDER_AND_NEWER = {  # older name: {(its value, value of the newer name): (what it comes to, warnings)}
+    "trainer.max_ckpt": {
+        (3, NOT_THERE): (3, 0), (3, 5): (5, 0), (3, None): (None, 0),
+        (7, NOT_THERE): (7, 1), (7, 7): (7, 1), (7, 5): (5, 1), (7, None): (None, 1),
+        (None, NOT_THERE): (None, 1), (None, 5): (5, 1), (None, None): (None, 1),
+    },
+    "trainer.dataloader_num_workers": {
+        (0, NOT_THERE): (16, 0), (0, 16): (16, 0), (0, None): (REFUSED, 0),
+        (7, NOT_THERE): (7, 1), (7, 7): (7, 1), (7, 5): (5, 1), (7, None): (REFUSED, 0),
+        (None, NOT_THERE): (REFUSED, 0), (None, 5): (5, 1), (None, None): (REFUSED, 0),
+    },
+    "trainer.train_batch_size": {
+        (None, NOT_THERE): (16, 0), (None, 5): (5, 0), (None, None): (REFUSED, 0),
+        (7, NOT_THERE): (7, 1), (7, 7): (7, 1), (7, 5): (5, 1), (7, None): (REFUSED, 0),
+    },
+    "optimizer.muon_config.polar_express": {
+        (None, NOT_THERE): ("polar_express", 0), (None, "newton_schulz"): ("newton_schulz", 0),
+        (False, NOT_THERE): ("newton_schulz", 1), (False, "polar_express"): ("polar_express", 1),
+        (False, None): (REFUSED, 0), (True, "polar_express"): ("polar_express", 1),
+    },
+    "trainer.max_grad_norm": {
+        (1.0, NOT_THERE): (1.0, 1), (1.0, 1.0): (1.0, 1), (1.0, 2.0): (REFUSED, 0), (1.0, None): (REFUSED, 0),
+        (None, NOT_THERE): (None, 1), (None, 1.0): (REFUSED, 0), (None, None): (None, 1),
+    },
+    "trainer.bf16": {
+        (False, NOT_THERE): ("no", 1), (False, "no"): ("no", 1), (False, "fp32"): ("fp32", 1), (False, "bf16"): (REFUSED, 0),
+        (True, True): ("bf16", 1), (True, "fp32"): (REFUSED, 0), (None, NOT_THERE): (REFUSED, 0), (True, None): (REFUSED, 0),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "given"), [(old, given) for old, rows in OLDER_AND_NEWER.items() for given in rows])
+def test_what_an_older_and_a_newer_name_come_to(old, given, tmp_path):
+    (written, present), (expected, num_warnings) = given, OLDER_AND_NEWER[old][given]
+    values = nested(old, written)
+    if present != NOT_THERE:
+        *sections, last = new_name(old).split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = present
+    file = write(tmp_path / "c.yaml", values)
+    muon = ["optimizer.name=muonclip"] if "muon" in old else []
+    if expected == REFUSED:
+        with pytest.raises(ConfigError):
+            load_config([file], muon)
+        return
+    loaded = load_config([file], muon)
+    assert value_of(loaded.config, new_name(old)) == expected
+    assert len(loaded.warnings) == num_warnings, loaded.warnings
+
+
+def test_on_the_command_line_an_older_name_means_its_default_too(tmp_path):
+    file = write(tmp_path / "c.yaml", {"dataset": {"num_workers": 8}})
+    loaded = load_config([file], ["--trainer.dataloader_num_workers", "0"])
+    assert loaded.config.dataset.num_workers == 0
+    assert len(loaded.warnings) == 1
+
+
+@pytest.mark.parametrize("task", ["pretraining", "glue", "contrastive", "mteb"])
+def test_all_defaults_in_one_file_are_valid(task, tmp_path):
+    """A file that sets every key to what it is anyway loads to the defaults, and there is nothing to say about it."""
+    file = write(tmp_path / "c.yaml", {**Config().model_dump(), "optimizer": all_defaults("optimizer"), "task": task})
+    loaded = load_config([file])
+    assert loaded.warnings == []
+    defaults = Config(task=task, config_path=file, optimizer={"muon_config": {}})
+    assert loaded.config.model_copy(update={"config_path": file}) == defaults
+
+
+def all_defaults(section):
+    values = getattr(Config(), section).model_dump()
+    return {**values, "muon_config": MuonConfig().model_dump()} if section == "optimizer" else values
+
+
+def test_the_defaults_of_the_reference_are_valid(reference_keys, tmp_path):
+    values = {}
+    for info in sorted(reference_keys, key=lambda info: info["key"].count(".")):
+        *sections, last = info["key"].split(".")
+        target = values
+        for section in sections:
+            target[section] = target = target.get(section) or {}
+        target[last] = info["default"]
+    file = write(tmp_path / "c.yaml", values)
+    loaded = load_config([file])
+    assert loaded.warnings == []
+    for info in known_keys().values():
+        expected = {"config_path": None, "optimizer.muon_config": MuonConfig()}.get(info.key, info.default)
+        assert value_of(loaded.config, info.key) == expected, info.key
+    for key, value in {"trainer.save_total_limit": 5, "dataset.num_workers": 8, "dataset.path": str(tmp_path)}.items():
+        loaded = load_config([file], [f"{key}={value}"])
+        assert value_of(loaded.config, key) == value
+        assert loaded.warnings == []
+
+
+def test_an_empty_section_of_a_later_file_changes_nothing(tmp_path):
+    first = write(tmp_path / "a.yaml", {"trainer": {"max_steps": 5}})
+    second = write(tmp_path / "b.yaml", {"trainer": None})
+    assert load_config([first, second]).config.trainer.max_steps == 5
 
 
 def test_an_older_and_a_newer_name_may_agree(tmp_path):
@@ -123,7 +228,7 @@ def test_explain():
 def test_show_says_where_and_loads_again(tmp_path):
     file = write(tmp_path / "c.yaml", {"trainer": {"max_steps": 5, "seed": 3}})
     loaded = load_config([file], ["optimizer.lr=0.1"])
-    text = show_config(loaded)
+    text = show_config(loaded.config, loaded.origins)
     assert f"  max_steps: 5  # {file}:2" in text
     assert f"seed: 3  # {file}:3" in text
     assert "  lr: 0.1  # command line" in text
@@ -139,9 +244,29 @@ def test_diff(tmp_path):
 
 
 @pytest.mark.parametrize("task", STARTERS)
-def test_starter_files_load(task, tmp_path):
-    (tmp_path / "new.yaml").write_text(starter_file(task))
-    assert load_config([str(tmp_path / "new.yaml")]).config == Config(task=task, config_path=str(tmp_path / "new.yaml"))
+def test_starter_files(task, tmp_path):
+    """A starter says what is to be filled in, `check` refuses it until that is done, and no key of it is without effect."""
+    path = tmp_path / "new.yaml"
+    path.write_text(starter_file(task))
+    lines = path.read_text().splitlines()
+    result = run_neobert("config", "check", path, cwd=tmp_path)
+    assert result.returncode == 2
+    places = [f"({path}:{number})" for number, line in enumerate(lines, 1) if "to be filled in" in line]
+    told = result.stderr.splitlines()
+    assert len(told) == len(places)
+    assert all(line.endswith(place) for line, place in zip(told, places, strict=True))
+    (tmp_path / "checkpoints").mkdir()
+    filled = {"path": TEXT, "pretrained_checkpoint_dir": tmp_path, "output_dir": tmp_path}
+    for number, line in enumerate(lines):
+        name = line.strip().partition(":")[0]
+        if "to be filled in" in line:
+            value = TOKENIZER if lines[number - 2] == "tokenizer:" else filled[name]
+            lines[number] = f"{line.partition(':')[0]}: {value}"
+    path.write_text("\n".join(lines))
+    loaded = load_config([str(path)])
+    check_ready(loaded)
+    assert loaded.warnings == []
+    assert not {"mteb_pooling", "scheduler.warmup_steps"} & set(loaded.origins)
 
 
 def test_generated_files_are_fresh():

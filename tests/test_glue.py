@@ -372,3 +372,5 @@ def test_the_saved_configuration_repeats_the_run(pretrained, local, tmp_path):
     finished, result = run_glue(*words, f"trainer.output_dir={tmp_path / 'a'}")
     again = load_config([str(finished.folder / "config.yaml")], [f"trainer.output_dir={tmp_path / 'b'}"])
     assert glue.read_result(glue.run(again).folder) == result
+    assert again.warnings == []
+    assert load_config([str(finished.folder / "config.yaml")], ["glue.task_name=rte"]).config.glue.task_name == "rte"

@@ -17,7 +17,7 @@ import typer
 from neobert import cli_data, cli_embed, cli_evaluate, cli_export, cli_glue
 from neobert.cli_words import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, start_processes
 from neobert.cli_words import layers as _layers
-from neobert.errors import ConfigError, Problem, UserError, disk_error
+from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
 
 app = typer.Typer(
     name="neobert",
@@ -111,10 +111,12 @@ def glue(
 
 def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> None:
     from neobert.config.load import load_config
+    from neobert.config.ready import check_ready
 
     loaded = load_config(*_layers(first, words), task)
     if loaded.config.task == "mteb":
         raise typer.Exit(cli_evaluate.run_mteb(*_layers(first, words), None))
+    check_ready(loaded)
     command = [{None: "run", "pretraining": "pretrain"}.get(task, task or ""), str(first), *words]
     code = start_processes(loaded.config, nproc, command)
     if code is not None:
@@ -148,18 +150,19 @@ def report(
 
 @config_app.command("check", context_settings=WITH_OVERRIDES)
 def config_check(context: typer.Context, config: ConfigFile) -> None:
-    """Check a file: all problems at once, each with its line. Does not need torch and takes a moment.
+    """Check a file: all problems at once, each with its line, and what a run would not find. Takes a moment.
 
     \b
     Example:
       neobert config check my.yaml
     """
     from neobert.config.load import load_config
+    from neobert.config.ready import check_ready
 
     loaded = load_config(*_layers(config, context.args))
-    for warning in loaded.warnings:
-        print(f"note: {warning}")
-    print(f"{config}: ok ({loaded.config.task}, {len(loaded.keys_set)} keys set)")
+    print_notes(loaded.warnings)
+    check_ready(loaded)
+    print(f"{config}: ok ({loaded.config.task}, {len(loaded.origins)} keys set)")
 
 
 @config_app.command("show", context_settings=WITH_OVERRIDES)
@@ -173,7 +176,9 @@ def config_show(context: typer.Context, config: ConfigFile) -> None:
     from neobert.config.explain import show_config
     from neobert.config.load import load_config
 
-    print(show_config(load_config(*_layers(config, context.args))))
+    loaded = load_config(*_layers(config, context.args))
+    print_notes(loaded.warnings)
+    print(show_config(loaded.config, loaded.origins))
 
 
 @config_app.command("explain")

@@ -11,11 +11,13 @@ def run_glue(
 ) -> int:
     """Returns the exit code. Raises UserError."""
     from neobert.config.load import load_config
+    from neobert.config.ready import check_ready
 
     files, overrides = layers(first, words)
     loaded = load_config(files, overrides, "glue")
     names = parse_tasks(tasks or loaded.config.glue.task_name) if tasks is not None or seeds is not None else []
     if names or not predict:
+        check_ready(loaded)
         given = {"--tasks": tasks, "--seeds": seeds}
         options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
         command = ["glue", str(first), *words, *options, *(["--predict"] if predict else [])]

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neobert.errors import print_notes
+
 if TYPE_CHECKING:
     from neobert.config.schema import Config
 
@@ -33,6 +35,5 @@ def start_processes(config: "Config", nproc: int | None, command: list[str]) -> 
     from neobert.tasks.launch import launch, plan_launch
 
     plan, notes = plan_launch(config, nproc)
-    for note in notes:
-        print(f"note: {note}", flush=True)
+    print_notes(notes)
     return None if plan is None else launch(command, plan, config.trainer.use_cpu)

@@ -1,7 +1,9 @@
 """What a user can get wrong. Each of these prints as plain lines and ends the command with exit code 2;
-any other exception is a bug of ours and keeps its traceback."""
+any other exception is a bug of ours and keeps its traceback. Notes say what a user should know of a run that goes on."""
 
 import errno
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 DISK_ERRORS = {
@@ -51,3 +53,9 @@ def disk_error(error: OSError, name: object = None) -> UserError | None:
     if error.errno not in DISK_ERRORS:
         return None
     return UserError(f"{error.filename or name or 'cannot write'}: {DISK_ERRORS[error.errno]}")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What the user should know, a line each, on stderr."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)

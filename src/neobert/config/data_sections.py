@@ -34,8 +34,8 @@ class TokenizerConfig(Section):
     )
     vocab_size: int | None = key(
         None,
-        "Expected vocabulary size; a tokenizer of another size stops the run. The size in use is printed and saved.",
-        "an error when the tokenizer differs",
+        "Size of the vocabulary; follows the tokenizer, and is saved as it is in use.",
+        "config.yaml of a run",
         ge=8,
     )
 

@@ -1,38 +1,40 @@
 """The configuration explained: one key, one file with its origins, two files compared, a starter file, the reference page."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
-from neobert.config.legacy import LEGACY
-from neobert.config.load import Loaded
-from neobert.config.reference import KeyInfo, known_keys, nearest_key, value_of
+from neobert.config.legacy import LEGACY, nearest_key
+from neobert.config.reference import KeyInfo, known_keys, value_of
 from neobert.config.rules import RULES
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem
 
-STARTERS = {
-    "pretraining": (
-        "dataset.path", "dataset.streaming", "dataset.pre_tokenize", "dataset.max_seq_length", "tokenizer.path",
-        "model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads", "model.intermediate_size",
-        "datacollator.pack_sequences", "datacollator.mlm_probability", "trainer.output_dir", "trainer.max_steps",
-        "trainer.per_device_train_batch_size", "trainer.gradient_clipping", "trainer.save_steps", "trainer.eval_steps",
-        "trainer.mixed_precision", "optimizer.lr", "scheduler.warmup_percent", "seed",
-    ),
-    "glue": (
-        "glue.task_name", "glue.pretrained_checkpoint_dir", "glue.pretrained_checkpoint", "glue.max_seq_length",
-        "dataset.path", "trainer.output_dir", "trainer.num_train_epochs", "trainer.per_device_train_batch_size",
-        "trainer.eval_strategy", "trainer.metric_for_best_model", "optimizer.lr", "scheduler.warmup_percent", "seed",
-    ),
-    "contrastive": (
-        "dataset.path", "dataset.max_seq_length", "contrastive.pretrained_checkpoint_dir", "contrastive.pretrained_checkpoint",
-        "contrastive.loss_type", "contrastive.temperature", "contrastive.pooling", "datacollator.pack_sequences",
-        "trainer.output_dir", "trainer.max_steps", "trainer.per_device_train_batch_size", "optimizer.lr", "seed",
-    ),
-    "mteb": (
-        "mteb_task_type", "mteb_local_tasks", "mteb_batch_size", "mteb_pooling", "pretrained_checkpoint", "trainer.output_dir",
-    ),
+FILL_IN: Any = object()
+STARTERS: dict[str, dict[str, Any]] = {  # by task, the keys that one sets first
+    "pretraining": {
+        "dataset.path": FILL_IN, "dataset.streaming": True, "dataset.max_seq_length": 512, "tokenizer.path": FILL_IN,
+        "model.hidden_size": 768, "model.num_hidden_layers": 12, "model.num_attention_heads": 12,
+        "model.intermediate_size": 3072, "datacollator.pack_sequences": True, "datacollator.mlm_probability": 0.2,
+        "trainer.output_dir": "outputs/pretraining", "trainer.max_steps": 100_000, "trainer.per_device_train_batch_size": 16,
+        "trainer.gradient_clipping": 1.0, "trainer.save_steps": 5_000, "trainer.eval_steps": 5_000, "optimizer.lr": 5e-4,
+        "scheduler.warmup_percent": 5, "seed": 0,
+    },
+    "glue": {
+        "glue.task_name": "cola", "glue.pretrained_checkpoint_dir": FILL_IN, "glue.max_seq_length": 128,
+        "tokenizer.padding": "longest", "trainer.output_dir": "outputs/glue", "trainer.max_steps": -1,
+        "trainer.num_train_epochs": 3, "trainer.per_device_train_batch_size": 32, "trainer.eval_strategy": "epoch",
+        "trainer.save_strategy": "epoch", "optimizer.lr": 2e-5, "scheduler.warmup_percent": 6, "seed": 0,
+    },
+    "contrastive": {
+        "dataset.path": FILL_IN, "contrastive.pretrained_checkpoint_dir": FILL_IN, "contrastive.loss_type": "simcse",
+        "contrastive.temperature": 0.05, "contrastive.pooling": "avg", "datacollator.pack_sequences": True,
+        "trainer.output_dir": "outputs/contrastive", "trainer.max_steps": -1, "trainer.num_train_epochs": 1,
+        "trainer.per_device_train_batch_size": 128, "optimizer.lr": 2e-5, "scheduler.warmup_percent": 10, "seed": 0,
+    },
+    "mteb": {"mteb_task_type": "all", "mteb_batch_size": 32, "pretrained_checkpoint": "latest", "trainer.output_dir": FILL_IN},
 }  # fmt: skip
 
 
@@ -60,23 +62,23 @@ def explain_key(dotted: str) -> str:
     return "\n".join(lines)
 
 
-def show_config(loaded: Loaded) -> str:
-    """The resolved configuration as YAML; keys that were set say where."""
+def show_config(config: Config, origins: Mapping[str, str]) -> str:
+    """The whole configuration as YAML; keys in `origins` say where they were set."""
     lines: list[str] = []
-    _show_section(loaded, loaded.config, "", lines)
+    _show_section(origins, config, "", lines)
     return "\n".join(lines)
 
 
-def _show_section(loaded: Loaded, section: BaseModel, prefix: str, lines: list[str]) -> None:
+def _show_section(origins: Mapping[str, str], section: BaseModel, prefix: str, lines: list[str]) -> None:
     indent = "  " * prefix.count(".")
     older = {rule.old for rule in LEGACY}
     for name in type(section).model_fields:
         value, dotted = getattr(section, name), prefix + name
         if isinstance(value, BaseModel):
             lines.append(f"{indent}{name}:")
-            _show_section(loaded, value, f"{dotted}.", lines)
+            _show_section(origins, value, f"{dotted}.", lines)
         elif dotted not in older:
-            origin = loaded.origins.get(dotted)
+            origin = origins.get(dotted)
             lines.append(f"{indent}{name}: {plain_json(value)}" + (f"  # {origin}" if origin else ""))
 
 
@@ -97,16 +99,17 @@ def _value_or_none(config: Config, dotted: str) -> Any:
 
 
 def starter_file(task: str) -> str:
-    """A commented YAML file for a task, with the keys that one sets first, at their defaults."""
+    """A commented YAML file for a task, with the keys that one sets first; it trains once what it says is filled in."""
     lines = [f"# A starting point for task: {task}. Every key: neobert config keys", f"task: {task}"]
-    section = ""
-    for dotted in sorted(STARTERS[task], key=lambda key: (key.rpartition(".")[0] != "", STARTERS[task].index(key))):
-        info, (new, _, name) = known_keys()[dotted], dotted.rpartition(".")
+    section, keys = "", list(STARTERS[task])
+    for dotted in sorted(keys, key=lambda key: (key.rpartition(".")[0] != "", keys.index(key))):
+        info, (new, _, name), value = known_keys()[dotted], dotted.rpartition("."), STARTERS[task][dotted]
         if new != section:
             lines += ["", f"{new}:"]
             section = new
         indent = "  " if new else ""
-        lines += [f"{indent}# {info.help}{_alternatives(info)}", f"{indent}{name}: {plain_json(info.default)}"]
+        written = f"{plain_json(info.default)} # to be filled in" if value is FILL_IN else plain_json(value)
+        lines += [f"{indent}# {info.help}{_alternatives(info)}", f"{indent}{name}: {written}"]
     return "\n".join(lines) + "\n"
 
 
@@ -152,7 +155,8 @@ def reference_page() -> str:
     lines += [
         "",
         "## Older names", "",
-        "They act, with a warning; an older and a newer name that contradict each other in one file are an error.", "",
+        "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an",
+        "older name that still is a key above gives way then, with a warning, and at its default it has no say.", "",
         "| older | acts as |", "|---|---|",
         *[f"| `{rule.old}` | `{rule.new}` |" for rule in LEGACY],
     ]  # fmt: skip

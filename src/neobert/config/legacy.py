@@ -1,16 +1,25 @@
-"""Older names of keys: one table, old path -> new path. Each acts, with a warning; old and new that differ are an error.
+"""Older names of keys: one table, old path -> new path. Each acts, with a warning.
+
+Where the old and the new name are set to different values, that is an error if the old one is no longer a key. Some older names
+still are keys, with a default of their own: at that default they have no say, and beside the new name they give way, with a
+warning. An explicit `null` is a value like any other.
 
 Applied to every layer (a file, the overrides) by itself, before layers are merged: so a newer layer may set the new name of
 what an older one set by the old name.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from neobert.config.reference import known_keys
 from neobert.errors import ConfigError, Problem
 
 Values = dict[str, Any]
+ABSENT: Any = object()
+ON_COMMAND_LINE = 0  # instead of a line; nobody writes a default there without meaning it
+FLOAT32 = ("no", "fp32")  # two words for one precision
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,11 @@ LEGACY = (
     Legacy("model.xformers_attention", "model.attn_backend", FLASH),
     Legacy("model.use_flash_attention", "model.attn_backend", FLASH),
     Legacy("model.sdpa_attention", "model.attn_backend", _switch("sdpa", "flash_attn_varlen")),
-    # Fields of the reference that are older names of others.
+    # These are still keys.
     Legacy("trainer.max_ckpt", "trainer.save_total_limit"),
     Legacy("trainer.train_batch_size", "trainer.per_device_train_batch_size"),
     Legacy("trainer.eval_batch_size", "trainer.per_device_eval_batch_size"),
     Legacy("trainer.dataloader_num_workers", "dataset.num_workers"),
-    Legacy("wandb.log_interval", "trainer.logging_steps"),
     Legacy("optimizer.muon_config.algorithm", "optimizer.muon_config.orthogonalization"),
     Legacy(
         "optimizer.muon_config.polar_express",
@@ -64,15 +72,15 @@ LEGACY = (
 
 
 def apply_legacy(values: Values, lines: dict[str, int], problems: list[Problem]) -> list[str]:
-    """Rename in place, in `values` and in the line numbers of a file; returns one warning per old name.
+    """Rename in place, in `values` and in the line numbers of a file; returns one warning per old name that says something.
 
-    Where an old and a new name, or two old names, say different things, `problems` gets an entry.
+    Where old and new names contradict each other, `problems` gets an entry.
     """
     warnings: list[str] = []
     for rule in LEGACY:
         if rule.old.endswith(".*"):
             warnings += _flatten_block(values, lines, problems, rule)
-        elif (value := take(values, rule.old)) is not None:
+        elif (value := take(values, rule.old)) is not ABSENT:
             warnings += _rename(values, lines, problems, rule, value)
     return warnings
 
@@ -80,7 +88,7 @@ def apply_legacy(values: Values, lines: dict[str, int], problems: list[Problem])
 def _flatten_block(values: Values, lines: dict[str, int], problems: list[Problem], rule: Legacy) -> list[str]:
     old, new = rule.old.removesuffix(".*"), rule.new.removesuffix(".*")
     block = take(values, old)
-    if block is None:
+    if block is ABSENT or block is None:
         return []
     if not isinstance(block, dict):
         problems.append(Problem(old, f"must be a section, got {block!r}"))
@@ -92,30 +100,40 @@ def _flatten_block(values: Values, lines: dict[str, int], problems: list[Problem
 
 
 def _rename(values: Values, lines: dict[str, int], problems: list[Problem], rule: Legacy, written: Any) -> list[str]:
-    value, present = rule.convert(written), look(values, rule.new)
-    if present is not None and rule.convert(present) != value:
+    value, present, key = rule.convert(written), look(values, rule.new), known_keys().get(rule.old)
+    is_default = key is not None and type(written) is type(key.default) and written == key.default
+    if is_default and lines.get(rule.old) != ON_COMMAND_LINE:
+        return []
+    if present is ABSENT:
+        put(values, rule.new, value)
+        if rule.old in lines:
+            lines.setdefault(rule.new, lines[rule.old])
+    elif not _same(rule.convert(present), value):
+        if key is not None:
+            return [f"{rule.old}: {written!r} has no effect, {rule.new}: {present!r} wins"]
         problems.append(Problem(rule.old, f"{written!r} contradicts {rule.new}: {present!r}; keep only {rule.new}"))
         return []
-    put(values, rule.new, value)
-    if rule.old in lines:
-        lines.setdefault(rule.new, lines[rule.old])
     return [f"{rule.old} is an older name: {written!r} acts as {rule.new}: {value!r}"]
 
 
+def _same(one: Any, other: Any) -> bool:
+    return one == other or (one in FLOAT32 and other in FLOAT32)
+
+
 def look(values: Values, dotted: str) -> Any:
-    """The value at a dotted path, or None."""
+    """The value at a dotted path, or ABSENT."""
     for part in dotted.split("."):
-        if not isinstance(values, dict):
-            return None
-        values = values.get(part)  # type: ignore[assignment]
+        if not isinstance(values, dict) or part not in values:
+            return ABSENT
+        values = values[part]
     return values
 
 
 def take(values: Values, dotted: str) -> Any:
-    """Remove and return the value at a dotted path; None when there is none."""
+    """Remove and return the value at a dotted path; ABSENT when there is none."""
     section, _, name = dotted.rpartition(".")
     inner = look(values, section) if section else values
-    return inner.pop(name, None) if isinstance(inner, dict) else None
+    return inner.pop(name, ABSENT) if isinstance(inner, dict) else ABSENT
 
 
 def put(values: Values, dotted: str, value: Any) -> None:
@@ -129,3 +147,18 @@ def put(values: Values, dotted: str, value: Any) -> None:
             raise ConfigError(Problem(".".join(sections[: depth + 1]), f"is a value, so {dotted} cannot be set in it"))
         values = inner
     values[last] = value
+
+
+def nearest_key(dotted: str) -> str:
+    """`; did you mean trainer.max_steps?` for an unknown key or section: first among its siblings, then anywhere, by its
+    present or an older name.
+    """
+    newer = {rule.old: rule.new for rule in LEGACY if not rule.old.endswith(".*")}
+    keys = {**newer, **{key: key for key in known_keys()}}
+    keys |= {section: section for key in known_keys() if (section := key.rpartition(".")[0])}
+    section, _, name = dotted.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
+    found = siblings[near[0]] if near else next((key for key in keys if key.rpartition(".")[2] == name), None)
+    found = found or next(iter(difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)), None)
+    return f"; did you mean {keys[found]}?" if found else "; `neobert config keys` lists all keys"

@@ -8,13 +8,14 @@ import copy
 import difflib
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from neobert.config.legacy import LEGACY, apply_legacy, put, take
-from neobert.config.reference import known_keys, nearest_key
+from neobert.config.legacy import ON_COMMAND_LINE, apply_legacy, nearest_key, put
+from neobert.config.reference import known_keys
 from neobert.config.rules import check_rules
 from neobert.config.schema import Config
 from neobert.config.yaml_file import YamlFile, parse_scalar, read_yaml
@@ -23,12 +24,15 @@ from neobert.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration, what to tell its author, and which keys were set (the others are defaults)."""
+    """A configuration, what to tell its author, and where its keys were set."""
 
     config: Config
     warnings: list[str]
-    keys_set: frozenset[str]
     origins: dict[str, str]  # file:line, or `command line`, of every key that was set
+
+    @property
+    def keys_set(self) -> frozenset[str]:
+        return frozenset(_flat_keys(self.config))
 
 
 def load_config(files: list[str], overrides: list[str] | None = None, task: str | None = None) -> Loaded:
@@ -43,29 +47,38 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
     for layer in parsed:
         problems += layer.problems
         warnings += apply_legacy(layer.values, layer.lines, problems)
-        _merge(values, layer.values)
+        _merge(values, _drop_empty_sections(layer.values))
     if task and values.setdefault("task", task) != task:
         problems.append(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
     if files and "config_path" not in values:
         values["config_path"] = str(files[-1])
     config, wrong = _build(values, parsed)
     problems += wrong
-    keys_set = frozenset(_flat_keys(config)) if config else frozenset()
-    broken, notes = check_rules(config, keys_set, {p.path for p in problems}) if config else ([], [])
+    broken, notes = check_rules(config, {p.path for p in problems}) if config else ([], [])
     problems += broken
     if problems or config is None:
         raise ConfigError(*[Problem(p.path, p.message, p.where or _where(p.path, parsed)) for p in problems])
     written = {dotted for layer in parsed for dotted in layer.lines}
-    origins = {dotted: _where(dotted, parsed) for dotted in keys_set & written}
-    return Loaded(config, warnings + notes, keys_set, origins)
+    origins = {dotted: _where(dotted, parsed) for dotted in known_keys() if dotted in written}
+    return Loaded(config, warnings + notes, origins)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that loads to the same `Config`; older names are left out, they have acted."""
-    values = config.model_dump()
-    for rule in LEGACY:
-        take(values, rule.old)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    """What was set or has been filled in, as YAML that loads to the same run.
+
+    Which of its own checkpoints a run went on from belongs to the call and is left out; one of another run stays.
+    """
+    values = config.model_dump(exclude_unset=True)
+    if _resumes_itself(config):
+        values["trainer"].pop("resume_from_checkpoint", None)
+    return yaml.safe_dump({"task": config.task, **values}, sort_keys=False, allow_unicode=True)
+
+
+def _resumes_itself(config: Config) -> bool:
+    selector = config.trainer.resume_from_checkpoint
+    if selector is None or selector == "latest" or selector.isdigit():
+        return selector is not None
+    return Path(config.trainer.output_dir).resolve() in Path(selector).resolve().parents
 
 
 def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
@@ -88,7 +101,7 @@ def _override_layer(words: list[str]) -> YamlFile:
     layer = YamlFile("command line", {})
     for dotted, value in parse_overrides(words):
         put(layer.values, dotted, value)
-        layer.lines[dotted] = 0
+        layer.lines[dotted] = ON_COMMAND_LINE
     return layer
 
 
@@ -112,7 +125,6 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
 def _build(values: dict[str, Any], parsed: list[YamlFile]) -> tuple[Config | None, list[Problem]]:
     """The configuration and what is wrong with single keys. With wrong keys left out it is built all the same where that
     is possible, so that the rules between the other keys can be checked too."""
-    values = _drop_empty_sections(values)
     try:
         return Config.model_validate(values), []
     except ValidationError as error:
@@ -171,6 +183,9 @@ def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
         return Problem(
             entry, "must be a section with keys" if kind == "model_type" else f"{message}, got {shown}", where
         )
+    if dotted == "trainer.eval_strategy" and value in (False, "no"):
+        without = "set trainer.eval_steps to more than the steps of the run to train without evaluations"
+        return Problem(dotted, f"must be one of {', '.join(info.choices or [])}, got {shown}; {without}", where)
     if info.choices and (isinstance(value, str) or kind == "literal_error"):
         near = difflib.get_close_matches(str(value), info.choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -1,6 +1,5 @@
 """The schema as data: one `KeyInfo` per key, for `neobert config keys`, error messages and the reference page."""
 
-import difflib
 import types
 import typing
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from neobert.config.field import Section
 from neobert.config.schema import Config
 
 
@@ -40,29 +40,25 @@ def known_keys() -> dict[str, KeyInfo]:
 
 
 def value_of(config: Config, dotted: str) -> object:
-    """The value of a key."""
+    """The value of a key; None below a section that is not there."""
     value: object = config
     for part in dotted.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     return value
 
 
-def is_chosen(path: str, config: Config, keys_set: frozenset[str]) -> bool:
-    """Whether a key was set to something else than its default, which the saved configuration of a run has everywhere."""
-    return path in keys_set and value_of(config, path) != known_keys()[path].default
+def is_set(path: str, config: Config) -> bool:
+    """Whether a key was given a value, be it the default one, in a file, on the command line, or by what a run filled in."""
+    section, _, name = path.rpartition(".")
+    inner = value_of(config, section) if section else config
+    return isinstance(inner, BaseModel) and name in inner.model_fields_set
 
 
-def nearest_key(dotted: str) -> str:
-    """`; did you mean trainer.max_steps?` for an unknown key: first among its siblings, then anywhere."""
-    keys = list(known_keys())
-    section, _, name = dotted.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
-    if near:
-        return f"; did you mean {siblings[near[0]]}?"
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
-    near = elsewhere or difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)
-    return f"; did you mean {near[0]}?" if near else "; `neobert config keys` lists all keys"
+def is_chosen(path: str, config: Config) -> bool:
+    """Whether a key has another value than its default."""
+    value = value_of(config, path)
+    default = type(value)() if isinstance(value, Section) else known_keys()[path].default
+    return is_set(path, config) and value != default
 
 
 def _walk(section: type[BaseModel], prefix: str) -> typing.Iterator[KeyInfo]:

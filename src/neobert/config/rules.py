@@ -1,7 +1,8 @@
 """Rules between keys: one small function each, and `RULES`, the table of them.
 
-A rule looks at the configuration and at the keys that were set, and yields what it finds. Its docstring is its description in
-the reference page and in `neobert config explain`. ERROR stops the run; WARNING, PRECEDENCE and IMPORTANT are said once.
+A rule looks at the configuration and yields what it finds; a key at its default says nothing, whoever wrote it down. Its
+docstring is its description in the reference page and in `neobert config explain`. ERROR stops the run; WARNING, PRECEDENCE and
+IMPORTANT are said once.
 """
 
 import os
@@ -9,23 +10,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.contrastive_rules import (
-    NOT_CONTRASTIVES,
-    contrastive_has_batches_of_its_own,
-    contrastive_keys_need_contrastive,
+from neobert.config.reference import is_chosen, is_set, value_of
+from neobert.config.schema import Config
+from neobert.config.task_rules import (
+    INERT,
+    classifier_range_of_glue_wins,
+    keys_act_in_their_task,
+    labels_fit_task,
+    mteb_trains_nothing,
     temperature_wins_over_weights,
 )
-from neobert.config.mteb_rules import mteb_trains_nothing
-from neobert.config.reference import is_chosen, value_of
-from neobert.config.schema import Config
 from neobert.config.zero import read_zero, zero_stage
 from neobert.errors import Problem
 
 Found = Iterator[Problem]
-KeysSet = frozenset[str]
 
 
-def heads_divide_width(config: Config, keys_set: KeysSet) -> Found:
+def heads_divide_width(config: Config) -> Found:
     """Heads share the width evenly, and RoPE turns pairs of dimensions, so the width of a head is even."""
     width, heads = config.model.hidden_size, config.model.num_attention_heads
     if width % heads:
@@ -39,58 +40,59 @@ def heads_divide_width(config: Config, keys_set: KeysSet) -> Found:
         )
 
 
-def precision_is_supported(config: Config, keys_set: KeysSet) -> Found:
+def precision_is_supported(config: Config) -> Found:
     """float16 needs loss scaling, which a loss that is divided by the targets of the whole step does not have."""
     if config.trainer.mixed_precision == "fp16" and config.task in ("pretraining", "contrastive"):
         yield Problem("trainer.mixed_precision", "fp16 overflows in pretraining and is not supported; use bf16 or no")
 
 
-def rows_fit_model(config: Config, keys_set: KeysSet) -> Found:
+def rows_fit_model(config: Config) -> Found:
     """No row is longer than the positions of the model (GLUE and contrastive: those of the weights, once they are found)."""
     longest = config.model.max_position_embeddings
     if config.task in ("glue", "contrastive"):
         return
-    lengths = {
-        "dataset.max_seq_length": config.dataset.max_seq_length,
-        "datacollator.max_length": config.datacollator.max_length,
-    }
-    for path, length in lengths.items():
-        if length is not None and length > longest:
+    lengths = {config.dataset.max_seq_length: "dataset.max_seq_length"}
+    lengths.setdefault(config.row_length, "datacollator.max_length")
+    for length, path in lengths.items():
+        if length > longest:
             yield Problem(
                 path, f"{length} is longer than model.max_position_embeddings {longest}; raise that or lower this"
             )
 
 
-def packing_keys_need_packing(config: Config, keys_set: KeysSet) -> Found:
+def packing_keys_need_packing(config: Config) -> Found:
     """`datacollator.max_length` describes packed rows, `pad_to_multiple_of` unpacked ones."""
     collator = config.datacollator
     if collator.max_length is not None and not collator.pack_sequences:
         yield Problem(
-            "datacollator.max_length", "applies to packed rows; set pack_sequences: true, or use dataset.max_seq_length"
+            "datacollator.max_length", "has no effect without pack_sequences: true; unpacked: dataset.max_seq_length"
         )
     if collator.pad_to_multiple_of is not None and collator.pack_sequences:
-        yield Problem("datacollator.pad_to_multiple_of", "applies to unpacked rows; packed rows have one fixed length")
+        yield Problem("datacollator.pad_to_multiple_of", "has no effect on packed rows, which have one length")
 
 
-def pieces_fit_rows(config: Config, keys_set: KeysSet) -> Found:
+def pieces_fit_rows(config: Config) -> Found:
     """A piece of a document is at most as long as the row it goes into."""
-    row = config.datacollator.max_length or config.dataset.max_seq_length
-    if is_chosen("tokenizer.max_length", config, keys_set) and config.tokenizer.max_length > row:
+    row = config.row_length
+    if is_chosen("tokenizer.max_length", config) and config.tokenizer.max_length > row:
         yield Problem(
             "tokenizer.max_length", f"{config.tokenizer.max_length} is longer than a row: pieces have {row} tokens"
         )
 
 
-def pre_tokenize_needs_random_access(config: Config, keys_set: KeysSet) -> Found:
+def pre_tokenize_needs_random_access(config: Config) -> Found:
     """A stream is tokenised as it flows by; only a corpus of known size is tokenised beforehand."""
-    dataset = config.dataset
-    if dataset.pre_tokenize and dataset.streaming:
+    if config.dataset.pre_tokenize and config.dataset.streaming:
         yield Problem("dataset.pre_tokenize", "needs dataset.streaming: false")
-    if dataset.pre_tokenize_output and not dataset.pre_tokenize:
+
+
+def output_needs_pre_tokenize(config: Config) -> Found:
+    """`pre_tokenize_output` says where `pre_tokenize` writes."""
+    if config.dataset.pre_tokenize_output and not config.dataset.pre_tokenize:
         yield Problem("dataset.pre_tokenize_output", "has no effect without dataset.pre_tokenize: true")
 
 
-def mixture_has_sources(config: Config, keys_set: KeysSet) -> Found:
+def mixture_has_sources(config: Config) -> Found:
     """Every source of a mixture names a path or a dataset; one that repeats has no end, so `max_steps` ends the run."""
     for number, source in enumerate(config.dataset.mixture):
         if not source.path and not source.name:
@@ -105,19 +107,25 @@ def mixture_has_sources(config: Config, keys_set: KeysSet) -> Found:
         yield Problem("dataset.mixture_exhausted", "has no effect without dataset.mixture")
 
 
-def mixture_wins_over_path(config: Config, keys_set: KeysSet) -> Found:
+def mixture_wins_over_path(config: Config) -> Found:
     """The sources of `mixture` are read instead of `path` and `name`."""
-    if config.dataset.mixture and (config.dataset.path or "dataset.name" in keys_set):
+    if config.dataset.mixture and (config.dataset.path or is_chosen("dataset.name", config)):
         yield Problem("dataset.mixture", "wins over dataset.path and dataset.name")
 
 
-def no_dataset_code(config: Config, keys_set: KeysSet) -> Found:
+def no_dataset_code(config: Config) -> Found:
     """`datasets` 4 and later run no code of datasets."""
     if config.dataset.trust_remote_code:
         yield Problem("dataset.trust_remote_code", "no effect: the datasets library no longer runs code of a dataset")
 
 
-def names_are_names(config: Config, keys_set: KeysSet) -> Found:
+def log_interval_has_no_say(config: Config) -> Found:
+    """`trainer.logging_steps` says how often is logged, whatever `wandb.log_interval` says."""
+    if is_chosen("wandb.log_interval", config):
+        yield Problem("wandb.log_interval", "has no effect; trainer.logging_steps says how often is logged")
+
+
+def names_are_names(config: Config) -> Found:
     """Trackers make folders of these names."""
     for path in ("wandb.project", "wandb.name", "wandb.entity"):
         name = value_of(config, path)
@@ -125,14 +133,14 @@ def names_are_names(config: Config, keys_set: KeysSet) -> Found:
             yield Problem(path, f"{name!r} is not a name: no slashes, no line breaks, not . or ..")
 
 
-def decay_follows_warmup(config: Config, keys_set: KeysSet) -> Found:
+def decay_follows_warmup(config: Config) -> Found:
     """A decay that is asked for ends after the warmup."""
     s = config.scheduler
     if s.warmup_percent is not None and s.decay_percent is not None and s.decay_percent <= s.warmup_percent:
         yield Problem("scheduler.decay_percent", f"{s.decay_percent} is not after warmup_percent {s.warmup_percent}")
 
 
-def warmup_fits_run(config: Config, keys_set: KeysSet) -> Found:
+def warmup_fits_run(config: Config) -> Found:
     """A warmup that is longer than the run never gets to the peak of the learning rate."""
     steps = config.scheduler.total_steps or config.trainer.max_steps
     if config.scheduler.warmup_percent is None and 0 < steps <= config.scheduler.warmup_steps:
@@ -143,13 +151,13 @@ def warmup_fits_run(config: Config, keys_set: KeysSet) -> Found:
         )
 
 
-def muon_config_needs_muonclip(config: Config, keys_set: KeysSet) -> Found:
+def muon_config_needs_muonclip(config: Config) -> Found:
     """Settings of an optimizer that is not used have no effect."""
-    if config.optimizer.muon_config is not None and config.optimizer.name != "muonclip":
+    if is_chosen("optimizer.muon_config", config) and config.optimizer.name != "muonclip":
         yield Problem("optimizer.muon_config", f"has no effect with optimizer.name: {config.optimizer.name}")
 
 
-def algorithms_need_muonclip(config: Config, keys_set: KeysSet) -> Found:
+def algorithms_need_muonclip(config: Config) -> Found:
     """Only MuonClip has two algorithms to choose from."""
     optimizer = config.optimizer
     chosen = [group.pattern for group in optimizer.param_groups if group.algorithm is not None]
@@ -159,59 +167,26 @@ def algorithms_need_muonclip(config: Config, keys_set: KeysSet) -> Found:
         )
 
 
-def schedule_keys_fit_shape(config: Config, keys_set: KeysSet) -> Found:
+def schedule_keys_fit_shape(config: Config) -> Found:
     """`power` is for `polynomial`, `wsd_decay_percent` for `wsd`."""
     for name, shape in (("power", "polynomial"), ("wsd_decay_percent", "wsd")):
-        if is_chosen(f"scheduler.{name}", config, keys_set) and config.scheduler.name != shape:
+        if is_chosen(f"scheduler.{name}", config) and config.scheduler.name != shape:
             yield Problem(f"scheduler.{name}", f"has no effect with scheduler.name: {config.scheduler.name}")
 
 
-def best_needs_checkpoints(config: Config, keys_set: KeysSet) -> Found:
+def best_needs_checkpoints(config: Config) -> Found:
     """The best checkpoint can only be loaded at the end when checkpoints are saved."""
     if config.trainer.load_best_model_at_end and config.trainer.save_strategy == "no":
         yield Problem("trainer.load_best_model_at_end", "needs checkpoints; set save_strategy to steps, epoch or best")
 
 
-GLUE_LABELS = {"stsb": 1, "mnli": 3, "ax": 3}
-
-
-def labels_fit_task(config: Config, keys_set: KeysSet) -> Found:
-    """A GLUE task has a fixed number of labels; 1 is regression."""
-    wanted = GLUE_LABELS.get(config.glue.task_name, 2)
-    if "glue.num_labels" in keys_set and config.task == "glue" and config.glue.num_labels != wanted:
-        yield Problem("glue.num_labels", f"{config.glue.num_labels}, but {config.glue.task_name} has {wanted}")
-
-
-# Keys of pretraining's rows and loss: GLUE's are in `glue`.
-NOT_GLUES = (
-    "dataset.streaming", "dataset.max_seq_length", "dataset.text_column", "dataset.train_split", "dataset.eval_split",
-    "dataset.validation_split", "dataset.pre_tokenize", "dataset.mixture", "tokenizer.max_length", "datacollator.max_length",
-    "datacollator.mlm_probability", "datacollator.mask_all", "trainer.masked_logits_only_loss",
-    "trainer.enforce_full_packed_batches",
-)  # fmt: skip
-
-
-def glue_has_rows_of_its_own(config: Config, keys_set: KeysSet) -> Found:
-    """GLUE's rows are sentences of a length of their own: what describes pretraining's rows and masks does not act."""
-    for path in NOT_GLUES:
-        if config.task == "glue" and is_chosen(path, config, keys_set):
-            yield Problem(path, "has no effect in task: glue")
-
-
-def from_hub_needs_a_name(config: Config, keys_set: KeysSet) -> Found:
+def from_hub_needs_a_name(config: Config) -> Found:
     """`model.from_hub` continues from the model that `model.name` names."""
     if config.model.from_hub and config.task == "pretraining" and not config.model.name:
         yield Problem("model.name", "not set; model.from_hub continues from the model that it names")
 
 
-def classifier_range_of_glue_wins(config: Config, keys_set: KeysSet) -> Found:
-    """`glue.classifier_init_range` wins over `model.classifier_init_range`."""
-    names = ("glue.classifier_init_range", "model.classifier_init_range")
-    if set(names) <= keys_set and value_of(config, names[0]) != value_of(config, names[1]):
-        yield Problem(names[0], f"wins over {names[1]}")
-
-
-def resume_needs_a_position(config: Config, keys_set: KeysSet, has_position: bool = True) -> Found:
+def resume_needs_a_position(config: Config, has_position: bool = True) -> Found:
     """A run resumes at the position of its data, streamed or not; a checkpoint that holds none is refused."""
     if config.trainer.resume_from_checkpoint is not None and not has_position:
         mode = "true" if config.dataset.streaming else "false"
@@ -222,13 +197,13 @@ def resume_needs_a_position(config: Config, keys_set: KeysSet, has_position: boo
         )
 
 
-def muonclip_needs_whole_matrices(config: Config, keys_set: KeysSet) -> Found:
+def muonclip_needs_whole_matrices(config: Config) -> Found:
     """DeepSpeed's ZeRO hands the optimizer flattened pieces of matrices from stage 1 on; Muon needs them whole."""
     if config.optimizer.name == "muonclip" and (stage := zero_stage(config, os.environ)):
         yield Problem("optimizer.name", f"muonclip cannot run under ZeRO stage {stage}; use stage 0, FSDP2, or adamw")
 
 
-def zero_updates_copies(config: Config, keys_set: KeysSet) -> Found:
+def zero_updates_copies(config: Config) -> Found:
     """ZeRO updates flattened copies of the weights from stage 1 on: nGPT cannot renormalise matrices. Stage 3 fetches weights
     module by module, which compiled blocks cannot do.
     """
@@ -243,73 +218,81 @@ def zero_updates_copies(config: Config, keys_set: KeysSet) -> Found:
         )
 
 
-def deepspeed_needs_its_switch(config: Config, keys_set: KeysSet) -> Found:
+def deepspeed_needs_its_switch(config: Config) -> Found:
     """`use_deepspeed: false` switches DeepSpeed off."""
     if config.trainer.engine == "deepspeed" and not config.use_deepspeed:
         yield Problem("trainer.engine", "deepspeed, but use_deepspeed is false; set one of them to the other's")
 
 
-def zero_file_needs_deepspeed(config: Config, keys_set: KeysSet) -> Found:
+def zero_file_needs_deepspeed(config: Config) -> Found:
     """`deepspeed_config_file` acts in runs that use DeepSpeed."""
     if config.trainer.deepspeed_config_file is not None and read_zero(config, os.environ) is None:
         yield Problem("trainer.deepspeed_config_file", "has no effect without DeepSpeed; set trainer.engine: deepspeed")
 
 
-def streaming_has_no_validation_split(config: Config, keys_set: KeysSet) -> Found:
+def streaming_has_no_validation_split(config: Config) -> Found:
     """A stream cannot be split at random: the validation split is skipped."""
     if config.dataset.validation_split and config.dataset.streaming:
         yield Problem("dataset.validation_split", "skipped: a stream cannot be split at random (set streaming: false)")
 
 
-def packed_sdpa_is_slower(config: Config, keys_set: KeysSet) -> Found:
+def packed_sdpa_is_slower(config: Config) -> Found:
     """Packed rows with SDPA work; on CUDA the variable-length kernel is faster."""
-    if config.datacollator.pack_sequences and config.model.attn_backend == "sdpa" and "model.attn_backend" in keys_set:
+    if (
+        config.datacollator.pack_sequences
+        and config.model.attn_backend == "sdpa"
+        and is_set("model.attn_backend", config)
+    ):
         yield Problem("model.attn_backend", "sdpa works for packed rows; on CUDA flash_attn_varlen is faster")
 
 
-def ngpt_has_no_norms(config: Config, keys_set: KeysSet) -> Found:
+def ngpt_has_no_norms(config: Config) -> Found:
     """nGPT keeps vectors and matrices at length 1: norms, init ranges and weight decay have nothing to act on."""
     for path in ("model.rms_norm", "model.norm_eps", "optimizer.weight_decay"):
-        if config.model.ngpt and path in keys_set:
+        if config.model.ngpt and is_chosen(path, config):
             yield Problem(path, "has no effect with model.ngpt, which keeps vectors and matrices at length 1")
 
 
-def compile_keys_need_compile(config: Config, keys_set: KeysSet) -> Found:
+def compile_keys_need_compile(config: Config) -> Found:
     """`torch_compile_backend` and `torch_compile_dynamic` say how to compile, `torch_compile` whether."""
     for path in ("trainer.torch_compile_backend", "trainer.torch_compile_dynamic"):
-        if is_chosen(path, config, keys_set) and not config.trainer.torch_compile:
+        if is_chosen(path, config) and not config.trainer.torch_compile:
             yield Problem(path, "has no effect without trainer.torch_compile: true")
 
 
-def warmup_percent_wins(config: Config, keys_set: KeysSet) -> Found:
+def warmup_percent_wins(config: Config) -> Found:
     """`warmup_percent` wins over `warmup_steps`."""
-    if config.scheduler.warmup_percent is not None and "scheduler.warmup_steps" in keys_set:
+    if config.scheduler.warmup_percent is not None and is_chosen("scheduler.warmup_steps", config):
         yield Problem("scheduler.warmup_percent", "wins over warmup_steps")
 
 
-def decay_percent_wins(config: Config, keys_set: KeysSet) -> Found:
+def decay_percent_wins(config: Config) -> Found:
     """`decay_percent` wins over `decay_steps`."""
     if config.scheduler.decay_percent is not None and config.scheduler.decay_steps is not None:
         yield Problem("scheduler.decay_percent", "wins over decay_steps")
 
 
-def path_wins_over_name(config: Config, keys_set: KeysSet) -> Found:
+def path_wins_over_name(config: Config) -> Found:
     """An existing local `path` is read; the hub's `name` is the fallback."""
-    if config.dataset.path and "dataset.name" in keys_set:
+    if config.dataset.path and is_chosen("dataset.name", config):
         yield Problem("dataset.path", f"{config.dataset.path!r} wins over dataset.name {config.dataset.name!r}")
 
 
-def vocabulary_follows_tokenizer(config: Config, keys_set: KeysSet) -> Found:
+def vocabulary_follows_tokenizer(config: Config) -> Found:
     """Inert tokens pad the tokenizer until its length is the model's vocabulary size, a multiple of 64."""
-    if "model.vocab_size" in keys_set:
+    if is_chosen("tokenizer.vocab_size", config):
+        yield Problem(
+            "tokenizer.vocab_size", f"{config.tokenizer.vocab_size:,} has no effect: it follows the tokenizer"
+        )
+    if is_chosen("model.vocab_size", config):
         yield Problem(
             "model.vocab_size", f"{config.model.vocab_size:,} is a lower bound: the size follows the tokenizer"
         )
 
 
-def pad_id_follows_tokenizer(config: Config, keys_set: KeysSet) -> Found:
+def pad_id_follows_tokenizer(config: Config) -> Found:
     """The padding id is the tokenizer's, whatever is written here."""
-    if "model.pad_token_id" in keys_set:
+    if is_chosen("model.pad_token_id", config):
         yield Problem("model.pad_token_id", f"{config.model.pad_token_id} is replaced by the tokenizer's padding id")
 
 
@@ -318,7 +301,7 @@ class Rule:
     """A rule with its type and the keys it is about."""
 
     kind: Literal["ERROR", "WARNING", "PRECEDENCE", "IMPORTANT"]
-    check: Callable[[Config, KeysSet], Found]
+    check: Callable[..., Found]
     keys: tuple[str, ...]
 
     @property
@@ -332,15 +315,11 @@ RULES = (
     Rule("ERROR", precision_is_supported, ("trainer.mixed_precision", "task")),
     Rule("ERROR", rows_fit_model,
          ("dataset.max_seq_length", "datacollator.max_length", "model.max_position_embeddings")),
-    Rule("ERROR", packing_keys_need_packing,
-         ("datacollator.max_length", "datacollator.pad_to_multiple_of", "datacollator.pack_sequences")),
-    Rule("ERROR", pre_tokenize_needs_random_access,
-         ("dataset.pre_tokenize", "dataset.pre_tokenize_output", "dataset.streaming")),
+    Rule("ERROR", pre_tokenize_needs_random_access, ("dataset.pre_tokenize", "dataset.streaming")),
     Rule("ERROR", mixture_has_sources,
          ("dataset.mixture", "dataset.mixture_exhausted", "trainer.max_steps")),
     Rule("ERROR", names_are_names, ("wandb.project", "wandb.name", "wandb.entity")),
     Rule("ERROR", decay_follows_warmup, ("scheduler.decay_percent", "scheduler.warmup_percent")),
-    Rule("ERROR", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
     Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
     Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
     Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
@@ -349,6 +328,11 @@ RULES = (
     Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", *ZERO_KEYS)),
     Rule("ERROR", zero_updates_copies, ("model.ngpt", "trainer.torch_compile", *ZERO_KEYS)),
     Rule("ERROR", deepspeed_needs_its_switch, ("trainer.engine", "use_deepspeed")),
+    Rule("WARNING", packing_keys_need_packing,
+         ("datacollator.max_length", "datacollator.pad_to_multiple_of", "datacollator.pack_sequences")),
+    Rule("WARNING", output_needs_pre_tokenize, ("dataset.pre_tokenize", "dataset.pre_tokenize_output")),
+    Rule("WARNING", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
+    Rule("WARNING", log_interval_has_no_say, ("wandb.log_interval", "trainer.logging_steps")),
     Rule("WARNING", zero_file_needs_deepspeed, ("trainer.deepspeed_config_file", "trainer.engine", "use_deepspeed")),
     Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),
     Rule("WARNING", packed_sdpa_is_slower, ("datacollator.pack_sequences", "model.attn_backend")),
@@ -359,10 +343,8 @@ RULES = (
          ("trainer.torch_compile", "trainer.torch_compile_backend", "trainer.torch_compile_dynamic")),
     Rule("PRECEDENCE", ngpt_has_no_norms,
          ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
-    Rule("WARNING", glue_has_rows_of_its_own, ("task", *NOT_GLUES)),
-    Rule("WARNING", contrastive_has_batches_of_its_own, ("task", *NOT_CONTRASTIVES)),
+    Rule("WARNING", keys_act_in_their_task, ("task", *dict.fromkeys(key for keys in INERT.values() for key in keys))),
     Rule("WARNING", mteb_trains_nothing, ("task",)),
-    Rule("WARNING", contrastive_keys_need_contrastive, ("task", "dataset.columns", "dataset.mixture_temperature")),
     Rule("PRECEDENCE", temperature_wins_over_weights, ("dataset.mixture_temperature", "dataset.mixture")),
     Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
@@ -375,13 +357,13 @@ RULES = (
 )  # fmt: skip
 
 
-def check_rules(config: Config, keys_set: KeysSet, wrong: set[str]) -> tuple[list[Problem], list[str]]:
+def check_rules(config: Config, wrong: set[str]) -> tuple[list[Problem], list[str]]:
     """(broken rules, what else the user should know). Rules about keys that are `wrong` by themselves are left out."""
     errors: list[Problem] = []
     notes: list[str] = []
     for rule in RULES:
         if not wrong.intersection(rule.keys):
-            found = list(rule.check(config, keys_set))
+            found = list(rule.check(config))
             errors += found if rule.kind == "ERROR" else []
             notes += [] if rule.kind == "ERROR" else map(str, found)
     return errors, notes

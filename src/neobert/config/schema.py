@@ -233,3 +233,9 @@ class Config(Section):
     accelerate_config_file: str | None = key(None, "Accelerate launch configuration.", "the engine")
     pretraining_metadata: dict[str, Any] = key(None, "Notes kept with every checkpoint.", "state.json", factory=dict)
     config_path: str | None = key(None, "File that this configuration was read from.", "config.yaml of a run")
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of pretraining."""
+        packed = self.datacollator.max_length if self.datacollator.pack_sequences else None
+        return packed or self.dataset.max_seq_length

@@ -15,8 +15,10 @@ def _precision(value: Any) -> Any:
 
 
 def _selector(value: Any) -> Any:
-    """A step is written as a number in YAML."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """A step is written as a number in YAML; true is the latest checkpoint, false none."""
+    if isinstance(value, bool) or value in ("true", "false"):
+        return "latest" if value in (True, "true") else None
+    return str(value) if isinstance(value, int) else value
 
 
 Precision = Annotated[Literal["no", "fp32", "bf16", "fp16"], BeforeValidator(_precision)]
@@ -254,7 +256,7 @@ class WandbConfig(Section):
     tags: list[str] = key(None, "Tags of the run.", "tracker files", factory=list)
     mode: Literal["online", "offline", "disabled"] = key("online", "Where the run is recorded.", "tracker files")
     log_interval: int = key(
-        100, "Older name of `trainer.logging_steps`; acts when that one is not set.", "metrics.jsonl", ge=1
+        100, "Left over; `trainer.logging_steps` says how often is logged, and a note says so.", "a note", ge=1
     )
     resume: Literal["never", "allow", "must", "auto"] = key(
         "never", "Whether to continue a recorded run.", "tracker files"

@@ -1,6 +1,7 @@
 """Reads YAML safely into plain dictionaries, and remembers on which line each key stands.
 
-Differences from plain PyYAML: `1e-4` is a number (YAML 1.2), dates stay text, a key written twice is an error.
+Differences from plain PyYAML: `1e-4` is a number (YAML 1.2), dates stay text, a key written twice is an error, and so is a file
+whose aliases stand for more than `MAX_VALUES` values.
 """
 
 import re
@@ -11,6 +12,8 @@ from typing import Any
 import yaml
 
 from neobert.errors import ConfigError, Problem
+
+MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,6 +80,7 @@ def parse_yaml(text: str, name: str) -> YamlFile:
                 return parsed
             if not isinstance(node, yaml.MappingNode):
                 raise ConfigError(Problem("", f"{name}: expected sections such as `trainer:`, found a single value"))
+            _count_values(node, {})
             _record_lines(node, "", parsed)
             parsed.values = loader.construct_document(node)
             return parsed
@@ -91,6 +95,27 @@ def parse_yaml(text: str, name: str) -> YamlFile:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(Problem("", f"{name}: not a usable YAML document: {error}")) from None
+
+
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """The values below a node once its aliases are written out; `known` holds the counts so far, 0 of nodes not yet finished.
+
+    Raises ConstructorError for an alias that contains itself, and for too many values.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
+        return known[id(node)]
+    known[id(node)] = 0
+    inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    count = 1 + sum(_count_values(one, known) for one in inner)
+    if count > MAX_VALUES:
+        problem = f"its aliases stand for more than {MAX_VALUES:,} values; write out what is needed"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    known[id(node)] = count
+    return count
 
 
 def _record_lines(node: yaml.MappingNode, prefix: str, parsed: YamlFile) -> None:

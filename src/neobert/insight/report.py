@@ -167,15 +167,11 @@ def _facts(environment: dict[str, Any]) -> str:
 
 
 def _changed_keys(path: Path) -> str:
+    from neobert.config.legacy import ABSENT, look
     from neobert.config.reference import known_keys
 
-    if not path.is_file():
-        return ""
-    values, lines = yaml.safe_load(path.read_text()), []
-    for dotted, info in known_keys().items():
-        value: Any = values
-        for part in dotted.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value != info.default and not isinstance(value, dict):
-            lines.append(f"{dotted}: {json.dumps(value)}")
-    return "\n".join(lines)
+    values = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    left_out = ("config_path", "optimizer.muon_config")
+    found = {key: look(values, key) for key in known_keys() if key not in left_out}
+    changed = {key: value for key, value in found.items() if value not in (ABSENT, known_keys()[key].default)}
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in changed.items())

@@ -3,9 +3,10 @@
 from functools import partial
 from typing import Any
 
+from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
 from neobert.config.schema import Config
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, Problem, print_notes
 from neobert.inference.embed import EmbeddingModel
 from neobert.model.embedding import ForeignForEmbedding
 from neobert.optim.schedule import Schedule
@@ -33,8 +34,7 @@ def run(loaded: Loaded) -> Finished:
 def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: OpenRun) -> Job:
     """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
     trainer, keys_set = loaded.config.trainer, loaded.keys_set
-    for warning in loaded.warnings:
-        print(f"note: {warning}")
+    print_notes(loaded.warnings if runtime.is_main else [])
     start = find_start(loaded.config, keys_set)
     hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, keys_set, start)
     config = settle(loaded.config, keys_set, start, tokenizer_keys)
@@ -43,7 +43,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
         vocab_size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
     check_length(config, start, "dataset.max_seq_length", longest_text(config))
     if config.debug:
-        print(dump_config(config))
+        print(show_config(config, loaded.origins))
     data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime.rank, runtime.world_size))
     sets = find_sets(config, data)
     if sets:

@@ -40,9 +40,6 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
     follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
     wanted = None if follows else config.model.vocab_size
     size = fit_vocabulary(hf_tokenizer, wanted)
-    expected = config.tokenizer.vocab_size
-    if expected is not None and expected not in (real, size):
-        raise ConfigError(Problem("tokenizer.vocab_size", f"expected {expected}, but the tokenizer has {real} tokens"))
     notes = []
     if wanted is not None and wanted != size:
         notes.append(
@@ -53,6 +50,13 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
             f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
         )
     return size, notes
+
+
+def with_vocab_size(config: Config, size: int) -> Config:
+    """`tokenizer.vocab_size`, where it is set, as it is in this run."""
+    if config.tokenizer.vocab_size is None:
+        return config
+    return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"vocab_size": size})})
 
 
 def checkpoint_config(architecture: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
 from neobert.config.schema import Config
 from neobert.data.classification import LabelCollator, Rows, in_order
 from neobert.data.glue import REPOSITORY, TASKS, GlueTask
 from neobert.data.layout import Share
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, Problem, print_notes
 from neobert.model.foreign import ForeignForSequenceClassification
 from neobert.tasks import glue_metrics
 from neobert.tasks.encoder import build_vocabulary, prepare_model
@@ -48,8 +49,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
         raise ConfigError(Problem("glue.task_name", problem))
     glue_metrics.check_metrics()
     trainer, keys_set = loaded.config.trainer, loaded.keys_set
-    for warning in loaded.warnings:
-        print(f"note: {warning}")
+    print_notes(loaded.warnings if runtime.is_main else [])
     start = find_start(loaded.config, keys_set)
     hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, keys_set, start)
     config = settle(loaded.config, keys_set, task, start, tokenizer_keys)
@@ -58,7 +58,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
         vocab_size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
     check_length(config, start, "glue.max_seq_length", config.glue.max_seq_length)
     if config.debug:
-        print(dump_config(config))
+        print(show_config(config, loaded.origins))
     data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, runtime.rank, runtime.world_size))
     model, weights_line = build_classifier(config, task, start, vocab_size, hf_tokenizer.pad_token_id)
     model.to(runtime.device)
@@ -113,7 +113,7 @@ def settle(
     name = config.dataset.name if "dataset.name" in keys_set else REPOSITORY
     return config.model_copy(
         update={
-            "glue": glue.model_copy(update={"num_labels": task.num_labels, "classifier_init_range": init_range}),
+            "glue": glue.model_copy(update={"classifier_init_range": init_range}),
             "model": model.model_copy(update=changed),
             "tokenizer": config.tokenizer.model_copy(update=tokenizer_keys),
             "dataset": config.dataset.model_copy(update={} if config.dataset.path else {"name": name}),

@@ -8,14 +8,14 @@ run only the weights of its result are kept.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from neobert.config.load import Loaded, load_config
 from neobert.data.glue import TASKS
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, Problem, print_notes
 from neobert.tasks import glue
 from neobert.tasks.glue_data import find_all_files
 from neobert.tasks.glue_metrics import check_metrics
@@ -57,8 +57,7 @@ def run_suite(
     base = load_config(files, overrides, "glue")
     runtime = start_runtime(base.config)
     with speaks(runtime):
-        for note in base.warnings:
-            print(f"note: {note}")
+        print_notes(base.warnings if runtime.is_main else [])
         plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
         with hold_folder(output, runtime):
             check_plan(plan)
@@ -126,7 +125,8 @@ def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[
             if transfer and task in TRANSFERRED:
                 donor = output / "mnli" / f"seed-{seed}"
                 words += [f"glue.pretrained_checkpoint_dir={donor}", "glue.pretrained_checkpoint=latest"]
-            plan.append(Planned(task, seed, folder, load_config(files, [*overrides, *words], "glue")))
+            loaded = load_config(files, [*overrides, *words], "glue")
+            plan.append(Planned(task, seed, folder, replace(loaded, warnings=[])))  # the suite gives them once
     return plan
 
 

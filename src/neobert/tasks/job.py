@@ -20,7 +20,7 @@ from neobert.config.load import Loaded, dump_config
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.optim.build import optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 from neobert.tasks.hooks import Evaluate, Log, Measure, Save, finish_evaluation, step_hooks, weight_norm
@@ -308,8 +308,7 @@ def start_runtime(config: Config) -> Runtime:
         engine=trainer.engine,
         zero_options=None if asked is None else asked.options,
     )
-    for note in asked.notes if asked is not None and runtime.is_main else []:
-        print(f"note: {note}")
+    print_notes(asked.notes if asked is not None and runtime.is_main else [])
     return runtime
 
 

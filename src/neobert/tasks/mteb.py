@@ -17,7 +17,7 @@ from typing import Any
 
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.inference.embed import Embedder, load_embedder
 from neobert.inference.hub_model import model_folder
 from neobert.inference.sentence_settings import SentenceSettings, read_sentence_settings
@@ -50,8 +50,7 @@ def run(loaded: Loaded, model: str | None = None) -> int:
     """
     check_mteb()
     config = loaded.config
-    for warning in loaded.warnings:
-        print(f"note: {warning}")
+    print_notes(loaded.warnings)
     from neobert.tasks.mteb_tasks import check_prompts, choose_tasks
 
     tasks = choose_tasks(config.mteb_task_type, config.mteb_local_tasks)

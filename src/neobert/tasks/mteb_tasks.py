@@ -68,7 +68,7 @@ def _named(name: str, own: list[AbsTask]) -> AbsTask:
         raise ConfigError(
             Problem(
                 "mteb_task_type",
-                f"no task, type or benchmark {name!r}{hint} There are: all, {', '.join(TYPES)}, "
+                f"no task, type or benchmark {name!r}{hint or '.'} There are: all, {', '.join(TYPES)}, "
                 f"{_listed(own) + ', ' if own else ''}names of tasks as STS12, and benchmarks as {ENGLISH}",
             )
         ) from None

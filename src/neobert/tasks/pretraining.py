@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
+from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.loader import build_steps
 from neobert.data.order import Rank
 from neobert.data.tokenizer import save_tokenizer, text_tokenizer
-from neobert.errors import DataError
+from neobert.errors import DataError, print_notes
 from neobert.inference.load import load_model_weights
 from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
@@ -45,10 +46,9 @@ def build_job(
 ) -> Job:
     """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
     config, trainer = loaded.config, loaded.config.trainer
-    for warning in loaded.warnings:
-        print(f"note: {warning}")
+    print_notes(loaded.warnings if runtime.is_main else [])
     if config.debug:
-        print(dump_config(config))
+        print(show_config(config, loaded.origins))
     start = begin(config, loaded.keys_set, opened.checkpoint)
     config, hf_tokenizer = start.config, start.hf_tokenizer
     tokenizer = text_tokenizer(hf_tokenizer)

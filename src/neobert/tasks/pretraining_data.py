@@ -189,7 +189,8 @@ def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows
     )
     to_full_length = packed or config.tokenizer.padding == "max_length"
     length = (row_length(config) if packed else piece_length(config)) if to_full_length else None
-    return Collator(masker, tokenizer.pad_id, packed, length, datacollator.pad_to_multiple_of or 1)
+    multiple = None if packed else datacollator.pad_to_multiple_of
+    return Collator(masker, tokenizer.pad_id, packed, length, multiple or 1)
 
 
 # --- words for the summary -----------

@@ -176,7 +176,7 @@ def build_eval_reader(config: Config, text: Text) -> CorpusReader | StreamReader
 
 def row_length(config: Config) -> int:
     """Tokens of a packed row."""
-    return config.datacollator.max_length or config.dataset.max_seq_length
+    return config.row_length
 
 
 def piece_length(config: Config) -> int:

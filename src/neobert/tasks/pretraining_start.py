@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from neobert.config.schema import Config
-from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
+from neobert.data.tokenizer import tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.convert import convert
 from neobert.inference.hub_model import model_folder
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.tasks.encoder import build_model, build_vocabulary
-from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions
+from neobert.tasks.encoder import build_model, build_vocabulary, with_vocab_size
+from neobert.tasks.start import ARCHITECTURE, check_named_tokenizer, contradictions, load_named_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ def begin(config: Config, keys_set: frozenset[str], resumed: Path | None) -> Beg
     Raises ConfigError, DataError or CheckpointError.
     """
     if not config.model.from_hub:
-        hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
-        return Begin(config, hf_tokenizer, *build_vocabulary(config, keys_set, hf_tokenizer))
+        hf_tokenizer = load_named_tokenizer(config)
+        size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
+        return Begin(with_vocab_size(config, size), hf_tokenizer, size, notes)
     folder = resumed or _named(config.model.name or "")
     found = convert(str(folder))
     if not isinstance(found.model, NeoBERTForMaskedLM):
@@ -65,6 +66,7 @@ def begin(config: Config, keys_set: frozenset[str], resumed: Path | None) -> Beg
     model = NeoBERTForMaskedLM(architecture)  # again, for the dropout and the positions that the YAML sets
     model.load_state_dict(found.model.state_dict())
     notes = [f"continuing from {found.folder} ({found.kind}) with a fresh optimizer", *found.notes]
+    config = with_vocab_size(config, architecture.vocab_size)
     return Begin(config, found.tokenizer, architecture.vocab_size, [] if resumed else notes, model)
 
 
@@ -97,7 +99,7 @@ def _settle(config: Config, keys_set: frozenset[str], architecture: NeoBERTConfi
 
 def _check_rows(config: Config) -> None:
     longest = config.model.max_position_embeddings
-    row = config.datacollator.max_length or config.dataset.max_seq_length
+    row = config.row_length
     if row > longest:
-        path = "datacollator.max_length" if config.datacollator.max_length else "dataset.max_seq_length"
+        path = "dataset.max_seq_length" if row == config.dataset.max_seq_length else "datacollator.max_length"
         raise ConfigError(Problem(path, f"{row} is longer than the {longest} positions of {config.model.name}"))

@@ -95,7 +95,7 @@ def open_run(config: Config, keys_set: frozenset[str], runtime: Runtime) -> Iter
         saved: dict[str, Any] = {}
         if checkpoint is not None:
             saved = runtime.on_main(lambda: verify_checkpoint(checkpoint))
-            if missing := list(resume_needs_a_position(config, keys_set, has_data(checkpoint))):
+            if missing := list(resume_needs_a_position(config, has_data(checkpoint))):
                 raise ConfigError(*missing)
         yield OpenRun(folder, checkpoint, saved, in_the_way, [*told, *more], next(iter(locks), None))
     finally:

@@ -16,9 +16,10 @@ from neobert.data.order import Rank
 from neobert.data.packing import Cut, Segmenter
 from neobert.data.rows import describe_skips, first_skip
 from neobert.data.sources import num_bytes
-from neobert.data.tokenizer import TextTokenizer, load_tokenizer, text_tokenizer
+from neobert.data.tokenizer import TextTokenizer, text_tokenizer
 from neobert.tasks.pretraining_data import build_data
 from neobert.tasks.pretraining_sources import Source, build_reader, long_documents, open_sources, piece_length
+from neobert.tasks.start import load_named_tokenizer
 
 BAR_WIDTH, SHOWN_TOKENS, FILL_BATCHES = 50, 120, 50
 
@@ -36,7 +37,7 @@ class Sample:
 
 def describe_data(config: Config, num_rows: int, num_documents: int) -> Iterator[str]:
     """Lines about the data of a run. Raises UserError."""
-    hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
+    hf_tokenizer = load_named_tokenizer(config)
     tokenizer = text_tokenizer(hf_tokenizer)
     folder = Path(config.trainer.output_dir)
     for number, source in enumerate(open_sources(config, tokenizer, folder)):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import load_config
-from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
+from neobert.config.ready import asked_weights, missing_tokenizer, no_weights
+from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.load import FOREIGN, load_model_config
@@ -21,15 +22,6 @@ ARCHITECTURE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
     "hidden_act", "rms_norm", "rope", "norm_eps", "ngpt", "base_scale",
 )  # fmt: skip
-NOTHING = (
-    "no weights to start from: name a run in {0}.pretrained_checkpoint_dir, a model in {0}.pretrained_model_path, or an "
-    "encoder of transformers in model.name with model.from_hub: true; {0}.allow_random_weights: true trains without"
-)
-
-
-def asked_weights(config: Config) -> GlueConfig | ContrastiveConfig:
-    """The section whose `pretrained_*` keys count."""
-    return config.glue if config.task == "glue" else config.contrastive
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,7 @@ def find_start(config: Config, keys_set: frozenset[str]) -> Start:
             problem = "needs a checkpoint of another task: glue.pretrained_checkpoint_dir"
             raise ConfigError(Problem("glue.transfer_from_task", problem))
         if not model.from_hub and not asked_weights(config).allow_random_weights:
-            raise ConfigError(Problem(f"{config.task}.pretrained_checkpoint_dir", NOTHING.format(config.task)))
+            raise ConfigError(no_weights(config))
         return Start(hub=model.name if model.from_hub else None)
     state = read_state(folder)
     task = glue_task(folder)
@@ -209,6 +201,13 @@ def check_length(config: Config, start: Start, dotted: str, length: int) -> None
 # --- the tokenizer -----------
 
 
+def load_named_tokenizer(config: Config) -> Any:
+    """The tokenizer that `tokenizer` names. Raises ConfigError where nobody named one, and DataError."""
+    if config.tokenizer.path is None and (missing := missing_tokenizer(config)):
+        raise ConfigError(missing)
+    return load_tokenizer(config.tokenizer.name, config.tokenizer.path)
+
+
 def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tuple[Any, dict[str, Any]]:
     """(tokenizer, the keys of `tokenizer` that name it): the one that the weights were trained with.
 
@@ -220,10 +219,11 @@ def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tu
     elif start.hub is not None:
         keys = {"path": start.hub} if Path(start.hub).is_dir() else {"name": start.hub, "path": None}
     else:
-        return load_tokenizer(named.name, named.path), {}
+        return load_named_tokenizer(config), {}
     found = load_tokenizer(keys.get("name", ""), keys["path"])
     check_named_tokenizer(config, keys_set, found, str(start.folder or start.hub))
-    return found, keys
+    size = {} if named.vocab_size is None else {"vocab_size": len(found)}
+    return found, {**keys, **size}
 
 
 def check_named_tokenizer(config: Config, keys_set: frozenset[str], found: Any, origin: str) -> None:

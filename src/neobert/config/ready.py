@@ -1,0 +1,112 @@
+"""What a run needs besides a valid configuration: text, a tokenizer, weights. Looked for on the disk, without reading them.
+
+What stands on the hub is not looked for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from glob import has_magic, iglob
+from pathlib import Path
+
+from neobert.config.data_sections import DatasetConfig, MixtureSource
+from neobert.config.load import Loaded
+from neobert.config.reference import is_set
+from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
+from neobert.errors import ConfigError, Problem
+
+NO_DATA = "not set; name a file, a folder or a glob here, or a dataset of the Hugging Face hub in {0}.name"
+NO_TOKENIZER = (
+    "not set; train one with `neobert tokenizer train FILES -o tokenizer`, or name one of the Hugging Face hub in "
+    "tokenizer.name"
+)
+NO_WEIGHTS = (
+    "no weights to start from: name a run in {0}.pretrained_checkpoint_dir, a model in {0}.pretrained_model_path, or an "
+    "encoder of transformers in model.name with model.from_hub: true; {0}.allow_random_weights: true trains without"
+)
+
+
+def check_ready(loaded: Loaded) -> None:
+    """Raises ConfigError with everything that a run of this configuration would not find."""
+    if problems := list(find_missing(loaded.config)):
+        raise ConfigError(*(replace(one, where=loaded.origins.get(one.path, "")) for one in problems))
+
+
+def find_missing(config: Config) -> Iterator[Problem]:
+    """Everything that the run of a configuration would not find."""
+    if config.task == "mteb":
+        yield from _missing_evaluation(config)
+        return
+    if config.task != "glue":
+        yield from _missing_text(config)
+    elif config.dataset.path:
+        yield from _absent("dataset.path", config.dataset.path)
+    starts_fresh = config.task == "pretraining" or (
+        asked_weights(config).allow_random_weights and not names_weights(config)
+    )
+    if config.task != "pretraining":
+        yield from _missing_weights(config)
+    if starts_fresh and not config.model.from_hub and (missing := missing_tokenizer(config)):
+        yield missing
+
+
+def asked_weights(config: Config) -> GlueConfig | ContrastiveConfig:
+    """The section whose `pretrained_*` keys count."""
+    return config.glue if config.task == "glue" else config.contrastive
+
+
+def names_weights(config: Config) -> bool:
+    """Whether one of the task's `pretrained_*` keys names weights of ours."""
+    asked = asked_weights(config)
+    named = (asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint)
+    return any(one is not None for one in named)
+
+
+def missing_tokenizer(config: Config) -> Problem | None:
+    """What is wrong where the run takes the tokenizer that `tokenizer` names: the hub is asked for no other one."""
+    path = config.tokenizer.path
+    if path is not None:
+        problem = f"no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`"
+        return None if Path(path).is_dir() else Problem("tokenizer.path", problem)
+    return None if is_set("tokenizer.name", config) else Problem("tokenizer.path", NO_TOKENIZER)
+
+
+def no_weights(config: Config) -> Problem:
+    """That nothing says what the run starts from."""
+    return Problem(f"{config.task}.pretrained_checkpoint_dir", NO_WEIGHTS.format(config.task))
+
+
+def _missing_text(config: Config) -> Iterator[Problem]:
+    if not config.dataset.mixture:
+        yield from _missing_source("dataset", config.dataset, is_set("dataset.name", config))
+    for number, entry in enumerate(config.dataset.mixture):
+        yield from _missing_source(f"dataset.mixture.{number}", entry, bool(entry.name))
+
+
+def _missing_source(section: str, source: DatasetConfig | MixtureSource, is_named: bool) -> Iterator[Problem]:
+    if not source.path and not is_named:
+        yield Problem(f"{section}.path", NO_DATA.format(section))
+    elif source.path and not is_named:
+        yield from _absent(f"{section}.path", source.path)
+
+
+def _missing_weights(config: Config) -> Iterator[Problem]:
+    asked = asked_weights(config)
+    if not (names_weights(config) or config.model.from_hub or asked.allow_random_weights):
+        yield no_weights(config)
+    for name in ("pretrained_checkpoint_dir", "pretrained_model_path"):
+        if (path := getattr(asked, name)) is not None:
+            yield from _absent(f"{config.task}.{name}", path)
+
+
+def _missing_evaluation(config: Config) -> Iterator[Problem]:
+    if config.mteb_local_tasks is not None:
+        yield from _absent("mteb_local_tasks", config.mteb_local_tasks)
+    if not (Path(config.trainer.output_dir) / "checkpoints").is_dir():
+        problem = f"{config.trainer.output_dir}: no run there; train one, name another, or a model with --model"
+        yield Problem("trainer.output_dir", problem)
+
+
+def _absent(key: str, path: str) -> Iterator[Problem]:
+    is_there = "://" in path or Path(path).exists() or (has_magic(path) and next(iglob(path, recursive=True), None))
+    if not is_there:
+        yield Problem(key, f"{path}: no such file or folder")
