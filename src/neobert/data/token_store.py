@@ -17,11 +17,13 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neobert.data.corpus import MOST_OPEN
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 
@@ -73,11 +75,8 @@ class TokenStore:
         self.manifest = read_manifest(self.folder)
         verify_store(self.folder, self.manifest)
         self.fingerprint = f"{self.manifest.source}:{self.manifest.tokenizer}"
-        dtype, shards = np.dtype(self.manifest.dtype), self.manifest.shards
-        self.first = np.cumsum([0, *(shard.num_documents for shard in shards)])
-        offsets = (self.folder / OFFSETS.format(n) for n in range(len(shards)))
-        self.offsets = [np.asarray(np.load(path, mmap_mode="r")) for path in offsets]  # plain arrays slice faster
-        self.tokens = [_open_tokens(self.folder / TOKENS.format(n), dtype, in_memory) for n in range(len(shards))]
+        self.first = np.cumsum([0, *(shard.num_documents for shard in self.manifest.shards)])
+        self._held = [self._read(number) for number in range(len(self.manifest.shards))] if in_memory else None
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -85,7 +84,19 @@ class TokenStore:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every document, int64."""
-        return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in self.offsets)])
+        offsets = (self.shard(number)[0] for number in range(len(self.manifest.shards)))
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in offsets)])
+
+    def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets of its documents, its tokens): held in memory, or mapped as long as it is in use."""
+        if self._held is not None:
+            return self._held[number]
+        entry = self.manifest.shards[number]
+        return _map_shard(self.folder, number, self.manifest.dtype, tuple(entry.sha256.values()))
+
+    def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        offsets = np.load(self.folder / OFFSETS.format(number))
+        return offsets, np.fromfile(self.folder / TOKENS.format(number), dtype=self.manifest.dtype)
 
     def fetch(self, indices: np.ndarray) -> list[Ids]:
         numbers = np.searchsorted(self.first, indices, side="right") - 1
@@ -93,17 +104,20 @@ class TokenStore:
         for number in np.unique(numbers).tolist():
             places = np.flatnonzero(numbers == number)
             local = indices[places] - self.first[number]
-            offsets, tokens = self.offsets[number], self.tokens[number]
+            offsets, tokens = self.shard(number)
             spans = zip(places.tolist(), offsets[local].tolist(), offsets[local + 1].tolist(), strict=True)
             for place, begin, end in spans:
                 documents[place] = tokens[begin:end]
         return documents
 
 
-def _open_tokens(path: Path, dtype: np.dtype[Any], in_memory: bool) -> np.ndarray:
-    if not path.stat().st_size:
-        return np.zeros(0, dtype)
-    return np.fromfile(path, dtype=dtype) if in_memory else np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+@lru_cache(MOST_OPEN // 2)
+def _map_shard(folder: Path, number: int, dtype: str, sha256: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Two open files; `sha256` tells a shard from one that was there before."""
+    tokens = folder / TOKENS.format(number)
+    mapped = np.memmap(tokens, dtype=dtype, mode="r") if tokens.stat().st_size else np.zeros(0, dtype)
+    offsets = np.load(folder / OFFSETS.format(number), mmap_mode="r")
+    return np.asarray(offsets), np.asarray(mapped)  # plain arrays slice faster
 
 
 def is_token_store(path: str | Path) -> bool:
