@@ -49,7 +49,7 @@ def test_shards_are_the_corpus_in_order(tmp_path, kind, tokenizer, many_shards):
     while block := reader.read():
         texts += block
     assert documents_of(store) == [ids.tolist() for ids in tokenizer.encode(texts)]
-    assert store.shard(0)[1].dtype == np.uint16
+    assert store.tokens[0].dtype == np.uint16
     assert manifest.num_documents == len(texts) == 500
 
 

@@ -147,7 +147,7 @@ def test_splits_are_found_by_name(tmp_path):
             "a.txt.gz",
             gzip.compress(b"a text\n" * 999, mtime=0)[:-9],
             None,
-            "a.txt.gz:1000: the rest cannot be read: Compressed file ended",
+            "a.txt.gz:1000: the rest of a compressed file that is damaged or cut short",
         ),
         ("a.txt.gz", b"not gzip at all", None, "a.txt.gz: cannot be read"),
         ("a.txt.zst", b"not zstandard at all", None, "a.txt.zst: cannot be read"),

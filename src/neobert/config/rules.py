@@ -108,7 +108,7 @@ def mixture_has_sources(config: Config, keys_set: KeysSet) -> Found:
 def eval_split_wins(config: Config, keys_set: KeysSet) -> Found:
     """`eval_split` names the text that is evaluated; `validation_split` then holds nothing out."""
     dataset = config.dataset
-    named = [entry.eval_split for entry in (dataset, *dataset.mixture) if entry.eval_split is not None]
+    named = [split for split in (dataset.eval_split, *(entry.eval_split for entry in dataset.mixture)) if split]
     if named and dataset.validation_split is not None and not dataset.streaming:
         yield Problem("dataset.eval_split", f"{named[0]} wins over dataset.validation_split: nothing is held out")
 

@@ -28,7 +28,7 @@ from neobert.data.row_files import (
 )
 from neobert.errors import DataError
 
-MOST_OPEN = 256  # files of text, and of tokens, that are open at a time
+MOST_OPEN = 256  # files of text that are open at a time
 LEAVE_IT = "leave the files as they are until the run has ended"
 
 

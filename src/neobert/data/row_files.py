@@ -183,7 +183,7 @@ def raw_rows(path: str, offset: int = 0, columns: list[str] | None = None) -> It
             is_damage = is_compressed(path) and not getattr(error, "errno", None)
             if not is_damage or not (after or isinstance(error, EOFError)):
                 raise
-            yield Unusable(f"the rest cannot be read: {first_line(error)}", path, after), after, None
+            yield Unusable("the rest of a compressed file that is damaged or cut short", path, after), after, None
 
 
 def _rows_of(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Raw, int, int]]:

@@ -185,8 +185,8 @@ class RowSource:
         rank = self.reader.rank
         if not found and rank.world > 1:
             raise DataError(
-                f"reader {rank.index + 1} of {rank.world} of the corpus{of} is empty{why}: documents are dealt to as many readers "
-                "as there are processes (or dataset.lanes); use fewer, or add text"
+                f"reader {rank.index + 1} of {rank.world} of the corpus{of} is empty{why}: documents are dealt to as many "
+                "readers as there are processes (or dataset.lanes); use fewer, or add text"
             )
         if not found:
             raise DataError(f"the corpus{of} is empty: no document has any text{why}")

@@ -17,13 +17,11 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neobert.data.corpus import MOST_OPEN
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 
@@ -75,8 +73,10 @@ class TokenStore:
         self.manifest = read_manifest(self.folder)
         verify_store(self.folder, self.manifest)
         self.fingerprint = f"{self.manifest.source}:{self.manifest.tokenizer}"
-        self.first = np.cumsum([0, *(shard.num_documents for shard in self.manifest.shards)])
-        self._held = [self._read(number) for number in range(len(self.manifest.shards))] if in_memory else None
+        dtype, shards = np.dtype(self.manifest.dtype), self.manifest.shards
+        self.first = np.cumsum([0, *(shard.num_documents for shard in shards)])
+        self.offsets = [_open_offsets(self.folder / OFFSETS.format(n)) for n in range(len(shards))]
+        self.tokens = [_open_tokens(self.folder / TOKENS.format(n), dtype, in_memory) for n in range(len(shards))]
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -84,19 +84,7 @@ class TokenStore:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every document, int64."""
-        offsets = (self.shard(number)[0] for number in range(len(self.manifest.shards)))
-        return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in offsets)])
-
-    def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets of its documents, its tokens): held in memory, or mapped as long as it is in use."""
-        if self._held is not None:
-            return self._held[number]
-        entry = self.manifest.shards[number]
-        return _map_shard(self.folder, number, self.manifest.dtype, tuple(entry.sha256.values()))
-
-    def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        offsets = np.load(self.folder / OFFSETS.format(number))
-        return offsets, np.fromfile(self.folder / TOKENS.format(number), dtype=self.manifest.dtype)
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in self.offsets)])
 
     def fetch(self, indices: np.ndarray) -> list[Ids]:
         numbers = np.searchsorted(self.first, indices, side="right") - 1
@@ -104,20 +92,30 @@ class TokenStore:
         for number in np.unique(numbers).tolist():
             places = np.flatnonzero(numbers == number)
             local = indices[places] - self.first[number]
-            offsets, tokens = self.shard(number)
+            offsets, tokens = self.offsets[number], self.tokens[number]
             spans = zip(places.tolist(), offsets[local].tolist(), offsets[local + 1].tolist(), strict=True)
             for place, begin, end in spans:
                 documents[place] = tokens[begin:end]
         return documents
 
 
-@lru_cache(MOST_OPEN // 2)
-def _map_shard(folder: Path, number: int, dtype: str, sha256: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Two open files; `sha256` tells a shard from one that was there before."""
-    tokens = folder / TOKENS.format(number)
-    mapped = np.memmap(tokens, dtype=dtype, mode="r") if tokens.stat().st_size else np.zeros(0, dtype)
-    offsets = np.load(folder / OFFSETS.format(number), mmap_mode="r")
-    return np.asarray(offsets), np.asarray(mapped)  # plain arrays slice faster
+def _open_tokens(path: Path, dtype: np.dtype[Any], in_memory: bool) -> np.ndarray:
+    return np.fromfile(path, dtype=dtype) if in_memory else _map(path).view(dtype)
+
+
+def _open_offsets(path: Path) -> np.ndarray:
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        return _map(path)[file.tell() :].view(np.uint64)
+
+
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped by torch, which leaves no descriptor open where `np.memmap` keeps one."""
+    import torch
+
+    size = path.stat().st_size
+    return torch.from_file(str(path), size=size, dtype=torch.uint8).numpy() if size else np.zeros(0, np.uint8)
 
 
 def is_token_store(path: str | Path) -> bool:
