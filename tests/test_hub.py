@@ -9,10 +9,7 @@ from neobert.errors import DataError
 
 
 def texts(files):
-    return [
-        read_text(files.paths[begin.file], files.column, cell, begin.offset)
-        for cell, begin, _ in stream(files, files.start, files.stop)
-    ]
+    return [read_text(files, row, begin) for row, begin, _ in stream(files, files.start, files.stop)]
 
 
 @pytest.mark.parametrize("streaming", [True, False])

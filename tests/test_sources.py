@@ -55,9 +55,7 @@ def files_at(path, column=None, train=None):
 def read_all(files, start=None):
     """(text or Unusable, position behind it) of a stream."""
     rows = stream(files, start or files.start, files.stop)
-    return [
-        (read_text(files.paths[begin.file], files.column, cell, begin.offset), behind) for cell, begin, behind in rows
-    ]
+    return [(read_text(files, row, begin), behind) for row, begin, behind in rows]
 
 
 def texts_of(rows):
@@ -149,12 +147,12 @@ def test_splits_are_found_by_name(tmp_path):
             "a.txt.gz",
             gzip.compress(b"a text\n" * 999, mtime=0)[:-9],
             None,
-            "a.txt.gz: cannot be read: Compressed file ended",
+            "a.txt.gz:1000: the rest of a compressed file that is damaged or cut short",
         ),
         ("a.txt.gz", b"not gzip at all", None, "a.txt.gz: cannot be read"),
         ("a.txt.zst", b"not zstandard at all", None, "a.txt.zst: cannot be read"),
         ("a.csv", b"a,b\n1,2\n", None, "has several: a, b"),
-        ("a.pdf", b"x", None, "no .txt, .jsonl, .ndjson, .json, .csv, .parquet file"),
+        ("a.pdf", b"x", None, "no .txt, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow file"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, column, words):

@@ -3,8 +3,10 @@
 Exit codes: 0 done, 2 something the user can repair (one line per problem on stderr), 128 + n stopped by signal n.
 """
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -316,6 +318,13 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def _allow_open_files() -> None:
+    """As many open files as the system lets a process have: a corpus may have thousands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not allow
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     """A signal, where nothing better is done about it: exit code 128 + its number, as the shell has it."""
     sys.exit(128 + number)
@@ -340,6 +349,7 @@ def _has_lost_peer(error: RuntimeError) -> bool:
 def main() -> None:
     """Entry point: user errors become plain lines and exit code 2."""
     _quiet_libraries()
+    _allow_open_files()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end)
     try:

@@ -52,6 +52,12 @@ class MixtureSource(Section):
     weight: float = key(1.0, "Share of the rows, relative to the other weights.", "order of the data", gt=0)
     columns: dict[str, str] = key(None, "As `dataset.columns`.", "the text that is read", factory=dict)
 
+    def laid_over(self, dataset: "DatasetConfig") -> "DatasetConfig":
+        """The section with the path or name of this entry, and with what else is set in it."""
+        given = self.model_dump(exclude={"weight"}, exclude_unset=True)
+        columns: dict[str, object] = {"columns": {}} if given.get("text_column") else {}
+        return dataset.model_copy(update={"path": "", "name": "", **columns, **given})
+
 
 class DatasetConfig(Section):
     """`dataset`: where text comes from and how it is read."""
@@ -64,8 +70,8 @@ class DatasetConfig(Section):
     config: str | None = key(None, "Configuration (variant) of the hub dataset.", "the source of text")
     path: str = key(
         "",
-        "A file, a folder or a glob of .txt, .jsonl, .json, .csv (also as .gz, .zst) or .parquet, a folder written by "
-        "`save_to_disk`, or a folder of tokens; wins over `name` when it exists.",
+        "A file, a folder or a glob of .txt, .jsonl, .json, .csv, .tsv (also as .gz, .zst), .parquet or .arrow, a folder "
+        "written by `save_to_disk`, or a folder of tokens; wins over `name` when it exists.",
         "the source of text",
     )
     streaming: bool = key(
@@ -91,7 +97,7 @@ class DatasetConfig(Section):
     )
     validation_split: float | None = key(
         None,
-        "Share of the documents held out for evaluation, drawn by `seed`; needs `streaming: false`.",
+        "Share of the documents held out for evaluation, drawn by `seed`; needs `streaming: false`; `eval_split` wins.",
         "which documents are trained on and which evaluated",
         gt=0,
         lt=1,
@@ -177,14 +183,15 @@ class DatasetConfig(Section):
     )
     bad_rows: Literal["skip", "refuse"] = key(
         "skip",
-        "Rows whose text is missing, empty, not text or not UTF-8: pass over and count them, or stop at the first. "
-        "Beyond the reference.",
+        "Rows that are no JSON, or whose text is missing, empty, not text or not UTF-8, and the rest of a compressed file "
+        "that is damaged: pass over and count them, or stop at the first. Beyond the reference.",
         "an error, or a count in the summary",
     )
     mixture: list[MixtureSource] = key(
         None,
         "Several sources with weights, instead of `path` and `name`: a list of {path or name, config, text_column, "
-        "train_split, eval_split, weight}. Which source a row comes from depends on its index only. Beyond the reference.",
+        "train_split, eval_split, columns, weight}; what an entry does not set is the section's. Which source a row comes from "
+        "depends on its index only. Beyond the reference.",
         "the source of text",
         factory=list,
     )

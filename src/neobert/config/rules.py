@@ -107,6 +107,14 @@ def mixture_has_sources(config: Config) -> Found:
         yield Problem("dataset.mixture_exhausted", "has no effect without dataset.mixture")
 
 
+def eval_split_wins(config: Config) -> Found:
+    """`eval_split` names the text that is evaluated; `validation_split` then holds nothing out."""
+    dataset = config.dataset
+    named = [split for split in (dataset.eval_split, *(entry.eval_split for entry in dataset.mixture)) if split]
+    if named and dataset.validation_split is not None and not dataset.streaming:
+        yield Problem("dataset.eval_split", f"{named[0]} wins over dataset.validation_split: nothing is held out")
+
+
 def mixture_wins_over_path(config: Config) -> Found:
     """The sources of `mixture` are read instead of `path` and `name`."""
     if config.dataset.mixture and (config.dataset.path or is_chosen("dataset.name", config)):
@@ -350,6 +358,7 @@ RULES = (
     Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
     Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
     Rule("PRECEDENCE", path_wins_over_name, ("dataset.path", "dataset.name")),
+    Rule("PRECEDENCE", eval_split_wins, ("dataset.eval_split", "dataset.validation_split", "dataset.mixture")),
     Rule("PRECEDENCE", mixture_wins_over_path, ("dataset.mixture", "dataset.path", "dataset.name")),
     Rule("WARNING", no_dataset_code, ("dataset.trust_remote_code",)),
     Rule("IMPORTANT", vocabulary_follows_tokenizer, ("model.vocab_size", "tokenizer.vocab_size")),

@@ -5,23 +5,31 @@ memory-mapped; what has no such access (compressed files, .csv, .json arrays) is
 `dataset.cache_dir`, or read into memory.
 """
 
+import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from neobert.data.documents import (
+from neobert.data.documents import Files, Position, read_text, stream
+from neobert.data.row_files import (
     BOM,
-    Files,
+    HEAD_BYTES,
     Unusable,
     is_seekable_text,
+    kind_of,
     layout_of,
     named,
+    num_table_rows,
     open_table,
-    read_text,
-    stream,
+    refuse_utf16,
 )
+from neobert.errors import DataError
+
+MOST_OPEN = 256  # files of text that are open at a time
+LEAVE_IT = "leave the files as they are until the run has ended"
 
 
 class Corpus(Protocol):
@@ -41,7 +49,7 @@ def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_d
     """Random access to the rows of `files`; `in_memory` reads them all at once."""
     if in_memory:
         return _TextsInMemory(files, fingerprint)
-    if all(layout_of(path) == "table" for path in files.paths):
+    if all(layout_of(path) == "table" and kind_of(path) != ".arrow" for path in files.paths):
         corpus: Corpus = _TableCorpus(files, fingerprint, cache_dir)
     elif all(is_seekable_text(path) for path in files.paths):
         corpus = _LineCorpus(files, fingerprint)
@@ -71,10 +79,7 @@ class _TextsInMemory:
 
     def __init__(self, files: Files, fingerprint: str):
         self.fingerprint = fingerprint
-        self.texts = [
-            read_text(files.paths[begin.file], files.column, cell, begin.offset)
-            for cell, begin, _ in stream(files, files.start, files.stop)
-        ]
+        self.texts = [read_text(files, row, begin) for row, begin, _ in stream(files, files.start, files.stop)]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -84,15 +89,14 @@ class _TextsInMemory:
 
 
 class _LineCorpus:
-    """Lines of memory-mapped files."""
+    """Lines of files, found by an index of where they begin and end."""
 
     is_tokenized = False
 
     def __init__(self, files: Files, fingerprint: str):
-        self.fingerprint, self.column = fingerprint, files.column
-        self.paths = [path for path in files.paths if Path(path).stat().st_size]
-        self.maps = [open_bytes(path) for path in self.paths]
-        self.spans = [line_spans(data) for data in self.maps]
+        self.fingerprint, self.files = fingerprint, files
+        self.spans = [_spans_of(path) for path in files.paths]
+        self.inodes = [os.stat(path).st_ino for path in files.paths]
         self.first = np.cumsum([0, *map(len, self.spans)])
 
     def __len__(self) -> int:
@@ -103,9 +107,38 @@ class _LineCorpus:
 
     def _text(self, index: int) -> str | Unusable:
         number = int(np.searchsorted(self.first, index, side="right")) - 1
-        begin, end = self.spans[number][index - self.first[number]]
-        line = self.maps[number][begin:end].tobytes()
-        return read_text(self.paths[number], self.column, line.removeprefix(BOM), int(begin))
+        begin, end = self.spans[number][index - self.first[number]].tolist()
+        path = self.files.paths[number]
+        with named(path):
+            line = os.pread(_open_file(path, self.inodes[number]).descriptor, end - begin, begin)
+        if len(line) < end - begin:
+            raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
+        return read_text(self.files, line if begin else line.removeprefix(BOM), Position(number, begin))
+
+
+class _OpenFile:
+    """A descriptor that is closed when it is forgotten."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(MOST_OPEN)
+def _open_file(path: str, inode: int) -> _OpenFile:
+    """The file that was indexed. Raises DataError when another one has its name now."""
+    file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    if os.fstat(file.descriptor).st_ino != inode:
+        raise DataError(f"{path}: was replaced while it was read; {LEAVE_IT}")
+    return file
+
+
+def _spans_of(path: str) -> np.ndarray:
+    data = open_bytes(path)
+    refuse_utf16(data[:HEAD_BYTES].tobytes(), path)
+    return line_spans(data)
 
 
 def open_bytes(path: str) -> np.ndarray:
@@ -135,26 +168,25 @@ class _TableCorpus:
     def __init__(self, files: Files, fingerprint: str, cache_dir: str | None):
         from datasets import Dataset, load_from_disk
 
-        self.fingerprint, self.column = fingerprint, files.column
-        self.paths = files.paths
-        tables = [open_table(path) for path in files.paths]  # names the file when it cannot be read
-        if self.paths[0].endswith(".parquet"):
-            self.ends = np.cumsum([table.metadata.num_rows for table in tables])
-            rows = Dataset.from_parquet(list(files.paths), cache_dir=cache_dir, columns=[files.column])
-        else:
-            self.ends = np.cumsum([table.num_rows for table in tables])
-            rows = load_from_disk(self.paths[0])
-        self.rows = rows.select_columns([files.column])
+        self.fingerprint, self.files = fingerprint, files
+        sizes = [num_table_rows(open_table(path)) for path in files.paths]  # names the file when it cannot be read
+        self.ends = np.cumsum(sizes)
+        self.rows: Any = []
+        if kind_of(files.paths[0]) != ".parquet":
+            self.rows = load_from_disk(files.paths[0]).select_columns([files.column])
+        elif full := [path for path, size in zip(files.paths, sizes, strict=True) if size]:
+            self.rows = Dataset.from_parquet(full, cache_dir=cache_dir, columns=[files.column])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
-        values = self.rows[indices.tolist()][self.column]
-        files = np.searchsorted(self.ends, indices, side="right")
+        column = str(self.files.column)
+        texts = self.rows[indices.tolist()][column]
+        numbers = np.searchsorted(self.ends, indices, side="right").tolist()
         return [
-            read_text(self.paths[file], self.column, value, int(index - (self.ends[file - 1] if file else 0)))
-            for value, index, file in zip(values, indices, files, strict=True)
+            read_text(self.files, {column: text}, Position(n, int(i - (self.ends[n - 1] if n else 0))))
+            for text, i, n in zip(texts, indices, numbers, strict=True)
         ]
 
 
@@ -193,8 +225,8 @@ class _CachedCorpus:
 
 
 def _texts_and_places(files: Files) -> Iterator[dict[str, Any]]:
-    for cell, begin, _ in stream(files, files.start, files.stop):
-        text = read_text(files.paths[begin.file], files.column, cell, begin.offset)
+    for row, begin, _ in stream(files, files.start, files.stop):
+        text = read_text(files, row, begin)
         bad = isinstance(text, Unusable)
         yield {
             "text": None if bad else text,

@@ -1,13 +1,11 @@
 """The GLUE tasks as one table, and their rows from files: a folder of your own, or the hub's layout of `nyu-mll/glue`.
 
-A local folder holds `<task>/<split>.jsonl`, `.parquet`, `.csv` or `.tsv` (also `<split>-00000-of-00001.parquet`, as the hub
-names them), with the columns of the table and `label`: the number of a label, or its name.
+A local folder holds `<task>/<split>.jsonl`, `.parquet`, `.csv`, `.tsv` or another kind of file that `row_files` reads (also
+`<split>-00000-of-00001.parquet`, as the hub names them), with the columns of the table and `label`: the number of a label, or
+its name.
 """
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from neobert.data.hub import hub_files
+from neobert.data.row_files import KINDS, is_utf8, kind_of, place, usable_records
 from neobert.errors import DataError
 
 REPOSITORY = "nyu-mll/glue"
@@ -103,12 +102,12 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
     labels: list[float] = []
     ids: list[Any] = []
     for path in paths:
-        for number, row in enumerate(_rows(path), 1):
-            _check_columns(row, [*task.columns, *(["label"] if with_labels else [])], path, number)
+        for row, begin in usable_records(path):
+            _check_columns(row, [*task.columns, *(["label"] if with_labels else [])], path, begin)
             for column, into in zip(task.columns, texts, strict=True):
-                into.append(_text(row[column], column, path, number))
+                into.append(_text(row[column], column, path, begin))
             if with_labels:
-                labels.append(_label(row["label"], task, path, number))
+                labels.append(_label(row["label"], task, path, begin))
             ids.append(row.get("idx", len(ids)))
     if not ids:
         raise DataError(f"{paths[0]}: the split {split} of {task.name} is empty")
@@ -139,85 +138,36 @@ def _local_files(root: Path, task: str, split: str) -> list[str]:
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         found = f"it has {', '.join(there)}" if there else "it has no folders" if root.is_dir() else "no such folder"
         raise DataError(f"dataset.path: {root}: no folder {task!r} with the task's files; {found}")
-    pattern = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.({'|'.join(READERS)})")
-    found_files = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    pattern = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.\w+(\.gz|\.zst)?", re.IGNORECASE)
+    found_files = sorted(
+        path for path in folder.iterdir() if pattern.fullmatch(path.name) and kind_of(str(path)) not in (None, ".txt")
+    )
     if not found_files:
         there = sorted(path.name for path in folder.iterdir())
-        kinds = ", ".join(READERS)
-        raise DataError(f"{folder}: no file {split}.({kinds}); it has: {', '.join(there) or 'nothing'}")
-    if len({path.suffix for path in found_files}) > 1:
+        kinds = ", ".join(KINDS[1:])
+        raise DataError(f"{folder}: no file {split} ({kinds}); it has: {', '.join(there) or 'nothing'}")
+    if len({kind_of(str(path)) for path in found_files}) > 1:
         raise DataError(f"{folder}: {split} is there twice: {', '.join(path.name for path in found_files)}")
     return [str(path) for path in found_files]
 
 
-# --- rows of files -----------
+# --- rows -----------
 
 
-def _rows(path: str) -> Iterator[dict[str, Any]]:
-    return READERS[Path(path).suffix[1:]](path)
-
-
-def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(_decoded(file, path), 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}: row {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}: row {number} is not an object")
-            yield row
-
-
-def _decoded(file: Any, path: str) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error}") from None
-
-
-def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def _csv_rows(path: str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(_decoded(file, path), restkey="...")
-
-
-def _tsv_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Tabs, as GLUE's own files: quotes are part of the text."""
-    with open(path, encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(_decoded(file, path), delimiter="\t", quoting=csv.QUOTE_NONE, restkey="...")
-
-
-READERS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
-    "jsonl": _jsonl_rows,
-    "parquet": _parquet_rows,
-    "csv": _csv_rows,
-    "tsv": _tsv_rows,
-}
-
-
-def _check_columns(row: dict[str, Any], wanted: list[str], path: str, number: int) -> None:
+def _check_columns(row: dict[str, Any], wanted: list[str], path: str, begin: int) -> None:
     if missing := [column for column in wanted if column not in row]:
-        raise DataError(f"{path}: row {number} has no column {missing[0]!r}; it has: {', '.join(map(str, row))}")
+        raise DataError(f"{place(path, begin)}: no column {missing[0]!r}; it has: {', '.join(map(str, row))}")
 
 
-def _text(value: Any, column: str, path: str, number: int) -> str:
+def _text(value: Any, column: str, path: str, begin: int) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{path}: row {number}: {column} is {value!r}, not a text")
+        raise DataError(f"{place(path, begin)}: {column} is {value!r}, not a text")
+    if not is_utf8(value):
+        raise DataError(f"{place(path, begin)}: {column} is not UTF-8")
     return value
 
 
-def _label(value: Any, task: GlueTask, path: str, number: int) -> float:
+def _label(value: Any, task: GlueTask, path: str, begin: int) -> float:
     """A class's number, or a regression's value. Raises DataError when it is neither, or out of range."""
     if value in task.labels:
         return float(task.labels.index(value))
@@ -225,8 +175,8 @@ def _label(value: Any, task: GlueTask, path: str, number: int) -> float:
     try:
         label = float(value)
     except (TypeError, ValueError):
-        raise DataError(f"{path}: row {number}: label {value!r}; {task.name} has labels {allowed}") from None
+        raise DataError(f"{place(path, begin)}: label {value!r}; {task.name} has labels {allowed}") from None
     largest = task.largest or len(task.labels) - 1
     if not 0 <= label <= largest or (task.labels and label != int(label)):
-        raise DataError(f"{path}: row {number}: label {value!r} is out of range; {task.name} has labels {allowed}")
+        raise DataError(f"{place(path, begin)}: label {value!r} is out of range; {task.name} has labels {allowed}")
     return label

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from neobert.data.documents import Files, kind_of
+from neobert.data.documents import Files
+from neobert.data.row_files import kind_of
 from neobert.data.sources import choose_splits
 from neobert.errors import DataError
 

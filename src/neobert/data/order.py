@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from neobert.data.corpus import Corpus
-from neobert.data.documents import Cell, Files, Position, Skips, Unusable, read_text, stream
+from neobert.data.documents import Files, Position, Skips, read_text, stream
 from neobert.data.masking import hash_key, mix
+from neobert.data.row_files import Raw, Unusable
 from neobert.data.sources import fingerprint
 from neobert.data.token_store import TokenStore
 from neobert.data.tokenizer import Ids
@@ -116,24 +117,24 @@ class StreamReader:
 
     def __post_init__(self) -> None:
         self.position = self.files.start
-        self._cells: Iterator[tuple[Cell, Position, Position]] | None = None
+        self._rows: Iterator[tuple[Raw, Position, Position]] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.files)
 
     def read(self) -> list[str]:
-        if self._cells is None:
-            self._cells = stream(self.files, self.position, self.files.stop)
+        if self._rows is None:
+            self._rows = stream(self.files, self.position, self.files.stop)
         block: list[str] = []
         num_characters = 0
-        for cell, begin, behind in self._cells:
+        for row, begin, behind in self._rows:
             self.position = behind
             is_mine = self.num_read % self.rank.world == self.rank.index
             self.num_read += 1
             if not is_mine:
                 continue
-            text = read_text(self.files.paths[begin.file], self.files.column, cell, begin.offset)
+            text = read_text(self.files, row, begin)
             if isinstance(text, Unusable):
                 self.skips.add(text)
                 continue
@@ -144,7 +145,7 @@ class StreamReader:
         return block
 
     def next_epoch(self) -> None:
-        self.epoch, self.num_read, self.position, self._cells = self.epoch + 1, 0, self.files.start, None
+        self.epoch, self.num_read, self.position, self._rows = self.epoch + 1, 0, self.files.start, None
 
     def again(self) -> "StreamReader":
         """The same reader at its beginning."""
@@ -156,7 +157,7 @@ class StreamReader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.num_read = state["epoch"], state["num_read"]
-        self.position, self._cells = Position(state["file"], state["offset"]), None
+        self.position, self._rows = Position(state["file"], state["offset"]), None
         self.skips.load_state_dict(state["skips"])
 
 

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from neobert.data.corpus import Corpus
-from neobert.data.documents import Skips, Unusable
+from neobert.data.documents import Skips
 from neobert.data.layout import RowLayout, Share
 from neobert.data.masking import hash_key
 from neobert.data.mixture import choose_sources
 from neobert.data.order import FETCH_TEXTS, permute
 from neobert.data.pairs import PairTable
 from neobert.data.position import require_same
+from neobert.data.row_files import Unusable
 from neobert.data.rows import describe_skips, first_skip
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError

@@ -3,7 +3,6 @@
 A text that occurs several times is held and tokenised once, and its number says whether two texts are the same.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from neobert.data.documents import Skips, Unusable, place
+from neobert.data.documents import Skips
 from neobert.data.masking import hash_key
 from neobert.data.order import permute
 from neobert.data.pair_columns import Roles, find_roles
-from neobert.data.records import records
-from neobert.data.sources import FIRST_ROWS, slice_bounds
+from neobert.data.row_files import Unusable, place, records, why_no_text
+from neobert.data.sources import column_names, slice_bounds
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 
@@ -74,16 +73,18 @@ def read_examples(
 
 def roles_of(paths: Sequence[str], wanted: dict[str, str], key: str) -> Roles:
     """What the rows of all files are. Raises DataError."""
-    first = list(itertools.islice(records(paths[0]), FIRST_ROWS))
-    if not first:
+    first = next((path for path in paths if column_names(path, strings_only=False)), None)
+    if first is None:
         raise DataError(f"{paths[0]}: empty file")
-    names = list(dict.fromkeys(name for row, _ in first for name in row))
-    return find_roles(names, wanted, paths[0], key)
+    return find_roles(column_names(first, strings_only=False), wanted, first, key)
 
 
 def _read_file(path: str, roles: Roles, skips: Skips) -> Iterator[Example]:
     read = {"pairs": _pairs, "scores": _scored, "labels": _labelled, "texts": _labelled}[roles.kind]
     for row, offset in records(path):
+        if isinstance(row, Unusable):
+            skips.add(row)
+            continue
         if missing := [column for column in roles.columns.values() if column not in row]:
             skips.add(Unusable(f"no column {missing[0]!r}", path, offset))
             continue
@@ -155,15 +156,8 @@ def _texts(value: Any) -> list[Any]:
 
 def _wrong(text: Any, role: str) -> str:
     """Why a text cannot be used, or nothing."""
-    if text is None or (isinstance(text, str) and (not text or text.isspace())):
-        return f"without {role}"
-    if not isinstance(text, str):
-        return f"whose {role} is not text"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "not UTF-8"
-    return ""
+    reason = why_no_text(text)
+    return {"no text": f"without {role}", "not text": f"whose {role} is not text"}.get(reason, reason)
 
 
 # --- rows to train on -----------

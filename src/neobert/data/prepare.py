@@ -15,8 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.data.documents import Files, Position, Skips, is_seekable_text, layout_of, lines, open_table
+from neobert.data.documents import Files, Position, Skips
 from neobert.data.order import StreamReader
+from neobert.data.row_files import is_seekable_text, kind_of, layout_of, lines, num_table_rows, open_table
+from neobert.data.rows import why_empty
 from neobert.data.sources import find_splits, fingerprint, num_bytes
 from neobert.data.token_store import (
     FORMAT,
@@ -155,11 +157,11 @@ def _line_start(path: str, offset: int, size: int) -> int:
 
 def _table_cuts(path: str, size: int, target: int) -> list[int]:
     table = open_table(path)
-    if path.endswith(".parquet"):
+    if kind_of(path) == ".parquet":
         groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
         return [sum(groups[:n]) for n in range(max(1, len(groups)))]
     pieces = max(1, size // target)
-    return [table.num_rows * n // pieces for n in range(pieces)]
+    return [num_table_rows(table) * n // pieces for n in range(pieces)]
 
 
 # --- the work -----------
@@ -219,11 +221,15 @@ def train_from_files(paths: list[str], text_column: str | None, show_bar: bool, 
     readers = [StreamReader(find_splits(path, text_column, None, None)[0], skips=skips) for path in paths]
 
     def texts() -> Iterator[str]:
+        num_read = 0
         with tqdm(desc="reading", unit=" documents", disable=not show_bar, leave=False) as bar:
             for reader in readers:
                 while block := reader.read():
                     yield from block
                     bar.update(len(block))
+                    num_read += len(block)
+        if not num_read:
+            raise DataError(f"{', '.join(paths)}: no text to train a tokenizer on{why_empty(skips)}")
 
     return train_tokenizer(texts(), **settings), skips
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from neobert.data.documents import Skips
 from neobert.data.masking import hash_key
 from neobert.data.order import Reader, StreamReader
 from neobert.data.packing import Cut, OnePerRow, Packer, Row, Segmenter
@@ -185,8 +186,13 @@ class RowSource:
         if epoch > 0 or found >= self.min_rows:
             return
         of = f" ({self.name})" if self.name else ""
-        told = describe_skips(self.reader.skips.counts, self.cut.num_empty)
-        why = f" ({told}{first_skip(self.reader.skips.first)})" if told else ""
+        why = why_empty(self.reader.skips, self.cut.num_empty)
+        rank = self.reader.rank
+        if not found and rank.world > 1:
+            raise DataError(
+                f"reader {rank.index + 1} of {rank.world} of the corpus{of} is empty{why}: documents are dealt to as many "
+                "readers as there are processes (or dataset.lanes); use fewer, or add text"
+            )
         if not found:
             raise DataError(f"the corpus{of} is empty: no document has any text{why}")
         raise DataError(
@@ -262,6 +268,12 @@ def _result(block: Any, epoch: int, behind: dict[str, Any]) -> tuple[list[Ids], 
 def first_skip(first: dict[str, str]) -> str:
     """`, first at file:line`, or nothing."""
     return f", first at {next(iter(first.values()))}" if first else ""
+
+
+def why_empty(skips: Skips, num_empty: int = 0) -> str:
+    """` (3 rows passed over: …, first at file:line)`, or nothing."""
+    told = describe_skips(skips.counts, num_empty)
+    return f" ({told}{first_skip(skips.first)})" if told else ""
 
 
 def describe_skips(counts: dict[str, int], num_empty: int = 0) -> str:

@@ -6,36 +6,42 @@ as in `datasets`: `train[:1%]`, `train[1000:]`, `train[-5%:]`.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
-from glob import glob
+from glob import glob, has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from neobert.data.corpus import line_spans, open_bytes
-from neobert.data.documents import (
+from neobert.data.documents import Files, Position, stream
+from neobert.data.row_files import (
+    HEAD_BYTES,
     KINDS,
-    Files,
-    Position,
-    cells,
+    Unusable,
     csv_header,
     is_compressed,
     kind_of,
     layout_of,
-    lines,
     named,
+    num_table_rows,
+    open_binary,
     open_table,
-    parse_row,
-    read_array,
-    stream,
+    raw_rows,
+    records,
+    refuse_utf16,
     table_schema,
 )
 from neobert.errors import DataError
 
-EVAL_NAMES = ("validation", "valid", "dev", "eval", "test")
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")
 WHOLE_HASH_BYTES = 2**28  # corpora up to this size are fingerprinted whole, larger ones by samples
 SAMPLE_BYTES, NUM_SAMPLES = 65536, 16
+STRINGS = ("string", "large_string", "string_view")
 FIRST_ROWS = 20  # looked at to find the columns of a text format
 HELD_OUT_SHARE, HELD_OUT_DOCUMENTS = 0.01, 1000
 
@@ -80,20 +86,21 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def _saved_splits(path: Path) -> dict[str, list[str]]:
-    if (path / "dataset_dict.json").is_file():
-        return {name: [str(path / name)] for name in json.loads((path / "dataset_dict.json").read_text())["splits"]}
-    return {"train": [str(path)]}
+    listed = path / "dataset_dict.json"
+    if not listed.is_file():
+        return {"train": [str(path)]}
+    try:
+        return {name: [str(path / name)] for name in json.loads(listed.read_text())["splits"]}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{listed}: not what save_to_disk writes, a list of splits") from None
 
 
 def _file_splits(path: str) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
-    names = ("train", *EVAL_NAMES)
     for file in _find_files(path):
-        stem = Path(file).name.lower()
-        split = next(
-            (name for name in names if stem == name or stem.startswith((f"{name}-", f"{name}_", f"{name}."))), None
-        )
-        splits.setdefault(split or "train", []).append(file)
+        parts = Path(file).relative_to(_root(path)).parts[::-1]
+        split = next((name for name in map(_split_named, parts) if name), "train")
+        splits.setdefault(split, []).append(file)
     for name, files in splits.items():
         kinds = sorted({str(kind_of(file)) for file in files})
         if len(kinds) > 1:
@@ -103,36 +110,82 @@ def _file_splits(path: str) -> dict[str, list[str]]:
     return splits
 
 
+def _split_named(part: str) -> str | None:
+    """The split that the name of a file or a folder begins with, as a word."""
+    word = re.split(r"[-_.]", part.lower(), maxsplit=1)[0]
+    return "train" if word in TRAIN_NAMES else word if word in EVAL_NAMES else None
+
+
+def _root(path: str) -> Path:
+    """The folder below which names of folders count: of a glob, all before its first wildcard."""
+    if Path(path).is_dir():
+        return Path(path)
+    parts = Path(path).parts
+    return Path(*takewhile(lambda part: not has_magic(part), parts[:-1]))
+
+
 def _find_files(path: str) -> list[str]:
     if not path:
         raise DataError("dataset.path: not set; give a file, a folder or a glob")
     if Path(path).is_dir():
-        found = sorted(str(file) for file in Path(path).rglob("*") if kind_of(file.name) and file.is_file())
-        if not found:
-            raise DataError(f"dataset.path: no {', '.join(KINDS)} file in the folder {path}")
-        return found
+        return _files_below(Path(path))
     found = [path] if Path(path).is_file() else sorted(glob(path, recursive=True))
+    if "**" in path:  # which matches folders along with what is in them
+        found = [file for file in found if not Path(file).is_dir()]
     if not found:
         raise DataError(f"dataset.path: nothing at {path!r} (looked in {Path.cwd()})")
-    unknown = [file for file in found if kind_of(file) is None or not Path(file).is_file()]
-    if unknown:
-        raise DataError(
-            f"{unknown[0]}: not a kind of file that can be read; these can: {', '.join(KINDS)}, "
-            "text also as .gz or .zst"
-        )
+    for file in found:
+        _require_file(file)
     return found
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Files of our kinds; hidden ones, and those in hidden folders, are left out, as on the hub."""
+    found = sorted(
+        str(file)
+        for file in folder.rglob("*")
+        if kind_of(str(file)) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not found:
+        raise DataError(f"dataset.path: no {', '.join(KINDS)} file in the folder {folder}")
+    if saved := [str(parent) for parent in {Path(file).parent for file in found} if is_saved_dataset(parent)]:
+        raise DataError(f"dataset.path: {folder} has folders of save_to_disk in it; name one, as {min(saved)}")
+    for file in found:
+        _require_file(file)
+    return found
+
+
+def _require_file(path: str) -> None:
+    """Raises DataError for what a glob or a folder lists and nobody can read."""
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a folder; name it alone, or match the files in it, as {path}/*")
+    if not os.path.exists(path):
+        raise DataError(f"{path}: is a link to nothing")
+    if kind_of(path) is None or not os.path.isfile(path):
+        raise DataError(
+            f"{path}: not a kind of file that can be read; these can: {', '.join(KINDS)}, text also as .gz or .zst"
+        )
 
 
 # --- columns -----------
 
 
 def _files(paths: list[str], text_column: str | None) -> Files:
-    """The files with their text column. Raises DataError naming a file that has no such column."""
-    column = find_column(paths[0], text_column)
-    for path in paths[1:] if column is not None and "://" not in paths[0] else []:
-        names = column_names(path, strings_only=False)
+    """The files with their text column. All that are local are looked into: raises DataError naming one that cannot be read or
+    has no such column. Empty ones are passed over.
+    """
+    local = [path for path in paths if "://" not in path]
+    if kind_of(paths[0]) == ".txt":
+        for path in local:
+            with named(path), open_binary(path) as file, suppress(EOFError):  # cut short: the reader says so
+                refuse_utf16(file.read(HEAD_BYTES), path)
+        return Files(tuple(paths), None)
+    first = next((path for path in paths if column_names(path, strings_only=False)), paths[0])
+    column = find_column(first, text_column)
+    for path in local:
+        names = column_names(path, strings_only=False) if path != first else []
         if names and column not in names:
-            raise DataError(f"{path}: no column {column!r}, which {paths[0]} has; there are: {', '.join(names)}")
+            raise DataError(f"{path}: no column {column!r}, which {first} has; there are: {', '.join(names)}")
     return Files(tuple(paths), column)
 
 
@@ -141,6 +194,8 @@ def find_column(path: str, wanted: str | None) -> str | None:
     if kind_of(path) == ".txt":
         return None
     columns = column_names(path, strings_only=wanted is None)
+    if not columns and not column_names(path, strings_only=False):
+        raise DataError(f"{path}: empty file")
     if wanted is not None:
         if wanted not in columns:
             raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
@@ -155,34 +210,41 @@ def find_column(path: str, wanted: str | None) -> str | None:
 
 
 def column_names(path: str, strings_only: bool) -> list[str]:
-    """The columns of a file in order, those of text only if asked. Raises DataError for a file that cannot be read."""
+    """The columns of a file in order, those of text only if asked; none of an empty file. Raises DataError."""
     with named(path):
         layout = layout_of(path)
         if layout == "table":
-            schema = table_schema(open_table(path))
-            strings = ("string", "large_string", "string_view")
-            return [field.name for field in schema if not strings_only or str(field.type) in strings]
+            return [
+                field.name for field in table_schema(open_table(path)) if not strings_only or _is_string(field.type)
+            ]
         if layout == "csv":
             return csv_header(path)[0]
-        rows = list(_first_rows(path, layout))
-    if not rows:
-        raise DataError(f"{path}: empty file")
+        rows, bad = _first_rows(path)
+    if not rows and bad is not None:
+        raise DataError(f"{bad.where}: {bad.reason}, and no row behind it can be used")
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not strings_only:
         return names
     return [name for name in names if any(isinstance(row.get(name), str) for row in rows)]
 
 
-def _first_rows(path: str, layout: str) -> Iterator[dict[str, Any]]:
-    if layout == "array":
-        yield from (row for row in read_array(path)[:FIRST_ROWS] if isinstance(row, dict))
-        return
-    full = ((line, begin) for line, begin, _ in lines(path, 0) if not line.isspace())
-    for (line, begin), _ in zip(full, range(FIRST_ROWS), strict=False):
-        try:
-            yield parse_row(line, path, begin)
-        except UnicodeDecodeError:
-            continue
+def _is_string(kind: Any) -> bool:
+    """Whether an Arrow type is text, as it is or by numbers of a dictionary."""
+    return str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind) in STRINGS
+
+
+def _first_rows(path: str) -> tuple[list[dict[str, Any]], Unusable | None]:
+    """(the first rows that can be used, the first that cannot)."""
+    rows: list[dict[str, Any]] = []
+    bad: Unusable | None = None
+    for row, _ in records(path):
+        if isinstance(row, Unusable):
+            bad = bad or row
+        else:
+            rows.append(row)
+        if len(rows) == FIRST_ROWS:
+            break
+    return rows, bad
 
 
 # --- parts of a split -----------
@@ -231,29 +293,28 @@ def part_of(files: Files, first: int, last: int | None) -> Files:
 
 def count_rows(files: Files) -> int:
     """Rows of all files; tables know it, plain text is scanned, the rest is read once."""
-    return sum(_count_in(path, files.column) for path in files.paths)
+    return sum(_count_in(path) for path in files.paths)
 
 
-def _count_in(path: str, column: str | None) -> int:
+def _count_in(path: str) -> int:
     layout = layout_of(path)
     if layout == "table":
-        table = open_table(path)
-        return int(table.metadata.num_rows if path.endswith(".parquet") else table.num_rows)
+        return num_table_rows(open_table(path))
     if layout == "lines" and not is_compressed(path) and "://" not in path:
         return len(line_spans(open_bytes(path)))
-    return sum(1 for _ in cells(path, column, 0))
+    return sum(1 for _ in raw_rows(path))
 
 
 def find_row(files: Files, row: int) -> Position:
     """The position of a row, counted over all files; behind the last one when there are fewer."""
     for number, path in enumerate(files.paths):
         if layout_of(path) == "table":
-            count = _count_in(path, files.column)
+            count = _count_in(path)
             if row < count:
                 return Position(number, row)
             row -= count
             continue
-        for _, begin, _ in cells(path, files.column, 0):
+        for _, begin, _ in raw_rows(path):
             if row == 0:
                 return Position(number, begin)
             row -= 1
@@ -266,14 +327,15 @@ def hold_out_head(files: Files, num_bytes: int) -> tuple[Files, Files | None]:
     Both are ranges of the same files, so nothing that is evaluated is trained on.
     """
     budget, used, first = num_bytes * HELD_OUT_SHARE, 0, files.start
-    for count, (cell, begin, _) in enumerate(stream(files, files.start, files.stop)):
+    for count, (row, begin, _) in enumerate(stream(files, files.start, files.stop)):
         if count and (used >= budget or count == HELD_OUT_DOCUMENTS):
             rows = files.rows[0] + count
             return (
                 replace(files, start=begin, rows=(rows, files.rows[1])),
                 replace(files, start=first, stop=begin, rows=(files.rows[0], rows)),
             )
-        used += len(cell) if isinstance(cell, str | bytes) else 0
+        text = row.get(files.column or "") if isinstance(row, dict) else row
+        used += len(text) if isinstance(text, str | bytes) else 0
     return files, None
 
 

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.documents import place
 from neobert.data.layout import RowLayout
 from neobert.data.pairs import encode_texts
-from neobert.data.records import records
+from neobert.data.row_files import is_utf8, place, usable_records
 from neobert.data.sources import find_column, local_splits
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
@@ -182,10 +181,10 @@ def read_texts(path: str, column: str | None) -> Iterator[str]:
         told = str(error).replace("dataset.text_column", "--column").replace("dataset.path: ", "")
         raise DataError(told) from None
     for file, wanted in zip(files, columns, strict=True):
-        for row, offset in records(file):
+        for row, begin in usable_records(file):
             text = row.get(wanted)
-            if not isinstance(text, str):
-                raise DataError(f"{place(file, offset)}: {wanted} is {text!r}, not a text")
+            if not isinstance(text, str) or not is_utf8(text):
+                raise DataError(f"{place(file, begin)}: {wanted} is {text!r}, not a text")
             yield text
 
 

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from neobert.data.documents import START, Files, Skips, Unusable, read_text, stream
+from neobert.data.documents import Files, Skips, read_text, stream
+from neobert.data.row_files import Unusable
+from neobert.data.rows import why_empty
 from neobert.data.tokenizer import Ids, TextTokenizer
 from neobert.errors import DataError
 from neobert.model.loss import LOGIT_BUDGET
@@ -77,14 +79,14 @@ def read_pieces(
         for ids in tokenizer.encode(block):
             pieces += [ids[begin : begin + longest] for begin in range(0, len(ids), longest)]
     if not pieces:
-        raise DataError(f"{', '.join(files.paths[:3])}: no text in it")
+        raise DataError(f"{', '.join(files.paths[:3])}: no text in it{why_empty(skips)}")
     return pieces, num_texts
 
 
 def _texts(files: Files, skips: Skips, limit: int | None) -> Iterator[str]:
     count = 0
-    for cell, begin, _ in stream(files, START):
-        text = read_text(files.paths[begin.file], files.column, cell, begin.offset)
+    for row, begin, _ in stream(files, files.start, files.stop):
+        text = read_text(files, row, begin)
         if isinstance(text, Unusable):
             skips.add(text)
             continue

@@ -130,7 +130,7 @@ def find_places(config: Config) -> list[tuple[Place, float]]:
     places: list[tuple[Place, float]] = []
     for number, entry in enumerate(dataset.mixture):
         key = f"dataset.mixture, entry {number}"
-        place = find_place(dataset.model_copy(update=entry.model_dump(exclude={"weight"})), key)
+        place = find_place(entry.laid_over(dataset), key)
         taken = any(place.label == other.label for other, _ in places)
         label = f"{place.label}_{number}" if taken else place.label
         places.append((Place(place.dataset, place.splits, key, label), entry.weight))
@@ -187,7 +187,7 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, 
     name = f"{place.key}: {dataset.path or dataset.name}"
     examples = read_examples(place.splits[split], roles, name, skips, (begin, end))
     held_out = _held_out(place, roles, split, skips)
-    if dataset.validation_split is not None and not dataset.streaming:
+    if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         examples, held_out = examples.hold_out(dataset.validation_split, config.seed)
     rows, notes = training_rows(examples, config.contrastive.min_score)
     show_bar = not config.trainer.disable_tqdm and os.isatty(2)

@@ -15,7 +15,6 @@ A file task.yaml may say `type`, `description`, `languages` (as eng-Latn) and `p
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from mteb.abstasks import (
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from neobert.data.row_files import is_utf8, place, usable_records
 from neobert.errors import DataError
 from neobert.tasks.mteb_tasks import LOCAL
 
@@ -170,21 +170,18 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> list[Row]:
     if not path.is_file():
         raise DataError(f"{path}: missing")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise DataError(f"{path}, line {number}: not JSON") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not an object")
+    for row, begin in usable_records(str(path)):
         if missing := [column for column in columns if row.get(column) is None]:
-            raise DataError(f"{path}, line {number}: no {', '.join(missing)}")
+            raise DataError(f"{place(str(path), begin)}: no {', '.join(missing)}")
         rows.append(row)
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
+
+
+def _require_text(value: Any, column: str, path: Path, number: int) -> None:
+    if not isinstance(value, str) or not is_utf8(value):
+        raise DataError(f"{path}, row {number}: {column} is {value!r}, not a text")
 
 
 def _columns(path: Path, texts: tuple[str, ...], value: str) -> Dataset:
@@ -192,8 +189,7 @@ def _columns(path: Path, texts: tuple[str, ...], value: str) -> Dataset:
     rows = read_rows(path, (*texts, value))
     for number, row in enumerate(rows, 1):
         for column in texts:
-            if not isinstance(row[column], str):
-                raise DataError(f"{path}, row {number}: {column} is {row[column]!r}, not a text")
+            _require_text(row[column], column, path, number)
     return Dataset.from_dict({column: [row[column] for row in rows] for column in (*texts, value)})
 
 
@@ -224,6 +220,9 @@ def _is_number(value: Any) -> bool:
 def _read_retrieval(folder: Path) -> dict[str, dict[str, Any]]:
     documents = read_rows(folder / "corpus.jsonl", ("id", "text"))
     queries = read_rows(folder / "queries.jsonl", ("id", "text"))
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        for number, row in enumerate(rows, 1):
+            _require_text(row["text"], "text", folder / f"{name}.jsonl", number)
     known = {"document_id": {str(row["id"]) for row in documents}, "query_id": {str(row["id"]) for row in queries}}
     relevant: dict[str, dict[str, int]] = {}
     path = folder / "qrels.jsonl"
@@ -240,10 +239,13 @@ def _read_reranking(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / f"{SPLIT}.jsonl"
     documents, queries, relevant, ranked = [], [], {}, {}
     for number, row in enumerate(read_rows(path, ("query", "positive", "negative"))):
+        _require_text(row["query"], "query", path, number + 1)
         query, candidates = str(number), []
         for column, score in (("positive", 1), ("negative", 0)):
             if not isinstance(row[column], list) or not row[column]:
                 raise DataError(f"{path}, row {number + 1}: {column} is not a list of texts")
+            for text in row[column]:
+                _require_text(text, column, path, number + 1)
             candidates += [(f"{number}-{column}-{i}", text, score) for i, text in enumerate(row[column])]
         documents += [{"id": name, "text": text} for name, text, _ in candidates]
         queries.append({"id": query, "text": row["query"]})

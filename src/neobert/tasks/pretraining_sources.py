@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def open_sources(config: Config, tokenizer: TextTokenizer, output_dir: Path) -> 
         return [_open_source(config, dataset, tokenizer, _token_folder(config, output_dir), "")]
     sources = []
     for number, entry in enumerate(dataset.mixture):
-        given = entry.model_dump(exclude={"weight"})
-        one = dataset.model_copy(update=given)
+        one = entry.laid_over(dataset)
         folder = _token_folder(config, output_dir) / f"{number:02d}"
         try:
             source = _open_source(config, one, tokenizer, folder, f"entry {number} of dataset.mixture")
@@ -81,7 +81,7 @@ def _open_source(config: Config, dataset: DatasetConfig, tokenizer: TextTokenize
 def find_files(dataset: DatasetConfig) -> tuple[Files, Files | None]:
     """The files of a local path, or of a dataset of the hub when no path is given or it does not exist."""
     named = dataset.name not in ("", type(dataset).model_fields["name"].default)
-    is_there = os.path.exists(dataset.path) or "*" in dataset.path
+    is_there = os.path.exists(dataset.path) or has_magic(dataset.path)
     if dataset.path and (is_there or not named):
         return find_splits(dataset.path, dataset.text_column, dataset.train_split, dataset.eval_split)
     return find_hub_splits(
@@ -133,6 +133,11 @@ def _pre_tokenize(
 
 def _open_store(config: Config, dataset: DatasetConfig, tokenizer: TextTokenizer, name: str) -> Source:
     path, in_memory = Path(dataset.path), dataset.load_all_from_disk
+    for key, name in (("train_split", "train"), ("eval_split", "validation")):
+        if getattr(dataset, key) not in (None, name):
+            raise DataError(
+                f"dataset.{key}: {getattr(dataset, key)!r}, but of a folder of tokens it is {name!r}, whole"
+            )
     train = TokenStore(path if is_token_store(path) else path / "train", in_memory)
     evaluation = TokenStore(path / "validation", in_memory) if is_token_store(path / "validation") else None
     for store in (train, evaluation):
@@ -143,12 +148,15 @@ def _open_store(config: Config, dataset: DatasetConfig, tokenizer: TextTokenizer
 
 def _random_access(config: Config, dataset: DatasetConfig, train: Any, evaluation: Any, told: str, name: str) -> Source:
     """Holds out `validation_split`, and takes long documents apart for shuffling where lengths are known."""
-    if dataset.validation_split is not None and not dataset.streaming:
+    if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         if len(train) < 2:
             raise DataError("dataset.validation_split: one document cannot be split")
         train, evaluation = (Subset(train, dataset.validation_split, config.seed, rest) for rest in (True, False))
     if not len(train):
-        raise DataError(f"dataset.path: {dataset.path or dataset.name}: no document in it")
+        told = describe_skips(train.manifest.skipped) if isinstance(train, TokenStore) else ""
+        raise DataError(
+            f"dataset.path: {dataset.path or dataset.name}: no document in it{f' ({told})' if told else ''}"
+        )
     if train.is_tokenized and long_documents(config) == "split":
         train = Pieces(train, piece_length(config) - 2)
     return Source(train, evaluation, told, name)
