@@ -26,6 +26,7 @@ from neobert.export.sentence_transformers import Embedding
 from neobert.export.source import Source
 from neobert.inference.embed import Embedder
 from neobert.inference.load import Model
+from neobert.inference.sentence_settings import SentenceSettings
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")
@@ -145,7 +146,8 @@ def by_sentence_transformers(source: Source, embedding: Embedding) -> Comparison
         with torch.no_grad():
             model = NeoBERTForEmbedding(source.model.config, ContrastiveSettings(pooling=embedding.pooling or "mean"))
         model.model = source.model.model
-        embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length)
+        settings = SentenceSettings(source.folder, source.folder)
+        embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length, settings)
         lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
         return [check(found, "embedding", list(embedder.encode(texts, embedding.normalize)), lengths)]
 
