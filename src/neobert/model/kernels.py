@@ -43,7 +43,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, backend: str) -> Tensor
         return import_module(LIGER).liger_rms_norm(x_ND, weight_D, eps, in_place=False)
     if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
         return FusedRMSNorm.apply(x_ND, weight_D, eps, compute_dtype(x_ND))
-    return F.rms_norm(x_ND.float(), weight_D.shape, weight_D, eps)
+    return F.rms_norm(x_ND.float(), weight_D.shape, weight_D.float(), eps).to(compute_dtype(x_ND))
 
 
 def swiglu(gate_up_N2F: Tensor, backend: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Layout, Rotary, attend
-from .kernels import rms_norm, swiglu
+from .kernels import compute_dtype, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +36,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=eps, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return super().forward(x_ND.float())
+        out_ND = F.layer_norm(x_ND.float(), self.normalized_shape, self.weight.float(), None, self.eps)
+        return out_ND.to(compute_dtype(x_ND))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -173,4 +174,4 @@ class NormalizedBlock(Block):
         return self._step(x_ND, self.ffn(x_ND), self.ffn_alpha)
 
     def _step(self, x_ND: Tensor, part_ND: Tensor, alpha: LearnedScale) -> Tensor:
-        return unit(x_ND + alpha().abs() * (unit(self.dropout(part_ND)) - x_ND))
+        return unit(x_ND + alpha().abs() * (unit(self.dropout(part_ND)) - x_ND)).to(x_ND.dtype)

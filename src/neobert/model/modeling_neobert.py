@@ -215,7 +215,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             rotary = Rotary.of(longest, width, flat.positions_N, config.rope_theta)
         else:
             x_ND = x_ND + self.embed_positions(flat.positions_N + 1)
-        x_ND = self.dropout(unit(x_ND) if config.ngpt else x_ND)
+        x_ND = self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND)
         for block in self.layers:
             wanted = chosen if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
