@@ -344,5 +344,6 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
     ) -> ClassifierLossOutput:
         """Logits n x num_labels in float32. `labels` n: class ids, or numbers where there is one label."""
         pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling
-        pooled = self.dropout(self.model.embed(input_ids, attention_mask, document_lengths, pooling))
+        pooled = self.model.embed(input_ids, attention_mask, document_lengths, pooling)
+        pooled = self.dropout(pooled.to(self.dense.weight.dtype))
         return classifier_output(self.classifier(self.dropout(F.gelu(self.dense(pooled)))), labels)
