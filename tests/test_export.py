@@ -187,12 +187,19 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 
 def test_killed_and_started_again(tmp_path):
-    """SIGKILL in the middle leaves no folder of that name; the next export clears up. `--replace` keeps others' folders."""
+    """SIGKILL in the middle leaves no folder of that name; the next export clears up after it, and nothing of the user's.
+
+    An earlier export stays whole whenever the kill comes. `--replace` keeps others' folders.
+    """
     run = write_checkpoint(tmp_path / "run", tiny_model())
     out = tmp_path / "out"
     command = [sys.executable, "-m", "neobert", "export", str(run), str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "out.tmp/config.json").exists():
+    theirs = [tmp_path / name for name in ("out.tmp", "out.old.tmp")]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    while not (tmp_path / ".out.neobert-new/config.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
@@ -201,9 +208,14 @@ def test_killed_and_started_again(tmp_path):
     result = run_neobert("export", run, out)
     assert result.returncode == 0, result.stderr
     assert "verified    logits: 15 rows of 1 to 512 tokens, difference " in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old.tmp", "out.tmp", "run"]
+    assert all((folder / "notes.txt").read_text() == "mine" for folder in theirs)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    out.rename(tmp_path / ".out.neobert-old")  # as a kill leaves it between two renames
+    (tmp_path / ".out.neobert-new").mkdir()
     with pytest.raises(UserError, match="is there already; choose another folder, or --replace"):
         export_model(str(run), out, Wanted())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match=r"it has no export.json, so it is not replaced"):
         export_model(str(run), tmp_path / "mine", Wanted(), replacing=True)

@@ -7,7 +7,7 @@
       README.md  training.svg                                  the model card
       export.json                                              what was exported, and how far it is from the trained model
 
-All is written to OUT.tmp, verified there in a clean process, and renamed: a folder with its final name is whole and right.
+All is written to a hidden folder beside OUT, verified there in a clean process, and renamed: a folder with its final name is whole and right.
 """
 
 from collections.abc import Callable
