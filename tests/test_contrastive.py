@@ -235,7 +235,7 @@ def test_starts_from_an_encoder_of_transformers(tmp_path):
     for name, tensor in load_file(first / "4/model.safetensors").items():
         assert torch.equal(tensor, load_file(again / "4/model.safetensors")[name])
     assert run("next", first / "4").is_dir()
-    with pytest.raises(UserError, match="max_seq_length: 512 is longer"):
+    with pytest.raises(UserError, match="max_seq_length: 512 is longer than the 64 tokens that"):
         run("long", source, "dataset.max_seq_length=512")
 
 

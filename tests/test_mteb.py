@@ -265,5 +265,5 @@ def test_settings_of_sentence_transformers_folders(exported, tmp_path):
     modules = json.loads((exported / "modules.json").read_text())
     dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
     (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
-    with pytest.raises(CheckpointError, match="has modules that are not computed here: Dense"):
+    with pytest.raises(CheckpointError, match="3_Dense/config.json: missing"):
         read_sentence_settings(tmp_path)

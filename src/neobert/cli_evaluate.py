@@ -47,7 +47,11 @@ def pseudo_perplexity(
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens computed at a time [4096 on a CPU, else 32768].")
     ] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16: faster with AMX or CUDA, less exact.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write as well.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
 ) -> None:
     """How well a masked language model predicts text: every token is masked once and predicted from the rest.
 
@@ -58,7 +62,6 @@ def pseudo_perplexity(
       neobert pseudo-perplexity outputs/quickstart examples/quickstart/text/validation.txt --limit 100
       neobert pseudo-perplexity exported/mine corpus.jsonl --text-column body -o perplexity.json
     """
-    import torch
     from tqdm import tqdm
 
     from neobert.data.documents import Skips
@@ -67,13 +70,18 @@ def pseudo_perplexity(
     from neobert.data.sources import find_splits
     from neobert.data.tokenizer import text_tokenizer
     from neobert.inference import pseudo_perplexity as pppl
-    from neobert.inference.load import load_pretrained
+    from neobert.inference.embed import check_new_file
+    from neobert.inference.load import load_pretrained, place_model
     from neobert.training.checkpoint import write_pointer
+    from neobert.training.runtime import build_runtime
 
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"{output}: no folder {output.parent}")
+    if output is not None:
+        check_new_file(output, force)
     model, hf_tokenizer = load_pretrained(checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False)
+    place_model(model, runtime)
+    if runtime.note:
+        print(f"note: {runtime.note}")
     longest = model.config.max_position_embeddings
     if max_length is not None and max_length > longest:
         raise UserError(f"--max-length: {max_length}, but the model takes {longest} tokens")
@@ -84,7 +92,7 @@ def pseudo_perplexity(
     pieces, num_texts = pppl.read_pieces(files, tokenizer, (max_length or longest) - 2, limit, skips)
     total = sum(map(len, pieces))
     with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
-        result = pppl.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update)
+        result = pppl.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
     if told := describe_skips(skips.counts):
         print(f"note: {told}")
     print(pppl.format_result(result, num_texts))

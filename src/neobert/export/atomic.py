@@ -1,4 +1,8 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all.
+
+It is written beside its place as `.<name>.neobert-new`; what was there steps aside as `.<name>.neobert-old`. Nothing else is
+ever deleted, and an old folder that a killed process left aside comes back.
+"""
 
 import os
 import shutil
@@ -16,6 +20,9 @@ def check_target(out: Path, mark: str, replace: bool) -> None:
     """Raises UserError when `out` may not be written: something is there, and it is not an earlier result (which holds a file
     `mark`) that is to be replaced.
     """
+    _, old = _asides(out)
+    if old.exists() and not out.exists():  # killed between stepping aside and taking the place
+        os.replace(old, out)
     if not out.exists():
         return
     if replace and (out / mark).is_file():
@@ -26,11 +33,11 @@ def check_target(out: Path, mark: str, replace: bool) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder `<out>.tmp`, which takes the place of `out` at the end, flushed to the disk; or, when that fails, goes.
+    """A new folder, which takes the place of `out` at the end, flushed to the disk; or, when that fails, goes.
 
-    Raises UserError when it cannot be written.
+    Raises UserError when it cannot be written. Call `check_target` first.
     """
-    scratch, old = (out.with_name(f"{out.name}{end}") for end in (".tmp", ".old.tmp"))
+    scratch, old = _asides(out)
     try:
         for leftover in (scratch, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -45,7 +52,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _asides(out: Path) -> tuple[Path, Path]:
+    """(where `out` is written, where an earlier one steps aside)."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.neobert-new"), out.with_name(f".{out.name}.neobert-old")
 
 
 def _take_the_place(scratch: Path, out: Path, old: Path) -> None:

@@ -43,14 +43,14 @@ def outputs(what: str, compute: Compute, job: dict[str, Any], picks: list[list[i
 
 
 def run_transformers(folder: str, job: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Hidden states by AutoModel, logits by the head's Auto class, ids by AutoTokenizer."""
+    """Hidden states by AutoModel, logits by the head's Auto class, ids by AutoTokenizer; the first two in half types too."""
     import torch
     import transformers
 
-    def computed_by(name: str, output: str) -> Compute:
+    def computed_by(name: str, output: str, dtype: str = "float32") -> Compute:
         kind = getattr(transformers, name)
         model, found = kind.from_pretrained(
-            folder, trust_remote_code=job["own_code"], output_loading_info=True, dtype=torch.float32
+            folder, trust_remote_code=job["own_code"], output_loading_info=True, dtype=getattr(torch, dtype)
         )
         if found["missing_keys"] or found["mismatched_keys"]:
             raise SystemExit(f"{name} did not find {sorted(found['missing_keys'])} {sorted(found['mismatched_keys'])}")
@@ -58,16 +58,21 @@ def run_transformers(folder: str, job: dict[str, Any]) -> dict[str, np.ndarray]:
         @torch.no_grad()
         def compute(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
             alone = {} if len(ids) == 1 else {"attention_mask": torch.from_numpy(mask)}
-            return getattr(model(input_ids=torch.from_numpy(ids), **alone), output).numpy()
+            return getattr(model(input_ids=torch.from_numpy(ids), **alone), output).float().numpy()
 
         model.eval()
         return compute
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["tokenizer"], trust_remote_code=job["own_code"])
     found = {f"ids/{n}": np.array(tokenizer(text)["input_ids"]) for n, text in enumerate(job["texts"])}
-    found |= outputs("hidden", computed_by("AutoModel", "last_hidden_state"), job, None)
+    short = job | {"rows": job["rows"][: job["num_half"]]}
+    wanted = [("hidden", "AutoModel", "last_hidden_state", None)]
     if job["auto_class"] is not None:
-        found |= outputs("logits", computed_by(job["auto_class"], "logits"), job, job["picks"])
+        wanted.append(("logits", job["auto_class"], "logits", job["picks"]))
+    for what, name, output, picks in wanted:
+        found |= outputs(what, computed_by(name, output), job, picks)
+        for dtype in job["half"]:
+            found |= outputs(f"{what} {dtype}", computed_by(name, output, dtype), short, picks)
     return found
 
 

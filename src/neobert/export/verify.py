@@ -3,6 +3,10 @@
 Rows are CLS, text, SEP of 1 to 512 tokens, each alone and in padded batches. What is compared: hidden states of every token,
 logits of the head (of a masked language model those of 16 tokens a row, as they are V numbers each), token ids, embeddings.
 A difference is the largest absolute one, divided by the largest output where that is above 1: float32 has 7 digits.
+
+Loaded in bfloat16 and float16 (8 and 11 bits) the folder is compared on the first few rows, by the root mean square of the
+differences, divided by that of the outputs. float16 has less range than a model may have been trained with,
+so a difference there is told and kept with the result, and is no reason to keep nothing.
 """
 
 import json
@@ -25,6 +29,7 @@ from neobert.export.sample import HARD, MESSAGE
 from neobert.export.source import Source
 from neobert.inference.embed import Embedder
 from neobert.inference.load import Model
+from neobert.inference.sentence_settings import SentenceSettings
 from neobert.inference.sentence_transformers import Embedding
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 
@@ -32,7 +37,12 @@ SCRIPT = Path(__file__).with_name("reload.py")
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 65, 128, 200, 256, 333, 511, 512)
 BATCH_SIZE = 4
 NUM_PICKS = 16
-TOLERANCE = {"hidden": 1e-5, "logits": 1e-5, "embedding": 1e-5, "onnx hidden": 1e-4, "onnx logits": 1e-4}
+NUM_HALF = 5  # rows that are compared in half precision, which CPUs may emulate slowly
+HALF = {"bfloat16": 1e-1, "float16": 2e-2}
+TOLERANCE = {
+    "hidden": 1e-5, "logits": 1e-5, "embedding": 1e-5, "onnx hidden": 1e-4, "onnx logits": 1e-4,
+    **{f"{what} {dtype}": tolerance for what in ("hidden", "logits") for dtype, tolerance in HALF.items()},
+}  # fmt: skip
 
 
 Found = dict[str, np.ndarray]  # what the clean process computed
@@ -54,6 +64,15 @@ class Check:
     @property
     def is_met(self) -> bool:
         return self.difference <= self.tolerance
+
+    @property
+    def is_half(self) -> bool:
+        return self.what.endswith(tuple(HALF))
+
+    @property
+    def must_hold(self) -> bool:
+        """Whether nothing is kept where the difference is too large."""
+        return not self.what.endswith(" float16")
 
     def __str__(self) -> str:
         size = f"{self.num_rows} rows of {self.shortest} to {self.longest} tokens"
@@ -112,15 +131,20 @@ def by_transformers(
     auto_class = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
     job = {
         "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class if has_head else None,
-        "texts": texts, "tokenizer": str((tokenizer or folder).resolve()),
+        "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), "half": list(HALF), "num_half": NUM_HALF,
     }  # fmt: skip
 
     def judge(found: Found) -> list[Check]:
         for number, (text, expected) in enumerate(zip(texts, expected_ids, strict=True)):
             if found[f"ids/{number}"].tolist() != expected:
                 raise UserError(f"{folder}: the tokenizer, loaded again, gives other ids for {text[:40]!r}")
-        hidden = check(found, "hidden", hidden_states(source.model, sample.rows), sample.lengths)
-        return [hidden, *([check(found, "logits", logits(source, sample), sample.lengths)] if has_head else [])]
+        outputs = {"hidden": hidden_states(source.model, sample.rows)}
+        if has_head:
+            outputs["logits"] = logits(source, sample)
+        checks = [check(found, what, expected, sample.lengths) for what, expected in outputs.items()]
+        for what, expected in outputs.items():
+            checks += [check_half(found, f"{what} {dtype}", expected[:NUM_HALF], sample.lengths) for dtype in HALF]
+        return checks
 
     return Comparison(job | _of_rows(source, sample), judge)
 
@@ -145,7 +169,8 @@ def by_sentence_transformers(source: Source, embedding: Embedding) -> Comparison
         with torch.no_grad():
             model = NeoBERTForEmbedding(source.model.config, ContrastiveSettings(pooling=embedding.pooling or "mean"))
         model.model = source.model.model
-        embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length)
+        settings = SentenceSettings(source.folder, source.folder)
+        embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length, settings)
         lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
         return [check(found, "embedding", list(embedder.encode(texts, embedding.normalize)), lengths)]
 
@@ -168,9 +193,21 @@ def check(found: Found, what: str, expected: list[np.ndarray], lengths: list[int
     )
 
 
+def check_half(found: Found, what: str, expected: list[np.ndarray], lengths: list[int]) -> Check:
+    """As `check`, in half precision: root mean square of the differences over that of the outputs."""
+    pairs = [(found[f"{what}/{how}/{n}"], wanted) for how in ("alone", "padded") for n, wanted in enumerate(expected)]
+    differences = np.concatenate([(got - wanted).ravel() for got, wanted in pairs]).astype(np.float64)
+    outputs = np.concatenate([wanted.ravel() for wanted in expected]).astype(np.float64)
+    scale = max(np.square(outputs).mean(), 1e-24)
+    relative = float(np.nan_to_num(np.sqrt(np.square(differences).mean() / scale), nan=np.inf))
+    absolute, largest = float(np.nan_to_num(np.abs(differences), nan=np.inf).max()), float(np.abs(outputs).max())
+    lengths = lengths[: len(expected)]
+    return Check(what, len(expected), min(lengths), max(lengths), relative, absolute, largest, TOLERANCE[what])
+
+
 def judged(checks: list[Check], tolerance: float | None, say: Callable[[str], None]) -> list[Check]:
-    """The checks with another tolerance, where one is given; says what each came to."""
-    checks = [check if tolerance is None else replace(check, tolerance=tolerance) for check in checks]
+    """The checks with another tolerance, where one is given, but for half precision; says what each came to."""
+    checks = [one if tolerance is None or one.is_half else replace(one, tolerance=tolerance) for one in checks]
     for check in checks:
         say(f"verified    {check}" if check.is_met else f"DIFFERS     {check}")
     return checks

@@ -3,11 +3,9 @@
 Shapes: n texts, D width.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,13 +20,16 @@ from neobert.data.row_files import is_utf8, place, usable_records
 from neobert.data.sources import find_column, local_splits
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
-from neobert.inference.load import EMBEDDING, FOREIGN, check_fit, load_model_config, read_weights
+from neobert.inference.hub_model import load_encoder
+from neobert.inference.load import check_fit, load_model_config, place_model, read_model_config, read_weights
+from neobert.inference.sentence_settings import MODULES, SentenceSettings, read_sentence_settings
 from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
 from neobert.model.flat import Pooling
+from neobert.model.foreign import longest_input
 from neobert.training.checkpoint import STATE, find_checkpoint, verify_checkpoint
+from neobert.training.runtime import Runtime, build_runtime
 
-BATCH_TOKENS = 2048  # stays in the cache of a CPU core
-BATCH_TOKENS_CUDA = 32_768
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # 2,048 stay in the cache of a CPU core
 TEXTS_AT_ONCE = 16_384  # of a file: sorted by length among themselves
 
 EmbeddingModel = NeoBERTForEmbedding | ForeignForEmbedding
@@ -36,38 +37,52 @@ EmbeddingModel = NeoBERTForEmbedding | ForeignForEmbedding
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model with its tokenizer, ready to embed. `precision`: None for float32, else autocast to it."""
+    """A model with its tokenizer, ready to embed as `settings` say. `batch_tokens` None: by device."""
 
     model: EmbeddingModel
     hf_tokenizer: Any
     max_length: int
-    batch_tokens: int = BATCH_TOKENS
-    precision: torch.dtype | None = None
+    settings: SentenceSettings
+    runtime: Runtime = Runtime(torch.device("cpu"), None)  # noqa: RUF009 - frozen
+    batch_tokens: int | None = None
 
     @property
     def width(self) -> int:
-        return int(self.model.config.hidden_size)
+        """D of the vectors, behind what follows pooling."""
+        return int(self.settings.head(torch.zeros(1, self.model.config.hidden_size)).shape[1])
 
     def encode(
-        self, texts: list[str], normalize: bool = True, tell: Callable[[int], None] = lambda n: None
+        self,
+        texts: list[str],
+        normalize: bool | None = None,
+        tell: Callable[[int], None] = lambda n: None,
+        prompt: str | None = None,
     ) -> np.ndarray:
-        """One vector per text, float32, n x D, of length 1 with `normalize`; `tell` is told of every text that is done.
+        """One vector per text, float32, n x D; `tell` is told of every text that is done.
 
-        Texts are cut after `max_length` tokens.
+        With `normalize` they have length 1; None: as the folder says, else they have. `prompt` is put in front of every text;
+        None: the folder's default prompt. Texts are cut after `max_length` tokens. Raises CheckpointError for a prompt where
+        the folder wants it left out of what is pooled.
         """
-        ids = encode_texts(self.hf_tokenizer, texts, self.max_length, True, "texts")
-        return self.encode_ids(ids, normalize, tell)
+        return self.encode_ids(self.tokenize(texts, prompt), normalize, tell)
 
-    def encode_ids(self, ids: list[Ids], normalize: bool, tell: Callable[[int], None]) -> np.ndarray:
-        """As `encode`, of token ids with special tokens."""
-        device = next(self.model.parameters()).device
+    def tokenize(self, texts: list[str], prompt: str | None = None) -> list[Ids]:
+        """Token ids of every text, with its prompt and special tokens."""
+        prompt = self.settings.default_prompt if prompt is None else prompt
+        if prompt and not self.settings.include_prompt:
+            raise CheckpointError(
+                f"{self.settings.encoder}: include_prompt: false, pooling without the prompt, is not computed here"
+            )
+        return encode_texts(self.hf_tokenizer, [prompt + text for text in texts], self.max_length, True, "texts")
 
-        def autocast() -> AbstractContextManager[None]:
-            return torch.autocast(device.type, self.precision) if self.precision else nullcontext()
-
-        pad_id = self.hf_tokenizer.pad_token_id
-        vectors = embed_ids(self.model, ids, self.width, pad_id, device, self.batch_tokens, autocast, tell)
-        return unit_rows(vectors) if normalize else vectors
+    @torch.no_grad()
+    def encode_ids(self, ids: list[Ids], normalize: bool | None, tell: Callable[[int], None]) -> np.ndarray:
+        """As `encode`, of what `tokenize` gave."""
+        pad_id, width = self.hf_tokenizer.pad_token_id, self.model.config.hidden_size
+        vectors = embed_ids(self.model, ids, width, pad_id, self.runtime, self.batch_tokens, tell)
+        vectors = self.settings.head(torch.from_numpy(vectors)).numpy()
+        wanted = self.settings.normalize is not False if normalize is None else normalize
+        return unit_rows(vectors) if wanted else vectors
 
 
 @torch.no_grad()
@@ -76,24 +91,34 @@ def embed_ids(
     ids: list[Ids],
     width: int,
     pad_id: int,
-    device: torch.device,
-    batch_tokens: int,
-    autocast: Callable[[], AbstractContextManager[None]],
+    runtime: Runtime,
+    batch_tokens: int | None = None,
     tell: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:
-    """n x D. `model` gives `.embeddings` of a batch. Texts are packed on the CPU, and padded to the longest elsewhere."""
-    vectors = np.empty((len(ids), width), dtype=np.float32)
-    layout = RowLayout(pad_id, packed=device.type == "cpu", row_length=None, multiple=1)
-    for chosen in batches_by_length([len(row) for row in ids], batch_tokens):
-        rows = [ids[number] for number in chosen]
+    """n x D. `model` gives `.embeddings` of a batch. Texts are packed; padded to the longest where SDPA runs on a GPU.
+
+    The processes of `runtime` take batches in turn, and all get all vectors. Each computes as many batches as the others, as
+    engines that split the model need every process in a forward pass.
+    """
+    inner, kind = getattr(model, "module", model), runtime.device.type
+    pads = kind != "cpu" and isinstance(inner, NeoBERTForEmbedding) and inner.model.attention_kernel == "sdpa"
+    layout = RowLayout(pad_id, packed=not pads, row_length=None, multiple=1)
+    batches = list(batches_by_length([len(row) for row in ids], batch_tokens or BATCH_TOKENS[kind]))
+    vectors = np.zeros((len(ids), width), dtype=np.float32)
+    for first in range(0, len(batches), runtime.world_size):
+        number = first + runtime.rank
+        chosen = batches[min(number, len(batches) - 1)]
+        rows = [ids[i] for i in chosen]
         mask, lengths = layout.boundaries(rows)
-        inputs = {"input_ids": layout.arrange(rows, pad_id).to(device), "document_lengths": lengths}
+        inputs = {"input_ids": layout.arrange(rows, pad_id).to(runtime.device), "document_lengths": lengths}
         if mask is not None:
-            inputs["attention_mask"] = mask.to(device)
-        with autocast():
-            vectors[chosen] = model(**inputs).embeddings.float().cpu().numpy()
-        tell(len(chosen))
-    return vectors
+            inputs["attention_mask"] = mask.to(runtime.device)
+        with runtime.autocast():
+            found = model(**inputs).embeddings.float().cpu().numpy()
+        if number < len(batches):
+            vectors[chosen] = found
+            tell(len(chosen))
+    return runtime.sum_tensor(torch.from_numpy(vectors)).numpy()
 
 
 def batches_by_length(lengths: list[int], batch_tokens: int) -> Iterator[np.ndarray]:
@@ -119,34 +144,34 @@ def load_embedder(
     pooling: Pooling | None = None,
     max_length: int | None = None,
     batch_tokens: int | None = None,
-    precision: torch.dtype | None = None,
+    runtime: Runtime | None = None,
 ) -> Embedder:
     """From a run's folder, one of its checkpoints, or a folder of any encoder that `AutoModel` loads.
 
-    `pooling` default: what it was trained with, else the mean. Raises CheckpointError.
+    `pooling` and `max_length` default: as the folder says, else the mean and what the tokenizer is for; `runtime`: float32,
+    on the GPU where there is one. Raises CheckpointError.
     """
     folder = Path(source)
-    if not (folder / "config.json").is_file() or (folder / STATE).is_file():
+    is_model = (folder / "config.json").is_file() or (folder / MODULES).is_file()
+    if not is_model or (folder / STATE).is_file():
         folder = find_checkpoint(source)
         verify_checkpoint(folder)
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder / 'config.json'}: missing or not JSON") from None
-    trained = fields.get("neobert", fields.get(FOREIGN, {})).get(EMBEDDING, {})
-    settings = ContrastiveSettings(pooling=pooling or trained.get("pooling", "avg"))
-    tokenizer = load_tokenizer("", str(tokenizer_folder(folder)))
-    if "neobert" in fields:
-        model: EmbeddingModel = _load_ours(folder, settings)
+    found = read_sentence_settings(folder)
+    tokenizer = load_tokenizer("", str(tokenizer_folder(found.encoder)))
+    if found.lower_case:
+        _lower_case(tokenizer)
+    settings = ContrastiveSettings(pooling=pooling or found.pooling or "avg")
+    if "neobert" in read_model_config(found.encoder):
+        model: EmbeddingModel = _load_ours(found.encoder, settings)
     else:
-        model = _load_foreign(folder, settings, tokenizer.pad_token_id)
-    longest = int(getattr(model.config, "max_position_embeddings", 512))
-    length = min(max_length or trained.get("max_length", longest), longest, tokenizer.model_max_length)
-    size = BATCH_TOKENS
-    if torch.cuda.is_available():
-        model.to("cuda")
-        size = BATCH_TOKENS_CUDA
-    return Embedder(model.eval(), tokenizer, length, batch_tokens or size, precision)
+        model = ForeignForEmbedding(load_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
+    longest = longest_input(model)
+    if max_length is not None and longest is not None and max_length > longest:
+        raise CheckpointError(f"{folder}: texts of {max_length} tokens were asked for, but the model takes {longest}")
+    length = max_length or found.max_length or tokenizer.model_max_length
+    runtime = runtime or build_runtime(use_cpu=False, mixed_precision="no", tf32=False).alone()
+    place_model(model, runtime)
+    return Embedder(model, tokenizer, min(length, longest or length), found, runtime, batch_tokens)
 
 
 def _load_ours(folder: Path, settings: ContrastiveSettings) -> NeoBERTForEmbedding:
@@ -158,22 +183,26 @@ def _load_ours(folder: Path, settings: ContrastiveSettings) -> NeoBERTForEmbeddi
     return model
 
 
-def _load_foreign(folder: Path, settings: ContrastiveSettings, pad_id: int) -> ForeignForEmbedding:
-    from transformers import AutoModel
+def _lower_case(tokenizer: Any) -> None:
+    """Let a tokenizer lower its texts first, as sentence-transformers does for `do_lower_case`."""
+    from tokenizers import normalizers
 
-    try:
-        encoder = AutoModel.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{folder}: cannot be loaded: {reason}") from None
-    return ForeignForEmbedding(encoder, settings, pad_id)
+    backend = tokenizer.backend_tokenizer
+    more = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *more])
 
 
 # --- files -----------
 
+Row = tuple[str, Any]  # a text and its id, None where there is none
+Blocks = Iterable[tuple[list[Row], np.ndarray]]
 
-def read_texts(path: str, column: str | None) -> Iterator[str]:
-    """The texts of a file, one a row. Raises DataError naming the row that has none: vectors keep the order of rows."""
+
+def read_rows(path: str, column: str | None) -> Iterator[Row]:
+    """The texts of a file, one a row, each with what stands in its column `id` (or `_id`).
+
+    Raises DataError naming the row that has no text: vectors keep the order of rows.
+    """
     try:
         files = [file for split in local_splits(path).values() for file in split]
         columns = [find_column(file, column) or "text" for file in files]
@@ -185,7 +214,7 @@ def read_texts(path: str, column: str | None) -> Iterator[str]:
             text = row.get(wanted)
             if not isinstance(text, str) or not is_utf8(text):
                 raise DataError(f"{place(file, begin)}: {wanted} is {text!r}, not a text")
-            yield text
+            yield text, row.get("id", row.get("_id"))
 
 
 def embed_file(
@@ -193,22 +222,23 @@ def embed_file(
     path: str,
     output: Path,
     column: str | None = None,
-    normalize: bool = True,
+    normalize: bool | None = None,
     tell: Callable[[int], None] = lambda n: None,
+    prompt: str | None = None,
+    force: bool = False,
 ) -> tuple[int, int]:
     """Write the vectors of a file's texts to .npy or .parquet, whole or not at all; returns (texts, width).
 
-    Raises DataError for a file that cannot be read or an output of another kind.
+    Raises DataError for a file that cannot be read, an output of another kind, or one that is there, unless with `force`.
     """
     writers = {".npy": write_npy, ".parquet": write_parquet}
     if output.suffix not in writers:
         raise DataError(f"{output}: not a kind of file that can be written; these can: {', '.join(writers)}")
-    if not output.parent.is_dir():
-        raise DataError(f"{output}: no folder {output.parent}")
-    texts = read_texts(path, column)
+    check_new_file(output, force)
     scratch = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        count = writers[output.suffix](scratch, _vectors(embedder, texts, normalize, tell), embedder.width)
+        blocks = _blocks(embedder, read_rows(path, column), normalize, tell, prompt)
+        count = writers[output.suffix](scratch, blocks, embedder.width)
         if not count:
             raise DataError(f"{path}: no text in it")
         with open(scratch, "rb") as file:
@@ -219,31 +249,43 @@ def embed_file(
     return count, embedder.width
 
 
-def _vectors(
-    embedder: Embedder, texts: Iterator[str], normalize: bool, tell: Callable[[int], None]
-) -> Iterator[np.ndarray]:
-    """Blocks of vectors in the order of the texts; the next block is tokenised while one is computed."""
+def check_new_file(path: Path, force: bool) -> None:
+    """Raises DataError where a result may not be written: its folder is missing, or it is there already."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: no folder {path.parent}")
+    if path.exists() and not force:
+        raise DataError(f"{path}: is there already; choose another file, or --force")
 
-    def tokenized() -> list[Ids]:
-        block = list(islice(texts, TEXTS_AT_ONCE))
-        return encode_texts(embedder.hf_tokenizer, block, embedder.max_length, True, "texts")
+
+def _blocks(
+    embedder: Embedder,
+    rows: Iterator[Row],
+    normalize: bool | None,
+    tell: Callable[[int], None],
+    prompt: str | None,
+) -> Iterator[tuple[list[Row], np.ndarray]]:
+    """Rows with their vectors, in order; the next block is tokenised while one is computed."""
+
+    def tokenized() -> tuple[list[Row], list[Ids]]:
+        block = list(islice(rows, TEXTS_AT_ONCE))
+        return block, embedder.tokenize([text for text, _ in block], prompt)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(tokenized)
-        while ids := ahead.result():
+        while (found := ahead.result())[0]:
             ahead = pool.submit(tokenized)
-            yield embedder.encode_ids(ids, normalize, tell)
+            yield found[0], embedder.encode_ids(found[1], normalize, tell)
 
 
-def write_npy(path: Path, blocks: Iterable[np.ndarray], width: int) -> int:
+def write_npy(path: Path, blocks: Blocks, width: int) -> int:
     """float32, texts x width; the header is written again when the number of rows is known."""
     count = 0
     with open(path, "w+b") as file:
         _npy_header(file, 2**62, width)
         begin = file.tell()
-        for block in blocks:
-            file.write(np.ascontiguousarray(block, dtype=np.float32).tobytes())
-            count += len(block)
+        for _, vectors in blocks:
+            file.write(np.ascontiguousarray(vectors, dtype=np.float32).tobytes())
+            count += len(vectors)
         file.seek(0)
         _npy_header(file, count, width)
         assert file.tell() == begin, "numpy pads headers so that the shape can grow in place"
@@ -254,15 +296,29 @@ def _npy_header(file: Any, count: int, width: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
 
 
-def write_parquet(path: Path, blocks: Iterable[np.ndarray], width: int) -> int:
-    """One column, `embedding`, of lists of `width` float32."""
+def write_parquet(path: Path, blocks: Blocks, width: int) -> int:
+    """The columns `id`, where the first rows have one, of their type; `text`; and `embedding`, lists of `width` float32.
+
+    Raises DataError for an id of another type.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema, count = pa.schema([("embedding", pa.list_(pa.float32(), width))]), 0
-    with pq.ParquetWriter(path, schema) as writer:
-        for block in blocks:
-            column = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), width)
-            writer.write_table(pa.table([column], schema=schema))
-            count += len(block)
+    writer, count, kind = None, 0, None
+    for rows, vectors in blocks:
+        try:
+            ids = pa.array([identity for _, identity in rows], kind)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"the column id does not hold values of one type: {error}") from None
+        texts = pa.array([text for text, _ in rows], pa.string())
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+        table = pa.table({"id": ids, "text": texts, "embedding": lists})
+        if writer is None:
+            kind = ids.type
+            has_ids = not pa.types.is_null(kind)
+            writer = pq.ParquetWriter(path, table.schema if has_ids else table.schema.remove(0))
+        writer.write_table(table.select(writer.schema.names))
+        count += len(rows)
+    if writer:
+        writer.close()
     return count

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError
@@ -25,9 +26,16 @@ from neobert.training.checkpoint import (
     load_weights,
     verify_checkpoint,
 )
-from neobert.training.runtime import load_whole
+from neobert.training.choices import choose_attention
+from neobert.training.machine import find_kernels, gpu_capability
+from neobert.training.runtime import Runtime, load_whole
 
 CONFIG = "config.json"
+PICKLE = "pytorch_model.bin"  # which loading may run code out of
+CONVERT = (  # which reads tensors alone
+    "convert them once, in {0}: python -c \"import torch, safetensors.torch as s; w = torch.load('pytorch_model.bin', "
+    "weights_only=True); s.save_file({{k: v.clone() for k, v in w.items()}}, 'model.safetensors', {{'format': 'pt'}})\""
+)
 EMBEDDING = "embedding"  # of our section in config.json: pooling and longest text that a model was trained with
 FOREIGN = "neobert_head"  # section of config.json: our head on an encoder of transformers' making
 
@@ -72,7 +80,12 @@ def find_model(path: str) -> Path:
         folder = find_checkpoint(path)
         verify_checkpoint(folder)
         return folder
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing == [WEIGHTS] and (folder / PICKLE).is_file():
+        raise CheckpointError(
+            f"{folder}: its weights are in {PICKLE}, and only safetensors are read; {CONVERT.format(folder)}"
+        )
+    if missing:
         raise CheckpointError(
             f"{folder}: neither a checkpoint nor an exported model: it has no {STATE}, no {' and no '.join(missing)}; "
             "expected a run's output folder, <output_dir>/checkpoints/<step>, or what `neobert export` wrote"
@@ -135,3 +148,18 @@ def load_model_config(folder: Path) -> NeoBERTConfig:
         raise CheckpointError(f"{folder / CONFIG}: no `neobert` section; this is not one of our models")
     known = {*NeoBERTConfig.__annotations__, "num_labels"}
     return NeoBERTConfig(**{name: value for name, value in fields.items() if name in known})
+
+
+def place_model(model: nn.Module, runtime: Runtime) -> None:
+    """Bring a model to the device of `runtime`, to compute and not to train; ours with attention that needs no padding."""
+    if isinstance(model, NeoBERTForMaskedLM | NeoBERTForEmbedding):
+        config, (packages, _) = model.config, find_kernels()
+        model.model.attention_kernel, _ = choose_attention(
+            "flash_attn_varlen",
+            runtime.device.type,
+            dtype=runtime.dtype,
+            head_width=config.hidden_size // config.num_attention_heads,
+            packages=packages,
+            capability=gpu_capability(runtime.device),
+        )
+    model.to(runtime.device).eval()

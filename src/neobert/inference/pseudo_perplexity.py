@@ -11,6 +11,7 @@ Shapes: B rows, T row length, D width, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,8 +114,10 @@ def pseudo_perplexity(
     pieces: list[Ids],
     batch_tokens: int | None = None,
     tell: Callable[[int], None] = lambda n: None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Result:
-    """Of all pieces, `batch_tokens` computed at a time (None: by device); `tell` is told how many tokens were predicted.
+    """Of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`; `tell` is told how many tokens
+    were predicted.
 
     Raises DataError for a piece that is too long.
     """
@@ -126,7 +129,8 @@ def pseudo_perplexity(
     rows = [np.array([tokenizer.cls_id, *piece.tolist(), tokenizer.sep_id]) for piece in pieces]
     most_rows = max(1, LOGIT_BUDGET // model.config.vocab_size)
     for numbers, places in _batches([len(piece) for piece in pieces], batch_tokens, most_rows):
-        scores = _log_likelihoods(model, tokenizer, [rows[number] for number in numbers], places)
+        with autocast():
+            scores = _log_likelihoods(model, tokenizer, [rows[number] for number in numbers], places)
         np.add.at(sums, numbers, scores)
         tell(len(numbers))
     result = Result()

@@ -71,3 +71,15 @@ class ForeignForSequenceClassification(nn.Module):
 
 def _renamed(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def longest_input(encoder: Any) -> int | None:
+    """How many tokens of a text an encoder takes; None where nothing limits them.
+
+    RoBERTa and its kin count positions from behind the id of the padding token; rows of their table up to it are no positions.
+    """
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)
+    longest = getattr(encoder.config, "max_position_embeddings", None)
+    return longest if longest is not None and longest > 0 else None

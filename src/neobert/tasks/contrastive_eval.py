@@ -16,7 +16,7 @@ from neobert.config.schema import Config
 from neobert.data.documents import Skips
 from neobert.data.pairs import Examples, encode_texts, read_examples, roles_of
 from neobert.errors import ConfigError, DataError, Problem, UserError
-from neobert.inference.embed import BATCH_TOKENS, embed_ids, unit_rows
+from neobert.inference.embed import embed_ids, unit_rows
 from neobert.tasks.contrastive_data import ContrastiveData, choose_split, find_place, longest_text
 from neobert.tasks.hooks import Measure
 from neobert.training.loop import Interrupt
@@ -112,7 +112,7 @@ def build_measure(
 ) -> Measure | None:
     """All sets, and `score`: the mean of Spearman's correlations and nDCG@10s. None where there is nothing to evaluate.
 
-    Every process evaluates all of it, since FSDP2 needs all of them for a forward pass.
+    The processes embed the texts in turn, and each evaluates all of the vectors.
     """
     if not sets:
         return None
@@ -123,7 +123,7 @@ def build_measure(
 
     def embed(texts: list[str]) -> np.ndarray:
         ids = encode_texts(hf_tokenizer, texts, longest_text(config), True, "evaluation")
-        return unit_rows(embed_ids(model, ids, width, pad_id, runtime.device, BATCH_TOKENS, runtime.autocast))
+        return unit_rows(embed_ids(model, ids, width, pad_id, runtime))
 
     def measure() -> dict[str, float] | None:
         values: dict[str, float] = {}

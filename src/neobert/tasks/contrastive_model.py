@@ -9,7 +9,7 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.tokenizer import save_tokenizer
-from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.errors import CheckpointError
 from neobert.inference.embed import EmbeddingModel
 from neobert.inference.load import EMBEDDING, FOREIGN, check_fit, load_model_weights, read_weights
 from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
@@ -18,7 +18,7 @@ from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.tasks.contrastive_data import longest_text
 from neobert.tasks.encoder import checkpoint_config, load_encoder, load_foreign, model_config
 from neobert.tasks.job import Storage
-from neobert.tasks.start import Start
+from neobert.tasks.start import Start, check_encoder_length
 from neobert.training.checkpoint import Tensors, load_weights
 from neobert.training.runtime import load_whole, whole_weights
 
@@ -49,10 +49,7 @@ def _foreign(
         raise CheckpointError(
             f"tokenizer: {vocab_size} tokens, but {name} has embeddings of {encoder.config.vocab_size}"
         )
-    longest = getattr(encoder.config, "max_position_embeddings", None)
-    if longest is not None and longest_text(config) > longest:
-        problem = f"{longest_text(config)} is longer than the max_position_embeddings {longest} of {name}"
-        raise ConfigError(Problem("dataset.max_seq_length", problem))
+    check_encoder_length(encoder, name, "dataset.max_seq_length", longest_text(config))
     if config.trainer.gradient_checkpointing:
         encoder.gradient_checkpointing_enable()
     return ForeignForEmbedding(encoder, settings, pad_id)

@@ -8,7 +8,8 @@ from torch import nn
 
 from neobert.config.schema import Config
 from neobert.data.tokenizer import fit_vocabulary, special_ids
-from neobert.errors import ConfigError, Problem
+from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.inference.hub_model import load_encoder as load_whole_encoder
 from neobert.inference.load import check_fit
 from neobert.model import layouts
 from neobert.model.embedding import NeoBERTForEmbedding
@@ -120,20 +121,7 @@ def load_encoder(folder: Path, model: nn.Module, weights: Tensors, with_dense: b
 
 def load_foreign(name: str) -> Any:
     """Any encoder of `AutoModel`. Raises ConfigError when it cannot be loaded, or not whole."""
-    from transformers import AutoModel
-
     try:
-        encoder, found = AutoModel.from_pretrained(
-            name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(Problem("model.name", f"{name!r} cannot be loaded: {reason}")) from None
-    if getattr(encoder.config, "is_encoder_decoder", False):
-        raise ConfigError(Problem("model.name", f"{name!r} is an encoder with a decoder; an encoder alone is needed"))
-    missing = sorted(key for key in found["missing_keys"] if "pooler." not in key)
-    if missing or found["mismatched_keys"]:
-        listed = [*missing, *map(str, found["mismatched_keys"])]
-        problem = f"{name!r}: {len(listed)} tensors were not loaded: {', '.join(listed[:3])}"
-        raise ConfigError(Problem("model.name", problem))
-    return encoder
+        return load_whole_encoder(name)
+    except CheckpointError as error:
+        raise ConfigError(Problem("model.name", str(error))) from None

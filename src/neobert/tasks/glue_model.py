@@ -16,7 +16,7 @@ from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
 from neobert.tasks.encoder import checkpoint_config, load_encoder, load_foreign, model_config
 from neobert.tasks.job import Storage
-from neobert.tasks.start import Start, read_config
+from neobert.tasks.start import Start, check_encoder_length, read_config
 from neobert.training.checkpoint import Tensors, load_weights, verify_checkpoint
 from neobert.training.runtime import load_whole, whole_weights
 
@@ -32,6 +32,7 @@ def build_classifier(
     torch.manual_seed(config.seed)
     if start.hub is not None:
         encoder = load_foreign(start.hub)
+        check_encoder_length(encoder, start.hub, "glue.max_seq_length", config.glue.max_seq_length)
         model: Classifier = _head_on(encoder, task, config.glue.pooling, config.glue.classifier_dropout, config)
         if vocab_size > model.config.vocab_size:
             raise CheckpointError(

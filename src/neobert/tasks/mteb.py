@@ -20,9 +20,10 @@ from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.inference.embed import Embedder, load_embedder
 from neobert.inference.hub_model import model_folder
-from neobert.inference.sentence_settings import SentenceSettings, read_sentence_settings
 from neobert.tasks.mteb_table import Score, summarize, to_markdown, to_terminal
 from neobert.training.checkpoint import STATE, find_checkpoint, write_pointer
+from neobert.training.choices import describe_arithmetic
+from neobert.training.runtime import build_runtime
 
 TOKENS_OF_A_TEXT = 128  # that `mteb_batch_size` counts
 
@@ -62,6 +63,7 @@ def run(loaded: Loaded, model: str | None = None) -> int:
     except OSError as error:
         raise ConfigError(Problem("trainer.output_dir", f"cannot write to {output}: {error.strerror}")) from None
     print(f"model       {subject.folder}")
+    print(f"device      {subject.embedder.runtime.describe}")
     print(f"settings    {', '.join(f'{name} {value}' for name, value in subject.settings.items())}")
     print(
         f"tasks       {len(tasks)}: {', '.join(task.metadata.name for task in tasks[:8])}{', ...' if tasks[8:] else ''}"
@@ -75,17 +77,28 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 def load_subject(config: Config, keys_set: frozenset[str], model: str | None) -> Subject:
     """The model, ready to embed. Raises CheckpointError."""
     folder = model_folder(model) if model is not None else _own_checkpoint(config)
-    sentence = read_sentence_settings(folder) if folder.is_dir() else None
-    pooling = config.mteb_pooling if "mteb_pooling" in keys_set else sentence.pooling if sentence else None
-    length = _max_length(config, keys_set, sentence)
-    embedder = load_embedder(str(folder), pooling, length, config.mteb_batch_size * TOKENS_OF_A_TEXT)
-    prompts = {**(sentence.prompts if sentence else {}), **config.mteb_prompts}
-    chosen = embedder.model.contrastive.settings.pooling
+    pooling = config.mteb_pooling if "mteb_pooling" in keys_set else None
+    length = config.tokenizer.max_length if "tokenizer.max_length" in keys_set else None
+    size = config.mteb_batch_size * TOKENS_OF_A_TEXT if "mteb_batch_size" in keys_set else None
+    asked = config.trainer
+    runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32).alone()
+    embedder = load_embedder(str(folder), pooling, length, size, runtime)
+    found, chosen = embedder.settings, embedder.model.contrastive.settings.pooling
+    if found.similarity not in ("cosine", "dot"):
+        raise CheckpointError(f"{folder}: similarity_fn_name {found.similarity!r} is not computed by MTEB's encoders")
+    arithmetic = describe_arithmetic(runtime.dtype, runtime.device.type, runtime.tf32)
+    # What most models have at its default is left out, so that results of before are found again.
+    unusual = {
+        "similarity": found.similarity != "cosine" and found.similarity,
+        "default_prompt": found.default_prompt,
+        "arithmetic": arithmetic != "float32" and arithmetic,
+    }
     settings = {
         "pooling": {"avg": "mean"}.get(chosen, chosen),
-        "normalize": sentence.normalize if sentence else True,
+        "normalize": found.normalize is not False,
         "max_length": embedder.max_length,
-        "prompts": prompts,
+        "prompts": {**found.prompts, **config.mteb_prompts},
+        **{name: value for name, value in unusual.items() if value},
     }  # fmt: skip
     return Subject(_name(model, folder), folder, embedder, settings)
 
@@ -96,12 +109,6 @@ def _own_checkpoint(config: Config) -> Path:
         return find_checkpoint(config.pretrained_checkpoint, Path(config.trainer.output_dir) / "checkpoints")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; train one, or name a model with --model") from None
-
-
-def _max_length(config: Config, keys_set: frozenset[str], sentence: SentenceSettings | None) -> int | None:
-    if "tokenizer.max_length" in keys_set:
-        return config.tokenizer.max_length
-    return sentence.max_length if sentence else None
 
 
 def _name(model: str | None, folder: Path) -> str:
@@ -124,9 +131,10 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
     from neobert.tasks.mteb_model import EncoderForMTEB, build_meta, weights_identity
     from neobert.tasks.mteb_tasks import drop_unusable, network_errors, reason_of
 
-    folder = subject.folder if (subject.folder / "config.json").is_file() else find_checkpoint(str(subject.folder))
-    meta = build_meta(subject.name, weights_identity(folder), subject.settings, subject.embedder)
-    encoder = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"], subject.settings["normalize"])
+    meta = build_meta(
+        subject.name, weights_identity(subject.embedder.settings.folder), subject.settings, subject.embedder
+    )
+    encoder = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"])
     cache = ResultCache(output)
     scores: list[Score] = []
     not_run: list[dict[str, str]] = []

@@ -22,8 +22,8 @@ from neobert.inference.embed import Embedder
 class EncoderForMTEB(AbsEncoder):
     """`embedder` with `prompts`: by task name, type of task, or `query` and `document`, as MTEB chooses among them."""
 
-    def __init__(self, embedder: Embedder, meta: ModelMeta, prompts: dict[str, str], normalize: bool):
-        self.embedder, self.prompts, self.normalize = embedder, prompts, normalize
+    def __init__(self, embedder: Embedder, meta: ModelMeta, prompts: dict[str, str]):
+        self.embedder, self.prompts = embedder, prompts
         self.model = embedder.model
         self.mteb_model_meta = meta
 
@@ -40,10 +40,9 @@ class EncoderForMTEB(AbsEncoder):
         """Texts x width, float32. `inputs` gives batches with a list of texts under `text`."""
         texts = [text for batch in inputs for text in batch["text"]]
         prompt = self._prompt(task_metadata, prompt_type)
-        texts = [prompt + text for text in texts] if prompt else texts
         with tqdm(total=len(texts), unit="text", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
             bar.set_description(task_metadata.name)
-            return self.embedder.encode(texts, self.normalize, bar.update)
+            return self.embedder.encode(texts, None, bar.update, prompt)
 
     def prompts_of(self, task_metadata: Any) -> dict[str, str]:
         """The prompts that texts of a task get: of `query` and `document`, or of every `text`."""
@@ -54,8 +53,10 @@ class EncoderForMTEB(AbsEncoder):
         return {name: prompt for name, prompt in found.items() if prompt}
 
     def _prompt(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
+        """As sentence-transformers: a text that is neither query nor document gets the folder's default prompt, if no other."""
         name = get_prompt_name(self.prompts, task_metadata, prompt_type) if self.prompts else None
-        return self.prompts[name] if name is not None else ""
+        default = self.embedder.settings.default_prompt if prompt_type is None else ""
+        return self.prompts[name] if name is not None else default
 
 
 def build_meta(name: str, identity: str, settings: dict[str, Any], embedder: Embedder) -> ModelMeta:
@@ -77,16 +78,18 @@ def build_meta(name: str, identity: str, settings: dict[str, Any], embedder: Emb
         public_training_code=None,
         public_training_data=None,
         framework=["PyTorch"],
-        similarity_fn_name=ScoringFunction.COSINE,
+        similarity_fn_name=ScoringFunction(embedder.settings.similarity),
         use_instructions=bool(settings["prompts"]),
         training_datasets=None,
     )
 
 
 def weights_identity(folder: Path) -> str:
-    """A hash of the model's tensors."""
+    """A hash of the model's tensors, those of its modules too."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+    for path in sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*/model.safetensors")]
+    ):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.load import FOREIGN, load_model_config
+from neobert.model.foreign import longest_input
 from neobert.model.modeling_neobert import NeoBERTConfig
 from neobert.training.checkpoint import STATE, WEIGHTS, find_checkpoint, list_steps, verify_checkpoint
 
@@ -196,6 +197,13 @@ def check_length(config: Config, start: Start, dotted: str, length: int) -> None
     longest = config.model.max_position_embeddings
     if start.hub is None and length > longest:
         raise ConfigError(Problem(dotted, f"{length} is longer than the model's max_position_embeddings {longest}"))
+
+
+def check_encoder_length(encoder: Any, name: str, dotted: str, length: int) -> None:
+    """Raises ConfigError for rows that are longer than an encoder of transformers takes."""
+    longest = longest_input(encoder)
+    if longest is not None and length > longest:
+        raise ConfigError(Problem(dotted, f"{length} is longer than the {longest} tokens that {name} takes"))
 
 
 # --- the tokenizer -----------
