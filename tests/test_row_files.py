@@ -202,14 +202,20 @@ def test_what_stands_among_files_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("fine\n")
     (tmp_path / ".hidden.txt").write_text("not of the corpus\n")
     (tmp_path / "x.txt").mkdir()
+    (tmp_path / "x.txt/round").symlink_to(tmp_path)
     assert StreamReader(files_at(tmp_path)).read() == ["fine"]
-    for path, words in ((tmp_path / "*.txt", r"x.txt: is a folder"), (tmp_path / "x.txt", "no .txt, .jsonl")):
+    for path, words in ((tmp_path / "*.txt", r"x.txt: is a folder"), (tmp_path / "x.txt/none", "nothing at")):
         with pytest.raises(DataError, match=words):
             files_at(path)
     Dataset.from_dict({"text": ["saved"]}).save_to_disk(tmp_path / "x.txt")
     assert StreamReader(files_at(tmp_path / "x.txt")).read() == ["saved"]
     with pytest.raises(DataError, match=r"has folders of save_to_disk in it; name one, as .*x.txt"):
         files_at(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/c.txt").write_text("linked\n")
+    assert StreamReader(files_at(tmp_path / "books")).read() == ["linked"]
     (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"b.txt: is a link to nothing"):
         files_at(tmp_path / "?.txt")
