@@ -248,8 +248,14 @@ def test_an_empty_file_among_others_is_passed_over(kind, streaming, tmp_path):
 def test_files_that_change_while_they_are_read(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("".join(f"line {n} of {number}\n" for n in range(2000)))
-    corpus = open_corpus(files_at(tmp_path), "")
+    corpus, reader = open_corpus(files_at(tmp_path), ""), StreamReader(files_at(tmp_path))
+    assert reader.read()[0] == "line 0 of 0"
     (tmp_path / "0.txt").write_text("line 0 of 0\n")
+    again = StreamReader(reader.files)
+    again.load_state_dict(reader.state_dict())
+    for one in (reader, again):
+        with pytest.raises(DataError, match=r"0.txt: became shorter while it was read"):
+            list(iter(one.read, []))
     os.replace(tmp_path / "2.txt", tmp_path / "1.txt")
     assert corpus.fetch(np.array([0])) == ["line 0 of 0"]
     with pytest.raises(DataError, match=r"0.txt: became shorter while it was read"):

@@ -36,6 +36,7 @@ KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arr
 COMPRESSED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
+LEAVE_IT = "leave the files as they are until the run has ended"
 HEAD_BYTES = 1024  # looked at to recognise UTF-16
 DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
 
@@ -213,15 +214,22 @@ def usable_records(path: str) -> Iterator[tuple[Row, int]]:
 
 
 def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
-    """(line, where it begins, where the next begins), the empty ones too. Raises DataError for UTF-16."""
+    """(line, where it begins, where the next begins), the empty ones too. Raises DataError for UTF-16, and for a file that has
+    become shorter.
+    """
     with open_binary(path) as file:
+        is_plain = "://" not in path and not is_compressed(path)
+        size = os.fstat(file.fileno()).st_size if is_plain else 0
         skip_to(file, offset)
+        start = offset
         for line in file:
             after = offset + len(line)
             if not offset:
                 refuse_utf16(line[:HEAD_BYTES], path)
             yield line if offset else line.removeprefix(BOM), offset, after
             offset = after
+        if is_plain and (start > size or offset < size):
+            raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
 
 
 def refuse_utf16(head: bytes, path: str) -> None:
