@@ -222,10 +222,10 @@ def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
         size = os.fstat(file.fileno()).st_size if is_plain else 0
         skip_to(file, offset)
         start = offset
+        if not offset:
+            refuse_utf16(file.peek(HEAD_BYTES)[:HEAD_BYTES], path)
         for line in file:
             after = offset + len(line)
-            if not offset:
-                refuse_utf16(line[:HEAD_BYTES], path)
             yield line if offset else line.removeprefix(BOM), offset, after
             offset = after
         if is_plain and (start > size or offset < size):
@@ -233,8 +233,9 @@ def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def refuse_utf16(head: bytes, path: str) -> None:
-    """Raises DataError when a text begins as UTF-16 does: with its byte order mark, or with zeros all over."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(head) > 1 and head.count(0) * 4 > len(head)):
+    """Raises DataError when a text begins as UTF-16 does: with its byte order mark, or with zeros in every second byte."""
+    halves = (head[::2], head[1::2]) if len(head) >= 16 else ()
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or any(half.count(0) * 2 > len(half) for half in halves):
         raise DataError(f"{path}: looks like UTF-16, and text is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
 
 
