@@ -1,11 +1,15 @@
 """Datasets of the hub, from a local cache that is laid out as the hub's; and what an offline machine is told."""
 
+from pathlib import Path
+
 import pytest
 from conftest import hub_cache, run_neobert
 
+from neobert.config.load import load_config
 from neobert.data.documents import Files, read_text, stream
 from neobert.data.hub import KNOWN, find_hub_splits
 from neobert.errors import DataError
+from neobert.tasks.contrastive_data import find_places
 
 
 def texts(files):
@@ -21,6 +25,14 @@ def test_a_dataset_in_the_cache_is_read(tmp_path, streaming):
     assert len(texts(evaluation)) == 5
     assert "assemblée" in texts(find_hub_splits("me/tiny", "fr", streaming, None, "train[:1%]", None, cache)[0])[0]
     assert len(texts(find_hub_splits("me/tiny", "fr", streaming, None, "train[50%:]", None, cache)[0])) == 30
+
+
+def test_pairs_of_the_hub_have_the_usual_configuration(tmp_path):
+    """The one that the dataset itself calls its default, or the one that is asked for."""
+    words = ["task=contrastive", f"dataset.cache_dir={hub_cache(tmp_path)}", "dataset.name=me/tiny"]
+    for more, language in (([], "en"), (["dataset.config=fr"], "fr")):
+        place = find_places(load_config([], [*words, *more]).config)[0][0]
+        assert Path(place.splits["train"][0]).parent.name == language
 
 
 def test_what_an_offline_machine_is_told(tmp_path):

@@ -235,7 +235,7 @@ def test_bad_input_is_one_line(tasks, exported, tmp_path):
     ("files", "text"),
     [
         ({"test.jsonl": '{"text": "a"}'}, "columns text are those of no task"),
-        ({"test.jsonl": '{"text": "a", "label": 1}\n{"text": 3, "label": 1}'}, "row 2: text is 3, not a text"),
+        ({"test.jsonl": '{"text": "a", "label": 1}\n{"text": 3, "label": 1}'}, "test.jsonl:2: text is 3, not a text"),
         ({"test.jsonl": '{"text": "a", "label": 1}\n{"text"'}, "test.jsonl:2: not JSON"),
         ({"test.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}'}, "test.jsonl:2: no label"),
         ({"test.jsonl": '{"sentence1": "a", "sentence2": "b", "label": 3}'}, "row 1: label is 3, not 0 or 1"),

@@ -202,14 +202,20 @@ def test_what_stands_among_files_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("fine\n")
     (tmp_path / ".hidden.txt").write_text("not of the corpus\n")
     (tmp_path / "x.txt").mkdir()
+    (tmp_path / "x.txt/round").symlink_to(tmp_path)
     assert StreamReader(files_at(tmp_path)).read() == ["fine"]
-    for path, words in ((tmp_path / "*.txt", r"x.txt: is a folder"), (tmp_path / "x.txt", "no .txt, .jsonl")):
+    for path, words in ((tmp_path / "*.txt", r"x.txt: is a folder"), (tmp_path / "x.txt/none", "nothing at")):
         with pytest.raises(DataError, match=words):
             files_at(path)
     Dataset.from_dict({"text": ["saved"]}).save_to_disk(tmp_path / "x.txt")
     assert StreamReader(files_at(tmp_path / "x.txt")).read() == ["saved"]
     with pytest.raises(DataError, match=r"has folders of save_to_disk in it; name one, as .*x.txt"):
         files_at(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/c.txt").write_text("linked\n")
+    assert StreamReader(files_at(tmp_path / "books")).read() == ["linked"]
     (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"b.txt: is a link to nothing"):
         files_at(tmp_path / "?.txt")
@@ -242,8 +248,14 @@ def test_an_empty_file_among_others_is_passed_over(kind, streaming, tmp_path):
 def test_files_that_change_while_they_are_read(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("".join(f"line {n} of {number}\n" for n in range(2000)))
-    corpus = open_corpus(files_at(tmp_path), "")
+    corpus, reader = open_corpus(files_at(tmp_path), ""), StreamReader(files_at(tmp_path))
+    assert reader.read()[0] == "line 0 of 0"
     (tmp_path / "0.txt").write_text("line 0 of 0\n")
+    again = StreamReader(reader.files)
+    again.load_state_dict(reader.state_dict())
+    for one in (reader, again):
+        with pytest.raises(DataError, match=r"0.txt: became shorter while it was read"):
+            list(iter(one.read, []))
     os.replace(tmp_path / "2.txt", tmp_path / "1.txt")
     assert corpus.fetch(np.array([0])) == ["line 0 of 0"]
     with pytest.raises(DataError, match=r"0.txt: became shorter while it was read"):

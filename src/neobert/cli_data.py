@@ -8,7 +8,7 @@ import typer
 
 from neobert.errors import ConfigError, Problem
 
-TEXT_HELP = ".txt, .jsonl, .json, .csv (.gz, .zst) or .parquet files, folders or globs."
+TEXT_HELP = ".txt, .jsonl, .json, .csv, .tsv (.gz, .zst), .parquet or .arrow files, folders or globs."
 
 
 def tokenize(

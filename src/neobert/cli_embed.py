@@ -23,7 +23,8 @@ PromptOption = Annotated[
 def embed(
     checkpoint: Checkpoint,
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .parquet, or a folder.")
+        str,
+        typer.Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .npy or .parquet.")],
     column: Annotated[str | None, typer.Option(help="Column of the texts [text, or the only one].")] = None,

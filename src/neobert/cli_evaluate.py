@@ -2,6 +2,7 @@
 
 import json
 import os
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +86,7 @@ def pseudo_perplexity(
     longest = model.config.max_position_embeddings
     if max_length is not None and max_length > longest:
         raise UserError(f"--max-length: {max_length}, but the model takes {longest} tokens")
-    is_name = not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and "*" not in source
+    is_name = not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and not has_magic(source)
     find = (lambda: find_hub_splits(source, None, False, text_column, split, None)) if is_name else None
     files = (find() if find else find_splits(source, text_column, split, None))[0]
     tokenizer, skips = text_tokenizer(hf_tokenizer), Skips()

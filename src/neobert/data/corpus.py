@@ -17,6 +17,7 @@ from neobert.data.documents import Files, Position, read_text, stream
 from neobert.data.row_files import (
     BOM,
     HEAD_BYTES,
+    LEAVE_IT,
     Unusable,
     is_seekable_text,
     kind_of,
@@ -29,7 +30,6 @@ from neobert.data.row_files import (
 from neobert.errors import DataError
 
 MOST_OPEN = 256  # files of text that are open at a time
-LEAVE_IT = "leave the files as they are until the run has ended"
 
 
 class Corpus(Protocol):

@@ -34,7 +34,7 @@ def find_hub_splits(
     return choose_splits(splits, f"dataset {repository}", column, train_split, eval_split)
 
 
-def hub_files(name: str, config: str, cache_dir: str | None, force_download: bool) -> dict[str, list[str]]:
+def hub_files(name: str, config: str | None, cache_dir: str | None, force_download: bool) -> dict[str, list[str]]:
     """The files of every split of a configuration, downloaded if need be. Raises DataError, also when offline."""
     return _hub_splits(name, config, False, cache_dir, force_download)
 

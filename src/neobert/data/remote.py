@@ -35,8 +35,9 @@ class RemoteFile(io.RawIOBase):
         return self._offset
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        begin = 0 if whence == io.SEEK_SET else self._offset if whence == io.SEEK_CUR else self._try(_size)
-        self._offset = begin + offset
+        if whence == io.SEEK_END:
+            offset += self._try(lambda file: int(file.size))
+        self._offset = offset + (self._offset if whence == io.SEEK_CUR else 0)
         return self._offset
 
     def readinto(self, buffer: Any) -> int:
@@ -57,10 +58,12 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
     def _try(self, action: Callable[[Any], Result]) -> Result:
+        import fsspec
+
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 if self._file is None:
-                    self._file = _open(self.url)
+                    self._file = fsspec.open(self.url, "rb").open()
                 _go_to(self._file, self._offset)
                 return action(self._file)
             except FINAL:
@@ -75,16 +78,6 @@ class RemoteFile(io.RawIOBase):
         raise OSError(errno.EIO, f"{reason} ({ATTEMPTS} attempts)")
 
 
-def _open(url: str) -> Any:
-    import fsspec
-
-    return fsspec.open(url, "rb").open()
-
-
-def _size(file: Any) -> int:
-    return int(file.size)
-
-
 def _go_to(file: Any, offset: int) -> None:
     """Go to a byte; what a server only sends from the beginning is read up to there."""
     if file.tell() == offset:
@@ -94,6 +87,8 @@ def _go_to(file: Any, offset: int) -> None:
     except ValueError:  # fsspec's word for it
         while (missing := offset - file.tell()) > 0 and file.read(min(missing, 2**20)):
             continue
+        if file.tell() != offset:
+            raise OSError(f"byte {offset:,} cannot be reached") from None  # another connection begins before it
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

@@ -36,6 +36,7 @@ KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arr
 COMPRESSED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
+LEAVE_IT = "leave the files as they are until the run has ended"
 HEAD_BYTES = 1024  # looked at to recognise UTF-16
 DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
 
@@ -213,20 +214,28 @@ def usable_records(path: str) -> Iterator[tuple[Row, int]]:
 
 
 def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
-    """(line, where it begins, where the next begins), the empty ones too. Raises DataError for UTF-16."""
+    """(line, where it begins, where the next begins), the empty ones too. Raises DataError for UTF-16, and for a file that has
+    become shorter.
+    """
     with open_binary(path) as file:
+        is_plain = "://" not in path and not is_compressed(path)
+        size = os.fstat(file.fileno()).st_size if is_plain else 0
         skip_to(file, offset)
+        start = offset
+        if not offset:
+            refuse_utf16(file.peek(HEAD_BYTES)[:HEAD_BYTES], path)
         for line in file:
             after = offset + len(line)
-            if not offset:
-                refuse_utf16(line[:HEAD_BYTES], path)
             yield line if offset else line.removeprefix(BOM), offset, after
             offset = after
+        if is_plain and (start > size or offset < size):
+            raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
 
 
 def refuse_utf16(head: bytes, path: str) -> None:
-    """Raises DataError when a text begins as UTF-16 does: with its byte order mark, or with zeros all over."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(head) > 1 and head.count(0) * 4 > len(head)):
+    """Raises DataError when a text begins as UTF-16 does: with its byte order mark, or with zeros in every second byte."""
+    halves = (head[::2], head[1::2]) if len(head) >= 16 else ()
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or any(half.count(0) * 2 > len(half) for half in halves):
         raise DataError(f"{path}: looks like UTF-16, and text is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
 
 

@@ -57,7 +57,7 @@ def find_splits(
 
 def local_splits(path: str) -> dict[str, list[str]]:
     """The files of every split below a path. Raises DataError when there are none."""
-    return _saved_splits(Path(path)) if is_saved_dataset(Path(path)) else _file_splits(path)
+    return _saved_splits(Path(path)) if is_saved_dataset(path) else _file_splits(path)
 
 
 def choose_splits(
@@ -80,9 +80,9 @@ def choose_splits(
     return training, None if found is None else _files(splits[found], text_column)
 
 
-def is_saved_dataset(path: Path) -> bool:
+def is_saved_dataset(path: str) -> bool:
     """Whether `datasets`' `save_to_disk` wrote this folder."""
-    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _saved_splits(path: Path) -> dict[str, list[str]]:
@@ -118,7 +118,7 @@ def _split_named(part: str) -> str | None:
 
 def _root(path: str) -> Path:
     """The folder below which names of folders count: of a glob, all before its first wildcard."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return Path(path)
     parts = Path(path).parts
     return Path(*takewhile(lambda part: not has_magic(part), parts[:-1]))
@@ -127,11 +127,11 @@ def _root(path: str) -> Path:
 def _find_files(path: str) -> list[str]:
     if not path:
         raise DataError("dataset.path: not set; give a file, a folder or a glob")
-    if Path(path).is_dir():
-        return _files_below(Path(path))
-    found = [path] if Path(path).is_file() else sorted(glob(path, recursive=True))
+    if os.path.isdir(path):
+        return _files_below(path)
+    found = [path] if os.path.isfile(path) else sorted(glob(path, recursive=True))
     if "**" in path:  # which matches folders along with what is in them
-        found = [file for file in found if not Path(file).is_dir()]
+        found = [file for file in found if not os.path.isdir(file)]
     if not found:
         raise DataError(f"dataset.path: nothing at {path!r} (looked in {Path.cwd()})")
     for file in found:
@@ -139,20 +139,27 @@ def _find_files(path: str) -> list[str]:
     return found
 
 
-def _files_below(folder: Path) -> list[str]:
-    """Files of our kinds; hidden ones, and those in hidden folders, are left out, as on the hub."""
-    found = sorted(
-        str(file)
-        for file in folder.rglob("*")
-        if kind_of(str(file)) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
+def _files_below(folder: str) -> list[str]:
+    """Files of our kinds, in linked folders too; hidden files and folders are left out, as on the hub."""
+    found, seen = [], set()
+    with named(folder):
+        for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+            is_new = os.path.realpath(root) not in seen  # links may go round in circles
+            seen.add(os.path.realpath(root))
+            folders[:] = [name for name in sorted(folders) if is_new and not name.startswith(".")]
+            paths = [os.path.join(root, name) for name in names if is_new and not name.startswith(".")]
+            found += [path for path in paths if kind_of(path)]
     if not found:
         raise DataError(f"dataset.path: no {', '.join(KINDS)} file in the folder {folder}")
-    if saved := [str(parent) for parent in {Path(file).parent for file in found} if is_saved_dataset(parent)]:
-        raise DataError(f"dataset.path: {folder} has folders of save_to_disk in it; name one, as {min(saved)}")
-    for file in found:
-        _require_file(file)
-    return found
+    if saved := [parent for parent in sorted({os.path.dirname(path) for path in found}) if is_saved_dataset(parent)]:
+        raise DataError(f"dataset.path: {folder} has folders of save_to_disk in it; name one, as {saved[0]}")
+    for path in found:
+        _require_file(path)
+    return sorted(str(Path(path)) for path in found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _require_file(path: str) -> None:

@@ -120,7 +120,7 @@ def _map(path: Path) -> np.ndarray:
 
 def is_token_store(path: str | Path) -> bool:
     """Whether a folder holds a tokenised corpus, or a part of one."""
-    return any((Path(path) / name).is_file() for name in ("manifest.json", "plan.json"))
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("manifest.json", "plan.json"))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -157,8 +157,8 @@ def find_place(dataset: DatasetConfig, key: str) -> Place:
             "columns": dataset.columns or known_set.columns,
         }
         dataset = dataset.model_copy(update=found)
-    config = dataset.config or "default"
-    return Place(dataset, hub_files(dataset.name, config, dataset.cache_dir, dataset.force_redownload), key, label)
+    splits = hub_files(dataset.name, dataset.config, dataset.cache_dir, dataset.force_redownload)
+    return Place(dataset, splits, key, label)
 
 
 def choose_split(place: Place, wanted: str | None, usual: str | None, what: str) -> tuple[str, str | None, str | None]:

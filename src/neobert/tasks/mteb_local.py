@@ -33,7 +33,7 @@ from mteb.abstasks import (
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from neobert.data.row_files import is_utf8, place, usable_records
+from neobert.data.row_files import is_utf8, place, usable_records, why_no_text
 from neobert.errors import DataError
 from neobert.tasks.mteb_tasks import LOCAL
 
@@ -165,31 +165,28 @@ def _kind_of(folder: Path) -> Kind:
 # --- reading -----------
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> list[Row]:
-    """The rows of a jsonl file, each with all `columns`. Raises DataError naming file and row."""
+def read_rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of a jsonl file, each with texts in the columns `texts`, and something in `others`. Raises DataError naming file
+    and row.
+    """
     if not path.is_file():
         raise DataError(f"{path}: missing")
     rows = []
     for row, begin in usable_records(str(path)):
-        if missing := [column for column in columns if row.get(column) is None]:
+        if missing := [column for column in (*texts, *others) if row.get(column) is None]:
             raise DataError(f"{place(str(path), begin)}: no {', '.join(missing)}")
+        for column in texts:
+            if not isinstance(row[column], str) or not is_utf8(row[column]):
+                raise DataError(f"{place(str(path), begin)}: {column} is {row[column]!r}, not a text")
         rows.append(row)
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
 
 
-def _require_text(value: Any, column: str, path: Path, number: int) -> None:
-    if not isinstance(value, str) or not is_utf8(value):
-        raise DataError(f"{path}, row {number}: {column} is {value!r}, not a text")
-
-
 def _columns(path: Path, texts: tuple[str, ...], value: str) -> Dataset:
     """Text columns and one more, as a data set."""
-    rows = read_rows(path, (*texts, value))
-    for number, row in enumerate(rows, 1):
-        for column in texts:
-            _require_text(row[column], column, path, number)
+    rows = read_rows(path, texts, (value,))
     return Dataset.from_dict({column: [row[column] for row in rows] for column in (*texts, value)})
 
 
@@ -218,15 +215,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_retrieval(folder: Path) -> dict[str, dict[str, Any]]:
-    documents = read_rows(folder / "corpus.jsonl", ("id", "text"))
-    queries = read_rows(folder / "queries.jsonl", ("id", "text"))
-    for name, rows in (("corpus", documents), ("queries", queries)):
-        for number, row in enumerate(rows, 1):
-            _require_text(row["text"], "text", folder / f"{name}.jsonl", number)
+    documents = read_rows(folder / "corpus.jsonl", ("text",), ("id",))
+    queries = read_rows(folder / "queries.jsonl", ("text",), ("id",))
     known = {"document_id": {str(row["id"]) for row in documents}, "query_id": {str(row["id"]) for row in queries}}
     relevant: dict[str, dict[str, int]] = {}
     path = folder / "qrels.jsonl"
-    for number, row in enumerate(read_rows(path, ("query_id", "document_id")), 1):
+    for number, row in enumerate(read_rows(path, (), ("query_id", "document_id")), 1):
         for column, ids in known.items():
             if str(row[column]) not in ids:
                 raise DataError(f"{path}, row {number}: {column} {row[column]!r} is not in the texts")
@@ -238,14 +232,11 @@ def _read_retrieval(folder: Path) -> dict[str, dict[str, Any]]:
 def _read_reranking(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / f"{SPLIT}.jsonl"
     documents, queries, relevant, ranked = [], [], {}, {}
-    for number, row in enumerate(read_rows(path, ("query", "positive", "negative"))):
-        _require_text(row["query"], "query", path, number + 1)
+    for number, row in enumerate(read_rows(path, ("query",), ("positive", "negative"))):
         query, candidates = str(number), []
         for column, score in (("positive", 1), ("negative", 0)):
-            if not isinstance(row[column], list) or not row[column]:
+            if not isinstance(row[column], list) or not row[column] or any(map(why_no_text, row[column])):
                 raise DataError(f"{path}, row {number + 1}: {column} is not a list of texts")
-            for text in row[column]:
-                _require_text(text, column, path, number + 1)
             candidates += [(f"{number}-{column}-{i}", text, score) for i, text in enumerate(row[column])]
         documents += [{"id": name, "text": text} for name, text, _ in candidates]
         queries.append({"id": query, "text": row["query"]})
