@@ -1,5 +1,6 @@
 """Contrastive losses = sentence-transformers' and naive formulas; two processes with gathered texts = one with all of them."""
 
+import json
 import os
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from contrastive_sample import run_contrastive, three_sources
+from contrastive_sample import made_pairs, made_scores, run_contrastive, three_sources, write_rows
 from safetensors.torch import load_file, save_file
 
 from neobert.model.contrastive_loss import alignment, uniformity
@@ -162,7 +163,12 @@ ENGINES = ("ddp", "fsdp2")
 
 
 def run_words(folder, *more):
+    evaluation = [
+        {"path": str(folder / "scores.jsonl"), "label": "sts"},
+        {"path": str(folder / "held.jsonl"), "label": "held"},
+    ]
     return [
+        f"contrastive.evaluation={json.dumps(evaluation)}", "trainer.eval_steps=3",
         *three_sources(folder / "data"), f"trainer.output_dir={folder / 'out'}", "trainer.save_steps=3",
         "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6", *more,
     ]  # fmt: skip
@@ -185,6 +191,8 @@ def worker(rank, folder):
 def test_two_processes_equal_one_with_all_texts(tmp_path):
     """Gradients; whole runs; and a run of two that one process continues."""
     three_sources(tmp_path / "data")
+    write_rows(tmp_path / "scores.jsonl", made_scores(31))
+    write_rows(tmp_path / "held.jsonl", made_pairs(12))
     mp.spawn(worker, (tmp_path,), nprocs=2)
     compare_gradients(tmp_path)
     run_contrastive(*run_words(tmp_path))
@@ -194,14 +202,22 @@ def test_two_processes_equal_one_with_all_texts(tmp_path):
         *run_words(tmp_path, f"trainer.output_dir={tmp_path / 'one'}", "trainer.resume_from_checkpoint=latest")
     )
     wanted = load_file(tmp_path / "out/checkpoints/6/model.safetensors")
-    losses = [row["loss"] for row in read_metrics(tmp_path / "out/metrics.jsonl")]
+    losses = [row["loss"] for row in read_metrics(tmp_path / "out/metrics.jsonl") if row["kind"] == "train"]
+    scores = evaluated(tmp_path / "out")
+    assert set(scores[6]) >= {"eval_sts_spearman", "eval_held_mrr@10", "eval_held_ndcg@10"}
     for name in (*ENGINES, "one"):
         found = load_file(tmp_path / name / "checkpoints/6/model.safetensors")
-        assert [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] == pytest.approx(
-            losses, abs=1e-4
-        )
+        rows = [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "train"]
+        assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
+        assert evaluated(tmp_path / name)[6] == pytest.approx(scores[6], abs=0.05)
         for tensor, value in wanted.items():
             torch.testing.assert_close(found[tensor], value, atol=2e-4, rtol=1e-3)
+
+
+def evaluated(run):
+    """Step -> scores."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "eval"]
+    return {row["step"]: {k: v for k, v in row.items() if k.startswith(("eval_sts", "eval_held"))} for row in rows}
 
 
 def compare_gradients(tmp_path):

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from export_sample import tiny_model, write_checkpoint
+from glue_sample import foreign_model
 
 pytest.importorskip("mteb")
 
@@ -18,16 +21,20 @@ from mteb.benchmarks.benchmark import BenchmarkAggregation
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, DataError
 from neobert.export.huggingface import write_transformers
 from neobert.export.source import load_source
+from neobert.inference.embed import load_embedder
 from neobert.inference.sentence_settings import read_sentence_settings
 from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.tasks import mteb as mteb_task
 from neobert.tasks.mteb_local import KINDS, build_task, find_local_tasks
+from neobert.tasks.mteb_model import weights_identity
 from neobert.tasks.mteb_table import Score, averages
+from neobert.training.runtime import Runtime
 
 WORDS = ("peace", "war", "trade", "law", "land", "money", "ships", "rivers")
 
@@ -107,6 +114,61 @@ def test_the_same_scores_as_sentence_transformers(tasks, exported, tmp_path, cap
     assert "mean over tasks" in printed
     evaluate(exported, tmp_path, *words, "mteb_overwrite_results=true", "mteb_task_type=sts")
     assert "(had a result)" not in capsys.readouterr().out
+
+
+def test_folders_of_sentence_transformers_score_as_there(tasks, tmp_path):
+    """CLS, a Dense module, a default prompt, dot products and a length of its own; weights of the Dense module count too."""
+    torch.manual_seed(0)
+    foreign_model(tmp_path / "bert")
+    transformer = Transformer(str(tmp_path / "bert"))
+    transformer.max_seq_length = 8
+    prompts = {"query": "query: ", "story": "a story of "}
+    modules = [transformer, Pooling(32, "cls"), Dense(32, 16)]
+    peer = SentenceTransformer(
+        modules=modules, device="cpu", prompts=prompts, default_prompt_name="story", similarity_fn_name="dot"
+    )
+    peer.save(str(tmp_path / "model"))
+    words = [f"mteb_local_tasks={tasks}", "mteb_task_type=e-retrieval, f-sts, b-clustering"]
+    code, summary = evaluate(tmp_path / "model", tmp_path / "out", *words)
+    settings = summary["settings"]
+    found = [settings[name] for name in ("pooling", "normalize", "max_length", "similarity", "default_prompt")]
+    assert (code, found) == (0, ["cls", False, 8, "dot", "a story of "])
+    scores = {one["name"]: one["score"] for one in summary["tasks"]}
+    for task in find_local_tasks(str(tasks)):
+        if task.metadata.name in scores:
+            quiet = {"co2_tracker": False, "show_progress_bar": False}
+            theirs = mteb.evaluate(peer, task, cache=None, encode_kwargs={"batch_size": 4}, **quiet).task_results[0]
+            assert theirs.get_score() == pytest.approx(scores[task.metadata.name], abs=1e-5), task.metadata.name
+    before = weights_identity(tmp_path / "model")
+    with open(tmp_path / "model/2_Dense/model.safetensors", "ab") as file:
+        file.write(b" ")
+    assert weights_identity(tmp_path / "model") != before
+
+
+def test_computed_where_and_as_the_configuration_says(exported, tmp_path):
+    """Precision and device are those of a run's runtime; results in bfloat16 are kept apart from those in float32."""
+
+    def subject(*words):
+        loaded = load_config([], [*words, f"trainer.output_dir={tmp_path}"], "mteb")
+        return mteb_task.load_subject(loaded.config, loaded.keys_set, str(exported))
+
+    asked, plain = (
+        subject("trainer.mixed_precision=bf16"),
+        subject("trainer.mixed_precision=no", "trainer.use_cpu=true"),
+    )
+    has_amx = torch.cpu._is_amx_tile_supported()
+    if not torch.cuda.is_available():
+        assert (asked.embedder.runtime.dtype is torch.bfloat16, bool(asked.embedder.runtime.note)) == (
+            has_amx,
+            not has_amx,
+        )
+        assert ("arithmetic" in asked.settings) == has_amx
+    assert plain.embedder.runtime.device.type == "cpu"
+    assert "arithmetic" not in plain.settings
+    half = load_embedder(str(exported), runtime=Runtime(torch.device("cpu"), torch.bfloat16))
+    texts = [text(n) for n in range(5)]
+    difference = np.abs(half.encode(texts) - plain.embedder.encode(texts)).max()
+    assert 0 < difference < 0.05
 
 
 def test_what_scores_depend_on(tasks, exported, tmp_path, capsys):

@@ -16,6 +16,7 @@ from neobert.data.sources import find_splits
 from neobert.errors import DataError, UserError
 from neobert.inference.pseudo_perplexity import format_result, pseudo_perplexity, read_pieces
 from neobert.model.layouts import eurobert_config, is_eurobert, to_eurobert
+from neobert.training.runtime import Runtime
 
 
 def make_pieces(lengths):
@@ -59,6 +60,9 @@ def test_equals_one_mask_at_a_time(variant, tokenizer):
         assert result.total.pseudo_perplexity == pytest.approx(total, rel=1e-4)
         assert {bound: tally.num_pieces for bound, tally in result.buckets.items()} == {16: 4, 32: 1, 64: 2}
         assert sum(tally.num_tokens for tally in result.buckets.values()) == result.total.num_tokens == 99
+    half = pseudo_perplexity(model, tokenizer, pieces, autocast=Runtime(torch.device("cpu"), torch.bfloat16).autocast)
+    assert half.total.log_likelihood != results[0].total.log_likelihood
+    assert half.total.log_likelihood == pytest.approx(sum(expected), rel=0.05)
 
 
 def test_texts_become_pieces(tokenizer, tmp_path):
@@ -84,6 +88,12 @@ def test_the_command(tmp_path):
     found = json.loads(output.read_text())
     assert (found["texts"], found["buckets"][-1]["max_tokens"]) == (5, 64)
     assert f"{found['pseudo_perplexity']:,.3f}" in result.stdout
+    before = output.read_bytes()
+    kept = run_neobert(*words)
+    assert (kept.returncode, kept.stderr.count("\n"), output.read_bytes()) == (2, 1, before)
+    again = run_neobert(*words, "--force", "--bf16")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(output.read_text())["pseudo_perplexity"] == pytest.approx(found["pseudo_perplexity"], rel=0.05)
     with pytest.raises(UserError, match="nothing at '.*absent.txt'"):
         cli_evaluate.pseudo_perplexity(str(run), str(tmp_path / "absent.txt"))
     with pytest.raises(UserError, match="--max-length: 5000, but the model takes 512 tokens"):

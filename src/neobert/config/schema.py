@@ -210,7 +210,8 @@ class Config(Section):
     )
     mteb_batch_size: int = key(
         32,
-        "Texts of 128 tokens that are computed at a time: of longer ones fewer, of shorter ones more.",
+        "Texts of 128 tokens that are computed at a time: of longer ones fewer, of shorter ones more; where it is not set, by "
+        "device.",
         "speed",
         ge=1,
     )

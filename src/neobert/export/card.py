@@ -44,6 +44,24 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("{name}"{trust})
 embeddings = model.encode(["some text", "another text"]){prompt}
 ```"""
+POOLED = """```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+model = AutoModel.from_pretrained("{name}"{trust})
+inputs = tokenizer(["some text", "another text"], padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    hidden = model(**inputs).last_hidden_state
+mask = inputs["attention_mask"].unsqueeze(-1)
+embeddings = {pooled}{normalized}
+```"""
+POOLED_BY = {
+    "cls": "hidden[:, 0]",
+    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
+    "avg": "(hidden * mask).sum(1) / mask.sum(1)",
+    "max": "hidden.masked_fill(mask == 0, -torch.inf).amax(1)",
+}
 ONNX_CODE = """```python
 import onnxruntime
 from transformers import AutoTokenizer
@@ -94,7 +112,7 @@ def front_matter(source: Source, embedding: Embedding | None) -> str:
     fields = {
         "library_name": "sentence-transformers" if embedding is not None else "transformers",
         "pipeline_tag": task,
-        "tags": ["neobert", *(["eurobert"] if source.is_native else ["custom_code"])],
+        "tags": ["neobert", source.fields["model_type"] if source.is_native else "custom_code"],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
@@ -102,15 +120,18 @@ def front_matter(source: Source, embedding: Embedding | None) -> str:
 def summary(source: Source) -> str:
     """What the model is, in two sentences."""
     config = source.model.config
-    norm = "nGPT" if config.ngpt else "RMSNorm" if config.rms_norm else "LayerNorm"
-    kinds = f"{'RoPE' if config.rope else 'learned positions'}, {norm}, {config.hidden_act}"
+    if source.is_foreign:
+        kinds = f"the architecture {source.fields['model_type']} of transformers"
+    else:
+        norm = "nGPT" if config.ngpt else "RMSNorm" if config.rms_norm else "LayerNorm"
+        kinds = f"{'RoPE' if config.rope else 'learned positions'}, {norm}, {config.hidden_act}"
     size = sum(parameter.numel() for parameter in source.model.parameters())
     steps = f" It was trained for {source.state['step']:,} steps" if source.state.get("step") else ""
     tokens = f" and {source.state['num_tokens']:,} tokens" if steps and source.state.get("num_tokens") else ""
     return (
         f"A bidirectional text encoder of {size:,} parameters: {config.num_hidden_layers} layers x {config.hidden_size} wide x "
         f"{config.num_attention_heads} heads, {kinds}, {config.vocab_size:,} tokens, texts of up to "
-        f"{config.max_position_embeddings:,} tokens.{steps}{tokens}{'.' if steps else ''}"
+        f"{source.positions:,} tokens.{steps}{tokens}{'.' if steps else ''}"
     )
 
 
@@ -119,8 +140,13 @@ def how_to_load(source: Source, embedding: Embedding | None, onnx: bool, name: s
     trust = "" if source.is_native else ", trust_remote_code=True"
     if not source.is_native:
         yield "The model's code is in this folder; `trust_remote_code=True` runs it.\n"
-    template = CLASSIFIER if source.is_classifier else MASKED
-    yield template.format(name=name, trust=trust, classes="AutoModelForMaskedLM, AutoTokenizer, pipeline") + "\n"
+    if source.is_embedder and embedding is not None:
+        normalized = "\nembeddings = torch.nn.functional.normalize(embeddings)" if embedding.normalize else ""
+        pooled = POOLED_BY[embedding.pooling or "mean"]
+        yield POOLED.format(name=name, trust=trust, pooled=pooled, normalized=normalized) + "\n"
+    else:
+        template = CLASSIFIER if source.is_classifier else MASKED
+        yield template.format(name=name, trust=trust, classes="AutoModelForMaskedLM, AutoTokenizer, pipeline") + "\n"
     if embedding is not None:
         prompts = "".join(f"\n# prompt {key!r}: {text!r}" for key, text in embedding.prompts.items())
         yield SENTENCES.format(name=name, trust=trust, prompt=prompts) + "\n"

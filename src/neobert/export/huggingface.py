@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from neobert.data.tokenizer import save_tokenizer
+from neobert.export.foreign import foreign_config, foreign_tensors
 from neobert.export.source import Source
 from neobert.inference.load import EMBEDDING
 from neobert.model import modeling_neobert
@@ -28,13 +29,19 @@ AUTO_MAP = {
 
 def write_transformers(source: Source, folder: Path, trained: dict[str, Any]) -> None:
     """Write what `AutoModel.from_pretrained(folder)` and `AutoTokenizer` read. `trained` says how it embeds, if it does."""
-    write_json(folder / "config.json", exported_config(source, trained))
-    weights = source.model.state_dict()
-    tensors = to_eurobert(weights) if source.is_native else weights
-    save_file(_contiguous(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer = source.tokenizer
     tokenizer.model_max_length = trained.get("max_length", source.longest)
-    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if source.is_foreign:
+        fields, tensors = (
+            foreign_config(source.model, source.fields),
+            foreign_tensors(source.model, source.fields["model_type"]),
+        )
+    else:
+        weights = source.model.state_dict()
+        fields, tensors = exported_config(source, trained), to_eurobert(weights) if source.is_native else weights
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    write_json(folder / "config.json", fields)
+    save_file(_contiguous(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     save_tokenizer(tokenizer, folder)
     if not source.is_native:
         for path in code_files():

@@ -1,26 +1,35 @@
 """What is exported: a model of ours in float32 with its tokenizer, and what the run that trained it left beside it."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from neobert.errors import CheckpointError
+from neobert.inference.hub_model import load_encoder
 from neobert.inference.load import (
     EMBEDDING,
     FOREIGN,
     Model,
     build_model,
+    check_fit,
     find_model,
     load_model_tokenizer,
     load_model_weights,
     read_model_config,
 )
-from neobert.model.embedding import NeoBERTForEmbedding
+from neobert.inference.sentence_settings import SentenceSettings, read_sentence_settings
+from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
+from neobert.model.foreign import ForeignForSequenceClassification, longest_input
 from neobert.model.layouts import is_eurobert
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
-from neobert.training.checkpoint import STATE, verify_checkpoint
+from neobert.training.checkpoint import STATE, load_weights, verify_checkpoint
+
+ForeignModel = ForeignForSequenceClassification | ForeignForEmbedding
+POOLING = {"cls": "bos"}  # of a classifier: ours -> transformers' names
+LONGEST = 512  # tokens of a text for a model that nothing limits
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Source:
 
     folder: Path
     fields: dict[str, Any]
-    model: Model
+    model: Model | ForeignModel
     tokenizer: Any
     run: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
@@ -38,28 +47,47 @@ class Source:
 
     @property
     def is_classifier(self) -> bool:
-        return isinstance(self.model, NeoBERTForSequenceClassification)
+        return isinstance(self.model, NeoBERTForSequenceClassification | ForeignForSequenceClassification)
 
     @property
     def is_embedder(self) -> bool:
         """An encoder alone, trained to embed."""
-        return isinstance(self.model, NeoBERTForEmbedding)
+        return isinstance(self.model, NeoBERTForEmbedding | ForeignForEmbedding)
 
     @property
-    def trained_embedding(self) -> dict[str, Any]:
-        """`pooling` and `max_length` that the model was trained or exported with; empty otherwise."""
-        return self.fields.get("neobert", {}).get(EMBEDDING, {})
+    def is_foreign(self) -> bool:
+        """Whether the encoder is one of transformers' making."""
+        return isinstance(self.model, ForeignModel)
+
+    @cached_property
+    def sentence(self) -> SentenceSettings:
+        """How the model was trained or exported to embed. Raises CheckpointError for what an export cannot keep."""
+        found = read_sentence_settings(self.folder)
+        lost = {
+            "Dense modules": len(found.head),
+            "default_prompt_name": found.default_prompt,
+            "include_prompt: false": not found.include_prompt,
+            "do_lower_case": found.lower_case,
+            f"similarity_fn_name {found.similarity}": found.similarity != "cosine",
+        }
+        if names := [name for name, is_there in lost.items() if is_there]:
+            raise CheckpointError(f"{self.folder}: its {', '.join(names)} cannot be exported; use the folder as it is")
+        return found
+
+    @property
+    def positions(self) -> int:
+        """The longest text that it takes, in tokens."""
+        return longest_input(self.model) or min(self.tokenizer.model_max_length, LONGEST)
 
     @property
     def longest(self) -> int:
         """The longest text it is for, in tokens."""
-        positions = self.model.config.max_position_embeddings
-        return min(positions, self.trained_embedding.get("max_length", positions))
+        return min(self.positions, self.sentence.max_length or self.positions)
 
     @property
     def is_native(self) -> bool:
-        """Whether transformers' own EuroBERT computes this model."""
-        return is_eurobert(self.model.config)
+        """Whether a class of transformers' own computes this model: EuroBERT, or that of its encoder."""
+        return self.is_foreign or is_eurobert(self.model.config)
 
 
 def load_source(path: str) -> Source:
@@ -67,12 +95,29 @@ def load_source(path: str) -> Source:
     folder = find_model(path)
     fields = read_model_config(folder)
     if FOREIGN in fields:
-        raise CheckpointError(f"{folder}: an encoder of {fields.get('model_type')}, which transformers loads as it is")
-    model = build_model(folder, fields)
-    load_model_weights(folder, model)
+        model: Model | ForeignModel = _load_foreign(folder, fields[FOREIGN])
+    else:
+        model = build_model(folder, fields)
+        load_model_weights(folder, model)
     tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
     if not (folder / STATE).is_file():
         return Source(folder, fields, model.float().eval(), tokenizer)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
     return Source(folder, fields, model.float().eval(), tokenizer, run, verify_checkpoint(folder), config)
+
+
+def _load_foreign(folder: Path, head: dict[str, Any]) -> ForeignModel:
+    """The model of a checkpoint whose encoder is one of transformers' making. Raises CheckpointError."""
+    encoder = load_encoder(str(folder))
+    if "glue_task" not in head:
+        settings = ContrastiveSettings(pooling=head[EMBEDDING]["pooling"])
+        return ForeignForEmbedding(encoder, settings, encoder.config.pad_token_id or 0)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # as it was trained
+    pooling = POOLING.get(head["pooling"], head["pooling"])
+    model = ForeignForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
+    weights = model.from_checkpoint(load_weights(folder))
+    check_fit(folder, weights, model.state_dict())
+    model.load_state_dict(weights)
+    return model

@@ -31,7 +31,7 @@ from neobert.inference.embed import Embedder
 from neobert.inference.load import Model
 from neobert.inference.sentence_settings import SentenceSettings
 from neobert.inference.sentence_transformers import Embedding
-from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 65, 128, 200, 256, 333, 511, 512)
@@ -39,8 +39,9 @@ BATCH_SIZE = 4
 NUM_PICKS = 16
 NUM_HALF = 5  # rows that are compared in half precision, which CPUs may emulate slowly
 HALF = {"bfloat16": 1e-1, "float16": 2e-2}
+PAIRS = [("peace", "war"), (MESSAGE[:60], MESSAGE[60:90])]
 TOLERANCE = {
-    "hidden": 1e-5, "logits": 1e-5, "embedding": 1e-5, "onnx hidden": 1e-4, "onnx logits": 1e-4,
+    "hidden": 1e-5, "logits": 1e-5, "pairs": 1e-5, "embedding": 1e-5, "onnx hidden": 1e-4, "onnx logits": 1e-4,
     **{f"{what} {dtype}": tolerance for what in ("hidden", "logits") for dtype, tolerance in HALF.items()},
 }  # fmt: skip
 
@@ -131,7 +132,9 @@ def by_transformers(
     auto_class = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
     job = {
         "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class if has_head else None,
-        "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), "half": list(HALF), "num_half": NUM_HALF,
+        "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), "num_half": NUM_HALF,
+        "half": [] if source.is_foreign else list(HALF),
+        "pairs": PAIRS if source.is_foreign and source.is_classifier else [],
     }  # fmt: skip
 
     def judge(found: Found) -> list[Check]:
@@ -143,7 +146,12 @@ def by_transformers(
             outputs["logits"] = logits(source, sample)
         checks = [check(found, what, expected, sample.lengths) for what, expected in outputs.items()]
         for what, expected in outputs.items():
-            checks += [check_half(found, f"{what} {dtype}", expected[:NUM_HALF], sample.lengths) for dtype in HALF]
+            checks += [
+                check_half(found, f"{what} {dtype}", expected[:NUM_HALF], sample.lengths) for dtype in job["half"]
+            ]
+        if job["pairs"]:  # with the segments that the tokenizer numbers
+            lengths = [len(source.tokenizer(*pair)["input_ids"]) for pair in PAIRS]
+            checks.append(check(found, "pairs", pair_logits(source), lengths))
         return checks
 
     return Comparison(job | _of_rows(source, sample), judge)
@@ -166,9 +174,13 @@ def by_sentence_transformers(source: Source, embedding: Embedding) -> Comparison
     texts = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
 
     def judge(found: Found) -> list[Check]:
-        with torch.no_grad():
-            model = NeoBERTForEmbedding(source.model.config, ContrastiveSettings(pooling=embedding.pooling or "mean"))
-        model.model = source.model.model
+        how = ContrastiveSettings(pooling=embedding.pooling or "mean")
+        if source.is_foreign:
+            model = ForeignForEmbedding(source.model.model, how, source.tokenizer.pad_token_id)
+        else:
+            with torch.no_grad():
+                model = NeoBERTForEmbedding(source.model.config, how)
+            model.model = source.model.model
         settings = SentenceSettings(source.folder, source.folder)
         embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length, settings)
         lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
@@ -226,6 +238,12 @@ def logits(source: Source, sample: Sample) -> list[np.ndarray]:
     if source.is_classifier:
         return [one.numpy() for one in computed]
     return [one[picks].numpy() for one, picks in zip(computed, sample.picks, strict=True)]
+
+
+@torch.no_grad()
+def pair_logits(source: Source) -> list[np.ndarray]:
+    """What a classifier says of `PAIRS`, as its tokenizer joins them."""
+    return [source.model(**source.tokenizer(*pair, return_tensors="pt")).logits[0].numpy() for pair in PAIRS]
 
 
 def _of_rows(source: Source, sample: Sample) -> dict[str, Any]:

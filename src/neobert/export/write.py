@@ -51,11 +51,12 @@ class Wanted:
 
     def settled(self, source: Source) -> "Wanted":
         """With what the model was trained with where nothing else is asked for: an embedding model is exported as one."""
-        trained, asked = source.trained_embedding, self.embedding
+        asked = self.embedding
         if asked is None and not source.is_embedder:
             return self
-        asked = asked or Embedding()
-        pooling = asked.pooling or trained.get("pooling", "mean")
+        found = source.sentence
+        asked = asked or Embedding(normalize=found.normalize is not False, prompts=found.prompts)
+        pooling = asked.pooling or found.pooling or "mean"
         return replace(self, embedding=replace(asked, pooling=pooling, max_length=source.longest))
 
     @property
@@ -82,6 +83,8 @@ def export_model(
     if wanted.onnx:
         check_onnx()
     source = load_source(checkpoint)
+    if wanted.onnx and source.is_foreign:
+        raise UserError(f"--onnx: {source.folder} has an encoder of transformers' own; optimum exports those")
     wanted = wanted.settled(source)
     if wanted.embedding is not None:
         check_sentence_transformers()
@@ -103,6 +106,8 @@ def describe(source: Source) -> str:
     """Which class it becomes, and why."""
     head = "sequence classification" if source.is_classifier else "masked language model"
     head = "embedding model" if source.is_embedder else head
+    if source.is_foreign:
+        return f"{head} on transformers' own {source.fields['model_type']} (no trust_remote_code)"
     if source.is_native:
         return f"{head}, transformers' own EuroBERT (no trust_remote_code)"
     return f"{head}, ships its own code (trust_remote_code=True), as EuroBERT has {_difference(source)}"
@@ -122,7 +127,7 @@ def _difference(source: Source) -> str:
 
 def verify(source: Source, folder: Path, wanted: Wanted, say: Callable[[str], None]) -> list[Check]:
     """Compare what was written with the training model. Raises UserError naming the first difference that is too large."""
-    sample = build_sample(source.tokenizer, source.model.config.max_position_embeddings)
+    sample = build_sample(source.tokenizer, source.positions)
     say("verifying   in a process that has only the folder")
     comparisons = [by_transformers(source, folder, sample, has_head=not source.is_embedder)]
     if wanted.onnx:
@@ -142,7 +147,7 @@ def record(source: Source, wanted: Wanted, checks: list[Check]) -> dict[str, Any
         "neobert": __version__,
         "source": source.folder.name,
         "checkpoint": {name: source.state[name] for name in ("step", "num_tokens") if name in source.state},
-        "model_type": "eurobert" if source.is_native else "neobert",
+        "model_type": source.fields["model_type"],
         "embedding": embedding,
         "onnx": wanted.onnx_output if wanted.onnx else None,
         "verified": [check.as_json() for check in checks],

@@ -37,12 +37,14 @@ class ForeignForSequenceClassification(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **_: Any,
     ) -> ClassifierLossOutput:
         """Logits B x num_labels in float32. `labels` B: class ids, or numbers where there is one label."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         segments = {"token_type_ids": token_type_ids} if self.takes_segments and token_type_ids is not None else {}
         hidden_BTD = self.model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
         hidden_BTD = hidden_BTD.float()
