@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_neobert
+from conftest import ROOT, TEXT, TINY, run_neobert
 from contrastive_sample import CONTRASTIVE_TINY, made_pairs, write_rows
 from uneven_sample import UNEVEN, run_noting, write_uneven
 
@@ -147,7 +147,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_the_checkpoint_before_is_kept_until_the_next_loss_is_finite(tmp_path):
     """Weights that are finite, and whose loss is not: both checkpoints are there."""
-    limit = ["trainer.save_total_limit=1", "trainer.save_steps=1"]
+    limit = [
+        "trainer.save_total_limit=1",
+        "trainer.save_steps=1",
+        f"dataset.path={TEXT / 'train.txt'}",
+    ]  # without a best
     run(tmp_path, *limit, "trainer.max_steps=3")
     assert list_steps(tmp_path / "checkpoints") == [3]
     with pytest.raises(UserError, match="became (nan|inf).* at step 5"):
