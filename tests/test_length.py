@@ -1,6 +1,8 @@
 """The length of a run and of its steps, resumed with other ones; what a failure leaves; what the log says of it."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from uneven_sample import UNEVEN, run_noting, write_uneven
 from neobert.config.load import load_config
 from neobert.data.order import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
-from neobert.errors import UserError
+from neobert.errors import DataError, UserError
 from neobert.tasks import contrastive, pretraining
 from neobert.tasks.pretraining_data import build_data
 from neobert.training.checkpoint import find_checkpoint, list_steps, load_weights, verify_checkpoint
@@ -182,6 +184,22 @@ def test_a_data_error_saves_the_last_whole_step(tmp_path):
     position = json.loads((tmp_path / f"out/checkpoints/{step}/data_rank00000.json").read_text())
     assert (state["step"], position["lanes"]["0"]["num_rows"]) == (step, 12 * step)
     assert [row["step"] for row in read_metrics(tmp_path / "out/metrics.jsonl")][-1] == step
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_step_costs_the_step(tmp_path):
+    def observe(batch, number):
+        if number == 6:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "train.txt")
+
+    words = ["trainer.gradient_accumulation_steps=2", "trainer.save_total_limit=null"]
+    whole = run(tmp_path / "whole", *words)
+    with pytest.raises(DataError, match=r"cannot be read: .*train.txt.*; go on from .*/checkpoints/2$"):
+        run(tmp_path / "failed", *words, observe=observe)
+    assert list_steps(tmp_path / "failed/checkpoints") == [2]
+    resumed = run(tmp_path / "failed", *words, "trainer.resume_from_checkpoint=latest")
+    assert resumed.state == whole.state
+    a, b = (load_weights(tmp_path / f"{name}/checkpoints/6") for name in ("whole", "failed"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 # --- what the log says -----------
