@@ -111,7 +111,7 @@ class DatasetConfig(Section):
     )
     pin_memory: bool = key(
         False,
-        "Page-locked host memory for batches. Always on when training on CUDA, without effect elsewhere.",
+        "Page-locked host memory for batches, on CUDA: copies to the GPU overlap with work.",
         "batch memory",
     )
     persistent_workers: bool = key(

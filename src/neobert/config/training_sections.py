@@ -32,7 +32,7 @@ class TrainerConfig(Section):
     gradient_accumulation_steps: int = key(1, "Microbatches per optimizer step.", "tokens per step", ge=1)
     max_steps: int = key(
         1_000_000,
-        "Optimizer steps to train for; -1: as many as `num_train_epochs` asks for.",
+        "Optimizer steps to train for; -1: until `num_train_epochs` have been read.",
         "length of the run",
         ge=-1,
     )
@@ -58,7 +58,8 @@ class TrainerConfig(Section):
     torch_compile_backend: str = key("inductor", "Backend of `torch.compile`.", "speed", min_length=1)
     enforce_full_packed_batches: bool = key(
         True,
-        "Packing yields full microbatches only; `false` closes the open rows after every block of documents read.",
+        "Packing yields full microbatches only; `false` packs each `per_device_train_batch_size` pieces of documents by "
+        "themselves.",
         "share of padding",
     )
     eval_max_batches: int | None = key(None, "Most batches of an evaluation.", "evaluation length", ge=1)

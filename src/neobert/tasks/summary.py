@@ -32,8 +32,9 @@ def describe_run(
     norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
     kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
     shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
-    decay = f"peak until {schedule.decay_start:,}, " if schedule.name == "wsd" else ""
-    span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {schedule.decay_end:,}"
+    begin, end = round(schedule.decay_start + length.shift), round(schedule.decay_end + length.shift)
+    decay = f"peak until {begin:,}, " if schedule.name == "wsd" else ""
+    span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {end:,}"
     epochs = f"{trainer.num_train_epochs} epochs are " if trainer.max_steps < 0 else ""
     masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
     return {

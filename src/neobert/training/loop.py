@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import nn
 
-from neobert.errors import UserError
+from neobert.errors import DataError, UserError
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import Runtime, seed_everything
 
@@ -189,11 +189,11 @@ def fetch_window(
 ) -> Window | None:
     """The next window; None when the data of all processes has ended. Raises, in all of them, what `fetch` raised in one."""
     micro: list[MicroBatch] = []
-    error = None
+    error: UserError | None = None
     try:
         micro = fetch()
-    except UserError as failure:
-        error = failure
+    except (UserError, OSError) as failure:
+        error = failure if isinstance(failure, UserError) else DataError(f"the data cannot be read: {failure}")
     mine = error is not None, len(micro), sum(batch.num_targets for batch in micro), micro[-1].epoch if micro else 0
     found = runtime.gather(*mine)
     if any(failed for failed, *_ in found):
