@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TEXT, TINY, TOKENIZER, hub_cache
+from conftest import TEXT, TINY, TOKENIZER, hub_cache, tokenizing_threads
 from contrastive_rows import CONTRASTIVE_ROWS
 from glue_rows import GLUE_ROWS
 from mteb_rows import MTEB_ROWS
@@ -177,19 +177,34 @@ def hub_variants(train, small):
 
 
 def workers_restart(train, small):
-    """Without `persistent_workers`, other processes tokenise in every epoch."""
+    """Without `persistent_workers`, other threads tokenise in every epoch."""
     seen = {}
     for value in ("true", "false"):
         words = ["dataset.num_workers=1", f"dataset.persistent_workers={value}", STREAM]
-        pipeline, processes = data_of(small, *words).train.pipeline, set()
-        batches = pipeline.batches()
-        for _ in range(30):  # several epochs
-            next(batches)
-            processes.update(pipeline.workers.pool._processes if pipeline.workers.pool else ())
-        pipeline.workers.close()
-        seen[value] = len(processes)
+        pipeline = data_of(small, *words).train.pipeline
+        with tokenizing_threads() as started:
+            batches = pipeline.batches()
+            for _ in range(30):  # several epochs
+                next(batches)
+            pipeline.workers.close()
+        seen[value] = len(started)
 
     return seen["true"] == 1 < seen["false"]
+
+
+def num_threads(key, number, *words):
+    """So many threads tokenise, and where one is enough, or none, the training process does it alone."""
+
+    def row(train, small):
+        with open(small[0].removeprefix("dataset.path=") + "/train.txt", "w") as file:
+            file.writelines(f"the congress met for the {n}th time to speak about peace\n" * 9 for n in range(9000))
+        found = []
+        for one in (0 if key == "num_workers" else 1, number):
+            with tokenizing_threads() as started:
+                found.append((train(*small, f"dataset.{key}={one}", *words, FRESH).losses, len(started)))
+        return found[0] == (found[1][0], 0) and found[1][1] == number
+
+    return row
 
 
 def blocks_in_flight(train, small):
@@ -369,6 +384,7 @@ def anomalies(train, small):
 
 UNPACKED = "datacollator.pack_sequences=false"
 STREAM = "dataset.streaming=true"
+FRESH = "dataset.force_redownload=true"
 TOKENS = ["dataset.pre_tokenize=true"]
 BEST = [
     "trainer.eval_steps=1",
@@ -428,11 +444,11 @@ ROWS = {
     "dataset.train_split": two_files("train"),
     "dataset.eval_split": two_files("eval"),
     "dataset.validation_split": losses("dataset.validation_split=0.4"),
-    "dataset.num_workers": printed("1 tokenising processes", "dataset.num_workers=1"),
+    "dataset.num_workers": num_threads("num_workers", 1),
     "dataset.pin_memory": printed("dataset.pin_memory is for CUDA", "dataset.pin_memory=true"),
     "dataset.persistent_workers": workers_restart,
     "dataset.prefetch_factor": blocks_in_flight,
-    "dataset.num_proc": printed("tokenised by 1 processes", "dataset.num_proc=1", *TOKENS),
+    "dataset.num_proc": num_threads("num_proc", 2, *TOKENS),
     "dataset.shuffle_buffer_size": losses("dataset.shuffle_buffer_size=0", STREAM),
     "dataset.pre_tokenize": printed("tokenised beforehand", *TOKENS),
     "dataset.pre_tokenize_output": refused("without dataset.pre_tokenize", "dataset.pre_tokenize_output=x"),
