@@ -17,7 +17,7 @@ from mteb_rows import MTEB_ROWS
 from safetensors.torch import load_file
 
 from neobert.config.load import load_config
-from neobert.config.reference import known_keys
+from neobert.config.reference import known_keys, value_of
 from neobert.data.order import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
@@ -285,8 +285,17 @@ def stage_counts(train, small):
 
 
 def resumes(train, small):
-    train(*small, "trainer.save_steps=3")
-    return "resuming from" in train(*small, "trainer.resume_from_checkpoint=3").printed
+    """The rows of the log up to the checkpoint are those of the first run, with its times; the others are new."""
+    first = train(*small, "trainer.save_steps=3").train
+    second = train(*small, "trainer.resume_from_checkpoint=3").train
+    return [a == b for a, b in zip(first, second, strict=True)] == [True] * 3 + [False] * 3
+
+
+def ends_with_the_best(train, small):
+    """The last evaluation is that of the best weights, which are not the last."""
+    words = [*small, "trainer.load_best_model_at_end=true", "trainer.save_strategy=best", *BEST[:1], *BEST[2:]]
+    found = [row["eval_loss"] for row in train(*words).eval]
+    return len(found) == 13 and found[-1] == min(found) < found[-2]
 
 
 def refuses_to_overwrite(train, small):
@@ -295,9 +304,24 @@ def refuses_to_overwrite(train, small):
 
 
 def tokenises_again(train, small):
-    train(*small, *TOKENS)
-    again, forced = (train(*small, *TOKENS, *words).printed for words in ([], ["dataset.force_redownload=true"]))
-    return "tokens found" in again and "tokenised by" in forced
+    """The file of tokens stays, or is made anew."""
+    runs = (train(*small, *TOKENS, *words) for words in ([], [], ["dataset.force_redownload=true"]))
+    first, again, forced = ((run.folder / "tokenized/train/tokens-00000.bin").stat().st_mtime_ns for run in runs)
+    return first == again < forced
+
+
+def padded_to_the_longest(train, small):
+    lengths = []
+    for words in (["tokenizer.padding=longest"], []):
+        loader = data_of(small, UNPACKED, *words).train
+        lengths.append(next(loader).input_ids.shape[1])
+        loader.close()
+    return lengths[0] < lengths[1] == 64
+
+
+def acts_as(key, value, *words):
+    """The key that a word acts as has this value."""
+    return lambda train, small: value_of(load_config([], [*small, *words]).config, key) == value
 
 
 def evaluates_fewer_rows(train, small):
@@ -413,7 +437,11 @@ ROWS = {
     "model.max_position_embeddings": refused(
         "longer than model.max_position_embeddings", "model.max_position_embeddings=32"
     ),
-    "model.vocab_size": printed("9,024 tokens", "model.vocab_size=9000"),
+    "model.vocab_size": observed(
+        lambda run: json.loads((run.folder / f"checkpoints/{run.steps[-1]}/config.json").read_text())["vocab_size"],
+        9024,
+        "model.vocab_size=9000",
+    ),
     "model.hidden_act": losses("model.hidden_act=gelu"),
     "model.dropout_prob": losses("model.dropout_prob=0.2"),
     "model.norm_eps": losses("model.norm_eps=0.5"),
@@ -433,7 +461,7 @@ ROWS = {
     ),
     "tokenizer.path": refused("tokenizer.path: no folder at 'absent'", "tokenizer.path=absent"),
     "tokenizer.max_length": losses("tokenizer.max_length=9"),
-    "tokenizer.padding": printed("as long as the longest of their batch", "tokenizer.padding=longest", UNPACKED),
+    "tokenizer.padding": padded_to_the_longest,
     "tokenizer.truncation": losses("tokenizer.truncation=false", UNPACKED, "tokenizer.max_length=9"),
     "tokenizer.vocab_size": refused("expected 500, but the tokenizer has 8192", "tokenizer.vocab_size=500"),
     "dataset.name": noted("wins over dataset.name 'squad'", "dataset.name=squad"),
@@ -450,7 +478,9 @@ ROWS = {
     "dataset.prefetch_factor": blocks_in_flight,
     "dataset.num_proc": num_threads("num_proc", 2, *TOKENS),
     "dataset.shuffle_buffer_size": losses("dataset.shuffle_buffer_size=0", STREAM),
-    "dataset.pre_tokenize": printed("tokenised beforehand", *TOKENS),
+    "dataset.pre_tokenize": observed(
+        lambda run: (run.folder / "tokenized/train/manifest.json").is_file(), True, *TOKENS
+    ),
     "dataset.pre_tokenize_output": refused("without dataset.pre_tokenize", "dataset.pre_tokenize_output=x"),
     "dataset.cache_dir": cached,
     "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
@@ -519,7 +549,7 @@ ROWS = {
         lambda run: run.steps, [6], "trainer.max_ckpt=1", "trainer.save_steps=2", "trainer.eval_steps=6"
     ),
     "trainer.disable_tqdm": bars,
-    "trainer.dataloader_num_workers": noted("acts as dataset.num_workers: 3", "trainer.dataloader_num_workers=3"),
+    "trainer.dataloader_num_workers": acts_as("dataset.num_workers", 3, "trainer.dataloader_num_workers=3"),
     "trainer.engine": printed("trainer.engine: fsdp2 is for several processes", "trainer.engine=fsdp2"),
     "trainer.deepspeed_config_file": refused(
         "absent.json: No such file", "trainer.deepspeed_config_file=absent.json", "trainer.engine=deepspeed"
@@ -529,18 +559,12 @@ ROWS = {
         [choose_device(use_cpu, True) for use_cpu in (True, False)] == ["cpu", "cuda"]
     ),
     "trainer.report_to": refused("no tracker 'nowhere'", "trainer.report_to=[nowhere]"),
-    "trainer.train_batch_size": noted("acts as trainer.per_device_train_batch_size: 2", "trainer.train_batch_size=2"),
-    "trainer.eval_batch_size": noted("acts as trainer.per_device_eval_batch_size: 3", "trainer.eval_batch_size=3"),
+    "trainer.train_batch_size": acts_as("trainer.per_device_train_batch_size", 2, "trainer.train_batch_size=2"),
+    "trainer.eval_batch_size": acts_as("trainer.per_device_eval_batch_size", 3, "trainer.eval_batch_size=3"),
     "trainer.early_stopping": observed(lambda run: run.state.step < 12, True, "trainer.early_stopping=2", *BEST),
     "trainer.metric_for_best_model": refused("no metric 'speed'", "trainer.metric_for_best_model=speed"),
     "trainer.greater_is_better": best_accuracies,
-    "trainer.load_best_model_at_end": printed(
-        "loading the best checkpoint",
-        "trainer.load_best_model_at_end=true",
-        "trainer.save_strategy=best",
-        *BEST[:1],
-        *BEST[2:],
-    ),
+    "trainer.load_best_model_at_end": ends_with_the_best,
     "trainer.save_model": observed(lambda run: run.steps, [], "trainer.save_model=false"),
     "scheduler.name": losses("scheduler.name=linear"),
     "scheduler.warmup_steps": losses("scheduler.warmup_steps=4"),
