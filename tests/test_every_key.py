@@ -303,6 +303,11 @@ def refuses_to_overwrite(train, small):
     return refused("holds a run", "trainer.overwrite_output_dir=false")(train, small)
 
 
+def tokenises_beforehand(train, small):
+    found = [(train(*small, *words).folder / "tokenized/train/manifest.json").is_file() for words in ([], TOKENS)]
+    return found == [False, True]
+
+
 def tokenises_again(train, small):
     """The file of tokens stays, or is made anew."""
     runs = (train(*small, *TOKENS, *words) for words in ([], [], ["dataset.force_redownload=true"]))
@@ -478,9 +483,7 @@ ROWS = {
     "dataset.prefetch_factor": blocks_in_flight,
     "dataset.num_proc": num_threads("num_proc", 2, *TOKENS),
     "dataset.shuffle_buffer_size": losses("dataset.shuffle_buffer_size=0", STREAM),
-    "dataset.pre_tokenize": observed(
-        lambda run: (run.folder / "tokenized/train/manifest.json").is_file(), True, *TOKENS
-    ),
+    "dataset.pre_tokenize": tokenises_beforehand,
     "dataset.pre_tokenize_output": refused("without dataset.pre_tokenize", "dataset.pre_tokenize_output=x"),
     "dataset.cache_dir": cached,
     "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
