@@ -1,5 +1,6 @@
 # make quickstart   an encoder trained on the text that ships with the project
 # make test         the tests
+# make test-extras  the tests that need DeepSpeed
 # make check        format, lint, types, tests
 # make bench        every benchmark; rewrites benchmarks/RESULTS.md
 #
@@ -10,9 +11,10 @@ TORCH ?= torch==2.13.0
 PYTEST := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+EXTRAS_PIP := $(subst .venv,.venv-extras,$(PIP))
 RUN := outputs/quickstart
 
-.PHONY: quickstart test check format docs bench clean
+.PHONY: quickstart test test-extras check format docs bench clean
 
 quickstart: .venv/.installed
 	$(BIN)/neobert pretrain configs/pretraining/quickstart.yaml
@@ -23,6 +25,9 @@ quickstart: .venv/.installed
 
 test: .venv/.installed-dev
 	$(PYTEST)
+
+test-extras: .venv-extras/.installed
+	.venv-extras/bin/python -m pytest tests/test_deepspeed.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -54,5 +59,14 @@ bench: .venv/.installed
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
+# DeepSpeed is built behind torch, and Accelerate imports it wherever it is installed: an environment of its own, on top of .venv.
+.venv-extras/.installed: .venv/.installed-dev
+	$(BIN)/python -m venv .venv-extras
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-extras/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(EXTRAS_PIP) "setuptools>=77" wheel
+	$(EXTRAS_PIP) --no-build-isolation deepspeed
+	@touch $@
+
 clean:
-	rm -rf .venv outputs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-extras outputs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

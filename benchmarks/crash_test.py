@@ -1,9 +1,13 @@
-"""SIGKILL at uniformly random times of a run that trains, evaluates and saves: everything in its folder is readable, and
-resumed it equals the run that was not killed, to the bit.
+"""SIGKILL at uniformly random times of a run that trains, evaluates and saves: nothing of it stays, everything in its folder is
+readable, and resumed it equals the run that was not killed, to the bit.
 
 A trial is a run that is killed once, at a time drawn uniformly over the length of an uninterrupted run, from its first
-instruction on; then it is resumed. Compared are the final weights and every loss of training and evaluation. Trials are forks
-of a process that has imported everything, so that most of their time is training.
+instruction on; then it is resumed. Compared are the final weights and every loss of training and evaluation. The run has what
+carries state: a mixture of two streams, tokenising threads, MuonClip whose clip acts, dropout, a masking rate that falls, a
+schedule with three phases, checkpoints written in the background.
+
+With `--nproc 2` it is the launcher with two processes (gloo), and SIGKILL hits the launcher, one process, or all of them.
+Trials are forks of a process that has imported everything, so that most of their time is training.
 """
 
 import json
@@ -13,51 +17,109 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from _bench import TEXT, TOKENIZER, arguments, bar, finish, table
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError
+from neobert.launched import end_with_launcher
 from neobert.tasks import pretraining
+from neobert.tasks.launch import Launch, launch
 from neobert.training.checkpoint import list_steps, verify_checkpoint
 
-STEPS = 40
+STEPS, PATIENCE_SECONDS = 36, 30.0
 WORDS = [
     "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.intermediate_size=128",
-    "model.dropout_prob=0.1", "model.max_position_embeddings=128", "dataset.max_seq_length=128", "dataset.num_workers=0",
-    f"dataset.path={TEXT}", f"tokenizer.path={TOKENIZER}", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1",
-    "trainer.eval_steps=4", "trainer.eval_max_batches=4", "trainer.save_steps=3", "scheduler.warmup_steps=5",
-    "datacollator.pack_sequences=true", f"trainer.max_steps={STEPS}", "dataset.shuffle_buffer_size=200",
-    "trainer.resume_from_checkpoint=latest", "trainer.disable_tqdm=true", "trainer.save_total_limit=2",
+    "model.dropout_prob=0.1", "model.max_position_embeddings=128", "dataset.max_seq_length=64", "dataset.num_workers=1",
+    "dataset.streaming=true", "dataset.shuffle_buffer_size=200", f"tokenizer.path={TOKENIZER}",
+    "datacollator.pack_sequences=true", "datacollator.mlm_probability=0.3", "datacollator.mlm_probability_final=0.15",
+    "optimizer.name=muonclip", "optimizer.muon_config.clipping_threshold=0.0001", "optimizer.muon_config.clipping_interval=2",
+    "scheduler.name=wsd", "scheduler.warmup_steps=5", "scheduler.wsd_decay_percent=30", f"trainer.max_steps={STEPS}",
+    "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.eval_steps=4", "trainer.eval_max_batches=4",
+    "trainer.per_device_eval_batch_size=4", "optimizer.lr=1e-3", "trainer.save_steps=3",
+    "trainer.save_total_limit=2", "trainer.resume_from_checkpoint=latest",
+    "trainer.use_cpu=true", "trainer.disable_tqdm=true",
 ]  # fmt: skip
 
 
-def start(folder: Path) -> int:
-    """Train in a fork, from the newest checkpoint where there is one; returns its pid."""
+def train(folder: Path) -> None:
+    """The run, in this process or in this one of several, from the newest checkpoint where there is one."""
+    end_with_launcher()
+    mixture = f"dataset.mixture=[{{path: {TEXT}, weight: 2}}, {{path: {TEXT}/validation.txt, weight: 1}}]"
+    finished = pretraining.run(load_config([], [*WORDS, mixture, f"trainer.output_dir={folder}"]))
+    assert not finished.exit_code
+
+
+def start(folder: Path, nproc: int) -> int:
+    """Train in forks, which have a process group and a directory for temporary files of their own; returns its number."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            code = pretraining.run(load_config([], [*WORDS, f"trainer.output_dir={folder}"])).exit_code
+        os.setpgid(0, 0)
+        log = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        tempfile.tempdir = str(folder.parent / "tmp")
+        os.makedirs(tempfile.tempdir, exist_ok=True)
+        if nproc > 1:
+            code = launch(lambda: train(folder), Launch(nproc), True)
+        else:
+            train(folder)
+            code = 0
+    except BaseException:  # noqa: BLE001, the parent sees the log
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(code)
 
 
-def complete(folder: Path) -> float:
+def complete(folder: Path, nproc: int) -> float:
     """Train to the end; returns the seconds it took."""
     begin = time.perf_counter()
-    _, status = os.waitpid(start(folder), 0)
+    _, status = os.waitpid(start(folder, nproc), 0)
     if status:
-        sys.exit(f"a run in {folder} ended with status {status}")
+        sys.exit(f"a run in {folder} ended with status {status}:\n{(folder.parent / 'log.txt').read_text()[-3000:]}")
     return time.perf_counter() - begin
+
+
+def kill(pid: int, victim: str) -> float:
+    """SIGKILL to the launcher (or the only process), to one of its processes, or to all; the seconds until none is left."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if victim == "process" else []
+    begin = time.perf_counter()
+    if victim == "all":
+        os.killpg(pid, signal.SIGKILL)
+    else:
+        os.kill(int(random.choice(children)) if children else pid, signal.SIGKILL)
+    while alive(pid) and time.perf_counter() - begin < 2 * PATIENCE_SECONDS:
+        time.sleep(0.02)
+    seconds = time.perf_counter() - begin
+    for left in alive(pid):
+        os.kill(left, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return seconds
+
+
+def alive(group: int) -> list[int]:
+    """The processes of a process group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(of_group) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
 
 
 def outcome(folder: Path) -> tuple[bytes, dict[tuple[str, int], float]]:
@@ -89,31 +151,56 @@ def look(folder: Path) -> tuple[bool, str]:
     return True, at
 
 
-def main() -> None:
-    options = arguments(__doc__, kills={"type": int, "default": 200}, seed={"type": int, "default": 0})
-    kills, draw = 10 if options.quick else options.kills, random.Random(options.seed)
-    seen: Counter[str] = Counter()
-    num_readable = num_equal = 0
+def whole_run(nproc: int) -> tuple[float, tuple[bytes, dict[tuple[str, int], float]]]:
+    """(seconds, outcome) of the run that nobody kills. Its clip has to act."""
     with tempfile.TemporaryDirectory() as name:
-        complete(Path(name) / "warm")
-        seconds = complete(Path(name) / "whole")
-        wanted = outcome(Path(name) / "whole")
+        complete(Path(name) / "warm", nproc)
+        seconds = complete(Path(name) / "whole", nproc)
+        rows = [json.loads(line) for line in (Path(name) / "whole/metrics.jsonl").read_text().splitlines()]
+        assert sum(row.get("qk_clipped_heads", 0) for row in rows) > STEPS
+        return seconds, outcome(Path(name) / "whole")
+
+
+def main() -> None:
+    options = arguments(
+        __doc__,
+        kills={"type": int, "default": 100},
+        nproc={"type": int, "default": 1},
+        seed={"type": int, "default": 0},
+    )
+    kills, nproc, draw = (
+        10 // options.nproc if options.quick else options.kills,
+        options.nproc,
+        random.Random(options.seed),
+    )
+    victims = ["launcher", "process", "all"] if nproc > 1 else ["all"]
+    seen: Counter[tuple[str, str]] = Counter()
+    num_readable = num_equal = num_left = 0
+    longest = 0.0
+    seconds, wanted = whole_run(nproc)
     for _ in range(kills):
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name) / "out"
-            pid = start(folder)
-            time.sleep(draw.uniform(0, seconds))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            folder, victim = Path(name) / "out", draw.choice(victims)
+            pid, at_second = start(folder, nproc), draw.uniform(0, seconds)
+            time.sleep(at_second)
+            longest = max(longest, kill(pid, victim))
             readable, at = look(folder)
-            seen[at] += 1
+            seen[at, victim if nproc > 1 else "process"] += 1
             num_readable += readable
-            complete(folder)
-            num_equal += outcome(folder) == wanted
-    table([("killed while", "times"), *((at, str(count)) for at, count in seen.most_common())])
+            num_left += bool(list((Path(name) / "tmp").glob("*")))
+            complete(folder, nproc)
+            equal = outcome(folder) == wanted
+            num_equal += equal
+            print(
+                f"{victim} killed after {at_second:.2f} s, {at}: {'equal' if equal else 'DIFFERENT'}", file=sys.stderr
+            )
+    table([("killed while", "killed", "times"), *((*which, str(count)) for which, count in seen.most_common())])
     print(f"{kills} kills over {seconds:.2f} s of {STEPS} steps; {num_equal} equal to the bit, {num_readable} readable")
-    bar("crash_test_equal", num_equal / kills, 1.0)
-    bar("crash_test_readable", num_readable / kills, 1.0)
+    name = "crash_test" if nproc == 1 else f"crash_test_{nproc}"
+    bar(f"{name}_equal", num_equal / kills, 1.0)
+    bar(f"{name}_readable", num_readable / kills, 1.0)
+    bar(f"{name}_seconds_until_none_is_left", longest, PATIENCE_SECONDS, at_most=True)
+    bar(f"{name}_left_temporary_files", num_left, 0, at_most=True)
     finish()
 
 

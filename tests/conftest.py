@@ -8,6 +8,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import json
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,23 @@ def run_neobert(*arguments, timeout=120, env=None, cwd=ROOT):
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         cwd=cwd,
     )
+
+
+@contextmanager
+def tokenizing_threads():
+    """A list that grows by the name of each thread that is started inside to tokenise."""
+    names = []
+
+    def started(frame, event, argument):
+        sys.setprofile(None)
+        if threading.current_thread().name.startswith("tokenise"):
+            names.append(threading.current_thread().name)
+
+    threading.setprofile(started)
+    try:
+        yield names
+    finally:
+        threading.setprofile(None)
 
 
 @pytest.fixture

@@ -112,28 +112,24 @@ def threads(train, small):
     return counts == [0, 3]
 
 
-def processes(train, small):
-    """More rows than one process takes are tokenised by several, to the same ids."""
-    from conftest import TOKENIZER
+def tokenized_by_threads(train, small):
+    """More rows than one thread takes are tokenised by several, to the same ids."""
+    from conftest import TOKENIZER, tokenizing_threads
 
     from neobert.data.tokenizer import load_tokenizer
 
     texts = ([f"the congress met {n} times" for n in range(40)],)
-    made, before = [], classification.ROWS_PER_PROCESS
-    start_workers, started = classification.start_workers, []
-
-    def counted(number):
-        started.append(number)
-        return start_workers(number)
-
-    classification.ROWS_PER_PROCESS, classification.start_workers = 20, counted
+    made, counts, before = [], [], classification.ROWS_PER_THREAD
+    classification.ROWS_PER_THREAD = 20
     try:
         for number in (1, 2):
             tokenizer = load_tokenizer("", str(TOKENIZER))
-            made.append(classification.tokenize_rows(tokenizer, texts, None, 32, True, number, "made"))
+            with tokenizing_threads() as started:
+                made.append(classification.tokenize_rows(tokenizer, texts, None, 32, True, number, "made"))
+            counts.append(len(started))
     finally:
-        classification.ROWS_PER_PROCESS, classification.start_workers = before, start_workers
-    return started == [2] and [r.tolist() for r in made[0].ids] == [r.tolist() for r in made[1].ids]
+        classification.ROWS_PER_THREAD = before
+    return counts[0] == 0 < counts[1] and [r.tolist() for r in made[0].ids] == [r.tolist() for r in made[1].ids]
 
 
 def from_transformers(train, small):
@@ -166,7 +162,7 @@ GLUE_ROWS = {
     "model.classifier_init_range": head_spread("model"),
     "glue.transfer_from_task": transfers,
     "glue.num_workers": threads,
-    "glue.preprocessing_num_proc": processes,
+    "glue.preprocessing_num_proc": tokenized_by_threads,
     "glue.pooling": changes_losses("glue.pooling=mean"),
     "glue.group_by_length": changes_losses("glue.group_by_length=true", "trainer.per_device_train_batch_size=5"),
     "model.from_hub": from_transformers,

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TEXT, TINY, TOKENIZER, hub_cache
+from conftest import TEXT, TINY, TOKENIZER, hub_cache, tokenizing_threads
 from contrastive_rows import CONTRASTIVE_ROWS
 from glue_rows import GLUE_ROWS
 from mteb_rows import MTEB_ROWS
 from safetensors.torch import load_file
 
 from neobert.config.load import load_config
-from neobert.config.reference import known_keys
+from neobert.config.reference import known_keys, value_of
 from neobert.data.order import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
@@ -188,19 +188,34 @@ def hub_variants(train, small):
 
 
 def workers_restart(train, small):
-    """Without `persistent_workers`, other processes tokenise in every epoch."""
+    """Without `persistent_workers`, other threads tokenise in every epoch."""
     seen = {}
     for value in ("true", "false"):
         words = ["dataset.num_workers=1", f"dataset.persistent_workers={value}", STREAM]
-        pipeline, processes = data_of(small, *words).train.pipeline, set()
-        batches = pipeline.batches()
-        for _ in range(30):  # several epochs
-            next(batches)
-            processes.update(pipeline.workers.pool._processes if pipeline.workers.pool else ())
-        pipeline.workers.close()
-        seen[value] = len(processes)
+        pipeline = data_of(small, *words).train.pipeline
+        with tokenizing_threads() as started:
+            batches = pipeline.batches()
+            for _ in range(30):  # several epochs
+                next(batches)
+            pipeline.workers.close()
+        seen[value] = len(started)
 
     return seen["true"] == 1 < seen["false"]
+
+
+def num_threads(key, number, *words):
+    """So many threads tokenise, and where one is enough, or none, the training process does it alone."""
+
+    def row(train, small):
+        with open(small[0].removeprefix("dataset.path=") + "/train.txt", "w") as file:
+            file.writelines(f"the congress met for the {n}th time to speak about peace\n" * 9 for n in range(9000))
+        found = []
+        for one in (0 if key == "num_workers" else 1, number):
+            with tokenizing_threads() as started:
+                found.append((train(*small, f"dataset.{key}={one}", *words, FRESH).losses, len(started)))
+        return found[0] == (found[1][0], 0) and found[1][1] == number
+
+    return row
 
 
 def blocks_in_flight(train, small):
@@ -281,8 +296,10 @@ def stage_counts(train, small):
 
 
 def resumes(train, small):
-    train(*small, "trainer.save_steps=3")
-    return "resuming from" in train(*small, "trainer.resume_from_checkpoint=3").printed
+    """The rows of the log up to the checkpoint are those of the first run, with its times; the others are new."""
+    first = train(*small, "trainer.save_steps=3").train
+    second = train(*small, "trainer.resume_from_checkpoint=3").train
+    return [a == b for a, b in zip(first, second, strict=True)] == [True] * 3 + [False] * 3
 
 
 def refuses_to_overwrite(train, small):
@@ -290,10 +307,30 @@ def refuses_to_overwrite(train, small):
     return refused("holds a run", "trainer.overwrite_output_dir=false")(train, small)
 
 
+def tokenises_beforehand(train, small):
+    found = [(train(*small, *words).folder / "tokenized/train/manifest.json").is_file() for words in ([], TOKENS)]
+    return found == [False, True]
+
+
 def tokenises_again(train, small):
-    train(*small, *TOKENS)
-    again, forced = (train(*small, *TOKENS, *words).printed for words in ([], ["dataset.force_redownload=true"]))
-    return "tokens found" in again and "tokenised by" in forced
+    """The file of tokens stays, or is made anew."""
+    runs = (train(*small, *TOKENS, *words) for words in ([], [], ["dataset.force_redownload=true"]))
+    first, again, forced = ((run.folder / "tokenized/train/tokens-00000.bin").stat().st_mtime_ns for run in runs)
+    return first == again < forced
+
+
+def padded_to_the_longest(train, small):
+    lengths = []
+    for words in (["tokenizer.padding=longest"], []):
+        loader = data_of(small, UNPACKED, *words).train
+        lengths.append(next(loader).input_ids.shape[1])
+        loader.close()
+    return lengths[0] < lengths[1] == 64
+
+
+def acts_as(key, value, *words):
+    """The key that a word acts as has this value."""
+    return lambda train, small: value_of(load_config([], [*small, *words]).config, key) == value
 
 
 def evaluates_fewer_rows(train, small):
@@ -380,6 +417,7 @@ def anomalies(train, small):
 
 UNPACKED = "datacollator.pack_sequences=false"
 STREAM = "dataset.streaming=true"
+FRESH = "dataset.force_redownload=true"
 TOKENS = ["dataset.pre_tokenize=true"]
 BEST = [
     "trainer.eval_steps=1",
@@ -408,7 +446,11 @@ ROWS = {
     "model.max_position_embeddings": refused(
         "longer than model.max_position_embeddings", "model.max_position_embeddings=32"
     ),
-    "model.vocab_size": printed("9,024 tokens", "model.vocab_size=9000"),
+    "model.vocab_size": observed(
+        lambda run: json.loads((run.folder / f"checkpoints/{run.steps[-1]}/config.json").read_text())["vocab_size"],
+        9024,
+        "model.vocab_size=9000",
+    ),
     "model.hidden_act": losses("model.hidden_act=gelu"),
     "model.dropout_prob": losses("model.dropout_prob=0.2"),
     "model.norm_eps": losses("model.norm_eps=0.5"),
@@ -428,7 +470,7 @@ ROWS = {
     ),
     "tokenizer.path": refused("tokenizer.path: no folder at 'absent'", "tokenizer.path=absent"),
     "tokenizer.max_length": losses("tokenizer.max_length=9"),
-    "tokenizer.padding": printed("as long as the longest of their batch", "tokenizer.padding=longest", UNPACKED),
+    "tokenizer.padding": padded_to_the_longest,
     "tokenizer.truncation": losses("tokenizer.truncation=false", UNPACKED, "tokenizer.max_length=9"),
     "tokenizer.vocab_size": observed(in_config("tokenizer", "vocab_size"), 8192, "tokenizer.vocab_size=500"),
     "dataset.name": noted("wins over dataset.name 'squad'", "dataset.name=squad"),
@@ -439,13 +481,13 @@ ROWS = {
     "dataset.train_split": two_files("train"),
     "dataset.eval_split": two_files("eval"),
     "dataset.validation_split": losses("dataset.validation_split=0.4"),
-    "dataset.num_workers": printed("1 tokenising processes", "dataset.num_workers=1"),
+    "dataset.num_workers": num_threads("num_workers", 1),
     "dataset.pin_memory": printed("dataset.pin_memory is for CUDA", "dataset.pin_memory=true"),
     "dataset.persistent_workers": workers_restart,
     "dataset.prefetch_factor": blocks_in_flight,
-    "dataset.num_proc": printed("tokenised by 1 processes", "dataset.num_proc=1", *TOKENS),
+    "dataset.num_proc": num_threads("num_proc", 2, *TOKENS),
     "dataset.shuffle_buffer_size": losses("dataset.shuffle_buffer_size=0", STREAM),
-    "dataset.pre_tokenize": printed("tokenised beforehand", *TOKENS),
+    "dataset.pre_tokenize": tokenises_beforehand,
     "dataset.pre_tokenize_output": tokens_elsewhere,
     "dataset.cache_dir": cached,
     "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
@@ -514,7 +556,7 @@ ROWS = {
         lambda run: run.steps, [6], "trainer.max_ckpt=1", "trainer.save_steps=2", "trainer.eval_steps=6"
     ),
     "trainer.disable_tqdm": bars,
-    "trainer.dataloader_num_workers": noted("acts as dataset.num_workers: 3", "trainer.dataloader_num_workers=3"),
+    "trainer.dataloader_num_workers": acts_as("dataset.num_workers", 3, "trainer.dataloader_num_workers=3"),
     "trainer.engine": printed("trainer.engine: fsdp2 is for several processes", "trainer.engine=fsdp2"),
     "trainer.deepspeed_config_file": refused(
         "absent.json: No such file", "trainer.deepspeed_config_file=absent.json", "trainer.engine=deepspeed"
@@ -524,8 +566,8 @@ ROWS = {
         [choose_device(use_cpu, True) for use_cpu in (True, False)] == ["cpu", "cuda"]
     ),
     "trainer.report_to": refused("no tracker 'nowhere'", "trainer.report_to=[nowhere]"),
-    "trainer.train_batch_size": noted("acts as trainer.per_device_train_batch_size: 2", "trainer.train_batch_size=2"),
-    "trainer.eval_batch_size": noted("acts as trainer.per_device_eval_batch_size: 3", "trainer.eval_batch_size=3"),
+    "trainer.train_batch_size": acts_as("trainer.per_device_train_batch_size", 2, "trainer.train_batch_size=2"),
+    "trainer.eval_batch_size": acts_as("trainer.per_device_eval_batch_size", 3, "trainer.eval_batch_size=3"),
     "trainer.early_stopping": observed(lambda run: run.state.step < 12, True, "trainer.early_stopping=2", *BEST),
     "trainer.metric_for_best_model": refused("no metric 'speed'", "trainer.metric_for_best_model=speed"),
     "trainer.greater_is_better": best_accuracies,

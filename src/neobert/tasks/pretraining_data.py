@@ -200,7 +200,7 @@ def _describe_workers(pipeline: Pipeline, sources: list[Source]) -> str:
     if all(source.is_tokenized for source in sources):
         return "tokenised beforehand"
     count = pipeline.workers.count
-    return f"tokenised by {count} threads" if count else "tokenised as it is read"
+    return f"tokenised by {count} thread{'s' if count > 1 else ''}" if count else "tokenised as it is read"
 
 
 def _describe_rows(config: Config) -> str:
