@@ -321,6 +321,16 @@ def test_a_full_disk_while_saving(tmp_path, empty_config):
     assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == []
 
 
+def test_a_full_disk_while_logging(tmp_path, empty_config):
+    """metrics.jsonl is a device that is always full: one line, exit code 2."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").symlink_to("/dev/full")
+    words = [*TINY, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
+    result = run_neobert("run", empty_config, *words)
+    assert (result.returncode, result.stderr) == (2, f"error: {out / 'metrics.jsonl'}: the disk is full\n")
+
+
 def test_help_teaches_without_torch():
     code = (
         "import sys; from neobert.cli import app\n"

@@ -130,7 +130,9 @@ class TrainerConfig(Section):
     greater_is_better: bool = key(
         True, "Whether a larger metric is better; for `loss` and `perplexity` smaller always is.", "the best checkpoint"
     )
-    load_best_model_at_end: bool = key(False, "End with the weights of the best checkpoint, which `latest` then means.", "the final weights")
+    load_best_model_at_end: bool = key(
+        False, "End with the weights of the best checkpoint, which `latest` then means.", "the final weights"
+    )
     save_model: bool = key(True, "Save the final weights at the end of the run.", "the last checkpoint")
 
 
