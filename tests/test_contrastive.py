@@ -169,7 +169,7 @@ def test_it_learns(loss_type, tmp_path, capsys):
 
 def test_starts_from_a_run_evaluates_and_embeds(tmp_path, capsys):
     """Scores and pairs held out; the checkpoint is one of transformers', and `embed` gives the vectors of its encoder."""
-    pytest.importorskip("sentence_transformers")
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
     source = pretrain_tiny(tmp_path / "pretrained", "model.hidden_size=64")
     write_rows(tmp_path / "pairs/train.jsonl", made_pairs())
     write_rows(tmp_path / "pairs/validation.jsonl", made_pairs(12))
@@ -189,6 +189,9 @@ def test_starts_from_a_run_evaluates_and_embeds(tmp_path, capsys):
     embedder = load_embedder(str(finished.folder))
     texts = [row["anchor"] for row in made_pairs(9)] + ["peace " * 100]
     vectors = embedder.encode(texts, normalize=False)
+    theirs = SentenceTransformer(str(finished.folder / "checkpoints/4"), device="cpu")
+    assert np.allclose(theirs.encode(texts), embedder.encode(texts), atol=1e-5)
+    assert theirs.max_seq_length == embedder.max_length
     assert np.allclose(vectors, transformers_vectors(finished.folder / "checkpoints/4", texts, 128), atol=1e-5)
     path = write_rows(tmp_path / "texts.jsonl", [{"id": n, "body": text} for n, text in enumerate(texts)])
     for name in ("a.npy", "a.parquet"):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from neobert.config.load import load_config
 from neobert.tasks import pretraining
 from neobert.tasks.stopping import stop_signals
-from neobert.training.checkpoint import find_checkpoint, list_steps
+from neobert.training.checkpoint import checksum, find_checkpoint, list_steps, write_json
 from neobert.training.loop import Interrupt
 from neobert.training.metrics import read_metrics
 
@@ -95,6 +96,36 @@ def test_transformers_loads_the_checkpoint(run):
     assert difference.abs().max() <= 1e-5
     assert len(tokenizer) == theirs.config.vocab_size
     assert theirs.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_pipelines_open_a_checkpoint(run, tmp_path):
+    """`pipeline` and `SentenceTransformer`, by the checkpoint's folder; and tokenizers in folders of their own are read."""
+    from transformers import pipeline
+
+    from neobert.inference.embed import load_embedder
+    from neobert.inference.fill_mask import fill_masks
+    from neobert.inference.load import load_pretrained
+
+    folder, text = find_checkpoint(str(run[0])), "The Congress of the [MASK] States."
+    theirs = [one["token_str"] for one in pipeline("fill-mask", model=str(folder))(text, top_k=60)]
+    (guesses,) = fill_masks(str(folder), [text], 3)
+    ours = [token for token, _ in guesses.masks[0]]
+    assert [token for token in theirs if token in ours] == ours  # theirs has special tokens among them
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    difference = model.encode([text]) - load_embedder(str(folder)).encode([text], normalize=False)
+    assert abs(difference).max() < 1e-5
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    (older / "tokenizer").mkdir()
+    for path in older.glob("tokenizer*.json"):
+        path.rename(older / "tokenizer" / path.name)
+    state = json.loads((older / "state.json").read_text())
+    state["sha256"] = {
+        f"tokenizer/{name}" if name.startswith("tokenizer") else name: value for name, value in state["sha256"].items()
+    }
+    del state["checksum"]
+    write_json(older / "state.json", {**state, "checksum": checksum(state)})
+    assert len(load_pretrained(str(older))[1]) == len(load_pretrained(str(folder))[1])
 
 
 def test_fill_mask_and_report(run, tmp_path):
@@ -288,6 +319,16 @@ def test_a_full_disk_while_saving(tmp_path, empty_config):
     assert result.returncode == 2, result.stderr
     assert re.fullmatch(r"error: .*cannot save step 3: .*no checkpoint was written before\n", result.stderr)
     assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_while_logging(tmp_path, empty_config):
+    """metrics.jsonl is a device that is always full: one line, exit code 2."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").symlink_to("/dev/full")
+    words = [*TINY, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
+    result = run_neobert("run", empty_config, *words)
+    assert (result.returncode, result.stderr) == (2, f"error: {out / 'metrics.jsonl'}: the disk is full\n")
 
 
 def test_help_teaches_without_torch():

@@ -17,7 +17,7 @@ from neobert.data.classification import in_order
 from neobert.errors import UserError
 from neobert.tasks import glue, glue_suite
 from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
-from neobert.training.checkpoint import list_steps, verify_checkpoint
+from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
 
 DROPOUT = ["model.dropout_prob=0.1", "trainer.num_train_epochs=2"]
 
@@ -104,6 +104,7 @@ def test_the_best_epoch_is_the_result(local, tmp_path):
         *RANDOM,
         f"trainer.output_dir={tmp_path}",
         "optimizer.lr=0.03",
+        "seed=1",
     ]
     words += ["trainer.num_train_epochs=4", "trainer.eval_strategy=epoch", "trainer.load_best_model_at_end=true"]
     finished, result = run_glue(*words)
@@ -112,6 +113,14 @@ def test_the_best_epoch_is_the_result(local, tmp_path):
     assert {3, 6, 9} <= set(scores)  # evaluated at the end of every epoch, not a step later
     assert result["score"] == max(scores.values()) == scores[result["step"]]
     assert "best score" in result["protocol"]["selection"]
+    assert len([row for row in rows if row["kind"] == "eval"]) == len(scores)  # each step's numbers stand at that step
+    assert find_checkpoint(str(tmp_path)).name == str(result["step"]) != str(finished.state.step)
+    again, _ = run_glue(*words, "trainer.resume_from_checkpoint=latest")
+    assert again.values == finished.values
+    shutil.rmtree(tmp_path / f"checkpoints/{result['step']}")
+    again, result = run_glue(*words, "trainer.resume_from_checkpoint=latest")
+    assert result["step"] == again.state.step == again.step
+    assert result["score"] == scores[result["step"]]
 
 
 def test_a_killed_suite_finishes_with_the_same_table(pretrained, local, tmp_path):

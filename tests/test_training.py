@@ -247,6 +247,12 @@ def save_with_failures(rank, folder):
     ):
         save_checkpoint(root, big, team)
     assert rank or not list(root.glob(".*"))
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "result.json")
+
+    with pytest.raises(UserError, match="^result.json: the disk is full$"):
+        replace(RUNTIME, rank=rank, world_size=2).on_main(full)
     dist.destroy_process_group()
 
 

@@ -21,6 +21,7 @@ from neobert.errors import ConfigError, Problem, UserError
 
 LOCK = ".lock"
 BEAT_SECONDS, SILENT_SECONDS = 20.0, 300.0
+NAME_SECONDS = 2.0  # in which a process that has just got the lock has written its name
 
 
 class FolderLock:
@@ -31,7 +32,10 @@ class FolderLock:
         self.path, self.note = folder / LOCK, ""
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            is_held, holder = self._is_held(), self._read()
+            end = time.monotonic() + NAME_SECONDS
+            while (is_held := self._is_held()) and not self._is_named() and time.monotonic() < end:
+                time.sleep(0.01)
+            holder = self._read()
             if holder is not None:
                 name = f"process {holder['pid']} on {holder['host']}"
                 is_held = is_held or self._seems_alive(holder)
@@ -65,6 +69,13 @@ class FolderLock:
             return {"host": str(found["host"]), "pid": int(found["pid"]), **found}
         except (ValueError, KeyError, TypeError):
             return None  # empty, or being written
+
+    def _is_named(self) -> bool:
+        """Whether the holder that the kernel knows has written its name yet: what a dead one left is not it."""
+        holder = self._read()
+        return holder is not None and (
+            holder["host"] != os.uname().nodename or process_start(holder["pid"]) == holder.get("start")
+        )
 
     def _seems_alive(self, holder: dict[str, Any]) -> bool:
         """Of a holder that the kernel does not know."""
