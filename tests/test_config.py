@@ -302,22 +302,22 @@ def test_what_was_meant_is_said(tmp_path, text, path, words):
     assert words in problems(tmp_path, text)[path].message
 
 
-NOTHING_SET = "not set; "
+NOTHING_SET, NOTHING_THERE = "not set; ", "nothing at 'absent'"
 MISSING = {
     "pretraining": ("", {"dataset.path": NOTHING_SET, "tokenizer.path": NOTHING_SET}),
     "absent": (
         "dataset: {path: absent/*.txt}\ntokenizer: {path: absent}",
-        {"dataset.path": "absent/*.txt: no such", "tokenizer.path": "no folder at 'absent'"},
+        {"dataset.path": "nothing at 'absent/*.txt'", "tokenizer.path": "no folder at 'absent'"},
     ),
-    "mixture": ("dataset: {mixture: [{path: no}, {name: a/b}]}\ntokenizer: {name: x}", {"dataset.mixture.0.path": "no: no"}),
+    "mixture": ("dataset: {mixture: [{path: absent}, {name: a/b}]}\ntokenizer: {name: x}", {"dataset.mixture.0.path": NOTHING_THERE}),
     "named": ("dataset: {name: refinedweb}\ntokenizer: {name: bert-base-uncased}", {}),
     "glue": ("task: glue", {"glue.pretrained_checkpoint_dir": "no weights to start from"}),
     "random": ("task: glue\nglue: {allow_random_weights: true}", {"tokenizer.path": NOTHING_SET}),
     "contrastive": (
         "task: contrastive\ncontrastive: {pretrained_checkpoint_dir: absent}",
-        {"dataset.path": NOTHING_SET, "contrastive.pretrained_checkpoint_dir": "absent: no such"},
+        {"dataset.path": NOTHING_SET, "contrastive.pretrained_checkpoint_dir": NOTHING_THERE},
     ),
-    "mteb": ("task: mteb\nmteb_local_tasks: absent", {"mteb_local_tasks": "absent: no such", "trainer.output_dir": "no run"}),
+    "mteb": ("task: mteb\nmteb_local_tasks: absent", {"mteb_local_tasks": NOTHING_THERE, "trainer.output_dir": "no run"}),
 }  # fmt: skip
 
 
