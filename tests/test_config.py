@@ -309,7 +309,10 @@ MISSING = {
         "dataset: {path: absent/*.txt}\ntokenizer: {path: absent}",
         {"dataset.path": "nothing at 'absent/*.txt'", "tokenizer.path": "no folder at 'absent'"},
     ),
-    "mixture": ("dataset: {mixture: [{path: absent}, {name: a/b}]}\ntokenizer: {name: x}", {"dataset.mixture.0.path": NOTHING_THERE}),
+    "mixture": (
+        "dataset: {mixture: [{path: absent}, {name: a/b}]}\ntokenizer: {name: x}",
+        {"dataset.mixture.0.path": NOTHING_THERE},
+    ),
     "named": ("dataset: {name: refinedweb}\ntokenizer: {name: bert-base-uncased}", {}),
     "glue": ("task: glue", {"glue.pretrained_checkpoint_dir": "no weights to start from"}),
     "random": ("task: glue\nglue: {allow_random_weights: true}", {"tokenizer.path": NOTHING_SET}),
