@@ -215,6 +215,21 @@ def test_overrides_win_from_left_to_right(empty_config):
         parse_overrides(["--trainer.max_steps"])
 
 
+def test_lists_may_be_written_with_commas(empty_config):
+    words = ["--trainer.report_to", "wandb,tensorboard", "wandb.tags=2024", "--optimizer.betas", "0.9, 0.95"]
+    config = load_config([str(empty_config)], words).config
+    assert config.trainer.report_to == ["wandb", "tensorboard"]
+    assert config.wandb.tags == ["2024"]
+    assert config.optimizer.betas == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(("written", "expected"), [("true", "latest"), ("false", None), ("1", "1"), ("null", None)])
+def test_true_resumes_from_the_latest_checkpoint(written, expected, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"trainer: {{resume_from_checkpoint: {written}}}")
+    for words in ([str(tmp_path / "c.yaml")], []), ([], [f"trainer.resume_from_checkpoint={written}"]):
+        assert load_config(*words).config.trainer.resume_from_checkpoint == expected
+
+
 def test_files_are_layered_left_to_right(tmp_path):
     for name, steps in (("a", 1), ("b", 2)):
         (tmp_path / name).write_text(

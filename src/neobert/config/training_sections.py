@@ -70,7 +70,7 @@ class TrainerConfig(Section):
         True, "Compute logits at masked positions only; `false`: at all positions.", "memory; speed"
     )
     resume_from_checkpoint: Annotated[str | None, BeforeValidator(_selector)] = key(
-        None, "Continue from `latest`, a step number, or the path of a checkpoint.", "where the run starts"
+        None, "Continue from `latest` (or `true`), a step number, or the path of a checkpoint.", "where the run starts"
     )
     overwrite_output_dir: bool = key(
         True,
