@@ -215,6 +215,21 @@ def test_overrides_win_from_left_to_right(empty_config):
         parse_overrides(["--trainer.max_steps"])
 
 
+def test_lists_may_be_written_with_commas(empty_config):
+    words = ["--trainer.report_to", "wandb,tensorboard", "wandb.tags=2024", "--optimizer.betas", "0.9, 0.95"]
+    config = load_config([str(empty_config)], words).config
+    assert config.trainer.report_to == ["wandb", "tensorboard"]
+    assert config.wandb.tags == ["2024"]
+    assert config.optimizer.betas == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(("written", "expected"), [("true", "latest"), ("false", None), ("1", "1"), ("null", None)])
+def test_true_resumes_from_the_latest_checkpoint(written, expected, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"trainer: {{resume_from_checkpoint: {written}}}")
+    for words in ([str(tmp_path / "c.yaml")], []), ([], [f"trainer.resume_from_checkpoint={written}"]):
+        assert load_config(*words).config.trainer.resume_from_checkpoint == expected
+
+
 def test_files_are_layered_left_to_right(tmp_path):
     for name, steps in (("a", 1), ("b", 2)):
         (tmp_path / name).write_text(
@@ -302,22 +317,25 @@ def test_what_was_meant_is_said(tmp_path, text, path, words):
     assert words in problems(tmp_path, text)[path].message
 
 
-NOTHING_SET = "not set; "
+NOTHING_SET, NOTHING_THERE = "not set; ", "nothing at 'absent'"
 MISSING = {
     "pretraining": ("", {"dataset.path": NOTHING_SET, "tokenizer.path": NOTHING_SET}),
     "absent": (
         "dataset: {path: absent/*.txt}\ntokenizer: {path: absent}",
-        {"dataset.path": "absent/*.txt: no such", "tokenizer.path": "no folder at 'absent'"},
+        {"dataset.path": "nothing at 'absent/*.txt'", "tokenizer.path": "no folder at 'absent'"},
     ),
-    "mixture": ("dataset: {mixture: [{path: no}, {name: a/b}]}\ntokenizer: {name: x}", {"dataset.mixture.0.path": "no: no"}),
+    "mixture": (
+        "dataset: {mixture: [{path: absent}, {name: a/b}]}\ntokenizer: {name: x}",
+        {"dataset.mixture.0.path": NOTHING_THERE},
+    ),
     "named": ("dataset: {name: refinedweb}\ntokenizer: {name: bert-base-uncased}", {}),
     "glue": ("task: glue", {"glue.pretrained_checkpoint_dir": "no weights to start from"}),
     "random": ("task: glue\nglue: {allow_random_weights: true}", {"tokenizer.path": NOTHING_SET}),
     "contrastive": (
         "task: contrastive\ncontrastive: {pretrained_checkpoint_dir: absent}",
-        {"dataset.path": NOTHING_SET, "contrastive.pretrained_checkpoint_dir": "absent: no such"},
+        {"dataset.path": NOTHING_SET, "contrastive.pretrained_checkpoint_dir": NOTHING_THERE},
     ),
-    "mteb": ("task: mteb\nmteb_local_tasks: absent", {"mteb_local_tasks": "absent: no such", "trainer.output_dir": "no run"}),
+    "mteb": ("task: mteb\nmteb_local_tasks: absent", {"mteb_local_tasks": NOTHING_THERE, "trainer.output_dir": "no run"}),
 }  # fmt: skip
 
 

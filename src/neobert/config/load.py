@@ -106,9 +106,13 @@ def _override_layer(words: list[str]) -> YamlFile:
 
 
 def _override_value(name: str, text: str) -> Any:
-    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it."""
+    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it; lists of words or
+    numbers may also be written with commas alone."""
     value = parse_scalar(text)
     info = known_keys().get(name)
+    if info and info.type in ("list[str]", "list[float]") and isinstance(value, str | int | float):
+        parts = [part.strip() for part in text.split(",")]
+        return parts if info.type == "list[str]" else [parse_scalar(part) for part in parts]
     if info and not isinstance(value, str) and str in info.kinds and type(value) not in info.kinds:
         return text
     return value

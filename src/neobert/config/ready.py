@@ -109,4 +109,4 @@ def _missing_evaluation(config: Config) -> Iterator[Problem]:
 def _absent(key: str, path: str) -> Iterator[Problem]:
     is_there = "://" in path or Path(path).exists() or (has_magic(path) and next(iglob(path, recursive=True), None))
     if not is_there:
-        yield Problem(key, f"{path}: no such file or folder")
+        yield Problem(key, f"nothing at {path!r}")

@@ -72,8 +72,8 @@ class TrainerConfig(Section):
     )
     resume_from_checkpoint: Annotated[str | None, BeforeValidator(_selector)] = key(
         None,
-        "Continue from `latest` (the last step), a step number (later steps are moved to `previous/<n>`), or the path of a "
-        "checkpoint; one of another folder begins a new run in this one.",
+        "Continue from `latest` or `true` (the last step), a step number (later steps are moved to `previous/<n>`), or the "
+        "path of a checkpoint; one of another folder begins a new run in this one.",
         "where the run starts",
     )
     overwrite_output_dir: bool = key(
