@@ -74,7 +74,7 @@ def test_output_to_a_pipe_is_readable(run):
         "parameters",
         "step ",
         "evaluation at step 3",
-        "attention       buckets of documents",
+        "attention       sdpa",
         "waiting for data",
         "fill-mask",
     ):

@@ -256,12 +256,15 @@ def test_an_encoder_of_transformers_runs_under_the_same_protocol(local, tmp_path
     mnli, _ = run_glue(*words, "glue.task_name=mnli", f"trainer.output_dir={tmp_path / 'mnli'}")
     assert glue_predict.predict_run(load_config([str(mnli.folder / "config.yaml")]).config)[-1].name == "AX.tsv"
     transfer = ["glue.transfer_from_task=true", f"glue.pretrained_checkpoint_dir={mnli.folder}", "optimizer.lr=1e-12"]
+    transfer += ["trainer.mixed_precision=fp16"]
     rte, result = run_glue(*words, *transfer, "glue.task_name=rte", f"trainer.output_dir={tmp_path / 'rte'}")
     donor, own = (load_file(run.folder / "checkpoints/3/model.safetensors") for run in (mnli, rte))
     shared = [name for name in own if not name.startswith("classifier.")]
     assert len(shared) == len(own) - 2
     assert all(torch.allclose(own[name], donor[name], atol=1e-7) for name in shared)
     assert result["transferred_from"] == "mnli"
+    assert result["protocol"]["dropout"] == {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+    assert result["protocol"]["precision"] == "no"  # what ran
     from transformers import AutoModel
 
     _, found = AutoModel.from_pretrained(rte.folder / "checkpoints/3", output_loading_info=True)

@@ -3,13 +3,16 @@
 import pytest
 import torch
 from test_model import LENGTHS, build, packed_batch, unpacked
+from torch.distributed.utils import _to_kwargs
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EuroBertConfig, EuroBertModel
 
+from neobert.data.batch import Batch
 from neobert.errors import ConfigError
 from neobert.model.attention import Layout
 from neobert.model.layers import Attention
-from neobert.optim.qk_clip import QKClipSettings, clip_factors, largest_logits
-from neobert.tasks.qk_clip import QKClip, clip_metrics
+from neobert.optim.qk_clip import QKClipSettings, clip_factors, group_documents, largest_logits
+from neobert.tasks.qk_clip import QKClip, _real_documents, clip_metrics
 
 HEADS, WIDTH = 4, 8
 OUTLIERS = {0: {1: 3.0}, 2: {0: 2.0, 3: 4.0}}  # block -> head -> factor of its rows of q and k
@@ -319,7 +322,57 @@ def test_largest_logits_of_nothing():
     q = torch.randn(0, 2, 4)
     assert largest_logits(q, q, [], 8).tolist() == [-torch.inf] * 2
     q = torch.randn(3, 2, 4)
-    torch.testing.assert_close(largest_logits(q, q, [0, 3, 0], 2), torch.einsum("nhk,mhk->hnm", q, q).amax((1, 2)) / 2)
+    groups = group_documents([0, 3, 0], 2, q.device)
+    torch.testing.assert_close(largest_logits(q, q, groups, 2), torch.einsum("nhk,mhk->hnm", q, q).amax((1, 2)) / 2)
+
+
+@pytest.fixture
+def allow_tf32():
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class Products(TorchDispatchMode):
+    """Whether TF32 was allowed in each batched product that runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.tf32 = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default:
+            self.tf32.append(torch.backends.cuda.matmul.allow_tf32)
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_few_and_exact(allow_tf32):
+    """70 documents of 20 to 220 tokens and a long one: a product for about every 1,024 tokens, none of them in TF32."""
+    torch.manual_seed(0)
+    lengths = [*torch.randint(20, 220, (70,)).tolist(), 3000]
+    q, k = torch.randn(sum(lengths), 4, 8), torch.randn(sum(lengths), 2, 8)
+    with Products() as seen:
+        found = largest_logits(q, k, group_documents(lengths, 1024, q.device), 1024)
+    wanted = [
+        torch.einsum("nhk,mhk->hnm", a, b.repeat_interleave(2, 1)).amax((1, 2))
+        for a, b in zip(q.split(lengths), k.split(lengths), strict=True)
+    ]
+    torch.testing.assert_close(found, torch.stack(wanted).amax(0) / 8**0.5)
+    assert len(seen.tf32) <= 1.5 * sum(lengths) / 1024
+    assert not any(seen.tf32)
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
+def test_lengths_stay_on_the_host():
+    """Engines of several processes move every tensor of the inputs to the device ("meta"); what is to be clipped is found all the same."""
+    ids, labels, _ = packed_batch()
+    batch = Batch(ids, labels, None, tuple(n for row in LENGTHS for n in row), 1, 1, 0)
+    _, (inputs,) = _to_kwargs((), batch.inputs(), torch.device("meta"), False)
+    hidden = build().to("meta").model(inputs["input_ids"], document_lengths=inputs["document_lengths"])
+    assert hidden.last_hidden_state.device.type == "meta"
+    kept_N, lengths = _real_documents(inputs["input_ids"], inputs, None)
+    assert (kept_N, lengths) == (None, batch.document_lengths)
+    assert {group.device.type for group in group_documents(lengths, 64, inputs["input_ids"].device)} == {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,11 @@ class UserError(ValueError):
     """Base of all errors that a user can repair. The message says what, where, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong in a configuration: dotted path, what is wrong, and where it was written (file:line)."""

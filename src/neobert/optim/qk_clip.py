@@ -12,7 +12,9 @@ Maxima are of float32 products, over pairs of tokens of one document only, and a
 clipped by their own maxima would drift apart.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from neobert.optim.ownership import local
+
+GRANULARITY = 32  # documents whose lengths round up to the same multiple of this go through one product
 
 
 @dataclass(frozen=True)
@@ -47,20 +51,54 @@ class QKClipSettings:
         return update > self.warmup_steps and update % self.interval == 0
 
 
-@torch.no_grad()
-def largest_logits(q_NHK: Tensor, k_NGK: Tensor, lengths: Sequence[int], chunk_size: int) -> Tensor:
-    """Largest q.k / sqrt(K) of each head (H, float32) over pairs within documents of the given lengths; -inf without any.
+def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.device) -> list[Tensor]:
+    """Numbers of the tokens of documents that lie one after the other, n x T for n documents of about the same length.
 
-    At most H x `chunk_size` x (longest document) logits exist at a time.
+    Shorter documents repeat their last token, which adds no other logit. A group has about `chunk_size` tokens at most.
+    """
+    starts = list(itertools.accumulate(lengths, initial=0))
+    by_length: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        if length:
+            by_length.setdefault(-(-length // GRANULARITY) * GRANULARITY, []).append(number)
+    groups = []
+    for length, numbers in by_length.items():
+        step = max(1, chunk_size // length)
+        for some in (numbers[begin : begin + step] for begin in range(0, len(numbers), step)):
+            first_n1, last_n1 = (torch.tensor([starts[n + shift] - shift for n in some])[:, None] for shift in (0, 1))
+            groups.append((first_n1 + torch.arange(length)).minimum(last_n1).to(device))
+    return groups
+
+
+@torch.no_grad()
+def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], chunk_size: int) -> Tensor:
+    """Largest q.k / sqrt(K) of each head (H, float32) over pairs within documents of `group_documents`; -inf without any.
+
+    Products are of full float32 precision on every device. At most H x `chunk_size` x (longest document) logits exist at a
+    time.
     """
     num_heads, width = q_NHK.shape[1:]
-    q_HNK = q_NHK.detach().float().transpose(0, 1)
-    k_HKN = k_NGK.detach().float().repeat_interleave(num_heads // k_NGK.shape[1], dim=1).permute(1, 2, 0)
-    largest_H = q_HNK.new_full((num_heads,), -torch.inf)
-    for q_HTK, k_HKT in zip(q_HNK.split(list(lengths), 1), k_HKN.split(list(lengths), 2), strict=True):
-        for chunk_HCK in q_HTK.split(chunk_size, 1) if q_HTK.shape[1] else ():
-            torch.maximum(largest_H, torch.bmm(chunk_HCK, k_HKT).amax((1, 2)), out=largest_H)
+    q_NHK, k_NGK = q_NHK.detach().float(), k_NGK.detach().float()
+    largest_H = q_NHK.new_full((num_heads,), -torch.inf)
+    with _without_tf32():
+        for group_nT in groups_nT:
+            q_BTK = q_NHK[group_nT].transpose(1, 2).flatten(0, 1)
+            k_nGKT = k_NGK[group_nT].permute(0, 2, 3, 1)
+            k_BKT = k_nGKT.repeat_interleave(num_heads // k_NGK.shape[1], dim=1).flatten(0, 1)
+            for chunk_BCK in q_BTK.split(chunk_size, 1):
+                largest_B = torch.bmm(chunk_BCK, k_BKT).amax((1, 2))
+                torch.maximum(largest_H, largest_B.view(-1, num_heads).amax(0), out=largest_H)
     return largest_H * width**-0.5
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """CUDA's float32 products with all their bits, whatever `trainer.tf32` is."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def reduce_maxima(maxima_LH: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.hub_model import load_encoder as load_whole_encoder
 from neobert.inference.load import check_fit
 from neobert.model import layouts
+from neobert.model.attention import uses_buckets
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.training.checkpoint import Tensors
@@ -71,7 +72,8 @@ def prepare_model(
     runtime: Runtime,
 ) -> dict[str, str]:
     """Choose kernels and compile; returns what runs and why, for the summary. Raises ConfigError."""
-    kind, (packages, has_liger) = runtime.device.type, find_kernels()
+    kind, trainer = runtime.device.type, config.trainer
+    packages = find_kernels() if kind == "cuda" else {}
     attention, attention_why = choose_attention(
         config.model.attn_backend,
         kind,
@@ -81,19 +83,22 @@ def prepare_model(
         packages=packages,
         capability=gpu_capability(runtime.device),
     )
-    kernels, kernels_why = choose_kernels(config.model.kernel_backend, kind, has_liger)
+    kernels, kernels_why = choose_kernels(
+        config.model.kernel_backend, kind, packages.get("liger"), trainer.torch_compile
+    )
     model.model.attention_kernel = attention
     model.choose_kernels(kernels)
-    trainer, compiled = config.trainer, "no"
+    compiled = "no"
     if trainer.torch_compile:
         compile_blocks(model.model, kind, trainer.torch_compile_backend, trainer.torch_compile_dynamic)
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
         compiled = (
             f"{trainer.torch_compile_backend}, {shapes[trainer.torch_compile_dynamic]}; the first steps take longer"
         )
-    where = "buckets of documents" if kind == "cpu" else attention
+    if kind == "cpu":
+        attention = "buckets of documents" if uses_buckets(runtime.dtype or torch.float32) else "sdpa"
     return {
-        "attention": f"{where}: {attention_why}",
+        "attention": f"{attention}: {attention_why}",
         "kernels": f"{kernels}: {kernels_why}",
         "compiled": compiled,
     }
@@ -117,6 +122,14 @@ def load_encoder(folder: Path, model: nn.Module, weights: Tensors, with_dense: b
     unused = f"; not used: {', '.join(left)}" if left else ""
     fresh = f"; new: {', '.join(new)}" if new else ""
     return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}{fresh}{unused}"
+
+
+def foreign_dropout(name: str) -> dict[str, float]:
+    """The dropout that an encoder of `AutoModel` brings along, by the names of its configuration."""
+    from transformers import AutoConfig
+
+    fields = AutoConfig.from_pretrained(name).to_dict()
+    return {key: value for key, value in fields.items() if "dropout" in key and isinstance(value, int | float)}
 
 
 def load_foreign(name: str) -> Any:

@@ -18,7 +18,7 @@ from neobert.data.layout import Share
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.model.foreign import ForeignForSequenceClassification
 from neobert.tasks import glue_metrics
-from neobert.tasks.encoder import build_vocabulary, prepare_model
+from neobert.tasks.encoder import build_vocabulary, foreign_dropout, prepare_model
 from neobert.tasks.glue_data import MOST_THREADS, GlueData, build_data, first_rows
 from neobert.tasks.glue_model import Classifier, build_classifier, build_storage
 from neobert.tasks.hooks import Measure
@@ -30,6 +30,7 @@ from neobert.tasks.run_folder import OpenRun, write_run_files
 from neobert.tasks.start import Start, architecture_keys, check_length, find_start, find_tokenizer
 from neobert.tasks.summary import print_summary
 from neobert.training.checkpoint import write_json
+from neobert.training.choices import precision_name
 from neobert.training.loop import Interrupt
 from neobert.training.runtime import Runtime
 
@@ -83,9 +84,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
         if values is None:
             return replace(finished, exit_code=128 + int(runtime.all_max(interrupt.signal)[0]))
         runtime.on_main(
-            lambda: write_result(
-                config, task, start, runtime.world_size, finished, measure.headline(values), values, weights_line
-            )
+            lambda: write_result(config, task, start, runtime, finished, measure.headline(values), values, weights_line)
         )
         return finished
 
@@ -121,7 +120,7 @@ def settle(
     )
 
 
-def protocol(config: Config, start: Start, world_size: int) -> dict[str, Any]:
+def protocol(config: Config, start: Start, runtime: Runtime) -> dict[str, Any]:
     """What a score depends on, besides task, seed and machine: two runs with equal protocols may be compared."""
     trainer, glue, optimizer, scheduler = config.trainer, config.glue, config.optimizer, config.scheduler
     return {
@@ -129,17 +128,17 @@ def protocol(config: Config, start: Start, world_size: int) -> dict[str, Any]:
         "weights_identity": start.identity,
         "data": config.dataset.path or config.dataset.name,
         "max_seq_length": glue.max_seq_length,
-        "batch_size": trainer.per_device_train_batch_size * world_size * trainer.gradient_accumulation_steps,
+        "batch_size": trainer.per_device_train_batch_size * runtime.world_size * trainer.gradient_accumulation_steps,
         "epochs": trainer.num_train_epochs,
         "max_steps": trainer.max_steps,
         "optimizer": optimizer.model_dump(),
         "scheduler": scheduler.model_dump(),
         "gradient_clipping": trainer.gradient_clipping,
-        "precision": trainer.mixed_precision,
+        "precision": precision_name(runtime.dtype),
         "pooling": glue.pooling,
         "classifier_dropout": glue.classifier_dropout,
         "classifier_init_range": glue.classifier_init_range,
-        "dropout": config.model.dropout_prob,
+        "dropout": config.model.dropout_prob if start.hub is None else foreign_dropout(start.hub),
         "group_by_length": glue.group_by_length,
         "early_stopping": trainer.early_stopping,
         "selection": _selection(config),
@@ -279,7 +278,7 @@ def write_result(
     config: Config,
     task: GlueTask,
     start: Start,
-    world_size: int,
+    runtime: Runtime,
     finished: Finished,
     headline: str,
     values: dict[str, float],
@@ -298,7 +297,7 @@ def write_result(
         "weights": weights_line,
         "transferred_from": start.task,
         "pretraining_metadata": (start.state or {}).get("metadata", {}),
-        "protocol": protocol(config, start, world_size),
+        "protocol": protocol(config, start, runtime),
     }
     write_json(finished.folder / RESULT, result)
     print(f"result      {task.title}: {headline}\n            {finished.folder / RESULT}")

@@ -76,7 +76,7 @@ def run_plan(
     """(results, exit code) of the runs, up to the first one that was stopped."""
     results: list[dict[str, Any]] = []
     for number, one in enumerate(plan, 1):
-        result = runtime.on_main(partial(finished_result, one, runtime.world_size))
+        result = runtime.on_main(partial(finished_result, one, runtime))
         if result is None:
             print(f"\n=== {number} of {len(plan)}: {one.task}, seed {one.seed} ===", flush=True)
             finished = glue.run(one.loaded)
@@ -140,14 +140,14 @@ def check_plan(plan: list[Planned]) -> None:
             find_start(config, one.loaded.keys_set)
 
 
-def finished_result(one: Planned, world_size: int) -> dict[str, Any] | None:
+def finished_result(one: Planned, runtime: Runtime) -> dict[str, Any] | None:
     """The result of a run that was finished before, under the same protocol. Raises ConfigError when it was another."""
     result = glue.read_result(one.folder)
     if result is None:
         return None
     start = find_start(one.loaded.config, one.loaded.keys_set)
     task = TASKS[one.task]
-    now = glue.protocol(glue.settle(one.loaded.config, one.loaded.keys_set, task, start, {}), start, world_size)
+    now = glue.protocol(glue.settle(one.loaded.config, one.loaded.keys_set, task, start, {}), start, runtime)
     changed = [name for name, value in now.items() if result["protocol"].get(name) != value]
     if changed:
         was, is_now = result["protocol"].get(changed[0]), now[changed[0]]

@@ -8,8 +8,8 @@ pass, so no activation is kept for them. A pass that recomputes activations (gra
 not looked at, nor is evaluation.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from neobert.errors import ConfigError, Problem
 from neobert.model.attention import Layout, Rotary
+from neobert.model.flat import host_lengths
 from neobert.model.layers import Attention
-from neobert.optim.qk_clip import QKClipSettings, clip_factors, largest_logits, reduce_maxima, scale_rows_
+from neobert.optim.qk_clip import (
+    QKClipSettings,
+    clip_factors,
+    group_documents,
+    largest_logits,
+    reduce_maxima,
+    scale_rows_,
+)
 
 MAPPING_KEY = "optimizer.muon_config.clipping_layers_mapping"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -82,8 +90,9 @@ class Heads:
 class Documents:
     """The real documents of the batch in a forward pass."""
 
-    kept_N: Tensor | None = None  # places of their tokens in B*T; None: all
-    lengths: list[int] = field(default_factory=list)
+    kept_N: Tensor | None  # places of their tokens in B*T; None: all
+    num_tokens: int
+    groups_nT: list[Tensor]  # as `group_documents` makes them, for all blocks
 
 
 class QKClip:
@@ -117,7 +126,7 @@ class QKClip:
         self._numbers = {block: number for number, block in enumerate(self._blocks)}
         self._maxima_LH: Tensor | None = None
         self._is_armed = self._is_watching = False  # the next pass is to be looked at; this one is
-        self._documents = Documents()
+        self._documents = Documents(None, 0, [])
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
 
@@ -139,7 +148,7 @@ class QKClip:
             return None
         maxima_LH = self._fresh_maxima() if self._maxima_LH is None else self._maxima_LH
         self._maxima_LH = None
-        reduce_maxima(maxima_LH, self.group)
+        maxima_LH = reduce_maxima(maxima_LH, self.group).cpu()  # the one wait for the device
         all_factors = torch.ones_like(maxima_LH, dtype=torch.float64)
         for head, maxima_H, factors_H in zip(self._blocks.values(), maxima_LH, all_factors, strict=True):
             maxima_H = maxima_H[: head.num_heads]
@@ -149,7 +158,7 @@ class QKClip:
             factors_H[: head.num_heads] = logits_H
             if bool((logits_H < 1).any()):
                 head.scale_(q_H, k_G)
-        return ClipReport(maxima_LH.cpu(), all_factors.cpu())
+        return ClipReport(maxima_LH, all_factors)
 
     # --- what the forward pass calls -----------
 
@@ -157,7 +166,9 @@ class QKClip:
         if not self._is_armed:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._documents = _real_documents(ids, kwargs, self.pad_id)
+        kept_N, lengths = _real_documents(ids, kwargs, self.pad_id)
+        groups_nT = group_documents(lengths, self.settings.chunk_size, ids.device)
+        self._documents = Documents(kept_N, sum(lengths), groups_nT)
         self._is_watching = True
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -177,14 +188,14 @@ class QKClip:
         """Raise the maxima of a block by the logits of q and k: of all B*T tokens, or of the real ones, as our model leaves
         out the padding of padded rows on a CPU.
         """
-        kept_N, lengths = self._documents.kept_N, self._documents.lengths
+        documents = self._documents
         with torch.autocast(q_NHK.device.type, enabled=False):
             q, k = q_NHK.float(), k_NGK.float()
             if rotary is not None:
                 q, k = rotary.rotate(q), rotary.rotate(k)
-            if kept_N is not None and len(q) != sum(lengths):
-                q, k = q.index_select(0, kept_N), k.index_select(0, kept_N)
-            maxima_H = largest_logits(q, k, lengths, self.settings.chunk_size)
+            if documents.kept_N is not None and len(q) != documents.num_tokens:
+                q, k = (x.index_select(0, documents.kept_N) for x in (q, k))
+            maxima_H = largest_logits(q, k, documents.groups_nT, self.settings.chunk_size)
         if self._maxima_LH is None:
             self._maxima_LH = self._fresh_maxima(maxima_H.device)
         row_H = self._maxima_LH[self._numbers[block], : len(maxima_H)]
@@ -292,19 +303,21 @@ def _head_width(block: nn.Module) -> int:
     return int(config.hidden_size // config.num_attention_heads)
 
 
-def _real_documents(ids_BT: Tensor, inputs: Mapping[str, Any], pad_id: int | None) -> Documents:
-    """Places and lengths of what is not padding: of an `attention_mask` B x T, or of packed `document_lengths`."""
+def _real_documents(
+    ids_BT: Tensor, inputs: Mapping[str, Any], pad_id: int | None
+) -> tuple[Tensor | None, Sequence[int]]:
+    """Places (None: all) and lengths of what is not padding: of an `attention_mask` B x T, or of packed `document_lengths`."""
     mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
     if packed is not None:
-        lengths = packed.tolist()
+        lengths = host_lengths(packed)
         if pad_id is None:
-            return Documents(None, lengths)
+            return None, lengths
         real = [bool((document != pad_id).any()) for document in ids_BT.flatten().cpu().split(lengths)]
         if all(real):
-            return Documents(None, lengths)
-        kept = torch.tensor(real).repeat_interleave(packed).nonzero().squeeze(1)
-        return Documents(kept.to(ids_BT.device), [n for n, is_real in zip(lengths, real, strict=True) if is_real])
+            return None, lengths
+        kept_N = torch.tensor(real).repeat_interleave(torch.tensor(lengths)).nonzero().squeeze(1)
+        return kept_N.to(ids_BT.device), [n for n, is_real in zip(lengths, real, strict=True) if is_real]
     if mask is None:
-        return Documents(None, [ids_BT.shape[1]] * ids_BT.shape[0])
+        return None, [ids_BT.shape[1]] * ids_BT.shape[0]
     mask_BT = mask.bool()
-    return Documents(mask_BT.flatten().nonzero().squeeze(1), [n for n in mask_BT.sum(1).tolist() if n])
+    return mask_BT.flatten().nonzero().squeeze(1), [n for n in mask_BT.sum(1).tolist() if n]

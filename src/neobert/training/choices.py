@@ -1,12 +1,13 @@
 """What runs, decided from what was asked for and what the machine has: pure functions, each answer with its reason."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 
 from neobert.errors import ConfigError, Problem
 
-MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that flash attention runs on
+MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that multiply bfloat16 and run flash attention
 
 
 def choose_device(use_cpu: bool, has_cuda: bool) -> str:
@@ -51,13 +52,37 @@ def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool)
     return "float32 with TF32 products" if tf32 and device_type == "cuda" else "float32"
 
 
-def choose_precision(requested: str, device_type: str, cpu_has_amx: bool) -> tuple[torch.dtype | None, str]:
-    """(autocast type or None for float32, note). bfloat16 on a CPU without AMX is emulated: 3 to 50 times slower."""
-    if requested != "bf16":
+def choose_precision(
+    requested: str,
+    device_type: str,
+    *,
+    cpu_has_amx: bool = False,
+    capability: tuple[int, int] = MIN_CAPABILITY,
+    trains: bool = True,
+) -> tuple[torch.dtype | None, str]:
+    """(autocast type or None for float32, note where that is not what was asked for). `capability`: of a CUDA device;
+    `trains`: gradients are computed, too.
+
+    bfloat16 on a CPU without AMX is emulated: 3 to 50 times slower. float16 overflows in gradients without loss scaling, so
+    only CUDA's inference computes in it; GPUs before Ampere have it instead of bfloat16.
+    """
+    if requested in ("no", "fp32"):
         return None, ""
+    half = torch.float16 if device_type == "cuda" and not trains else None
+    if requested == "fp16":
+        why = "training in it needs loss scaling" if trains else "only CUDA devices compute in it"
+        return half, "" if half else f"fp16 was asked for, but {why}; float32 is used"
     if device_type == "cpu" and not cpu_has_amx:
         return None, "bf16 was asked for, but this CPU has no AMX and would emulate it many times slower"
+    if device_type == "cuda" and capability < MIN_CAPABILITY:
+        found = f"this GPU has compute capability {capability[0]}.{capability[1]}, and bfloat16 begins with 8.0"
+        return half, f"bf16 was asked for, but {found}; {'float16' if half else 'float32'} is used"
     return torch.bfloat16, ""
+
+
+def precision_name(dtype: torch.dtype | None) -> str:
+    """The value of `trainer.mixed_precision` that asks for this arithmetic and nothing else."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}[dtype]
 
 
 def choose_attention(
@@ -67,10 +92,11 @@ def choose_attention(
     dtype: torch.dtype | None = torch.bfloat16,
     dropout: float = 0.0,
     head_width: int = 64,
-    packages: Collection[str] = (),
+    packages: Mapping[str, str] = MappingProxyType({}),
     capability: tuple[int, int] = MIN_CAPABILITY,
 ) -> tuple[str, str]:
-    """(kernel of ragged batches: "sdpa", "flash_attn" or "torch_varlen"; why). `packages`: those of the two installed.
+    """(kernel of ragged batches: "sdpa", "flash_attn" or "torch_varlen"; why). `packages`: those of the two that are
+    installed, each with what keeps it from being imported ("" where nothing does).
 
     A request that cannot be honoured falls back to SDPA, which computes the same, and the reason says what would help.
     """
@@ -89,27 +115,36 @@ def choose_attention(
         )
     if head_width % 8 or head_width > 256:
         return "sdpa", f"{no}a head is {head_width} wide, and it takes multiples of 8 up to 256"
-    if "flash_attn" in packages:
-        return "flash_attn", "documents of any length in one call, by the flash-attn package; padding is left out"
-    if dropout:
+    one_call = "documents of any length in one call, by {}; padding is left out"
+    if packages.get("torch_varlen") == "" and not dropout:
+        return "torch_varlen", one_call.format("torch's own kernel")
+    if packages.get("flash_attn") == "":
+        return "flash_attn", one_call.format("the flash-attn package")
+    if broken := packages.get("flash_attn"):
+        return "sdpa", f"{no}flash-attn is installed and cannot be imported ({broken})"
+    if packages.get("torch_varlen") == "":
         return "sdpa", f"{no}torch's own kernel has no dropout (pip install 'neobert[flash]', or model.dropout_prob: 0)"
-    if "torch_varlen" in packages:
-        return "torch_varlen", "documents of any length in one call, by torch's own kernel; padding is left out"
     return "sdpa", f"{no}no kernel is installed (pip install 'neobert[flash]', or torch 2.10 or newer)"
 
 
-def choose_kernels(requested: str, device_type: str, has_liger: bool) -> tuple[str, str]:
-    """(kernels of norms, SwiGLU and loss: "torch" or "liger"; why). Raises ConfigError for liger that is not installed."""
+def choose_kernels(
+    requested: str, device_type: str, liger_problem: str | None, is_compiled: bool = False
+) -> tuple[str, str]:
+    """(kernels of norms, SwiGLU and loss: "torch" or "liger"; why). `liger_problem`: what keeps Liger from being imported, ""
+    where nothing does, None where it is not installed. Raises ConfigError for Liger that is asked for and cannot be had.
+    """
     if device_type == "cpu":
         why = "liger needs CUDA; " if requested == "liger" else ""
         return "torch", f"{why}on the CPU norms, SwiGLU and the loss are single fused functions"
-    if requested == "liger" and not has_liger:
-        raise ConfigError(
-            Problem("model.kernel_backend", "liger-kernel is not installed: pip install 'neobert[liger]', or use auto")
-        )
-    if requested == "torch" or not has_liger:
-        hint = "; pip install 'neobert[liger]' for faster norms and loss" if requested == "auto" else ""
-        return "torch", f"torch's own operators{hint}"
+    if requested == "liger" and liger_problem != "":
+        why = "is not installed: pip install 'neobert[liger]'" if liger_problem is None else f"fails: {liger_problem}"
+        raise ConfigError(Problem("model.kernel_backend", f"liger-kernel {why}, or use auto"))
+    if is_compiled:
+        return "torch", "torch's own operators, which the compiler fuses; it cannot look into Liger's"
+    if requested == "torch" or liger_problem != "":
+        hint = "; pip install 'neobert[liger]' for faster norms and loss"
+        hint = f"; liger-kernel cannot be imported ({liger_problem})" if liger_problem else hint
+        return "torch", f"torch's own operators{hint if requested == 'auto' else ''}"
     return "liger", "RMSNorm, SwiGLU and the linear cross-entropy are Liger's fused kernels"
 
 

@@ -24,7 +24,7 @@ from neobert.errors import UserError, disk_error
 from neobert.training import zero
 from neobert.training.checkpoint import ALONE, Team, Tensors
 from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
-from neobert.training.machine import keep_memory
+from neobert.training.machine import gpu_capability, keep_memory
 
 NAMES = {
     "ddp": "DDP (every process holds the whole model)",
@@ -251,9 +251,10 @@ def build_runtime(
     tf32: bool,
     engine: str = "auto",
     zero_options: Mapping[str, Any] | None = None,
+    trains: bool = True,
 ) -> Runtime:
     """The runtime of this process, from what the machine has and what started it. `zero_options` are DeepSpeed's, where it
-    is asked for. Raises ConfigError.
+    is asked for; `trains`: gradients are computed. Raises ConfigError.
     """
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in PLACE.items())
     engine, why = choose_engine(engine, world_size, zero_options is not None, os.environ)
@@ -267,7 +268,13 @@ def build_runtime(
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-    dtype, note = choose_precision(mixed_precision, kind, torch.cpu._is_amx_tile_supported())
+    dtype, note = choose_precision(
+        mixed_precision,
+        kind,
+        cpu_has_amx=torch.cpu._is_amx_tile_supported(),
+        capability=gpu_capability(device),
+        trains=trains,
+    )
     patient, owns_group = None, world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
