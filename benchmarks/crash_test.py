@@ -29,9 +29,9 @@ os.environ |= {
 
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError
-from neobert.launched import end_with_launcher
 from neobert.tasks import pretraining
 from neobert.tasks.launch import Launch, launch
+from neobert.tasks.launched import end_with_launcher
 from neobert.training.checkpoint import list_steps, verify_checkpoint
 
 STEPS, PATIENCE_SECONDS = 36, 30.0

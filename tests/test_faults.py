@@ -295,9 +295,12 @@ def test_secrets_of_the_environment_stay_there(tmp_path):
 # --- SIGKILL -----------
 
 
-def test_killed_at_random_moments_and_resumed():
-    """Ten kills over training, evaluation and saving; every resumed run equals the uninterrupted one to the bit."""
-    command = [sys.executable, str(ROOT / "benchmarks/crash_test.py"), "--quick"]
+@pytest.mark.parametrize(("kills", "nproc"), [(10, 1), (3, 2)])
+def test_killed_at_random_moments_and_resumed(kills, nproc):
+    """Kills over training, evaluation and saving, of a process, a launcher or all: nothing is left of them, and every
+    resumed run equals the uninterrupted one to the bit.
+    """
+    command = [sys.executable, ROOT / "benchmarks/crash_test.py", "--kills", str(kills), "--nproc", str(nproc)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "10 equal to the bit, 10 readable" in done.stdout
+    assert f"{kills} equal to the bit, {kills} readable" in done.stdout

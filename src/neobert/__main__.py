@@ -1,6 +1,6 @@
 """`python -m neobert`: the same as the `neobert` command."""
 
-from neobert.launched import end_with_launcher
+from neobert.tasks.launched import end_with_launcher
 
 end_with_launcher()
 
