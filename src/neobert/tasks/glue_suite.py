@@ -60,8 +60,8 @@ def run_suite(
         for note in base.warnings:
             print(f"note: {note}")
         plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
+        check_plan(plan)
         with hold_folder(output, runtime):
-            check_plan(plan)
             results, code = run_plan(plan, runtime, after_run)
             if not code:
                 runtime.on_main(lambda: write_table(results, output))
