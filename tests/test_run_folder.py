@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import TINY, run_neobert
+from conftest import ROOT, TINY, run_neobert
 from safetensors.torch import load_file
 from test_training import content
 
@@ -146,6 +146,24 @@ def go(tmp_path):
 
 def losses(folder):
     return [(r["kind"], r["step"], r.get("loss", r.get("eval_loss"))) for r in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_second_run_is_refused_and_harms_nothing(go, tmp_path):
+    """The first one ends as if it had been alone; `benchmarks/two_runs.py` does this 50 times."""
+    words = [*TINY, "trainer.save_steps=2", "trainer.eval_steps=2", "scheduler.total_steps=12", "trainer.max_steps=12"]
+    words += ["trainer.save_total_limit=1", f"trainer.output_dir={tmp_path / 'out'}"]
+    (tmp_path / "c.yaml").write_text("task: pretraining\n")
+    command = [sys.executable, "-m", "neobert", "run", tmp_path / "c.yaml", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+    while first.poll() is None and not ((tmp_path / "out" / LOCK).exists() and (tmp_path / "out" / LOCK).read_text()):
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match=rf"\(process {first.pid} on "):
+        go("out", "trainer.max_steps=12", "trainer.save_total_limit=1")
+    assert first.wait() == 0
+    whole = go("whole", "trainer.max_steps=12", "trainer.save_total_limit=1")
+    assert losses(tmp_path / "out") == losses(whole)
+    assert list_steps(tmp_path / "out/checkpoints") == list_steps(whole / "checkpoints")
 
 
 def test_earlier_runs_are_numbered_and_kept(go, tmp_path):

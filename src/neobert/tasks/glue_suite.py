@@ -59,8 +59,8 @@ def run_suite(
     with speaks(runtime):
         print_notes(base.warnings if runtime.is_main else [])
         plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
+        check_plan(plan)
         with hold_folder(output, runtime):
-            check_plan(plan)
             results, code = run_plan(plan, runtime, after_run)
             if not code:
                 runtime.on_main(lambda: write_table(results, output))
