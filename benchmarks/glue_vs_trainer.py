@@ -70,8 +70,8 @@ def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
     from neobert.tasks.start import find_start
 
     loaded, task = configuration(args, name, seed, "unused"), TASKS[name]
-    start = find_start(loaded.config, loaded.keys_set)
-    config = settle(loaded.config, loaded.keys_set, task, start, {})
+    start = find_start(loaded.config)
+    config = settle(loaded.config, task, start, {})
     model, _ = build_classifier(config, task, start, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     loader = build_data(config, task, hf_tokenizer).train
     loader.close()

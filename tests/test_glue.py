@@ -10,6 +10,7 @@ from conftest import SHARED
 from glue_sample import RANDOM, foreign_model, load_glue, pretrain_tiny, run_glue, write_hub_cache, write_local
 from safetensors.torch import load_file
 
+from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.data.classification import EpochLoader, LabelCollator, Rows
 from neobert.data.glue import TASKS, Source, read_split
@@ -17,6 +18,7 @@ from neobert.data.layout import Share
 from neobert.errors import UserError
 from neobert.tasks import glue, glue_metrics, glue_predict
 from neobert.tasks.glue_model import load_finetuned
+from neobert.training.metrics import read_metrics
 
 TRAINED = [task for task in TASKS.values() if task.trains]
 
@@ -368,6 +370,24 @@ def test_weights_that_do_not_load_are_listed(local, tmp_path):
             f"model.name={model}",
             f"trainer.output_dir={tmp_path / 'o'}",
         )
+
+
+def test_the_starter_trains_as_it_is(pretrained, local, tmp_path):
+    """For as many epochs as it says, and the rate gets to its peak."""
+    (tmp_path / "new.yaml").write_text(starter_file("glue"))
+    words = [
+        f"glue.pretrained_checkpoint_dir={pretrained}",
+        f"dataset.path={local}",
+        f"trainer.output_dir={tmp_path / 'o'}",
+    ]
+    sizes = ["trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "glue.max_seq_length=64"]
+    loaded = load_config([str(tmp_path / "new.yaml")], [*words, *sizes], "glue")
+    finished = glue.run(loaded)
+    rows = read_metrics(finished.folder / "metrics.jsonl")
+    rates = [row["lr"] for row in rows if row["kind"] == "train"]
+    assert len([row for row in rows if row["kind"] == "eval"]) == 3  # epochs
+    assert max(rates) == pytest.approx(loaded.config.optimizer.lr)
+    assert rates[-1] < max(rates)
 
 
 def test_the_saved_configuration_repeats_the_run(pretrained, local, tmp_path):

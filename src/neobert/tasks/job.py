@@ -282,7 +282,7 @@ def run_job(loaded: Loaded, build: Callable[[Runtime, Interrupt, OpenRun], Job])
     interrupt = Interrupt()
     with stop_signals(interrupt):
         runtime = start_runtime(loaded.config)
-        with speaks(runtime), open_run(loaded.config, loaded.keys_set, runtime) as opened:
+        with speaks(runtime), open_run(loaded.config, runtime) as opened:
             finished = build(runtime, interrupt, opened).run()
         runtime.close()
     return finished

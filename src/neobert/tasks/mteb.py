@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import Loaded
+from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.inference.embed import Embedder, load_embedder
@@ -56,7 +57,7 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 
     tasks = choose_tasks(config.mteb_task_type, config.mteb_local_tasks)
     check_prompts(config.mteb_prompts, tasks)
-    subject = load_subject(config, loaded.keys_set, model)
+    subject = load_subject(config, model)
     output = Path(config.trainer.output_dir) / "mteb"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -74,12 +75,12 @@ def run(loaded: Loaded, model: str | None = None) -> int:
     return 2 if summary["not_run"] else 0
 
 
-def load_subject(config: Config, keys_set: frozenset[str], model: str | None) -> Subject:
+def load_subject(config: Config, model: str | None) -> Subject:
     """The model, ready to embed. Raises CheckpointError."""
     folder = model_folder(model) if model is not None else _own_checkpoint(config)
-    pooling = config.mteb_pooling if "mteb_pooling" in keys_set else None
-    length = config.tokenizer.max_length if "tokenizer.max_length" in keys_set else None
-    size = config.mteb_batch_size * TOKENS_OF_A_TEXT if "mteb_batch_size" in keys_set else None
+    pooling = config.mteb_pooling if is_set("mteb_pooling", config) else None
+    length = config.tokenizer.max_length if is_set("tokenizer.max_length", config) else None
+    size = config.mteb_batch_size * TOKENS_OF_A_TEXT if is_set("mteb_batch_size", config) else None
     asked = config.trainer
     runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32).alone()
     embedder = load_embedder(str(folder), pooling, length, size, runtime)

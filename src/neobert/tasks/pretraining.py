@@ -49,7 +49,7 @@ def build_job(
     print_notes(loaded.warnings if runtime.is_main else [])
     if config.debug:
         print(show_config(config, loaded.origins))
-    start = begin(config, loaded.keys_set, opened.checkpoint)
+    start = begin(config, opened.checkpoint)
     config, hf_tokenizer = start.config, start.hf_tokenizer
     tokenizer = text_tokenizer(hf_tokenizer)
     size = step_size(config, runtime.world_size)

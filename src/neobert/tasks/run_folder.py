@@ -77,7 +77,7 @@ class OpenRun:
 
 
 @contextmanager
-def open_run(config: Config, keys_set: frozenset[str], runtime: Runtime) -> Iterator[OpenRun]:
+def open_run(config: Config, runtime: Runtime) -> Iterator[OpenRun]:
     """Hold the output folder, which all processes see, and find the checkpoint to resume from.
 
     Raises ConfigError when the folder cannot be written, is held by another run, or holds one that may not be moved aside;
