@@ -72,7 +72,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
         storage=storage, folder=folder, state=state, resumed=opened.checkpoint is not None, wrapped=wrapped,
         interrupt=interrupt, clip=clip,
         end_notes=data.train.describe_used,
-        log_metrics=lambda: mean_metrics(runtime, model.contrastive.take_sums()),
+        log_metrics=lambda: mean_metrics(runtime, model.contrastive.observe()),
         next_command='neobert similarity {checkpoint} "one text" "another text"',
     )  # fmt: skip
 
