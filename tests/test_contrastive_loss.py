@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from contrastive_sample import made_pairs, made_scores, run_contrastive, three_sources, write_rows
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert.model.contrastive_loss import alignment, uniformity
 from neobert.model.embedding import ContrastiveLoss, ContrastiveSettings, NeoBERTForEmbedding, group_by_length
@@ -99,6 +100,34 @@ def test_alignment_and_uniformity():
     torch.testing.assert_close(alignment(a, b), (a - b).norm(dim=1).square().mean().detach())
     torch.testing.assert_close(uniformity(a), torch.stack(pairs).mul(-2).exp().mean().log().detach())
     assert uniformity(torch.ones(3, D) / D**0.5) == pytest.approx(0, abs=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_batches_are_looked_at_when_a_step_is_logged():
+    """A step in training computes what one in evaluation does and waits for no number; looking takes the last batch's pairs."""
+    loss = tiny_model({}).contrastive
+    keys = {name: value for name, value in batch_of((0,) * G, 1, 0)["keys"].items()}
+    assert loss.observe() == (0, 0, 0)
+    counted = []
+    for mode, vectors in zip((True, True, False), torch.randn(3, 2 * G, D).unbind(0), strict=True):
+        with Operations() as seen:
+            loss.train(mode)(vectors, **keys)
+        counted.append({name: seen.names.count(name) for name in ("mm", "exp", "_local_scalar_dense")})
+        if mode:
+            a, b = torch.nn.functional.normalize(vectors, dim=-1).split(G)
+    assert counted[0] == counted[1] == counted[2]
+    assert loss.observe() == pytest.approx((alignment(a, b).item(), uniformity(a).item(), 1))
 
 
 def test_groups_hold_every_text_once():

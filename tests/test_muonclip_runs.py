@@ -1,10 +1,14 @@
 """MuonClip as a configuration asks for it: what runs, what is said of it, and what is refused."""
 
 import pytest
+import torch
 from conftest import TINY
+from transformers import ModernBertConfig, ModernBertModel
 
 from neobert.config.load import load_config
 from neobert.errors import ConfigError
+from neobert.model.foreign import ForeignForSequenceClassification
+from neobert.optim.build import MuonSettings, build_optimizer
 from neobert.tasks.encoder import build_model
 from neobert.tasks.optimizers import build_clip, build_run_optimizer
 
@@ -87,6 +91,40 @@ def test_every_matrix_of_the_encoder_is_muons():
     rest = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
     assert rest["lm_head.weight"] == 0.01
     assert rest["model.embed_tokens.weight"] == rest["model.norm.weight"] == 0
+
+
+def test_fused_matrices_of_modernbert():
+    """`Wqkv` and `Wi` of an encoder from transformers move as separate matrices do."""
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+    }
+    ids = {"pad_token_id": 0, "cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
+    model = ForeignForSequenceClassification(ModernBertModel(ModernBertConfig(**shape, **ids)), 2, "mean", 0.0, 0.02)
+    words = ["optimizer.name=muonclip", f"{MUON}muon_decay=0.0", "optimizer.lr=0.1"]
+    optimizer = build_run_optimizer(load_config([], [*TINY, *words]).config, model, None)
+    parts = {"attn.Wqkv.weight": 3, "mlp.Wi.weight": 2, "attn.Wo.weight": 1}
+    weights = {name: p for name, p in model.named_parameters() if name.endswith(tuple(parts)) and ".layers.1." in name}
+    assert len(weights) == 3
+    separate = {}
+    for name, weight in weights.items():
+        weight.grad = torch.randn_like(weight)
+        count = next(n for ending, n in parts.items() if name.endswith(ending))
+        separate[name] = [torch.nn.Parameter(piece.clone()) for piece in weight.detach().chunk(count)]
+        for piece, grad in zip(separate[name], weight.grad.chunk(count), strict=True):
+            piece.grad = grad.clone()
+    alone = [(f"layers.0.{name}.{n}", p) for name, pieces in separate.items() for n, p in enumerate(pieces)]
+    other = build_optimizer(
+        "muonclip", alone, lr=0.1, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, muon=MuonSettings(dtype=torch.float32)
+    )
+    optimizer.step()
+    other.step()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, torch.cat(separate[name]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_logs_its_clips(train, small):

@@ -364,7 +364,7 @@ def test_products_are_few_and_exact(allow_tf32):
 
 
 def test_lengths_stay_on_the_host():
-    """Engines of several processes move every tensor of the inputs to the device ("meta"); what is to be clipped is found all the same."""
+    """Engines of several processes move every tensor of the inputs to the device ("meta"), but not the lengths."""
     ids, labels, _ = packed_batch()
     batch = Batch(ids, labels, None, tuple(n for row in LENGTHS for n in row), 1, 1, 0)
     _, (inputs,) = _to_kwargs((), batch.inputs(), torch.device("meta"), False)

@@ -21,6 +21,7 @@ from .flat import Lengths, Pooling, check_not_empty, host_lengths
 from .modeling_neobert import NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
 
 Tensors = dict[str, Tensor]
+OBSERVED = 512  # pairs of a batch that alignment and uniformity are computed of
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class EmbeddingOutput(ModelOutput):
 
 
 class ContrastiveLoss(nn.Module):
-    """From embeddings and keys to the loss. Keeps sums of alignment and uniformity until somebody takes them."""
+    """From embeddings and keys to the loss. Keeps the vectors of the last batch in training, to be looked at when a step is
+    logged.
+    """
 
     def __init__(self, settings: ContrastiveSettings):
         super().__init__()
         self.settings = settings
-        self.sums = [0.0, 0.0, 0.0]  # alignment, uniformity, microbatches
+        self._last_pairs: tuple[Tensor, Tensor] | None = None  # anchors and positives, at most `OBSERVED` of each
 
     def forward(
         self,
@@ -65,7 +68,9 @@ class ContrastiveLoss(nn.Module):
         with torch.autocast(embeddings_nD.device.type, enabled=False):
             vectors = F.normalize(embeddings_nD.float(), dim=-1)
             B, rank = len(row_keys_G) // len(num_negatives), _rank(num_negatives)
-            self._observe(vectors[:B], vectors[B : 2 * B])
+            if self.training and B > 1:
+                observed = min(B, OBSERVED)
+                self._last_pairs = vectors[:observed].detach(), vectors[B : B + observed].detach()
             is_supcon = self.settings.loss_type == "supcon"
             anchors_AD = vectors[: 2 * B] if is_supcon else vectors[:B]
             counts = tuple((2 * B if is_supcon else B) + m for m in num_negatives)
@@ -84,15 +89,12 @@ class ContrastiveLoss(nn.Module):
             masked_AC[torch.arange(B, device=vectors.device), places_A] = False
             return info_nce(anchors_AD, candidates_CD, places_A, masked_AC, self.settings.temperature, extra_AC)
 
-    def _observe(self, anchors_BD: Tensor, positives_BD: Tensor) -> None:
-        if self.training and len(anchors_BD) > 1:
-            values = float(alignment(anchors_BD, positives_BD)), float(uniformity(anchors_BD)), 1.0
-            self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
-
-    def take_sums(self) -> list[float]:
-        """Sums since they were last taken."""
-        sums, self.sums = self.sums, [0.0, 0.0, 0.0]
-        return sums
+    def observe(self) -> tuple[float, float, float]:
+        """(alignment, uniformity, 1) of the last batch in training; zeros where it had one row, or none was seen."""
+        if self._last_pairs is None:
+            return 0.0, 0.0, 0.0
+        anchors, positives = self._last_pairs
+        return float(alignment(anchors, positives)), float(uniformity(anchors)), 1.0
 
 
 def _rank(num_negatives: tuple[int, ...]) -> int:

@@ -28,6 +28,15 @@ FUSED = {
     "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 }
 
+# Matrices of transformers' encoders that hold several, one below the other, by `model_type`: name endings, and how many.
+# DeBERTa's `in_proj` goes head by head and is not among them.
+_FUSED_ELSEWHERE = {"modernbert": {"attn.Wqkv.weight": 3, "mlp.Wi.weight": 2}}
+
+
+def fused_parts(model_type: str) -> dict[str, int]:
+    """Name endings of a model's matrices that hold several, one below the other, and how many; none for models without."""
+    return {ours: len(parts) for ours, parts in FUSED.items()} | _FUSED_ELSEWHERE.get(model_type, {})
+
 
 def is_eurobert(config: NeoBERTConfig) -> bool:
     """Whether transformers' own EuroBERT computes the same function."""

@@ -78,7 +78,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
         storage=storage, opened=opened, state=state, wrapped=wrapped,
         interrupt=interrupt, clip=clip,
         end_notes=data.train.describe_used,
-        log_metrics=lambda: mean_metrics(runtime, model.contrastive.take_sums()),
+        log_metrics=lambda: mean_metrics(runtime, model.contrastive.observe()),
         next_command='neobert similarity {checkpoint} "one text" "another text"',
     )  # fmt: skip
 

@@ -159,6 +159,6 @@ def _first(examples: Examples, most: int | None) -> Examples:
 
 
 def mean_metrics(runtime: Runtime, sums: Iterable[float]) -> dict[str, float]:
-    """Alignment and uniformity over all processes, from `ContrastiveLoss.take_sums`."""
+    """Alignment and uniformity, the mean over all processes, from `ContrastiveLoss.observe`."""
     aligned, uniform, count = runtime.all_sum(*sums)
     return {"alignment": aligned / count, "uniformity": uniform / count} if count else {}

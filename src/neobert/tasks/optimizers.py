@@ -6,7 +6,7 @@ from torch import nn
 from neobert.config.schema import Config
 from neobert.config.training_sections import MuonConfig
 from neobert.errors import ConfigError, Problem
-from neobert.model.layouts import FUSED
+from neobert.model.layouts import fused_parts
 from neobert.optim.build import MuonSettings, build_optimizer
 from neobert.optim.groups import GroupRule
 from neobert.optim.qk_clip import QKClipSettings
@@ -37,7 +37,7 @@ def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | N
                 dtype=dtype or torch.float32,
                 detect_anomalies=muon.detect_anomalies,
             ),
-            fused={ours: len(parts) for ours, parts in FUSED.items()},
+            fused=fused_parts(getattr(model.config, "model_type", "")),
         )
     except ValueError as error:
         dotted = "optimizer.param_groups" if "pattern" in str(error) else "optimizer.name"
