@@ -54,13 +54,13 @@ def embed(
     """
     from tqdm import tqdm
 
+    from neobert.errors import print_notes
     from neobert.inference.embed import check_new_file, embed_file, load_embedder
     from neobert.training.runtime import build_runtime
 
     check_new_file(output, force)
     runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False).alone()
-    if runtime.note:
-        print(f"note: {runtime.note}", file=sys.stderr)
+    print_notes(filter(None, [runtime.note]))
     embedder = load_embedder(checkpoint, pooling, max_length, batch_tokens, runtime)
     text = embedder.settings.prompt(prompt)
     with tqdm(unit="text", disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -4,13 +4,13 @@ import json
 import os
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from neobert.cli_data import TEXT_HELP
 from neobert.cli_words import ConfigFile, layers
-from neobert.errors import UserError
+from neobert.errors import UserError, print_notes
 
 Checkpoint = Annotated[
     str, typer.Argument(help="A run's output folder, <output_dir>/checkpoints/<step>, or an exported folder.")
@@ -66,9 +66,7 @@ def pseudo_perplexity(
     from tqdm import tqdm
 
     from neobert.data.documents import Skips
-    from neobert.data.hub import find_hub_splits
     from neobert.data.rows import describe_skips
-    from neobert.data.sources import find_splits
     from neobert.data.tokenizer import text_tokenizer
     from neobert.inference import pseudo_perplexity as pppl
     from neobert.inference.embed import check_new_file
@@ -81,24 +79,31 @@ def pseudo_perplexity(
     model, hf_tokenizer = load_pretrained(checkpoint)
     runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False)
     place_model(model, runtime)
-    if runtime.note:
-        print(f"note: {runtime.note}")
+    print_notes(filter(None, [runtime.note]))
     longest = model.config.max_position_embeddings
     if max_length is not None and max_length > longest:
         raise UserError(f"--max-length: {max_length}, but the model takes {longest} tokens")
-    is_name = not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and not has_magic(source)
-    find = (lambda: find_hub_splits(source, None, False, text_column, split, None)) if is_name else None
-    files = (find() if find else find_splits(source, text_column, split, None))[0]
+    files = _find_files(source, text_column, split)
     tokenizer, skips = text_tokenizer(hf_tokenizer), Skips()
     pieces, num_texts = pppl.read_pieces(files, tokenizer, (max_length or longest) - 2, limit, skips)
     total = sum(map(len, pieces))
     with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
         result = pppl.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
-    if told := describe_skips(skips.counts):
-        print(f"note: {told}")
+    print_notes(filter(None, [describe_skips(skips.counts)]))
     print(pppl.format_result(result, num_texts))
     if output is not None:
         write_pointer(output, json.dumps({"texts": num_texts, **result.as_json()}, indent=2))
+
+
+def _find_files(source: str, text_column: str | None, split: str | None) -> Any:
+    """The files of a path, a glob or a dataset of the hub. Raises DataError."""
+    from neobert.data.hub import find_hub_splits
+    from neobert.data.sources import find_splits
+
+    is_name = not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and not has_magic(source)
+    if is_name:
+        return find_hub_splits(source, None, False, text_column, split, None)[0]
+    return find_splits(source, text_column, split, None)[0]
 
 
 def mteb(

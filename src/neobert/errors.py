@@ -20,8 +20,9 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its name where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an exception says, in one line: the system's reason, the first line of its message, or its name."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return next(iter(str(reason).strip().splitlines()), type(error).__name__)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from neobert.data.documents import Files
 from neobert.data.row_files import kind_of
 from neobert.data.sources import choose_splits
-from neobert.errors import DataError
+from neobert.errors import DataError, first_line
 
 # Short names: repository and text column.
 KNOWN = {"refinedweb": ("tiiuae/falcon-refinedweb", "content")}
@@ -65,14 +65,14 @@ def _hub_splits(
         why = (
             "this machine is offline (HF_HUB_OFFLINE)"
             if offline
-            else f"the hub cannot be reached ({_first_line(error)})"
+            else f"the hub cannot be reached ({first_line(error)})"
         )
         raise DataError(
             f"dataset.name: {repository!r} is not in the local cache of the hub, and {why}; "
             "set dataset.path to files of your own, or run once with network"
         ) from None
     except (DatasetNotFoundError, HfHubHTTPError, ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"dataset.name: {repository!r} cannot be loaded: {_first_line(error)}") from None
+        raise DataError(f"dataset.name: {repository!r} cannot be loaded: {first_line(error)}") from None
     return _files_of(builder, repository)
 
 
@@ -89,7 +89,3 @@ def _files_of(builder: Any, repository: str) -> dict[str, list[str]]:
 def _real(path: Any) -> Any:
     """Files of the cache are links to blobs without a suffix; keep the name."""
     return path if "://" in str(path) else Path(path).absolute()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neobert.data.remote import RemoteFile
-from neobert.errors import DataError
+from neobert.errors import DataError, first_line
 
 KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
@@ -119,11 +119,6 @@ def named(path: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException, csv.Error) as error:
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def open_table(path: str) -> Any:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids, tokenizer_folder
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, first_line
 from neobert.inference.load import (
     CONFIG,
     Model,
@@ -119,7 +119,7 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(inner), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise CheckpointError(
             f"{inner}: no tokenizer can be loaded from it: {reason}; name one with --tokenizer"
         ) from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, first_line
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]
 
@@ -22,8 +22,7 @@ def model_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        why = "this machine is offline (HF_HUB_OFFLINE)" if offline else first_line
+        why = "this machine is offline (HF_HUB_OFFLINE)" if offline else first_line(error)
         raise CheckpointError(f"{name!r} is no folder, and it cannot be had from the hub: {why}") from None
 
 
@@ -36,7 +35,7 @@ def load_encoder(name: str) -> Any:
             name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise CheckpointError(f"{name!r} cannot be loaded: {reason}") from None
     if getattr(encoder.config, "is_encoder_decoder", False):
         raise CheckpointError(f"{name!r} is an encoder with a decoder; an encoder alone is needed")

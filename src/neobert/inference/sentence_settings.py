@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, first_line
 from neobert.inference.load import EMBEDDING, FOREIGN, read_model_config
 from neobert.model.flat import Pooling
 
@@ -153,7 +153,7 @@ def _head_module(kind: str, folder: Path) -> nn.Module:
         weights = load_file(folder / "model.safetensors")
         linear.load_state_dict({name.removeprefix("linear."): tensor.float() for name, tensor in weights.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise CheckpointError(f"{folder}: the weights of the Dense module cannot be read: {reason}") from None
     return nn.Sequential(linear, getattr(nn, activation)())
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
+from neobert.config.ready import check_ready
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero
@@ -279,6 +280,7 @@ def run_job(loaded: Loaded, build: Callable[[Runtime, Interrupt, OpenRun], Job])
 
     Raises UserError.
     """
+    check_ready(loaded)
     interrupt = Interrupt()
     with stop_signals(interrupt):
         runtime = start_runtime(loaded.config)

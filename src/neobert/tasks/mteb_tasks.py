@@ -8,7 +8,7 @@ from typing import Any
 import mteb
 from mteb.abstasks.abstask import AbsTask
 
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, Problem, first_line, print_notes
 
 ENGLISH = "MTEB(eng, v1)"  # the 56 tasks of the original leaderboard, which the reference and its paper evaluate
 LOCAL = "local/"  # where the data of local tasks is said to be
@@ -112,7 +112,7 @@ def drop_unusable(path: Path, task: AbsTask) -> None:
         if dataset["path"].startswith(LOCAL) and found != dataset["revision"]:
             reason = "is of other data"
     if reason:
-        print(f"note: {path} {reason}; its task runs again")
+        print_notes([f"{path} {reason}; its task runs again"])
         path.unlink()
 
 
@@ -133,5 +133,5 @@ def network_errors() -> tuple[type[Exception], ...]:
 
 def reason_of(error: Exception) -> str:
     """One line."""
-    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = first_line(error)
     return f"its data is not on this machine, and the hub was not reached: {text}"

@@ -25,7 +25,7 @@ from typing import Any
 from neobert import __version__
 from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
-from neobert.errors import CheckpointError, ConfigError, Problem
+from neobert.errors import CheckpointError, ConfigError, Problem, print_notes
 from neobert.training.checkpoint import (
     POINTERS,
     find_checkpoint,
@@ -108,8 +108,8 @@ def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
     """Hold a folder that is written and is not that of one run. Raises ConfigError."""
     locks = list[FolderLock]()
     try:
-        for note in runtime.on_main(lambda: _hold(folder, locks)):
-            print(f"note: {note}")
+        notes = runtime.on_main(lambda: _hold(folder, locks))
+        print_notes(notes if runtime.is_main else [])
         yield
     finally:
         for lock in locks:
