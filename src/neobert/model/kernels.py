@@ -22,7 +22,8 @@ CACHED = 2**18  # elements of a block of rows: 1 MiB in float32
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of `x` would be computed in: autocast's type where it is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else x.dtype
 
 
 def steady_size(rows: int, device_type: str, dtype: torch.dtype) -> int:
