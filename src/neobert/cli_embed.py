@@ -59,7 +59,7 @@ def embed(
     from neobert.training.runtime import build_runtime
 
     check_new_file(output, force)
-    runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False).alone()
+    runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False, trains=False).alone()
     print_notes(filter(None, [runtime.note]))
     embedder = load_embedder(checkpoint, pooling, max_length, batch_tokens, runtime)
     text = embedder.settings.prompt(prompt)

@@ -70,16 +70,11 @@ def pseudo_perplexity(
     from neobert.data.tokenizer import text_tokenizer
     from neobert.inference import pseudo_perplexity as pppl
     from neobert.inference.embed import check_new_file
-    from neobert.inference.load import load_pretrained, place_model
     from neobert.training.checkpoint import write_pointer
-    from neobert.training.runtime import build_runtime
 
     if output is not None:
         check_new_file(output, force)
-    model, hf_tokenizer = load_pretrained(checkpoint)
-    runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False)
-    place_model(model, runtime)
-    print_notes(filter(None, [runtime.note]))
+    model, hf_tokenizer, runtime = _load_on_runtime(checkpoint, bf16)
     longest = model.config.max_position_embeddings
     if max_length is not None and max_length > longest:
         raise UserError(f"--max-length: {max_length}, but the model takes {longest} tokens")
@@ -93,6 +88,18 @@ def pseudo_perplexity(
     print(pppl.format_result(result, num_texts))
     if output is not None:
         write_pointer(output, json.dumps({"texts": num_texts, **result.as_json()}, indent=2))
+
+
+def _load_on_runtime(checkpoint: str, bf16: bool) -> tuple[Any, Any, Any]:
+    """(masked language model, tokenizer, the runtime on whose device it is). Raises CheckpointError."""
+    from neobert.inference.load import load_pretrained, place_model
+    from neobert.training.runtime import build_runtime
+
+    model, hf_tokenizer = load_pretrained(checkpoint)
+    runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False, trains=False)
+    place_model(model, runtime)
+    print_notes(filter(None, [runtime.note]))
+    return model, hf_tokenizer, runtime
 
 
 def _find_files(source: str, text_column: str | None, split: str | None) -> Any:

@@ -133,7 +133,7 @@ def by_transformers(
     job = {
         "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class if has_head else None,
         "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), "num_half": NUM_HALF,
-        "half": [] if source.is_foreign else list(HALF),
+        "half": [] if source.is_foreign or folder == source.folder else list(HALF),  # of what was written here
         "pairs": PAIRS if source.is_foreign and source.is_classifier else [],
     }  # fmt: skip
 

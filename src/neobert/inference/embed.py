@@ -169,7 +169,7 @@ def load_embedder(
     if max_length is not None and longest is not None and max_length > longest:
         raise CheckpointError(f"{folder}: texts of {max_length} tokens were asked for, but the model takes {longest}")
     length = max_length or found.max_length or tokenizer.model_max_length
-    runtime = runtime or build_runtime(use_cpu=False, mixed_precision="no", tf32=False).alone()
+    runtime = runtime or build_runtime(use_cpu=False, mixed_precision="no", tf32=False, trains=False).alone()
     place_model(model, runtime)
     return Embedder(model, tokenizer, min(length, longest or length), found, runtime, batch_tokens)
 

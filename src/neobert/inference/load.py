@@ -153,13 +153,13 @@ def load_model_config(folder: Path) -> NeoBERTConfig:
 def place_model(model: nn.Module, runtime: Runtime) -> None:
     """Bring a model to the device of `runtime`, to compute and not to train; ours with attention that needs no padding."""
     if isinstance(model, NeoBERTForMaskedLM | NeoBERTForEmbedding):
-        config, (packages, _) = model.config, find_kernels()
+        config = model.config
         model.model.attention_kernel, _ = choose_attention(
             "flash_attn_varlen",
             runtime.device.type,
             dtype=runtime.dtype,
             head_width=config.hidden_size // config.num_attention_heads,
-            packages=packages,
+            packages=find_kernels(),
             capability=gpu_capability(runtime.device),
         )
     model.to(runtime.device).eval()

@@ -23,7 +23,9 @@ FOLDER = "submission"
 def predict_run(config: Config) -> list[Path]:
     """Write the submission files of the run in `trainer.output_dir`. Raises UserError when there is nothing to predict."""
     folder, trainer = Path(config.trainer.output_dir), config.trainer
-    runtime = build_runtime(use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32)
+    runtime = build_runtime(
+        use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32, trains=False
+    )
     if not runtime.is_main:
         return []
     alone = runtime.alone()

@@ -82,7 +82,9 @@ def load_subject(config: Config, model: str | None) -> Subject:
     length = config.tokenizer.max_length if is_set("tokenizer.max_length", config) else None
     size = config.mteb_batch_size * TOKENS_OF_A_TEXT if is_set("mteb_batch_size", config) else None
     asked = config.trainer
-    runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32).alone()
+    runtime = build_runtime(
+        use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32, trains=False
+    ).alone()
     embedder = load_embedder(str(folder), pooling, length, size, runtime)
     found, chosen = embedder.settings, embedder.model.contrastive.settings.pooling
     if found.similarity not in ("cosine", "dot"):
