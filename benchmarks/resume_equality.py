@@ -1,6 +1,6 @@
 """Resume equality: at random positions the batches behind a restored position equal those of a run that was not interrupted.
 
-Every combination of {streaming, random access, tokenised beforehand} x {0, 2 tokenising processes} x {packed, padded} x
+Every combination of {streaming, random access, tokenised beforehand} x {0, 2 tokenising threads} x {packed, padded} x
 {1 source, mixture of 2}: tokens, labels, order, epochs and the number of documents behind the position.
 """
 

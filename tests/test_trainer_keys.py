@@ -64,7 +64,7 @@ def test_token_folders_are_used_again(train, small, tmp_path):
     tokens = tmp_path / "tokens"
     words = [*small, "dataset.pre_tokenize=true", f"dataset.pre_tokenize_output={tokens}", "dataset.num_proc=1"]
     first = train(*words)
-    assert "tokenised by 1 processes into" in first.printed
+    assert "tokenised by 1 thread into" in first.printed
     again = train(*words)
     assert "tokens found in" in again.printed
     assert again.losses == first.losses

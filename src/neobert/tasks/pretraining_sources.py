@@ -125,7 +125,9 @@ def _pre_tokenize(
             files, tokenizer, folder / split, num_proc, show_bar, dataset.load_all_from_disk, refuse
         )
         stores.append(store)
-        how = how or (f"tokenised by {num_proc} threads into" if made else "tokens found in")
+        how = how or (
+            f"tokenised by {num_proc} thread{'s' if num_proc > 1 else ''} into" if made else "tokens found in"
+        )
     train = stores[0]
     assert train is not None
     return _random_access(config, dataset, train, stores[1], _describe_store(train, how, dataset), name)
