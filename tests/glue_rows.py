@@ -64,7 +64,7 @@ def starts(words_of):
         root, words = base_of(small)
         run = pretrain_tiny(root / "pre", "trainer.save_steps=1")
         extra, step = words_of(run)
-        start = find_start(load_glue(*words, *extra).config, frozenset())
+        start = find_start(load_glue(*words, *extra).config)
         return start.folder.name == step and run in start.folder.parents
 
     return row

@@ -16,7 +16,7 @@ def subject(small, *words):
     if not run.exists():
         write_checkpoint(run, tiny_model())
     loaded = load_config([], [f"trainer.output_dir={run}", *words], "mteb")
-    return run, loaded, mteb_task.load_subject(loaded.config, loaded.keys_set, None)
+    return run, loaded, mteb_task.load_subject(loaded.config, None)
 
 
 def setting(name, expected, *words):

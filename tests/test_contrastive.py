@@ -34,7 +34,7 @@ from neobert.tasks.start import Start
 def data_of(*words, rank=0, world=1):
     """The data of a run that is not started."""
     loaded = load_contrastive(*words)
-    config = settle(loaded.config, loaded.keys_set, Start(), {})
+    config = settle(loaded.config, Start(), {})
     return build_data(config, load_tokenizer("", config.tokenizer.path), rank, world)
 
 

@@ -76,8 +76,8 @@ def test_eurobert_becomes_a_start(tmp_path):
     assert (record["layout"], len(record["verified"])) == ("eurobert", 2)
     words = ["glue.task_name=rte", f"glue.pretrained_checkpoint_dir={tmp_path / 'in'}"]
     config = load_config([], words, "glue").config
-    start = find_start(config, frozenset())
-    settled = settle(config, frozenset(), TASKS["rte"], start, {})
+    start = find_start(config)
+    settled = settle(config, TASKS["rte"], start, {})
     classifier, _ = build_classifier(settled, TASKS["rte"], start, 8192, 0)
     ids, mask = padded_rows()
     with torch.no_grad():

@@ -19,12 +19,14 @@ from mteb.cache import ResultCache
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
+from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, DataError
 from neobert.export.huggingface import write_transformers
 from neobert.export.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.export.source import load_source
 from neobert.inference.sentence_settings import read_sentence_settings
+from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.tasks import mteb as mteb_task
 from neobert.tasks.mteb_local import KINDS, build_task, find_local_tasks
 from neobert.tasks.mteb_table import Score, averages
@@ -213,6 +215,15 @@ def test_choices(tasks):
     assert names("pair_classification", str(tasks)) == ["c-pairs"]
     with pytest.raises(ConfigError, match="'retreival'; did you mean retrieval\\? There are: all, classification, "):
         names("retreival", str(tasks))
+    with pytest.raises(ConfigError, match="benchmark 'zzz'\\. There are: all"):
+        names("zzz", None)
+
+
+def test_the_starter_leaves_pooling_to_the_model(tmp_path):
+    write_checkpoint(tmp_path / "run", tiny_model(NeoBERTForEmbedding), embedding={"pooling": "cls", "max_length": 64})
+    (tmp_path / "new.yaml").write_text(starter_file("mteb"))
+    config = load_config([str(tmp_path / "new.yaml")], [f"trainer.output_dir={tmp_path / 'run'}"]).config
+    assert mteb_task.load_subject(config, None).settings["pooling"] == "cls"
 
 
 def test_bad_input_is_one_line(tasks, exported, tmp_path):

@@ -6,7 +6,6 @@ reported at once, each with its dotted path and the line it was written on.
 
 import copy
 import difflib
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,6 @@ class Loaded:
     config: Config
     warnings: list[str]
     origins: dict[str, str]  # file:line, or `command line`, of every key that was set
-
-    @property
-    def keys_set(self) -> frozenset[str]:
-        return frozenset(_flat_keys(self.config))
 
 
 def load_config(files: list[str], overrides: list[str] | None = None, task: str | None = None) -> Loaded:
@@ -209,11 +204,3 @@ def _dotted(location: list[str]) -> str:
         if ".".join(location[:end]) in keys:
             return ".".join(location[:end])
     return ".".join(location)
-
-
-def _flat_keys(section: BaseModel, prefix: str = "") -> typing.Iterator[str]:
-    for name in sorted(section.model_fields_set):
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _flat_keys(value, f"{prefix}{name}.")
-        yield prefix + name

@@ -4,6 +4,7 @@ from typing import Any
 
 from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
+from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.inference.embed import EmbeddingModel
@@ -31,14 +32,14 @@ def run(loaded: Loaded) -> Finished:
 
 def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
-    trainer, keys_set = loaded.config.trainer, loaded.keys_set
+    trainer = loaded.config.trainer
     print_notes(loaded.warnings if runtime.is_main else [])
-    start = find_start(loaded.config, keys_set)
-    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, keys_set, start)
-    config = settle(loaded.config, keys_set, start, tokenizer_keys)
+    start = find_start(loaded.config)
+    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, start)
+    config = settle(loaded.config, start, tokenizer_keys)
     vocab_size, notes = len(hf_tokenizer), []
     if start.folder is None and start.hub is None:
-        vocab_size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
+        vocab_size, notes = build_vocabulary(config, hf_tokenizer)
     check_length(config, start, "dataset.max_seq_length", longest_text(config))
     if config.debug:
         print(show_config(config, loaded.origins))
@@ -59,7 +60,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     facts["evaluated on"] = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()] or "nothing"
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, hf_tokenizer)
-    opened = open_run(config, keys_set, runtime)
+    opened = open_run(config, runtime)
     folder = opened.folder
     state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
     runtime.on_main(lambda: write_run_files(folder, dump_config(config), facts))
@@ -77,11 +78,11 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     )  # fmt: skip
 
 
-def settle(config: Config, keys_set: frozenset[str], start: Start, tokenizer_keys: dict[str, Any]) -> Config:
+def settle(config: Config, start: Start, tokenizer_keys: dict[str, Any]) -> Config:
     """The configuration with what follows from the weights filled in, as it is saved: it loads to the same run."""
-    found = architecture_keys(config, keys_set, start)
+    found = architecture_keys(config, start)
     dataset, longest = config.dataset, found.get("max_position_embeddings", config.model.max_position_embeddings)
-    if "dataset.max_seq_length" not in keys_set and start.hub is None:
+    if not is_set("dataset.max_seq_length", config) and start.hub is None:
         dataset = dataset.model_copy(update={"max_seq_length": min(dataset.max_seq_length, longest)})
     return config.model_copy(
         update={

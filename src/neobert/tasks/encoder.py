@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.tokenizer import fit_vocabulary, special_ids
 from neobert.errors import ConfigError, Problem
@@ -34,7 +35,7 @@ def model_config(config: Config, vocab_size: int, pad_token_id: int, **head: Any
     return NeoBERTConfig(**{**fields, "vocab_size": vocab_size, "pad_token_id": pad_token_id, **head})
 
 
-def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any) -> tuple[int, list[str]]:
+def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]:
     """Make `len(tokenizer)` the model's vocabulary size; returns it with notes where it differs from the YAML."""
     real = len(hf_tokenizer)
     follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
@@ -45,7 +46,7 @@ def build_vocabulary(config: Config, keys_set: frozenset[str], hf_tokenizer: Any
         notes.append(
             f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
         )
-    if "model.pad_token_id" in keys_set and config.model.pad_token_id != hf_tokenizer.pad_token_id:
+    if is_set("model.pad_token_id", config) and config.model.pad_token_id != hf_tokenizer.pad_token_id:
         notes.append(
             f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
         )

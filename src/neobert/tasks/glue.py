@@ -11,6 +11,7 @@ from torch import nn
 
 from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
+from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.classification import LabelCollator, Rows, in_order
 from neobert.data.glue import REPOSITORY, TASKS, GlueTask
@@ -47,14 +48,14 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
         problem = f"{task.name} is predicted by a model of mnli, not trained on: neobert glue CONFIG --predict, of an mnli run"
         raise ConfigError(Problem("glue.task_name", problem))
     glue_metrics.check_metrics()
-    trainer, keys_set = loaded.config.trainer, loaded.keys_set
+    trainer = loaded.config.trainer
     print_notes(loaded.warnings if runtime.is_main else [])
-    start = find_start(loaded.config, keys_set)
-    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, keys_set, start)
-    config = settle(loaded.config, keys_set, task, start, tokenizer_keys)
+    start = find_start(loaded.config)
+    hf_tokenizer, tokenizer_keys = find_tokenizer(loaded.config, start)
+    config = settle(loaded.config, task, start, tokenizer_keys)
     vocab_size, notes = len(hf_tokenizer), []
     if start.folder is None and start.hub is None:
-        vocab_size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
+        vocab_size, notes = build_vocabulary(config, hf_tokenizer)
     check_length(config, start, "glue.max_seq_length", config.glue.max_seq_length)
     if config.debug:
         print(show_config(config, loaded.origins))
@@ -70,7 +71,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
     facts = describe(config, task, data, runtime, weights_line, schedule.warmup_steps) | kernels | clip_line
     wrapped, optimizer = runtime.hand_over(wrapped, optimizer)
     storage = build_storage(config, model, task, hf_tokenizer)
-    opened = open_run(config, keys_set, runtime)
+    opened = open_run(config, runtime)
     folder = opened.folder
     runtime.on_main(lambda: (folder / RESULT).unlink(missing_ok=True))
     state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
@@ -101,15 +102,13 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt) -> Job:
 # --- what the configuration comes to -----------
 
 
-def settle(
-    config: Config, keys_set: frozenset[str], task: GlueTask, start: Start, tokenizer_keys: dict[str, Any]
-) -> Config:
+def settle(config: Config, task: GlueTask, start: Start, tokenizer_keys: dict[str, Any]) -> Config:
     """The configuration with what follows from task and weights filled in, as it is saved: it loads to the same run."""
     glue, model = config.glue, config.model
-    from_model = "model.classifier_init_range" in keys_set and "glue.classifier_init_range" not in keys_set
+    from_model = is_set("model.classifier_init_range", config) and not is_set("glue.classifier_init_range", config)
     init_range = model.classifier_init_range if from_model else glue.classifier_init_range
-    changed = {"classifier_init_range": init_range, **architecture_keys(config, keys_set, start)}
-    name = config.dataset.name if "dataset.name" in keys_set else REPOSITORY
+    changed = {"classifier_init_range": init_range, **architecture_keys(config, start)}
+    name = config.dataset.name if is_set("dataset.name", config) else REPOSITORY
     return config.model_copy(
         update={
             "glue": glue.model_copy(update={"classifier_init_range": init_range}),

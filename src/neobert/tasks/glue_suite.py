@@ -134,7 +134,7 @@ def check_plan(plan: list[Planned]) -> None:
         glue.check_best_metric(config, TASKS[one.task])
         find_all_files(config, TASKS[one.task])
         if not config.glue.transfer_from_task:
-            find_start(config, one.loaded.keys_set)
+            find_start(config)
 
 
 def finished_result(one: Planned, world_size: int) -> dict[str, Any] | None:
@@ -142,9 +142,9 @@ def finished_result(one: Planned, world_size: int) -> dict[str, Any] | None:
     result = glue.read_result(one.folder)
     if result is None:
         return None
-    start = find_start(one.loaded.config, one.loaded.keys_set)
+    start = find_start(one.loaded.config)
     task = TASKS[one.task]
-    now = glue.protocol(glue.settle(one.loaded.config, one.loaded.keys_set, task, start, {}), start, world_size)
+    now = glue.protocol(glue.settle(one.loaded.config, task, start, {}), start, world_size)
     changed = [name for name, value in now.items() if result["protocol"].get(name) != value]
     if changed:
         was, is_now = result["protocol"].get(changed[0]), now[changed[0]]

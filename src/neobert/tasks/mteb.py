@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import Loaded
+from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.inference.embed import Embedder, load_embedder
@@ -55,7 +56,7 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 
     tasks = choose_tasks(config.mteb_task_type, config.mteb_local_tasks)
     check_prompts(config.mteb_prompts, tasks)
-    subject = load_subject(config, loaded.keys_set, model)
+    subject = load_subject(config, model)
     output = Path(config.trainer.output_dir) / "mteb"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -72,12 +73,12 @@ def run(loaded: Loaded, model: str | None = None) -> int:
     return 2 if summary["not_run"] else 0
 
 
-def load_subject(config: Config, keys_set: frozenset[str], model: str | None) -> Subject:
+def load_subject(config: Config, model: str | None) -> Subject:
     """The model, ready to embed. Raises CheckpointError."""
     folder = model_folder(model) if model is not None else _own_checkpoint(config)
     sentence = read_sentence_settings(folder) if folder.is_dir() else None
-    pooling = config.mteb_pooling if "mteb_pooling" in keys_set else sentence.pooling if sentence else None
-    length = _max_length(config, keys_set, sentence)
+    pooling = config.mteb_pooling if is_set("mteb_pooling", config) else sentence.pooling if sentence else None
+    length = _max_length(config, sentence)
     embedder = load_embedder(str(folder), pooling, length, config.mteb_batch_size * TOKENS_OF_A_TEXT)
     prompts = {**(sentence.prompts if sentence else {}), **config.mteb_prompts}
     chosen = embedder.model.contrastive.settings.pooling
@@ -98,8 +99,8 @@ def _own_checkpoint(config: Config) -> Path:
         raise CheckpointError(f"{error}; train one, or name a model with --model") from None
 
 
-def _max_length(config: Config, keys_set: frozenset[str], sentence: SentenceSettings | None) -> int | None:
-    if "tokenizer.max_length" in keys_set:
+def _max_length(config: Config, sentence: SentenceSettings | None) -> int | None:
+    if is_set("tokenizer.max_length", config):
         return config.tokenizer.max_length
     return sentence.max_length if sentence else None
 

@@ -44,10 +44,10 @@ def build_job(
     print_notes(loaded.warnings if runtime.is_main else [])
     if config.debug:
         print(show_config(config, loaded.origins))
-    start = begin(config, loaded.keys_set)
+    start = begin(config)
     config, hf_tokenizer = start.config, start.hf_tokenizer
     tokenizer = text_tokenizer(hf_tokenizer)
-    opened = open_run(config, loaded.keys_set, runtime)
+    opened = open_run(config, runtime)
     folder = opened.folder
     if opened.checkpoint is not None:
         config = with_saved_lanes(config, opened.checkpoint, runtime.world_size)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.inference.convert import convert
@@ -42,11 +43,11 @@ class Begin:
         return Path(name).name if name is not None and self.model is not None else name
 
 
-def begin(config: Config, keys_set: frozenset[str]) -> Begin:
+def begin(config: Config) -> Begin:
     """What the configuration names to start from. Raises ConfigError, DataError or CheckpointError."""
     if not config.model.from_hub:
         hf_tokenizer = load_named_tokenizer(config)
-        size, notes = build_vocabulary(config, keys_set, hf_tokenizer)
+        size, notes = build_vocabulary(config, hf_tokenizer)
         return Begin(with_vocab_size(config, size), hf_tokenizer, size, notes)
     resumed = _resumed(config)
     folder = resumed or _named(config.model.name or "")
@@ -54,12 +55,12 @@ def begin(config: Config, keys_set: frozenset[str]) -> Begin:
     if not isinstance(found.model, NeoBERTForMaskedLM):
         raise ConfigError(Problem("model.name", f"{folder} is a classifier, which has no decoder to continue with"))
     if resumed is None:  # a run that goes on has its own; that of another text is refused by the position of the data
-        check_named_tokenizer(config, keys_set, found.tokenizer, str(folder))
+        check_named_tokenizer(config, found.tokenizer, str(folder))
     architecture = found.model.config
-    _apply_settable(config, keys_set, architecture)
-    if problems := contradictions(config, keys_set, folder, architecture):
+    _apply_settable(config, architecture)
+    if problems := contradictions(config, folder, architecture):
         raise ConfigError(*problems)
-    config = _settle(config, keys_set, architecture, found.folder)
+    config = _settle(config, architecture, found.folder)
     _check_rows(config)
     model = NeoBERTForMaskedLM(architecture)  # again, for the dropout and the positions that the YAML sets
     model.load_state_dict(found.model.state_dict())
@@ -86,15 +87,15 @@ def _named(name: str) -> Path:
         raise ConfigError(Problem("model.name", str(error))) from None
 
 
-def _apply_settable(config: Config, keys_set: frozenset[str], architecture: NeoBERTConfig) -> None:
+def _apply_settable(config: Config, architecture: NeoBERTConfig) -> None:
     """What the YAML may set anew: dropout, and with RoPE, which has no parameters for positions, the longest input."""
-    if architecture.rope and "model.max_position_embeddings" in keys_set:
+    if architecture.rope and is_set("model.max_position_embeddings", config):
         architecture.max_position_embeddings = config.model.max_position_embeddings
-    if "model.dropout_prob" in keys_set:
+    if is_set("model.dropout_prob", config):
         architecture.dropout_prob = config.model.dropout_prob
 
 
-def _settle(config: Config, keys_set: frozenset[str], architecture: NeoBERTConfig, folder: Path) -> Config:
+def _settle(config: Config, architecture: NeoBERTConfig, folder: Path) -> Config:
     """The configuration with architecture and tokenizer of the weights, as it is saved: it loads to the same run."""
     inner = folder / "tokenizer"
     values = {name: getattr(architecture, name) for name in (*ARCHITECTURE, "dropout_prob")}

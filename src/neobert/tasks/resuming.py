@@ -29,7 +29,7 @@ class OpenRun:
     told: list[str]
 
 
-def open_run(config: Config, keys_set: frozenset[str], runtime: Runtime) -> OpenRun:
+def open_run(config: Config, runtime: Runtime) -> OpenRun:
     """Make or enter the output folder and find the checkpoint to resume from. Raises ConfigError and CheckpointError."""
     trainer = config.trainer
     folder, checkpoint, told = open_run_folder(

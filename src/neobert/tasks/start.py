@@ -10,6 +10,7 @@ from typing import Any
 
 from neobert.config.load import load_config
 from neobert.config.ready import asked_weights, missing_tokenizer, no_weights
+from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
@@ -55,7 +56,7 @@ class Start:
         return str(self.state["checksum"])[:16] if self.state else self.describe
 
 
-def find_start(config: Config, keys_set: frozenset[str]) -> Start:
+def find_start(config: Config) -> Start:
     """The weights that the configuration names. Raises ConfigError or CheckpointError."""
     model, transfer = config.model, config.task == "glue" and config.glue.transfer_from_task
     if model.from_hub and not model.name:
@@ -79,7 +80,7 @@ def find_start(config: Config, keys_set: frozenset[str]) -> Start:
             )
         return Start(folder, model.name, None, task, state)
     architecture = load_model_config(folder)
-    _check_architecture(config, keys_set, folder, architecture)
+    _check_architecture(config, folder, architecture)
     return Start(folder, None, architecture, task, state)
 
 
@@ -143,20 +144,20 @@ def _check_transfer(folder: Path, task: str | None, transfer: bool) -> None:
         raise ConfigError(Problem("glue.transfer_from_task", f"{folder} is not a checkpoint of a GLUE task"))
 
 
-def contradictions(config: Config, keys_set: frozenset[str], folder: Path, found: NeoBERTConfig) -> list[Problem]:
+def contradictions(config: Config, folder: Path, found: NeoBERTConfig) -> list[Problem]:
     """What the YAML says of the model that is not so in `folder`."""
     return [
         Problem(
             f"model.{name}", f"{getattr(config.model, name)}, but {folder} has {getattr(found, name)}; leave it out"
         )
         for name in ARCHITECTURE
-        if f"model.{name}" in keys_set and getattr(config.model, name) != getattr(found, name)
+        if is_set(f"model.{name}", config) and getattr(config.model, name) != getattr(found, name)
     ]
 
 
-def _check_architecture(config: Config, keys_set: frozenset[str], folder: Path, found: NeoBERTConfig) -> None:
+def _check_architecture(config: Config, folder: Path, found: NeoBERTConfig) -> None:
     """What the YAML says of the model, and the model that `pretrained_model_path` names, must be what is in `folder`."""
-    problems = contradictions(config, keys_set, folder, found)
+    problems = contradictions(config, folder, found)
     asked = asked_weights(config)
     path = asked.pretrained_model_path
     if path is not None and asked.pretrained_checkpoint_dir is not None:
@@ -181,12 +182,12 @@ def _expected_architecture(path: Path) -> Any:
     return load_model_config(path.parent if path.is_file() else path)
 
 
-def architecture_keys(config: Config, keys_set: frozenset[str], start: Start) -> dict[str, Any]:
+def architecture_keys(config: Config, start: Start) -> dict[str, Any]:
     """The keys of `model` as the weights have them; dropout too, where the YAML does not set it."""
     if start.architecture is None:
         return {}
     found = {name: getattr(start.architecture, name) for name in ARCHITECTURE}
-    if "model.dropout_prob" not in keys_set:
+    if not is_set("model.dropout_prob", config):
         found["dropout_prob"] = start.architecture.dropout_prob
     return found
 
@@ -208,7 +209,7 @@ def load_named_tokenizer(config: Config) -> Any:
     return load_tokenizer(config.tokenizer.name, config.tokenizer.path)
 
 
-def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tuple[Any, dict[str, Any]]:
+def find_tokenizer(config: Config, start: Start) -> tuple[Any, dict[str, Any]]:
     """(tokenizer, the keys of `tokenizer` that name it): the one that the weights were trained with.
 
     Raises CheckpointError when the YAML names another one.
@@ -222,15 +223,15 @@ def find_tokenizer(config: Config, keys_set: frozenset[str], start: Start) -> tu
     else:
         return load_named_tokenizer(config), {}
     found = load_tokenizer(keys.get("name", ""), keys["path"])
-    check_named_tokenizer(config, keys_set, found, str(start.folder or start.hub))
+    check_named_tokenizer(config, found, str(start.folder or start.hub))
     size = {} if named.vocab_size is None else {"vocab_size": len(found)}
     return found, {**keys, **size}
 
 
-def check_named_tokenizer(config: Config, keys_set: frozenset[str], found: Any, origin: str) -> None:
+def check_named_tokenizer(config: Config, found: Any, origin: str) -> None:
     """Raises CheckpointError when the YAML names another tokenizer than `found`, that of the weights in `origin`."""
     named = config.tokenizer
-    by_name = "tokenizer.name" in keys_set and named.name != type(named).model_fields["name"].default
+    by_name = is_set("tokenizer.name", config) and named.name != type(named).model_fields["name"].default
     if named.path is None and not by_name:
         return
     wanted = load_tokenizer(named.name, named.path)
