@@ -319,7 +319,8 @@ def test_what_was_meant_is_said(tmp_path, text, path, words):
 
 NOTHING_SET, NOTHING_THERE = "not set; ", "nothing at 'absent'"
 MISSING = {
-    "pretraining": ("", {"dataset.path": NOTHING_SET, "tokenizer.path": NOTHING_SET}),
+    "pretraining": ("dataset: {path: ''}", {"dataset.path": NOTHING_SET, "tokenizer.path": NOTHING_SET}),
+    "the default dataset": ("tokenizer: {name: bert-base-uncased}", {}),
     "absent": (
         "dataset: {path: absent/*.txt}\ntokenizer: {path: absent}",
         {"dataset.path": "nothing at 'absent/*.txt'", "tokenizer.path": "no folder at 'absent'"},

@@ -281,7 +281,10 @@ BAD_INPUT = {
     ),
     "no mask token": (["tokenizer.path={tmp}/maskless"], "has no mask_token"),
     "no tokenizer": (["tokenizer.path={tmp}/absent"], "tokenizer.path: no folder"),
-    "offline tokenizer": (["tokenizer.path=null"], "tokenizer.name: 'bert-base-uncased' cannot be loaded"),
+    "offline tokenizer": (
+        ["tokenizer.path=null", "tokenizer.name=bert-base-uncased"],
+        "tokenizer.name: 'bert-base-uncased' cannot be loaded",
+    ),
     "heads": (["model.hidden_size=30", "model.num_attention_heads=4"], "model.hidden_size: 30 is not divisible"),
     "not writable": (["trainer.output_dir={tmp}/empty.txt/out"], "trainer.output_dir: cannot write"),
     "no checkpoint": (["trainer.resume_from_checkpoint=77"], "no checkpoint '77'; there is none"),

@@ -8,9 +8,8 @@ from dataclasses import replace
 from glob import has_magic, iglob
 from pathlib import Path
 
-from neobert.config.data_sections import DatasetConfig, MixtureSource
 from neobert.config.load import Loaded
-from neobert.config.reference import is_set
+from neobert.config.reference import is_chosen, is_set
 from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
 from neobert.errors import ConfigError, Problem
 
@@ -76,17 +75,22 @@ def no_weights(config: Config) -> Problem:
 
 
 def _missing_text(config: Config) -> Iterator[Problem]:
-    if not config.dataset.mixture:
-        yield from _missing_source("dataset", config.dataset, is_set("dataset.name", config))
     for number, entry in enumerate(config.dataset.mixture):
-        yield from _missing_source(f"dataset.mixture.{number}", entry, bool(entry.name))
+        if not entry.name:
+            yield from _missing_source(f"dataset.mixture.{number}", entry.path)
+    dataset = config.dataset
+    is_named = bool(dataset.name) and is_chosen("dataset.name", config)
+    if not dataset.path and config.task == "pretraining":  # the default dataset, unless a path is left to be filled in
+        is_named = bool(dataset.name) and (is_set("dataset.name", config) or not is_set("dataset.path", config))
+    if not dataset.mixture and not is_named:
+        yield from _missing_source("dataset", dataset.path)
 
 
-def _missing_source(section: str, source: DatasetConfig | MixtureSource, is_named: bool) -> Iterator[Problem]:
-    if not source.path and not is_named:
+def _missing_source(section: str, path: str) -> Iterator[Problem]:
+    if path:
+        yield from _absent(f"{section}.path", path)
+    else:
         yield Problem(f"{section}.path", NO_DATA.format(section))
-    elif source.path and not is_named:
-        yield from _absent(f"{section}.path", source.path)
 
 
 def _missing_weights(config: Config) -> Iterator[Problem]:
