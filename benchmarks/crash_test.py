@@ -53,8 +53,12 @@ def train(folder: Path) -> None:
     """The run, in this process or in this one of several, from the newest checkpoint where there is one."""
     end_with_launcher()
     mixture = f"dataset.mixture=[{{path: {TEXT}, weight: 2}}, {{path: {TEXT}/validation.txt, weight: 1}}]"
-    finished = pretraining.run(load_config([], [*WORDS, mixture, f"trainer.output_dir={folder}"]))
-    assert not finished.exit_code
+    try:
+        finished = pretraining.run(load_config([], [*WORDS, mixture, f"trainer.output_dir={folder}"]))
+        assert not finished.exit_code
+    except BaseException:  # noqa: BLE001, as the command ends; torch would leave a file with the exception of a function
+        traceback.print_exc()
+        os._exit(1)
 
 
 def start(folder: Path, nproc: int) -> int:
@@ -183,17 +187,18 @@ def main() -> None:
             folder, victim = Path(name) / "out", draw.choice(victims)
             pid, at_second = start(folder, nproc), draw.uniform(0, seconds)
             time.sleep(at_second)
-            longest = max(longest, kill(pid, victim))
+            until_none = kill(pid, victim)
+            longest = max(longest, until_none)
             readable, at = look(folder)
             seen[at, victim if nproc > 1 else "process"] += 1
             num_readable += readable
-            num_left += bool(list((Path(name) / "tmp").glob("*")))
+            left = [path.name for path in (Path(name) / "tmp").glob("*")]
+            num_left += bool(left)
             complete(folder, nproc)
             equal = outcome(folder) == wanted
             num_equal += equal
-            print(
-                f"{victim} killed after {at_second:.2f} s, {at}: {'equal' if equal else 'DIFFERENT'}", file=sys.stderr
-            )
+            facts = [f"{victim} killed after {at_second:.2f} s, {at}", f"none left after {until_none:.1f} s", *left]
+            print(", ".join([*facts, "equal" if equal else "DIFFERENT"]), file=sys.stderr)
     table([("killed while", "killed", "times"), *((*which, str(count)) for which, count in seen.most_common())])
     print(f"{kills} kills over {seconds:.2f} s of {STEPS} steps; {num_equal} equal to the bit, {num_readable} readable")
     name = "crash_test" if nproc == 1 else f"crash_test_{nproc}"

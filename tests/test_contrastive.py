@@ -275,7 +275,7 @@ BAD = {
     "no weights": (PAIR, ["contrastive.allow_random_weights=false"], "contrastive.pretrained_checkpoint_dir: no weights"),
     "nothing to evaluate": (PAIR, ["trainer.save_strategy=best"], "needs evaluation data"),
     "no split": (PAIR, ["dataset.train_split=dev"], "no split 'dev'"),
-    "not there": (PAIR, ["dataset.mixture=[{path: nowhere.jsonl}]"], "entry 0.path: nothing at 'nowhere.jsonl'"),
+    "not there": (PAIR, ["dataset.mixture=[{path: nowhere.jsonl}]"], "dataset.mixture.0.path: nothing at 'nowhere.jsonl'"),
     "not in the cache": (PAIR, ["dataset.mixture=[{name: gooaq}]"], "sentence-transformers/gooaq"),
 }  # fmt: skip
 

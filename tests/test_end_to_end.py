@@ -331,7 +331,8 @@ def test_a_full_disk_while_logging(tmp_path, empty_config):
     (out / "metrics.jsonl").symlink_to("/dev/full")
     words = [*TINY, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
     result = run_neobert("run", empty_config, *words)
-    assert (result.returncode, result.stderr) == (2, f"error: {out / 'metrics.jsonl'}: the disk is full\n")
+    told = f"error: {out / 'metrics.jsonl'}: the disk is full; go on from {out / 'checkpoints/2'}\n"
+    assert (result.returncode, result.stderr) == (2, told)
 
 
 def test_help_teaches_without_torch():

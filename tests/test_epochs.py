@@ -51,7 +51,7 @@ def failing(rank, number):
 
 
 class Toy(nn.Module):
-    def forward(self, count_correct):
+    def forward(self, masked_only, count_correct):
         return SimpleNamespace(loss_sum=torch.tensor(1.0), num_correct=0)
 
 

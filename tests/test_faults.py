@@ -101,6 +101,20 @@ def test_a_second_signal_ends_the_run_at_once():
     assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
 
 
+def test_a_signal_ends_a_process_that_waits_for_others_outside_of_python():
+    """As at the start of a run on several processes, when one of them has died before it connected."""
+    code = "import datetime, torch.distributed as dist; from neobert.tasks import stopping\n"
+    code += "from neobert.training.loop import Interrupt\n"
+    code += "with stopping.stop_signals(Interrupt()):\n"
+    code += "    print('waiting', flush=True)\n"
+    code += "    dist.TCPStore('localhost', 0, 2, True, datetime.timedelta(seconds=100), wait_for_workers=True)\n"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"waiting\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_in_a_step_ends_behind_it(number, tmp_path):
     def stop(batch, step):

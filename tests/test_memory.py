@@ -51,11 +51,12 @@ def allocated(step):
         for number in range(2):
             with torch.profiler.record_function(f"step {number}"):
                 with runtime.autocast():
-                    loss = wrapped(input_ids=input_ids, labels=labels, document_lengths=lengths).loss_sum
+                    output = wrapped(input_ids=input_ids, labels=labels, document_lengths=lengths, masked_only=True)
+                    loss = output.loss_sum
                 runtime.backward(wrapped, loss)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                del loss
+                del loss, output
     events = recorded.profiler.kineto_results.events()
     (second,) = (event for event in events if event.name() == "step 1")
     total = peak = 0

@@ -199,13 +199,13 @@ def test_what_scores_depend_on(tasks, exported, tmp_path, capsys):
         file.write(json.dumps({"sentence1": "a", "sentence2": "b", "score": 1}) + "\n")
     capsys.readouterr()
     evaluate(exported, tmp_path / "b", f"mteb_local_tasks={own}")
-    assert "is of other data; its task runs again" in capsys.readouterr().out
+    assert "is of other data; its task runs again" in capsys.readouterr().err
     [result] = (tmp_path / "b/mteb/results").glob("*/*/mine.json")
     result.write_text("{")
     evaluate(exported, tmp_path / "b", f"mteb_local_tasks={own}")
-    printed = capsys.readouterr().out
-    assert "was cut off; its task runs again" in printed
-    assert "(had a result)" not in printed
+    printed = capsys.readouterr()
+    assert "was cut off; its task runs again" in printed.err
+    assert "(had a result)" not in printed.out
 
 
 def test_a_task_that_needs_the_network(tasks, exported, tmp_path, capsys):

@@ -31,7 +31,7 @@ from neobert.data.prepare import tokenize_files
 from neobert.data.sources import find_splits, fingerprint
 from neobert.data.token_store import TokenStore
 from neobert.errors import DataError
-from neobert.inference.embed import read_texts
+from neobert.inference.embed import read_rows
 from neobert.tasks import pretraining
 from neobert.tasks.contrastive_data import find_places
 from neobert.tasks.pretraining_sources import find_files, open_sources
@@ -93,7 +93,7 @@ def test_every_reader_sees_the_same_rows(name, tmp_path):
     assert StreamReader(files).read() == TEXTS
     corpus = open_corpus(files, fingerprint(files), cache_dir=str(tmp_path / "cache"))
     assert CorpusReader(corpus, None).read() == TEXTS
-    assert list(read_texts(str(path), "sentence")) == TEXTS
+    assert [text for text, _ in read_rows(str(path), "sentence")] == TEXTS
     roles = roles_of([str(path)], {}, "")
     assert [row.anchor for row in read_examples([str(path)], roles, "", Skips(True)).rows] == TEXTS
     split = read_split(Source(str(tmp_path)), TASKS["cola"], "train")
@@ -102,10 +102,10 @@ def test_every_reader_sees_the_same_rows(name, tmp_path):
 
 def test_local_mteb_tasks_are_read_likewise(tmp_path):
     pytest.importorskip("mteb")
-    from neobert.tasks.mteb_local import read_rows
+    from neobert.tasks import mteb_local
 
     (tmp_path / "test.jsonl").write_bytes(BOM + joined(LINES, "\r\n", "\n\n"))
-    assert [row["sentence"] for row in read_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
+    assert [row["sentence"] for row in mteb_local.read_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
     (tmp_path / "test.jsonl").write_bytes(joined(LINES[:2]) + b'{"sentence": "\xff"}\n')
     with pytest.raises(DataError, match=r"test.jsonl:3: not UTF-8"):
         read_rows(tmp_path / "test.jsonl", ("sentence",))
@@ -176,10 +176,10 @@ def test_vectors_have_all_rows_or_there_are_none(tmp_path):
     for content, where in ((b"fine\nbad \xff\n", "a.txt:2"), (b"fine\n\nbad \xff\n", "a.txt:3")):
         (tmp_path / "a.txt").write_bytes(content)
         with pytest.raises(DataError, match=f"{where}: not UTF-8"):
-            list(read_texts(str(tmp_path / "a.txt"), None))
+            list(read_rows(str(tmp_path / "a.txt"), None))
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "\\udc00"}\n')
     with pytest.raises(DataError, match=r"a.jsonl:2: text is .*, not a text"):
-        list(read_texts(str(tmp_path / "a.jsonl"), None))
+        list(read_rows(str(tmp_path / "a.jsonl"), None))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -191,7 +191,7 @@ def test_utf16_is_refused_by_name(name, encoding, tmp_path):
     for read in (
         lambda: StreamReader(files_at(tmp_path, "text")).read(),
         lambda: CorpusReader(open_corpus(Files((str(tmp_path / name),), "text"), "", True), None).read(),
-        lambda: list(read_texts(str(tmp_path / name), None)),
+        lambda: list(read_rows(str(tmp_path / name), None)),
     ):
         with pytest.raises(DataError, match=rf"{name}: looks like UTF-16") as caught:
             read()

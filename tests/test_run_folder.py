@@ -107,7 +107,8 @@ def test_the_refusal_comes_before_the_data(tmp_path, empty_config):
     folder = tmp_path / "out"
     folder.mkdir()
     lock = FolderLock(folder)
-    words = [*TINY, f"trainer.output_dir={folder}", "dataset.path=absent.jsonl"]
+    (tmp_path / "text.jsonl").write_text("not JSON")
+    words = [*TINY, f"trainer.output_dir={folder}", f"dataset.path={tmp_path / 'text.jsonl'}"]
     result = run_neobert("pretrain", empty_config, *words)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert f"another run is writing in {folder} (process {os.getpid()} on " in result.stderr

@@ -227,7 +227,8 @@ def save_with_failures(rank, folder):
             except CheckpointError as error:
                 message = str(error)
             assert len(set(gather(message))) == 1
-            assert not message or "cannot save step 2: No space left on device; the checkpoint of step" in message
+            expected = "cannot save step 2: No space left on device; the checkpoint of step"
+            assert not message or expected in message, message
             if rank == 0:
                 for step in list_steps(root):
                     verify_checkpoint(root / str(step))

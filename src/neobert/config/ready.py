@@ -18,6 +18,7 @@ NO_TOKENIZER = (
     "not set; train one with `neobert tokenizer train FILES -o tokenizer`, or name one of the Hugging Face hub in "
     "tokenizer.name"
 )
+NO_DONOR = "needs a checkpoint of another task: glue.pretrained_checkpoint_dir"
 NO_WEIGHTS = (
     "no weights to start from: name a run in {0}.pretrained_checkpoint_dir, a model in {0}.pretrained_model_path, or an "
     "encoder of transformers in model.name with model.from_hub: true; {0}.allow_random_weights: true trains without"
@@ -43,7 +44,7 @@ def find_missing(config: Config) -> Iterator[Problem]:
         asked_weights(config).allow_random_weights and not names_weights(config)
     )
     if config.task != "pretraining":
-        yield from _missing_weights(config)
+        yield from missing_weights(config)
     if starts_fresh and not config.model.from_hub and (missing := missing_tokenizer(config)):
         yield missing
 
@@ -69,11 +70,6 @@ def missing_tokenizer(config: Config) -> Problem | None:
     return None if is_set("tokenizer.name", config) else Problem("tokenizer.path", NO_TOKENIZER)
 
 
-def no_weights(config: Config) -> Problem:
-    """That nothing says what the run starts from."""
-    return Problem(f"{config.task}.pretrained_checkpoint_dir", NO_WEIGHTS.format(config.task))
-
-
 def _missing_text(config: Config) -> Iterator[Problem]:
     for number, entry in enumerate(config.dataset.mixture):
         if not entry.name:
@@ -93,10 +89,13 @@ def _missing_source(section: str, path: str) -> Iterator[Problem]:
         yield Problem(f"{section}.path", NO_DATA.format(section))
 
 
-def _missing_weights(config: Config) -> Iterator[Problem]:
+def missing_weights(config: Config) -> Iterator[Problem]:
+    """What a run that fine-tunes would not find to start from."""
     asked = asked_weights(config)
-    if not (names_weights(config) or config.model.from_hub or asked.allow_random_weights):
-        yield no_weights(config)
+    if config.task == "glue" and config.glue.transfer_from_task and not names_weights(config):
+        yield Problem("glue.transfer_from_task", NO_DONOR)
+    elif not (names_weights(config) or config.model.from_hub or asked.allow_random_weights):
+        yield Problem(f"{config.task}.pretrained_checkpoint_dir", NO_WEIGHTS.format(config.task))
     for name in ("pretrained_checkpoint_dir", "pretrained_model_path"):
         if (path := getattr(asked, name)) is not None:
             yield from _absent(f"{config.task}.{name}", path)

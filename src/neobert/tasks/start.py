@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import load_config
-from neobert.config.ready import asked_weights, missing_tokenizer, no_weights
+from neobert.config.ready import asked_weights, missing_tokenizer, missing_weights
 from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer, tokenizer_folder
@@ -64,11 +64,8 @@ def find_start(config: Config) -> Start:
         raise ConfigError(Problem("model.name", "not set; model.from_hub loads the encoder that it names"))
     folder = find_folder(config)
     if folder is None:
-        if transfer:
-            problem = "needs a checkpoint of another task: glue.pretrained_checkpoint_dir"
-            raise ConfigError(Problem("glue.transfer_from_task", problem))
-        if not model.from_hub and not asked_weights(config).allow_random_weights:
-            raise ConfigError(no_weights(config))
+        if missing := list(missing_weights(config)):
+            raise ConfigError(*missing)
         return Start(hub=model.name if model.from_hub else None)
     state = read_state(folder)
     task = glue_task(folder)

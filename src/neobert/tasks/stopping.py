@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 from neobert.training.loop import Interrupt
 
+DEAF_SECONDS = 2.0  # in which a process takes notice of a signal, unless it waits outside of Python
 ONE_STOP_SECONDS = 3.0  # signals within this time are one: a scheduler and a launcher both send them
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm warns of the end of a job with SIGUSR1
 
@@ -18,13 +20,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm warns of the 
 def stop_signals(interrupt: Interrupt) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 end a run with exit code 128 + their number.
 
-    Before the first step there is nothing to save: the process ends at once. Then they are noted, and the loop ends behind
-    the step in progress, with a checkpoint; a second one, after `ONE_STOP_SECONDS`, ends the process at once.
+    Before the first step there is nothing to save: the process ends at once, also where it waits for others outside of Python,
+    which calls no handler. Then they are noted, and the loop ends behind the step in progress, with a checkpoint; a second one,
+    after `ONE_STOP_SECONDS`, ends the process at once.
     """
-    first = 0.0
+    first, heard = 0.0, threading.Event()
 
     def stop(number: int, frame: Any) -> None:
         nonlocal first
+        heard.set()
         if not interrupt.has_started:
             print(
                 f"stopped by {signal.Signals(number).name} before the first step; nothing had to be saved", flush=True
@@ -36,9 +40,23 @@ def stop_signals(interrupt: Interrupt) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    arrived, writer = os.pipe()
+    os.set_blocking(writer, False)
     previous = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_deaf, args=(arrived, heard, interrupt), name="signals", daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_when_deaf(arrived: int, heard: threading.Event, interrupt: Interrupt) -> None:
+    """The system writes the number of every signal that has a handler to `arrived`, whatever Python is doing."""
+    with open(arrived, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in SIGNALS and not heard.wait(DEAF_SECONDS) and not interrupt.has_started:
+                os._exit(128 + number[0])

@@ -147,7 +147,10 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
         write_json(folder / "config.json", content.model_config)
         write_text(folder / "config.yaml", content.config_yaml)
         content.save_beside(folder)
-        own += [one for one in folder.rglob("*") if not is_of_a_rank(str(one.relative_to(folder)))]
+        whole = (
+            one for one in folder.rglob("*") if not one.name.startswith(".")
+        )  # others are being written, by any process
+        own += [one for one in whole if not is_of_a_rank(str(one.relative_to(folder)))]
     files = sorted({path for path in own if path.is_file()})
     for path in files:
         sync(path)
