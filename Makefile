@@ -2,7 +2,7 @@
 # make test         the tests
 # make test-extras  the tests that need DeepSpeed
 # make check        format, lint, types, tests
-# make bench        every benchmark; rewrites benchmarks/RESULTS.md
+# make bench        every benchmark into benchmarks/RESULTS.md
 #
 # Each sets up .venv by itself. TORCH chooses the build, for example: make quickstart TORCH="torch==2.13.0+cu130"
 

@@ -236,6 +236,11 @@ def test_pointers_lead_to_steps_only(text, trained, tmp_path):
     for pointer in ("latest", "best"):
         (root / pointer).write_text(text, encoding="latin-1")
     assert find_checkpoint("latest", root) == root / "6"
+    (root / "latest").write_text(
+        "4\n"
+    )  # as after a kill just before it was replaced, or a run that ended with its best
+    assert find_checkpoint("latest", root) == root / "4"
+    assert find_checkpoint("latest", root, to_resume=True) == root / "6"
     with pytest.raises(CheckpointError, match="no checkpoint 'best'"):
         find_checkpoint("best", root)
 

@@ -129,7 +129,7 @@ def snapshot(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (LOCK, "latest", "last", "best")
+        if path.is_file() and path.name not in (LOCK, "latest", "best")
     }
 
 

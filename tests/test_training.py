@@ -28,7 +28,7 @@ from neobert.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from neobert.training.loop import StepSettings, TrainState, Window, train, train_step
+from neobert.training.loop import Interrupt, StepSettings, TrainState, Window, train, train_step
 from neobert.training.metrics import Stopwatch
 from neobert.training.retention import clean_leftovers, prune
 from neobert.training.runtime import Runtime
@@ -254,6 +254,10 @@ def save_with_failures(rank, folder):
 
     with pytest.raises(UserError, match="^result.json: the disk is full$"):
         replace(RUNTIME, rank=rank, world_size=2).on_main(full)
+    interrupt = Interrupt()
+    interrupt.failure = lambda: UserError("metrics.jsonl: the disk is full") if rank == 1 else None
+    with pytest.raises(UserError, match="^metrics.jsonl: the disk is full$"):
+        interrupt.act(TrainState(), replace(RUNTIME, rank=rank, world_size=2))
     dist.destroy_process_group()
 
 

@@ -31,7 +31,7 @@ from neobert.tasks.run_folder import OpenRun, open_run
 from neobert.tasks.stopping import stop_signals
 from neobert.tasks.summary import print_end
 from neobert.training.background import Saver
-from neobert.training.checkpoint import Content, Tensors, end_with, list_steps, verify_checkpoint
+from neobert.training.checkpoint import Content, Tensors, list_steps, verify_checkpoint, write_pointer
 from neobert.training.loop import Interrupt, MicroBatch, StepResult, StepSettings, TrainState, train
 from neobert.training.metrics import Console, MetricsFile, Stopwatch
 from neobert.training.runtime import Runtime, build_runtime, held_parts, own_partition
@@ -121,8 +121,7 @@ class Job:
             evaluation = Evaluate(trainer, self.measure, runtime, metrics, console, stopwatch, self.interrupt)
         saver = Saver(root, runtime.team(), trainer.save_in_background, (lambda: None) if lock is None else lock.check)
         save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if opened.goes_on else -1)
-        self.interrupt.failed = lambda: saver.has_failed() or metrics.failure is not None
-        self.interrupt.explain = lambda: metrics.explain() or saver.explain()
+        self.interrupt.failure = lambda: metrics.failure or saver.failure()
         self.state.position = self.batches.position
         hooks = [self.keep_position, *step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)]
         try:
@@ -140,9 +139,8 @@ class Job:
             if not stopped_by:
                 save.prune(self.state)
             ended_with_best = not stopped_by and self.load_best(root, evaluation)
-            stopped_by, failed = map(int, runtime.all_max(self.interrupt.signal, self.interrupt.failed()))
-            if failed:
-                self.interrupt.explain()
+            self.interrupt.act(self.state, runtime)
+            stopped_by = self.interrupt.signal
         except UserError as error:
             save_whole_step(self.state, save, error)
             raise
@@ -246,7 +244,7 @@ class Job:
             return False
         with self.runtime.open_weights(self.wrapped):
             self.storage.load(root / str(best))
-        self.runtime.on_main(lambda: end_with(root, best))
+        self.runtime.on_main(lambda: write_pointer(root / "latest", str(best)))
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
         evaluation.run(state, loaded=best)
         return True

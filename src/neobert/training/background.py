@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neobert.errors import CheckpointError
+from neobert.errors import UserError, first_line, print_notes
 from neobert.training.checkpoint import Content, Team, save_checkpoint
 
 
@@ -38,13 +38,18 @@ class Saver:
             self.wait()
 
     def then(self, work: Callable[[], object]) -> None:
-        """Do something in the background, behind the save that is being written; if that fails, so does this."""
+        """Do something in the background, after the save that is being written; if that fails, so does this. What the disk does
+        not let it do is left undone, with a note.
+        """
         before = self._running
 
         def do() -> None:
             if before is not None:
                 before.result()
-            work()
+            try:
+                work()
+            except OSError as error:
+                print_notes([f"{self.root}: {first_line(error)}"])
 
         self._running = self._thread.submit(do)
 
@@ -54,20 +59,18 @@ class Saver:
         self.write_seconds += time.perf_counter() - start
         self.num_saved += 1
 
-    def has_failed(self) -> bool:
-        """Whether the last save has ended in an error, which `wait` raises."""
-        return self._running is not None and self._running.done() and self._running.exception() is not None
+    def failure(self) -> UserError | None:
+        """The error that the last save has ended in, which `wait` raises."""
+        error = self._running.exception() if self._running is not None and self._running.done() else None
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        return error
 
     def wait(self) -> None:
         """Until the last save is on the disk. Raises CheckpointError when it could not be written."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
-
-    def explain(self) -> None:
-        """Raise what went wrong, here or in another process."""
-        self.wait()
-        raise CheckpointError("another process could not save a checkpoint; its message says why")
 
     def describe(self, held_seconds: float) -> list[str]:
         """What saving cost, for the end of a run that was held for so long."""

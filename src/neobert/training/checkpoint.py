@@ -3,7 +3,6 @@
     <output_dir>/checkpoints/
       latest                          text: the step that a word for the run's model means: the newest, or, at the end of a run
                                       with load_best_model_at_end, the best
-      last                            text: at that end, the newest step, from which the run can go on
       best                            text: the step of the best evaluation so far
       <step>/
         model.safetensors  config.json  tokenizer.json ...    enough for evaluation, fine-tuning, export; transformers loads it
@@ -35,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from neobert.errors import CheckpointError, UserError
 
 FORMAT = 1
-POINTERS = ("latest", "last", "best")
+POINTERS = ("latest", "best")
 WEIGHTS, STATE = "model.safetensors", "state.json"
 REPLACED, DELETED = (
     ".replaced.tmp",
@@ -106,7 +105,6 @@ def save_checkpoint(
         _write_state(scratch, content, sums)
         _take_the_place(scratch, final)
         write_pointer(root / "latest", str(content.step))
-        (root / "last").unlink(missing_ok=True)
         behind()
 
     reason = _together(team, prepare if is_main else None) or _together(team, write)
@@ -225,17 +223,15 @@ def read_pointer(path: Path) -> str | None:
 
 def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = False) -> Path:
     """The folder that `selector` names: `latest`, `best`, a step below `root`; or a path to a step, to `checkpoints/`, or
-    to a run's output folder, which means its `latest`: the model that the run came to, or `to_resume` its last step.
+    to a run's output folder, which means its `latest`: the model that the run came to, or `to_resume` its newest step.
 
     Raises CheckpointError saying what is there instead.
     """
     if root is not None and (selector in ("latest", "best") or selector.isdigit()):
         steps = list_steps(root)
         name = selector if selector.isdigit() else read_pointer(root / selector)
-        if selector == "latest":
-            names = [name, read_pointer(root / "last")] if to_resume else [name]
-            pointed = [int(one) for one in names if one is not None and int(one) in steps]
-            name = str(max(pointed or steps)) if steps else None
+        if selector == "latest" and steps and (to_resume or name is None or int(name) not in steps):
+            name = str(steps[-1])
         if name is None or not (root / name / STATE).is_file():
             there = f"there are: {', '.join(map(str, steps))}" if steps else "there is none"
             raise CheckpointError(f"{root}: no checkpoint {selector!r}; {there}")
@@ -248,13 +244,6 @@ def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = F
         what = "not a checkpoint (it has no state.json)" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {what}; expected a run's output folder or <output_dir>/checkpoints/<step>")
     return path
-
-
-def end_with(root: Path, step: int) -> None:
-    """Make `step` what `latest` means, and keep in `last` where the run can go on. Raises OSError."""
-    last = find_checkpoint("latest", root, to_resume=True)
-    write_pointer(root / "last", last.name)
-    write_pointer(root / "latest", str(step))
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ Hook = Callable[[TrainState, StepResult | None], None]  # None: no step was made
 
 
 class Interrupt:
-    """What may end a run from outside, at any moment and in any process: signals, and whatever `failed` finds.
+    """What may end a run from outside, at any moment and in any process: signals, and the failure of a write.
 
     Every process says whether it is `wanted`; all act on it at the same step, or they would wait for each other forever.
     """
@@ -100,24 +100,27 @@ class Interrupt:
     def __init__(self) -> None:
         self.has_started = False  # before, there is nothing to save
         self.signal = 0  # number of the signal that this process, or later all, received
-        self.failed: Callable[[], bool] = lambda: False
-        self.explain: Callable[[], None] = lambda: None  # raises what has failed
+        self.failure: Callable[[], UserError | None] = lambda: None  # of this process
 
     @property
     def wanted(self) -> bool:
-        return self.signal != 0 or self.failed()
+        return self.signal != 0 or self.failure() is not None
 
     def start(self) -> None:
         """From here on, a signal is noted and acted on behind the step."""
         self.has_started = True
 
     def act(self, state: "TrainState", runtime: Runtime) -> None:
-        """In all processes, when one of them wanted it: raise, or stop behind this step."""
-        self.signal, failed = map(int, runtime.all_max(self.signal, self.failed()))
+        """In all processes, when one of them wanted it: raise the failure of the first that has one, or stop after this step.
+
+        Raises UserError.
+        """
+        failure = self.failure()
+        self.signal, failed = map(int, runtime.all_max(self.signal, failure is not None))
         if self.signal:
             state.stop_reason = f"received {signal.Signals(self.signal).name}"
         if failed:
-            self.explain()
+            raise runtime.first_error(failure)
 
 
 @dataclass(frozen=True)

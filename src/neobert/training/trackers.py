@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neobert.errors import ConfigError, Problem, UserError, disk_error
+from neobert.errors import ConfigError, Problem, UserError, disk_error, first_line
 from neobert.training.checkpoint import write_text
 from neobert.training.metrics import MetricsFile
 
@@ -31,14 +31,7 @@ class Sinks:
             for tracker in self.trackers:
                 tracker.log(numbers, step=row["step"])
         except OSError as error:
-            self.failure = disk_error(error, self.file.path)
-            if self.failure is None:
-                raise
-
-    def explain(self) -> None:
-        """Raises UserError when a row could not be written."""
-        if self.failure is not None:
-            raise self.failure
+            self.failure = disk_error(error, self.file.path) or UserError(f"{self.file.path}: {first_line(error)}")
 
     def close(self) -> None:
         self.file.close()
