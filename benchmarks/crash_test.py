@@ -17,11 +17,12 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from _bench import TEXT, TOKENIZER, arguments, bar, finish, table
+from _trials import complete, ending_at_once, fork
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -49,51 +50,21 @@ WORDS = [
 ]  # fmt: skip
 
 
-def train(folder: Path) -> None:
-    """The run, in this process or in this one of several, from the newest checkpoint where there is one."""
-    end_with_launcher()
+def words(folder: Path) -> list[str]:
+    """The overrides of the run in a folder."""
     mixture = f"dataset.mixture=[{{path: {TEXT}, weight: 2}}, {{path: {TEXT}/validation.txt, weight: 1}}]"
-    try:
-        finished = pretraining.run(load_config([], [*WORDS, mixture, f"trainer.output_dir={folder}"]))
-        assert not finished.exit_code
-    except BaseException:  # noqa: BLE001, as the command ends; torch would leave a file with the exception of a function
-        traceback.print_exc()
-        os._exit(1)
+    return [*WORDS, mixture, f"trainer.output_dir={folder}"]
 
 
-def start(folder: Path, nproc: int) -> int:
-    """Train in forks, which have a process group and a directory for temporary files of their own; returns its number."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        log = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        tempfile.tempdir = str(folder.parent / "tmp")
-        os.makedirs(tempfile.tempdir, exist_ok=True)
-        if nproc > 1:
-            code = launch(lambda: train(folder), Launch(nproc), True)
-        else:
-            train(folder)
-            code = 0
-    except BaseException:  # noqa: BLE001, the parent sees the log
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+def run(folder: Path, nproc: int) -> int:
+    """Train, from the newest checkpoint where there is one; returns the exit status."""
 
+    def train() -> None:
+        end_with_launcher()
+        assert not pretraining.run(load_config([], words(folder))).exit_code
 
-def complete(folder: Path, nproc: int) -> float:
-    """Train to the end; returns the seconds it took."""
-    begin = time.perf_counter()
-    _, status = os.waitpid(start(folder, nproc), 0)
-    if status:
-        sys.exit(f"a run in {folder} ended with status {status}:\n{(folder.parent / 'log.txt').read_text()[-3000:]}")
-    return time.perf_counter() - begin
+    work = ending_at_once(train)
+    return launch(work, Launch(nproc), True) if nproc > 1 else work()
 
 
 def kill(pid: int, victim: str) -> float:
@@ -158,8 +129,8 @@ def look(folder: Path) -> tuple[bool, str]:
 def whole_run(nproc: int) -> tuple[float, tuple[bytes, dict[tuple[str, int], float]]]:
     """(seconds, outcome) of the run that nobody kills. Its clip has to act."""
     with tempfile.TemporaryDirectory() as name:
-        complete(Path(name) / "warm", nproc)
-        seconds = complete(Path(name) / "whole", nproc)
+        complete(Path(name), partial(run, Path(name) / "warm", nproc))
+        seconds = complete(Path(name), partial(run, Path(name) / "whole", nproc))
         rows = [json.loads(line) for line in (Path(name) / "whole/metrics.jsonl").read_text().splitlines()]
         assert sum(row.get("qk_clipped_heads", 0) for row in rows) > STEPS
         return seconds, outcome(Path(name) / "whole")
@@ -185,7 +156,7 @@ def main() -> None:
     for _ in range(kills):
         with tempfile.TemporaryDirectory() as name:
             folder, victim = Path(name) / "out", draw.choice(victims)
-            pid, at_second = start(folder, nproc), draw.uniform(0, seconds)
+            pid, at_second = fork(Path(name), partial(run, folder, nproc)), draw.uniform(0, seconds)
             time.sleep(at_second)
             until_none = kill(pid, victim)
             longest = max(longest, until_none)
@@ -194,7 +165,7 @@ def main() -> None:
             num_readable += readable
             left = [path.name for path in (Path(name) / "tmp").glob("*")]
             num_left += bool(left)
-            complete(folder, nproc)
+            complete(Path(name), partial(run, folder, nproc))
             equal = outcome(folder) == wanted
             num_equal += equal
             facts = [f"{victim} killed after {at_second:.2f} s, {at}", f"none left after {until_none:.1f} s", *left]

@@ -9,14 +9,14 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from _bench import TEXT, TOKENIZER, arguments, bar, finish, table
+from _trials import complete, ending_at_once, fork
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -75,43 +75,15 @@ def train(root: Path, part: int, values: dict[str, int]) -> None:
         count += 1
 
     words = [f"{name}={value}" for name, value in {**STEPS, **values}.items()]
-    try:
-        pretraining.run(
-            load_config([], [*WORDS, *words, f"dataset.path={root.parent / 'text'}", f"trainer.output_dir={out}"]), note
-        )
-    except BaseException:  # noqa: BLE001, as the command ends
-        traceback.print_exc()
-        os._exit(1)
+    words += [f"dataset.path={root.parent / 'text'}", f"trainer.output_dir={out}"]
+    pretraining.run(load_config([], [*WORDS, *words]), note)
 
 
-def start(root: Path, part: int, change: str) -> int:
-    """Train in a fork with a process group of its own; returns its number."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code, (nproc, values) = 1, CHANGES[change]
-    try:
-        os.setpgid(0, 0)
-        log = os.open(root / f"log.{part}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        if nproc > 1:
-            code = launch(lambda: train(root, part, values), Launch(nproc), True)
-        else:
-            train(root, part, values)
-            code = 0
-    finally:
-        os._exit(code)
-
-
-def complete(root: Path, part: int, change: str) -> float:
-    """Train to the end; returns the seconds it took."""
-    begin = time.perf_counter()
-    _, status = os.waitpid(start(root, part, change), 0)
-    if status:
-        sys.exit(f"{change}: ended with status {status}:\n{(root / f'log.{part}').read_text()[-3000:]}")
-    return time.perf_counter() - begin
+def run(root: Path, part: int, change: str) -> int:
+    """A part of a trial; returns the exit status."""
+    nproc, values = CHANGES[change]
+    work = ending_at_once(lambda: train(root, part, values))
+    return launch(work, Launch(nproc), True) if nproc > 1 else work()
 
 
 def rows_of(root: Path, part: int, last_step: int | None) -> Counter[tuple[int, ...]]:
@@ -132,7 +104,7 @@ def trial(root: Path, draw: random.Random, seconds: float) -> tuple[Counter[tupl
     found, told = Counter(), []
     for part in (0, 1):
         change = "the same" if part == 0 else draw.choice(list(CHANGES))
-        pid, at = start(root, part, change), draw.uniform(0.1, 1) * seconds
+        pid, at = fork(root, partial(run, root, part, change)), draw.uniform(0.1, 1) * seconds
         time.sleep(at)
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -140,7 +112,7 @@ def trial(root: Path, draw: random.Random, seconds: float) -> tuple[Counter[tupl
         found += rows_of(root, part, step)
         told.append(f"{change}, killed after the checkpoint of step {step}")
     change = draw.choice(list(CHANGES))
-    complete(root, 2, change)
+    complete(root, partial(run, root, 2, change))
     return found + rows_of(root, 2, None), [*told, change]
 
 
@@ -151,13 +123,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_corpus(Path(name) / "text")
         for whole in ("warm", "whole"):
-            (Path(name) / whole).mkdir()
-            seconds = complete(Path(name) / whole, 0, "the same")
+            seconds = complete(Path(name) / whole, partial(run, Path(name) / whole, 0, "the same"))
         wanted = rows_of(Path(name) / "whole", 0, None)
         for number in range(trials):
-            root = Path(name) / str(number)
-            root.mkdir()
-            found, told = trial(root, draw, seconds)
+            found, told = trial(Path(name) / str(number), draw, seconds)
             num_right += found == wanted
             rows.append(("; ".join(told), "all, once" if found == wanted else "DIFFERENT"))
     table(rows)

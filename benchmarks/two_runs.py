@@ -9,14 +9,14 @@ process that has imported everything, so that most of their time is training.
 import os
 import random
 import re
-import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from _bench import arguments, bar, finish
-from crash_test import STEPS, WORDS, complete, look, outcome
+from _trials import complete, fork
+from crash_test import STEPS, look, outcome, words
 
 from neobert.config.load import load_config
 from neobert.errors import UserError
@@ -27,22 +27,13 @@ REFUSED = re.compile(
 )
 
 
-def start(folder: Path, said: Path) -> int:
-    """Train in a fork, anew; a refusal is written to `said`, and ends it with status 2. Returns its pid."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
+def run(folder: Path, said: Path) -> int:
+    """Train anew; a refusal is written to `said`. Returns the exit status."""
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            words = [*WORDS, f"trainer.output_dir={folder}", "trainer.resume_from_checkpoint=null"]
-            code = pretraining.run(load_config([], words)).exit_code
+        return pretraining.run(load_config([], [*words(folder), "trainer.resume_from_checkpoint=null"])).exit_code
     except UserError as error:
         said.write_text(str(error))
-        code = 2
-    finally:
-        os._exit(code)
+        return 2
 
 
 def wait_for(folder: Path, steps: int) -> None:
@@ -58,7 +49,7 @@ def trial(home: Path, steps: int, seconds: float) -> tuple[int, int]:
     runs = {}
     for number in range(2):
         said = home / f"said{number}"
-        runs[start(home / "out", said)] = said
+        runs[fork(home / str(number), partial(run, home / "out", said))] = said
         if not number:
             wait_for(home / "out", steps)
             time.sleep(seconds)
@@ -75,8 +66,8 @@ def main() -> None:
     trials, draw = 5 if options.quick else options.trials, random.Random(options.seed)
     refused = equal = 0
     with tempfile.TemporaryDirectory() as name:
-        complete(Path(name) / "warm")
-        complete(Path(name) / "whole")
+        for folder in ("warm", "whole"):
+            complete(Path(name), partial(run, Path(name) / folder, Path(name) / "said"))
         wanted = outcome(Path(name) / "whole")
     for number in range(trials):
         with tempfile.TemporaryDirectory() as name:
