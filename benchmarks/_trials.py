@@ -10,8 +10,9 @@ from pathlib import Path
 
 
 def fork(home: Path, work: Callable[[], int]) -> int:
-    """Call `work` in a fork with a process group, a log (`log.txt`) and a directory for temporary files (`tmp`) of its own; what
-    it returns is the exit status. Returns the number of the process.
+    """Call `work` in a fork with a process group, a log (`log.txt`) and a folder for temporary files (`tmp`) of its own.
+
+    What it returns is the exit status. Returns the number of the process.
     """
     home.mkdir(exist_ok=True)
     sys.stdout.flush()
