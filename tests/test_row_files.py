@@ -108,7 +108,7 @@ def test_local_mteb_tasks_are_read_likewise(tmp_path):
     assert [row["sentence"] for row in mteb_local.read_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
     (tmp_path / "test.jsonl").write_bytes(joined(LINES[:2]) + b'{"sentence": "\xff"}\n')
     with pytest.raises(DataError, match=r"test.jsonl:3: not UTF-8"):
-        read_rows(tmp_path / "test.jsonl", ("sentence",))
+        mteb_local.read_rows(tmp_path / "test.jsonl", ("sentence",))
 
 
 # --- what cannot be used is counted, or named -----------

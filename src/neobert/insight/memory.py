@@ -102,28 +102,41 @@ def activations(step: Step) -> int:
     kept = N * D * FLOAT if step.gradient_checkpointing else block + copies
     recomputed = block + copies if step.gradient_checkpointing else 0
     decoder = c * step.vocab_size * D if step.in_bfloat16 else 0
-    return step.num_layers * kept + recomputed + N * D * FLOAT + decoder + c * step.num_targets * D
+    after_attention = (N - last_rows(step)) * row_after_attention(step)  # which the last block keeps of targets alone
+    return step.num_layers * kept - after_attention + recomputed + N * D * FLOAT + decoder + c * step.num_targets * D
+
+
+def last_rows(step: Step) -> int:
+    """Tokens that go on after the attention of the last block; where blocks are recomputed, the one before it counts."""
+    return step.num_tokens if step.gradient_checkpointing else step.num_targets
+
+
+def row_after_attention(step: Step) -> int:
+    """Bytes that a block keeps of a token after its attention: a residual stream, a norm's result, the feed-forward part."""
+    D, F, c = step.width, swiglu_width(step.intermediate_size), step.compute_bytes
+    return D * FLOAT + c * (D + 4 * F)
 
 
 def block_activations(step: Step) -> int:
     """Bytes that a block keeps: its two residual streams in float32; both norms' results, q, k, v and what attention gives;
-    gate and up, silu(gate) and their product; and the attention weights of short documents.
+    gate and up, silu(gate) and their product; and in bfloat16 the attention weights of short documents, which SDPA, in
+    float32, does not keep.
     """
     N, D, F, c = step.num_tokens, step.width, swiglu_width(step.intermediate_size), step.compute_bytes
     length = -(-step.document_length // GRANULARITY) * GRANULARITY
-    weights = step.num_heads * length if length <= KEPT_LENGTH else 0
+    weights = step.num_heads * length if step.in_bfloat16 and length <= KEPT_LENGTH else 0
     return N * (2 * D * FLOAT + c * (6 * D + 4 * F + weights))
 
 
 def passing(step: Step) -> int:
     """Bytes that exist for a moment: gradients inside the feed-forward part, those of attention, or logits, whichever are most.
 
-    The backward pass of attention has five matrices of scores at a time (weights, their gradients, and what products copy) and
-    gradients of q, k, v in three layouts; by then it has freed what the feed-forward part of the block had kept.
+    The backward pass of attention has in bfloat16 five matrices of scores at a time (weights, their gradients, and what products
+    copy), and gradients of q, k, v in three layouts; by then it has freed what the feed-forward part of the block had kept.
     """
     N, D, F, c = step.num_tokens, step.width, swiglu_width(step.intermediate_size), step.compute_bytes
     backward = N * (2 * D * FLOAT + 2 * F * c)
-    scores = min(step.num_heads * step.document_length * N, SCORE_BUDGET)
-    attention = c * (5 * scores + 11 * N * D) - N * (c * (4 * F + D) + FLOAT * D)
+    scores = min(step.num_heads * step.document_length * N, SCORE_BUDGET) if step.in_bfloat16 else 0
+    attention = c * (5 * scores + 11 * N * D) - last_rows(step) * row_after_attention(step)
     logits = c * min(step.num_targets * step.vocab_size, LOGIT_BUDGET) + N * D * FLOAT
     return max(backward, attention, logits)
