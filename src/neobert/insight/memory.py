@@ -131,7 +131,7 @@ def block_activations(step: Step) -> int:
 def passing(step: Step) -> int:
     """Bytes that exist for a moment: gradients inside the feed-forward part, those of attention, or logits, whichever are most.
 
-    The backward pass of attention has in bfloat16 five matrices of scores at a time (weights, their gradients, and what products
+    Attention's backward pass has five matrices of scores at a time in bfloat16 (weights, their gradients, and what products
     copy), and gradients of q, k, v in three layouts; by then it has freed what the feed-forward part of the block had kept.
     """
     N, D, F, c = step.num_tokens, step.width, swiglu_width(step.intermediate_size), step.compute_bytes
