@@ -17,7 +17,7 @@ from neobert.config.load import load_config
 from neobert.config.zero import read_zero
 from neobert.errors import CheckpointError, ConfigError
 from neobert.tasks.launch import Launch, plan_launch
-from neobert.training.checkpoint import verify_checkpoint
+from neobert.training.checkpoint import find_checkpoint, verify_checkpoint
 from neobert.training.metrics import read_metrics
 
 STAGES = (0, 1, 2, 3)
@@ -46,8 +46,8 @@ def worker(rank, root):
     for stage in STAGES:
         run(root / f"zero{stage}", *zero(stage))
         resume(root, f"zero{stage} again", f"zero{stage}", *zero(stage))
-    for name, words in MORE.items():
-        run(root / name, *words)
+    ends = {name: run(root / name, *words).values for name, words in MORE.items()}
+    (root / f"ends{rank}.json").write_text(json.dumps(ends))
     run(root / "ddp", *TWO["ddp"], "trainer.max_steps=2", "trainer.save_steps=2")
     for name, words in {"zero1": TWO["ddp"], "zero2": zero(3), "ddp": zero(1)}.items():
         with pytest.raises(CheckpointError, match="pieces cannot be put together in another way"):
@@ -98,8 +98,11 @@ def test_checkpoints_are_ours(root, stage):
 def test_the_best_weights_are_loaded_into_pieces(root):
     """ZeRO 3 in bfloat16, recomputing: the run ends with the weights of its best evaluation, here the first."""
     rows = [row for row in read_metrics(root / "zero3 best/metrics.jsonl") if row["kind"] == "eval"]
-    assert [row["step"] for row in rows] == [5, 10, 15, 20, 20]
-    assert rows[-1]["eval_loss"] == rows[0]["eval_loss"] != rows[-2]["eval_loss"]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert find_checkpoint(str(root / "zero3 best")).name == "5"
+    for rank in (0, 1):
+        loss = json.loads((root / f"ends{rank}.json").read_text())["zero3 best"]["loss"]
+        assert loss == rows[0]["eval_loss"] != rows[-1]["eval_loss"]
 
 
 @needs_deepspeed
