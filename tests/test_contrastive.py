@@ -203,6 +203,26 @@ def test_starts_from_a_run_evaluates_and_embeds(tmp_path, capsys):
     assert said.stdout.startswith(" 1.0000  the 0th question"), said.stderr
 
 
+def test_the_best_is_what_a_run_ends_with(tmp_path, capsys):
+    """Its folder means the best checkpoint, every row of the log the step that it names."""
+    pytest.importorskip("sentence_transformers")
+    from neobert.inference.embed import load_embedder
+    from neobert.training.checkpoint import find_checkpoint
+
+    write_rows(tmp_path / "pairs/train.jsonl", made_pairs())
+    write_rows(tmp_path / "pairs/validation.jsonl", made_pairs(12))
+    run = trained(
+        capsys, f"dataset.path={tmp_path / 'pairs'}", f"trainer.output_dir={tmp_path / 'out'}", "optimizer.lr=0.3",
+        "trainer.load_best_model_at_end=true", "trainer.eval_steps=1", "trainer.max_steps=6",
+    )  # fmt: skip
+    assert [row["step"] for row in run.eval] == [1, 2, 3, 4, 5, 6]
+    best = max(run.eval, key=lambda row: row["eval_score"])["step"]
+    assert find_checkpoint(str(run.folder)).name == str(best) != "6"
+    texts = [row["anchor"] for row in made_pairs(3)]
+    vectors = [load_embedder(str(one)).encode(texts) for one in (run.folder, run.folder / f"checkpoints/{best}")]
+    assert np.array_equal(*vectors)
+
+
 def transformers_vectors(folder, texts, max_length):
     from transformers import AutoModel, AutoTokenizer
 
