@@ -6,6 +6,8 @@ loop and the one checkpoint format.
 
 import math
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from neobert.config.ready import check_ready
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.config.zero import read_zero
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
 from neobert.optim.build import optimizer_state
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
 from neobert.tasks.hooks import Evaluate, Log, Measure, Save, finish_evaluation, step_hooks, weight_norm
@@ -128,10 +130,13 @@ class Job:
             self.interrupt.start()
             if self.state.is_evaluation_open and evaluation is not None:
                 finish_evaluation(evaluation, save, self.state)
-            train(
-                self.wrapped, self.optimizer, self.fetch, runtime, self.step_settings(), self.state,
-                None if self.ends_with_data else max_steps, hooks, stopwatch,
-            )  # fmt: skip
+            try:
+                train(
+                    self.wrapped, self.optimizer, self.fetch, runtime, self.step_settings(), self.state,
+                    None if self.ends_with_data else max_steps, hooks, stopwatch,
+                )  # fmt: skip
+            except Exception as error:
+                self.end_broken_step(error, console)
             stopped_by = int(runtime.all_max(self.interrupt.signal)[0])
             if trainer.save_model or stopped_by:
                 save.run(self.state)
@@ -161,6 +166,21 @@ class Job:
     def keep_position(self, state: TrainState, result: StepResult | None) -> None:
         """The first hook of a step: what is saved from now on is behind it."""
         state.position = self.batches.position
+
+    def end_broken_step(self, error: Exception, console: Console) -> None:
+        """A signal to all processes of a job also ends the compiler that a step waits for: that is no error of the run.
+
+        Returns where the last whole step is to be saved; raises `error` where no signal had come, and SystemExit.
+        """
+        number = self.interrupt.signal
+        if isinstance(error, UserError) or not number:
+            raise error
+        if self.state.step and self.runtime.world_size == 1:
+            console.line(f"note: step {self.state.step + 1:,} was broken off by the signal: {first_line(error)}")
+            return
+        what = "the last checkpoint stays" if self.state.step else "nothing had to be saved"
+        console.line(f"stopped by {signal.Signals(number).name} in step {self.state.step + 1:,}; {what}")
+        sys.exit(128 + number)
 
     def step_settings(self) -> StepSettings:
         """The numbers that every step depends on."""
