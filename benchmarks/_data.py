@@ -23,9 +23,9 @@ def corpus(name: str) -> tuple[str, str | None]:
 def make_data(*words: str, folder: str | None = None) -> Any:
     """The data of a run, as `neobert pretrain` builds it, on two cores at most."""
     from neobert.config.load import load_config
-    from neobert.data.order import Rank
+    from neobert.data.mlm.readers import Rank
     from neobert.data.tokenizer import load_tokenizer, text_tokenizer
-    from neobert.tasks.pretraining_data import build_data
+    from neobert.tasks.pretraining.data import build_data
 
     base = [f"tokenizer.path={TOKENIZER}", "model.max_position_embeddings=8192", "tokenizer.max_length=8192"]
     config = load_config([], [*base, *words]).config

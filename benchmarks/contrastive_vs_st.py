@@ -42,9 +42,9 @@ def split(args) -> tuple[list[dict], list[dict]]:
 
 def evaluate(model, rows: list[dict]) -> float:
     """nDCG@10 of anything with sentence-transformers' `encode`."""
-    from neobert.data.pair_columns import Roles
-    from neobert.data.pairs import Example, Examples
-    from neobert.tasks.contrastive_eval import build_evaluator, evaluate_set
+    from neobert.data.pairs.columns import Roles
+    from neobert.data.pairs.table import Example, Examples
+    from neobert.tasks.contrastive.evaluation import build_evaluator, evaluate_set
 
     roles = Roles("pairs", {"anchor": "anchor", "positive": "positive"})
     examples = Examples(roles, [Example(row["anchor"], row["positive"]) for row in rows], "held out")
@@ -55,8 +55,8 @@ def one_of_ours(args, seed: int) -> tuple[float, float]:
     """(score, seconds)."""
     from neobert.config.load import load_config
     from neobert.inference.embed import load_embedder
-    from neobert.tasks import contrastive
-    from neobert.tasks.contrastive_eval import SentenceEncoder
+    from neobert.tasks.contrastive import task as contrastive
+    from neobert.tasks.contrastive.evaluation import SentenceEncoder
 
     with tempfile.TemporaryDirectory() as folder:
         words = [
@@ -104,7 +104,7 @@ def load_peer(weights: str, length: int = LENGTH):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    from neobert.training.checkpoint import find_checkpoint
+    from neobert.checkpoints.format import find_checkpoint
 
     encoder = Transformer(str(find_checkpoint(weights)), max_seq_length=length)
     return SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")], device="cpu")

@@ -28,12 +28,12 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
 
+from neobert.checkpoints.format import list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError
-from neobert.tasks import pretraining
-from neobert.tasks.launch import Launch, launch
-from neobert.tasks.launched import end_with_launcher
-from neobert.training.checkpoint import list_steps, verify_checkpoint
+from neobert.tasks.pretraining import task as pretraining
+from neobert.training.launch import Launch, launch
+from neobert.training.launched import end_with_launcher
 
 STEPS, PATIENCE_SECONDS = 36, 30.0
 WORDS = [

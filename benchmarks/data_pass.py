@@ -33,7 +33,7 @@ def one_epoch(words: list[str], folder: str) -> float:
     """Tokens a second of the training pipeline, without the thread that runs it ahead of training."""
     pipeline = make_data(*words, folder=folder).train.pipeline
     pipeline.workers.tokenizer.encode(["a word"])  # builds the backend, as a run does once
-    for source in pipeline.lanes[0].sources:
+    for source in pipeline.shards[0].sources:
         source.num_epochs = 1
     num_tokens, start = 0, time.perf_counter()
     for batch, _ in pipeline.batches():

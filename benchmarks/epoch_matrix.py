@@ -1,7 +1,7 @@
 """Evaluation and checkpoints at the ends of epochs: processes x lanes x engine, on documents of uneven length.
 
 Six epochs of 24 documents of 20 to 2,000 characters, with `eval_strategy` and `save_strategy: epoch`. In every combination all
-processes make the same steps, with six evaluations and six checkpoints. Lanes that cannot be dealt equally are refused before
+processes make the same steps, with six evaluations and six checkpoints. Shards that cannot be dealt equally are refused before
 training, in one line.
 """
 
@@ -20,10 +20,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NU
 import torch
 import torch.distributed as dist
 
+from neobert.checkpoints.format import list_steps
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError
-from neobert.tasks import pretraining
-from neobert.training.checkpoint import list_steps
+from neobert.tasks.pretraining import task as pretraining
 
 EPOCHS = 6
 PROCESSES, LANES_PER_PROCESS, ENGINES = (1, 2, 3), (1, 2, 4), ("ddp", "fsdp2")

@@ -50,7 +50,7 @@ def configuration(args, task: str, seed: int, folder: str):
 
 def one_of_ours(args, task: str, seed: int) -> tuple[float, float]:
     """(score, seconds)."""
-    from neobert.tasks import glue
+    from neobert.tasks.glue import task as glue
 
     with tempfile.TemporaryDirectory() as folder:
         loaded, begin = configuration(args, task, seed, folder), time.perf_counter()
@@ -63,14 +63,14 @@ def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
     """The head that our run of this seed begins with, and the rows of each epoch in its order."""
     import numpy as np
 
-    from neobert.data.glue import TASKS
-    from neobert.tasks.glue import settle
-    from neobert.tasks.glue_data import build_data
-    from neobert.tasks.glue_model import build_classifier
-    from neobert.tasks.start import find_start
+    from neobert.checkpoints.initial_weights import find_initial_weights
+    from neobert.data.labelled.tasks import TASKS
+    from neobert.tasks.glue.data import build_data
+    from neobert.tasks.glue.model import build_classifier
+    from neobert.tasks.glue.task import settle
 
     loaded, task = configuration(args, name, seed, "unused"), TASKS[name]
-    start = find_start(loaded.config)
+    start = find_initial_weights(loaded.config)
     config = settle(loaded.config, task, start, {})
     model, _ = build_classifier(config, task, start, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     loader = build_data(config, task, hf_tokenizer).train
@@ -91,9 +91,9 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
         set_seed,
     )
 
-    from neobert.data.glue import TASKS, Source, read_split
-    from neobert.tasks import glue_metrics
-    from neobert.training.checkpoint import find_checkpoint
+    from neobert.checkpoints.format import find_checkpoint
+    from neobert.data.labelled.tasks import TASKS, Source, read_split
+    from neobert.tasks.glue import metrics as glue_metrics
 
     task, checkpoint = TASKS[name], find_checkpoint(args.weights)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from neobert.data.batch import Batch, Collator
-from neobert.data.masking import Masker
-from neobert.data.packing import OnePerRow, Packer, Row
+from neobert.data.mlm.masking import Masker
+from neobert.data.mlm.packing import OnePerRow, Packer, Row
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.training.machine import compile_blocks, keep_memory

@@ -84,14 +84,14 @@ def one(args) -> dict:
     warnings.simplefilter("ignore")
     import mteb
 
-    from neobert.tasks.mteb_local import find_local_tasks
+    from neobert.tasks.mteb.local import find_local_tasks
 
     logging.getLogger("mteb").setLevel(logging.ERROR)
     tasks = find_local_tasks(args.tasks)
     if args.one == "ours":
         from neobert.config.load import load_config
-        from neobert.tasks.mteb import load_subject
-        from neobert.tasks.mteb_model import EncoderForMTEB, build_meta
+        from neobert.tasks.mteb.model import EncoderForMTEB, build_meta
+        from neobert.tasks.mteb.task import load_subject
 
         subject = load_subject(load_config([], [], "mteb").config, frozenset(), args.weights)
         meta = build_meta(subject.name, "benchmark", subject.settings, subject.embedder)

@@ -25,11 +25,11 @@ os.environ |= {
 import torch
 import yaml
 
+from neobert.checkpoints.format import list_steps
 from neobert.config.load import load_config
-from neobert.tasks import pretraining
-from neobert.tasks.launch import Launch, launch
-from neobert.tasks.launched import end_with_launcher
-from neobert.training.checkpoint import list_steps
+from neobert.tasks.pretraining import task as pretraining
+from neobert.training.launch import Launch, launch
+from neobert.training.launched import end_with_launcher
 
 WORDS = [
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.intermediate_size=48",

@@ -12,14 +12,14 @@ from functools import partial
 import torch
 from _bench import alternate, arguments, bar, finish, table
 
+from neobert.checkpoints.layouts import FUSED
 from neobert.data.batch import Batch
-from neobert.model.layouts import FUSED
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.optim.build import MuonSettings, build_optimizer
 from neobert.optim.muon import SCALE
 from neobert.optim.orthogonalize import quintics
 from neobert.optim.qk_clip import QKClipSettings
-from neobert.tasks.qk_clip import QKClip
+from neobert.optim.qk_clip_hooks import QKClip
 from neobert.training.loop import StepSettings, Window, train_step
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import build_runtime

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from _bench import TEXT, TOKENIZER, arguments, bar, finish, table
 
-from neobert.training.checkpoint import list_steps, verify_checkpoint
+from neobert.checkpoints.format import list_steps, verify_checkpoint
 
 WORDS = [
     "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.intermediate_size=128",

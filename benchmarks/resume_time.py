@@ -75,7 +75,7 @@ class Simulated:
 
 def simulated() -> dict[float, float]:
     """Seconds to restore a reader at a depth of 10^9 rows and read a block."""
-    from neobert.data.order import CorpusReader, Rank
+    from neobert.data.mlm.readers import CorpusReader, Rank
 
     out = {}
     for depth in DEPTHS:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _bench import TEXT, TOKENIZER, arguments, bar, finish, table
 
-from neobert.training.checkpoint import list_steps, verify_checkpoint
+from neobert.checkpoints.format import list_steps, verify_checkpoint
 from neobert.training.metrics import read_metrics
 
 WORDS = [

@@ -20,7 +20,7 @@ from crash_test import STEPS, look, outcome, words
 
 from neobert.config.load import load_config
 from neobert.errors import UserError
-from neobert.tasks import pretraining
+from neobert.tasks.pretraining import task as pretraining
 
 REFUSED = re.compile(
     r"trainer\.output_dir: another run is writing in .* \(process (\d+) on [^,]+, since [^)]+\); wait for it.*"

@@ -141,7 +141,7 @@ class Trained:
     """A run made in this process: its folder, final state, rows of metrics.jsonl, and what it printed."""
 
     def __init__(self, finished, printed):
-        from neobert.training.checkpoint import list_steps
+        from neobert.checkpoints.format import list_steps
         from neobert.training.metrics import read_metrics
 
         self.folder, self.state, self.printed = finished.folder, finished.state, printed
@@ -158,7 +158,7 @@ def train(tmp_path, empty_config, capsys):
 
     def run(*words):
         from neobert.config.load import load_config
-        from neobert.tasks import pretraining
+        from neobert.tasks.pretraining import task as pretraining
 
         loaded = load_config([str(empty_config)], [*TINY, f"trainer.output_dir={tmp_path / 'out'}", *words])
         capsys.readouterr()

@@ -7,11 +7,11 @@ import pytest
 from contrastive_sample import load_contrastive, made_pairs, made_scores, run_contrastive, three_sources, write_rows
 from glue_sample import pretrain_tiny
 
+from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import UserError
-from neobert.tasks.contrastive_data import build_data
-from neobert.tasks.contrastive_eval import find_sets
-from neobert.tasks.start import find_start
+from neobert.tasks.contrastive.data import build_data
+from neobert.tasks.contrastive.evaluation import find_sets
 from neobert.training.metrics import read_metrics
 
 
@@ -82,7 +82,7 @@ def starts(words_of):
         root, base = base_of(small)
         run = pretrain_tiny(root / "pre", "trainer.save_steps=1")
         extra, step = words_of(run)
-        start = find_start(load_contrastive(*base, *extra, "model.max_position_embeddings=128").config)
+        start = find_initial_weights(load_contrastive(*base, *extra, "model.max_position_embeddings=128").config)
         return start.folder.name == step and run in start.folder.parents
 
     return row

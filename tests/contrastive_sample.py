@@ -5,7 +5,7 @@ import json
 from conftest import TEXT, TOKENIZER, Trained
 
 from neobert.config.load import load_config
-from neobert.tasks import contrastive
+from neobert.tasks.contrastive import task as contrastive
 
 CONTRASTIVE_TINY = [
     "contrastive.allow_random_weights=true",
@@ -38,7 +38,9 @@ def made_pairs(number=40, negatives=False):
 
 
 def made_labels(number=40, classes=4):
-    return [{"text": f"report {n} speaks about {WORDS[n % classes]}", "label": n % classes} for n in range(number)]
+    return [
+        {"text": f"report {n} speaks about {WORDS[n % classes]}", "label": n % classes} for n in range(number)
+    ]
 
 
 def made_scores(number=40):

@@ -5,12 +5,12 @@ import json
 import torch
 from conftest import TOKENIZER
 
+from neobert.checkpoints.format import Content, save_checkpoint
+from neobert.checkpoints.layouts import is_eurobert, to_eurobert
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.model.embedding import NeoBERTForEmbedding
-from neobert.model.layouts import is_eurobert, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.tasks.encoder import checkpoint_config
-from neobert.training.checkpoint import Content, save_checkpoint
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 RANGES = {"decoder_init_range": 0.3, "embedding_init_range": 0.5}

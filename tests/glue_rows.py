@@ -7,10 +7,10 @@ import pytest
 from glue_sample import RANDOM, load_glue, pretrain_tiny, run_glue, write_local
 from safetensors.torch import load_file
 
-from neobert.data import classification
+from neobert.checkpoints.initial_weights import find_initial_weights
+from neobert.data.labelled import loader as classification
 from neobert.errors import UserError
-from neobert.model.foreign import ForeignForSequenceClassification
-from neobert.tasks.start import find_start
+from neobert.model.hf_encoder import HFEncoderForSequenceClassification
 
 
 def base_of(small, name="rte"):
@@ -64,7 +64,7 @@ def starts(words_of):
         root, words = base_of(small)
         run = pretrain_tiny(root / "pre", "trainer.save_steps=1")
         extra, step = words_of(run)
-        start = find_start(load_glue(*words, *extra).config)
+        start = find_initial_weights(load_glue(*words, *extra).config)
         return start.folder.name == step and run in start.folder.parents
 
     return row
@@ -98,9 +98,9 @@ def head_spread(section):
 
 def threads(train, small):
     """As many threads as asked for put batches together; that they change nothing is a law of test_glue.py."""
-    from neobert.data.glue import TASKS
+    from neobert.data.labelled.tasks import TASKS
     from neobert.data.tokenizer import load_tokenizer
-    from neobert.tasks.glue_data import build_data
+    from neobert.tasks.glue.data import build_data
 
     _, words = base_of(small)
     counts = []
@@ -135,13 +135,13 @@ def tokenized_by_threads(train, small):
 def from_transformers(train, small):
     from glue_sample import foreign_model
 
-    from neobert.tasks.glue_model import load_finetuned
+    from neobert.tasks.glue.model import load_finetuned
 
     root, words = base_of(small)
     words = [*words, "model.from_hub=true", f"model.name={foreign_model(root / 'bert')}"]
     finished, _ = run_glue(*words)
     model, _, _ = load_finetuned(finished.folder / "checkpoints/3", load_glue(*words).config)
-    return isinstance(model, ForeignForSequenceClassification)
+    return isinstance(model, HFEncoderForSequenceClassification)
 
 
 GLUE_ROWS = {

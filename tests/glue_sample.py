@@ -7,8 +7,9 @@ import pyarrow.parquet
 from conftest import TEXT, TINY, TOKENIZER
 
 from neobert.config.load import load_config
-from neobert.data.glue import TASKS
-from neobert.tasks import glue, pretraining
+from neobert.data.labelled.tasks import TASKS
+from neobert.tasks.glue import task as glue
+from neobert.tasks.pretraining import task as pretraining
 
 SIZES = {"train": 24, "validation": 10, "test": 6}
 

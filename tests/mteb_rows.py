@@ -5,7 +5,7 @@ import json
 from export_sample import tiny_model, write_checkpoint
 
 from neobert.config.load import load_config
-from neobert.tasks import mteb as mteb_task
+from neobert.tasks.mteb import task as mteb_task
 
 
 def subject(small, *words):
@@ -42,7 +42,7 @@ def local_task(root):
 
 
 def chosen(train, small):
-    from neobert.tasks.mteb_tasks import choose_tasks
+    from neobert.tasks.mteb.tasks import choose_tasks
 
     run, loaded, _ = subject(small, "mteb_task_type=second")
     own = str(local_task(run / "tasks"))

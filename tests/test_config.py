@@ -266,7 +266,7 @@ def test_check_needs_no_torch(empty_config):
     import subprocess
 
     code = (
-        "import sys; from neobert.cli import app\n"
+        "import sys; from neobert.cli.main import app\n"
         f"try: app(['config', 'check', {str(empty_config)!r}, 'dataset.path={TEXT}', 'tokenizer.path={TOKENIZER}'])\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), 'heavy imports'"
@@ -352,7 +352,7 @@ def test_what_a_run_would_not_find(name, tmp_path, monkeypatch):
 
 def test_a_run_asks_nobody_for_a_tokenizer_that_nobody_named(tmp_path):
     """The command says so at once, with what else is missing; so does the library."""
-    from neobert.tasks import pretraining
+    from neobert.tasks.pretraining import task as pretraining
 
     (tmp_path / "c.yaml").write_text("dataset: {path: absent}\n")
     result = run_neobert("run", tmp_path / "c.yaml", "--trainer.output_dir", tmp_path / "out")

@@ -22,19 +22,19 @@ from contrastive_sample import (
 from glue_sample import foreign_model, pretrain_tiny
 from safetensors.torch import load_file
 
+from neobert.checkpoints.initial_weights import InitialWeights
 from neobert.config.schema import Config
-from neobert.data.pair_columns import PAIR_SETS, find_roles
+from neobert.data.pairs.columns import PAIR_SETS, find_roles
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, UserError
-from neobert.tasks.contrastive import settle
-from neobert.tasks.contrastive_data import build_data
-from neobert.tasks.start import Start
+from neobert.tasks.contrastive.data import build_data
+from neobert.tasks.contrastive.task import settle
 
 
 def data_of(*words, rank=0, world=1):
     """The data of a run that is not started."""
     loaded = load_contrastive(*words)
-    config = settle(loaded.config, Start(), {})
+    config = settle(loaded.config, InitialWeights(), {})
     return build_data(config, load_tokenizer("", config.tokenizer.path), rank, world)
 
 
@@ -181,7 +181,7 @@ def test_starts_from_a_run_evaluates_and_embeds(tmp_path, capsys):
     ]  # fmt: skip
     from neobert.config.load import load_config
     from neobert.inference.embed import embed_file, load_embedder
-    from neobert.tasks import contrastive
+    from neobert.tasks.contrastive import task as contrastive
 
     finished = contrastive.run(load_config([], words, "contrastive"))
     assert set(finished.values) == {"pairs_mrr@10", "pairs_ndcg@10", "sts_spearman", "score"}
@@ -206,8 +206,8 @@ def test_starts_from_a_run_evaluates_and_embeds(tmp_path, capsys):
 def test_the_best_is_what_a_run_ends_with(tmp_path, capsys):
     """Its folder means the best checkpoint, every row of the log the step that it names."""
     pytest.importorskip("sentence_transformers")
+    from neobert.checkpoints.format import find_checkpoint
     from neobert.inference.embed import load_embedder
-    from neobert.training.checkpoint import find_checkpoint
 
     write_rows(tmp_path / "pairs/train.jsonl", made_pairs())
     write_rows(tmp_path / "pairs/validation.jsonl", made_pairs(12))
@@ -243,7 +243,7 @@ def test_starts_from_an_encoder_of_transformers(tmp_path):
     words += [f"dataset.path={path}", "model.from_hub=true", "dataset.max_seq_length=32", "trainer.save_steps=2"]
     from neobert.config.load import load_config
     from neobert.inference.embed import load_embedder
-    from neobert.tasks import contrastive
+    from neobert.tasks.contrastive import task as contrastive
 
     def run(name, model, *more):
         given = [*words, f"model.name={model}", f"trainer.output_dir={tmp_path / name}", *more]

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from conftest import ROOT
 from test_distributed import HALF, MUON, STEPS, TWO, differences, resume, run
 
+from neobert.checkpoints.format import find_checkpoint, verify_checkpoint
+from neobert.config.deepspeed import read_zero
 from neobert.config.load import load_config
-from neobert.config.zero import read_zero
 from neobert.errors import CheckpointError, ConfigError
-from neobert.tasks.launch import Launch, plan_launch
-from neobert.training.checkpoint import find_checkpoint, verify_checkpoint
+from neobert.training.launch import Launch, plan_launch
 from neobert.training.metrics import read_metrics
 
 STAGES = (0, 1, 2, 3)

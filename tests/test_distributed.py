@@ -19,12 +19,13 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
+from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, UserError
-from neobert.tasks import pretraining, run_folder
-from neobert.tasks.launch import Launch, plan_launch
-from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
+from neobert.tasks.pretraining import task as pretraining
+from neobert.training import run_folder
 from neobert.training.choices import choose_engine
+from neobert.training.launch import Launch, plan_launch
 from neobert.training.metrics import read_metrics
 
 STEPS, HALF = 20, 10

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, EuroBertConfig, EuroBertModel, RobertaCo
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, DataError, UserError
 from neobert.inference.embed import embed_file, load_embedder
-from neobert.model.foreign import longest_input
+from neobert.model.hf_encoder import longest_input
 from neobert.training.runtime import Runtime
 
 TEXTS = ["peace", "the congress of the people spoke about peace and war", "Trade " * 40, "", "ships and rivers, " * 9]
@@ -226,7 +226,8 @@ def test_positions_that_are_padding_are_no_length(tmp_path):
     assert math.isfinite(embedder.encode(["peace " * 200]).sum())
     with pytest.raises(CheckpointError, match="texts of 65 tokens were asked for, but the model takes 64"):
         load_embedder(str(tmp_path / "roberta"), max_length=65)
-    from neobert.tasks import contrastive, glue
+    from neobert.tasks.contrastive import task as contrastive
+    from neobert.tasks.glue import task as glue
 
     words = ["model.from_hub=true", f"model.name={tmp_path / 'roberta'}", f"trainer.output_dir={tmp_path / 'out'}"]
     (tmp_path / "pairs.jsonl").write_text(

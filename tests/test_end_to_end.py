@@ -16,12 +16,12 @@ from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from neobert.checkpoints.format import checksum, find_checkpoint, list_steps, write_json
 from neobert.config.load import load_config
-from neobert.tasks import pretraining
-from neobert.tasks.stopping import stop_signals
-from neobert.training.checkpoint import checksum, find_checkpoint, list_steps, write_json
+from neobert.tasks.pretraining import task as pretraining
 from neobert.training.loop import Interrupt
 from neobert.training.metrics import read_metrics
+from neobert.training.signals import stop_signals
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_output_to_a_pipe_is_readable(run):
 
 def test_transformers_loads_the_checkpoint(run):
     """AutoModelForMaskedLM without our code gives our logits."""
-    from neobert.inference.load import load_pretrained
+    from neobert.checkpoints.load import load_pretrained
 
     folder = find_checkpoint(str(run[0]))
     theirs = AutoModelForMaskedLM.from_pretrained(folder).eval()
@@ -102,9 +102,9 @@ def test_pipelines_open_a_checkpoint(run, tmp_path):
     """`pipeline` and `SentenceTransformer`, by the checkpoint's folder; and tokenizers in folders of their own are read."""
     from transformers import pipeline
 
+    from neobert.checkpoints.load import load_pretrained
     from neobert.inference.embed import load_embedder
     from neobert.inference.fill_mask import fill_masks
-    from neobert.inference.load import load_pretrained
 
     folder, text = find_checkpoint(str(run[0])), "The Congress of the [MASK] States."
     theirs = [one["token_str"] for one in pipeline("fill-mask", model=str(folder))(text, top_k=60)]
@@ -337,7 +337,7 @@ def test_a_full_disk_while_logging(tmp_path, empty_config):
 
 def test_help_teaches_without_torch():
     code = (
-        "import sys; from neobert.cli import app\n"
+        "import sys; from neobert.cli.main import app\n"
         "try: app(['pretrain', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -363,7 +363,7 @@ def write(path, text):
 
 def test_ngpt_trains_saves_and_fills_masks(tmp_path, empty_config, small):
     """A variant that only our code loads, compiled blocks included: matrices keep length 1 through saving and resuming."""
-    from neobert.inference.load import load_pretrained
+    from neobert.checkpoints.load import load_pretrained
 
     words = [*TINY, *small, "model.ngpt=true", f"trainer.output_dir={tmp_path / 'out'}", "trainer.save_steps=3"]
     compiled = ["trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager"]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 from uneven_sample import run_noting, write_uneven
 
+from neobert.checkpoints.format import list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import DataError
-from neobert.tasks import pretraining
-from neobert.training.checkpoint import list_steps, verify_checkpoint
+from neobert.tasks.pretraining import task as pretraining
 from neobert.training.loop import Interrupt, evaluate
 from neobert.training.metrics import read_metrics
 from neobert.training.runtime import build_runtime

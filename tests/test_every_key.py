@@ -16,16 +16,16 @@ from glue_rows import GLUE_ROWS
 from mteb_rows import MTEB_ROWS
 from safetensors.torch import load_file
 
+from neobert.checkpoints.format import find_checkpoint
 from neobert.config.load import load_config
 from neobert.config.reference import known_keys, value_of
-from neobert.data.order import Rank
+from neobert.data.mlm.readers import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.tasks.encoder import build_model
-from neobert.tasks.optimizers import build_clip, build_run_optimizer
-from neobert.tasks.pretraining_data import build_data
-from neobert.training.checkpoint import find_checkpoint
+from neobert.tasks.pretraining.data import build_data
 from neobert.training.choices import choose_device, describe_arithmetic
+from neobert.training.optimizer import build_clip, build_run_optimizer
 
 COMPILE_EAGER = "trainer.torch_compile_backend=eager"
 
@@ -229,7 +229,7 @@ def blocks_in_flight(train, small):
         pipeline = data_of(small, *words).train.pipeline
         batches = pipeline.batches()
         next(batches)
-        ahead.append(pipeline.lanes[0].sources[0].reader.num_read)
+        ahead.append(pipeline.shards[0].sources[0].reader.num_read)
         pipeline.workers.close()
     return ahead[0] < ahead[1]
 

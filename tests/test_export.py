@@ -22,18 +22,18 @@ from transformers import (
     pipeline,
 )
 
+from neobert.checkpoints.convert import convert
+from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
 from neobert.export.huggingface import write_transformers
 from neobert.export.importing import import_model
 from neobert.export.source import load_source
 from neobert.export.write import Wanted, export_model
-from neobert.inference.convert import convert
 from neobert.inference.embed import load_embedder
 from neobert.inference.fill_mask import fill_masks
 from neobert.inference.sentence_transformers import Embedding
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
-from neobert.training.checkpoint import write_json
 
 
 @pytest.fixture(autouse=True)

@@ -25,15 +25,15 @@ from transformers import (
     RobertaModel,
 )
 
+from neobert.checkpoints.convert import convert
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, UserError
 from neobert.export.source import load_source
 from neobert.export.write import Wanted, export_model
-from neobert.inference.convert import convert
 from neobert.inference.embed import load_embedder
 from neobert.model.embedding import NeoBERTForEmbedding
-from neobert.tasks import contrastive
-from neobert.tasks.glue_model import load_finetuned
+from neobert.tasks.contrastive import task as contrastive
+from neobert.tasks.glue.model import load_finetuned
 
 SIZES = {
     "vocab_size": 8192, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 
+from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError, ConfigError, DataError
-from neobert.tasks import pretraining
-from neobert.tasks.stopping import stop_signals
-from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
+from neobert.tasks.pretraining import task as pretraining
 from neobert.training.loop import Interrupt
+from neobert.training.signals import stop_signals
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_damaged_checkpoints_are_named_before_training_starts(trained, tmp_path)
 
 @pytest.mark.parametrize("name", ["../4/model.safetensors", "/etc/hostname", "..", "tokenizer/../../4/config.json"])
 def test_a_checkpoint_names_no_files_outside(name, trained, tmp_path):
-    from neobert.training.checkpoint import checksum, write_json
+    from neobert.checkpoints.format import checksum, write_json
 
     folder = shutil.copytree(trained / "checkpoints/6", tmp_path / "6")
     state = json.loads((folder / "state.json").read_text())

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
-from neobert.data.classification import EpochLoader, LabelCollator, Rows
-from neobert.data.glue import TASKS, Source, read_split
+from neobert.data.labelled.loader import EpochLoader, LabelCollator, Rows
+from neobert.data.labelled.tasks import TASKS, Source, read_split
 from neobert.data.layout import Share
 from neobert.errors import UserError
-from neobert.tasks import glue, glue_metrics, glue_predict
-from neobert.tasks.glue_model import load_finetuned
+from neobert.tasks.glue import metrics as glue_metrics
+from neobert.tasks.glue import predict as glue_predict
+from neobert.tasks.glue import task as glue
+from neobert.tasks.glue.model import load_finetuned
 from neobert.training.metrics import read_metrics
 
 TRAINED = [task for task in TASKS.values() if task.trains]

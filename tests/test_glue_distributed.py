@@ -10,8 +10,8 @@ import torch.distributed as dist
 from glue_sample import GLUE_TINY, RANDOM, foreign_model, made_rows, run_glue, write_local
 from safetensors.torch import load_file
 
-from neobert.data.glue import TASKS
-from neobert.tasks import glue_suite
+from neobert.data.labelled.tasks import TASKS
+from neobert.tasks.glue import suite as glue_suite
 from neobert.training.metrics import read_metrics
 
 STEPS = 8  # two epochs of 25 rows in batches of 8: the last one has one row, which is one process's only

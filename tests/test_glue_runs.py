@@ -13,11 +13,12 @@ from conftest import ROOT, run_neobert
 from glue_sample import GLUE_TINY, RANDOM, pretrain_tiny, run_glue, write_local
 from safetensors.torch import load_file
 
-from neobert.data.classification import in_order
+from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
+from neobert.data.labelled.loader import in_order
 from neobert.errors import UserError
-from neobert.tasks import glue, glue_suite
-from neobert.tasks.glue_table import summarize, to_markdown, to_terminal
-from neobert.training.checkpoint import find_checkpoint, list_steps, verify_checkpoint
+from neobert.tasks.glue import suite as glue_suite
+from neobert.tasks.glue import task as glue
+from neobert.tasks.glue.table import summarize, to_markdown, to_terminal
 
 DROPOUT = ["model.dropout_prob=0.1", "trainer.num_train_epochs=2"]
 

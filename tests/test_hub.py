@@ -6,10 +6,10 @@ import pytest
 from conftest import hub_cache, run_neobert
 
 from neobert.config.load import load_config
-from neobert.data.documents import Files, read_text, stream
-from neobert.data.hub import KNOWN, find_hub_splits
+from neobert.data.files.documents import Files, read_text, stream
+from neobert.data.files.hub import KNOWN, find_hub_splits
 from neobert.errors import DataError
-from neobert.tasks.contrastive_data import find_places
+from neobert.tasks.contrastive.data import find_places
 
 
 def texts(files):
@@ -65,7 +65,7 @@ def test_refinedweb_is_known_by_its_name(tmp_path, empty_config):
 
 def test_an_existing_path_wins_and_an_absent_one_falls_back(tmp_path):
     from neobert.config.schema import Config
-    from neobert.tasks.pretraining_sources import find_files
+    from neobert.tasks.pretraining.sources import find_files
 
     dataset = Config().dataset.model_copy(
         update={"name": "me/tiny", "config": "en", "cache_dir": str(hub_cache(tmp_path))}

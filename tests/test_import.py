@@ -11,18 +11,18 @@ from safetensors.torch import save_file
 from test_references import Published
 from transformers import AutoTokenizer, EuroBertConfig, EuroBertForMaskedLM, EuroBertModel
 
+from neobert.checkpoints.convert import convert
+from neobert.checkpoints.format import list_steps
+from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.config.load import load_config
-from neobert.data.glue import TASKS
+from neobert.data.labelled.tasks import TASKS
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.export.huggingface import write_transformers
 from neobert.export.importing import import_model
 from neobert.export.source import load_source
-from neobert.inference.convert import convert
-from neobert.tasks import pretraining
-from neobert.tasks.glue import settle
-from neobert.tasks.glue_model import build_classifier
-from neobert.tasks.start import find_start
-from neobert.training.checkpoint import list_steps
+from neobert.tasks.glue.model import build_classifier
+from neobert.tasks.glue.task import settle
+from neobert.tasks.pretraining import task as pretraining
 
 EUROBERT = {
     "vocab_size": 8192, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -76,7 +76,7 @@ def test_eurobert_becomes_a_start(tmp_path):
     assert (record["layout"], len(record["verified"])) == ("eurobert", 2)
     words = ["glue.task_name=rte", f"glue.pretrained_checkpoint_dir={tmp_path / 'in'}"]
     config = load_config([], words, "glue").config
-    start = find_start(config)
+    start = find_initial_weights(config)
     settled = settle(config, TASKS["rte"], start, {})
     classifier, _ = build_classifier(settled, TASKS["rte"], start, 8192, 0)
     ids, mask = padded_rows()

@@ -16,13 +16,14 @@ from conftest import ROOT, TEXT, TINY, run_neobert
 from contrastive_sample import CONTRASTIVE_TINY, made_pairs, write_rows
 from uneven_sample import UNEVEN, run_noting, write_uneven
 
+from neobert.checkpoints.format import find_checkpoint, list_steps, load_weights, verify_checkpoint
 from neobert.config.load import load_config
-from neobert.data.order import Rank
+from neobert.data.mlm.readers import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import DataError, UserError
-from neobert.tasks import contrastive, pretraining
-from neobert.tasks.pretraining_data import build_data
-from neobert.training.checkpoint import find_checkpoint, list_steps, load_weights, verify_checkpoint
+from neobert.tasks.contrastive import task as contrastive
+from neobert.tasks.pretraining import task as pretraining
+from neobert.tasks.pretraining.data import build_data
 from neobert.training.metrics import read_metrics
 
 EPOCH = ["trainer.num_train_epochs=2", "dataset.lanes=2", "trainer.gradient_accumulation_steps=2"]

@@ -8,16 +8,16 @@ import torch
 from conftest import TEXT
 
 from neobert.data.batch import Collator
-from neobert.data.corpus import open_corpus
-from neobert.data.loader import Loader, Pipeline, lanes_of
-from neobert.data.masking import Masker
-from neobert.data.mixture import Lane, choose_sources
-from neobert.data.order import CorpusReader, Pieces, Rank, StreamReader
-from neobert.data.packing import OnePerRow, Packer, Segmenter
-from neobert.data.position import join_positions
-from neobert.data.prepare import open_tokenized
-from neobert.data.rows import RowSource, ShuffleBuffer, Workers
-from neobert.data.sources import find_splits, fingerprint
+from neobert.data.files.corpus import open_corpus
+from neobert.data.files.splits import find_splits, fingerprint
+from neobert.data.files.tokenize_corpus import open_tokenized
+from neobert.data.mlm.masking import Masker
+from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
+from neobert.data.mlm.pipeline import Loader, Pipeline, shards_of
+from neobert.data.mlm.readers import CorpusReader, Pieces, Rank, StreamReader
+from neobert.data.mlm.row_source import RowSource, ShuffleBuffer, Workers
+from neobert.data.mlm.shards import Shard, choose_sources
+from neobert.data.mlm.state import join_positions
 from neobert.errors import CheckpointError, DataError
 
 LENGTH = 64
@@ -72,7 +72,7 @@ def make_loader(
     weights = [2.0, 1.0][:sources]
     return Loader(
         Pipeline(
-            [Lane(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
+            [Shard(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
             workers,
             Collator(masker, tokenizer.pad_id, packed, LENGTH),
             batch_size=4,
@@ -139,7 +139,7 @@ def test_no_document_is_read_twice_nor_lost(kind, store, tokenizer):
         batches = take(first, position)
         second.load_state_dict(*first.state_dict())
         batches += list(second)
-        cut = second._snapshot.lanes[0].sources[0].cut
+        cut = second._snapshot.shards[0].sources[0].cut
         assert cut.num_documents == len(Pieces(store, LENGTH - 2) if kind == "tokens" else store)
         assert tokens_of(batches) == tokens_of([store])
         first.close()
@@ -210,7 +210,7 @@ def test_ranks_read_disjoint_documents_and_count_their_batches(kind, packed, tmp
     batches = [list(loader) for loader in loaders]
     assert [len(one) for one in batches] == counts
     assert tokens_of([batch for one in batches for batch in one]) == tokens_of([store])
-    assert sum(loader._snapshot.lanes[0].sources[0].cut.num_documents for loader in loaders) == len(lines)
+    assert sum(loader._snapshot.shards[0].sources[0].cut.num_documents for loader in loaders) == len(lines)
 
 
 def test_lanes_of_one_rank_end_together(tmp_path, store, tokenizer):
@@ -234,9 +234,9 @@ def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer)
 
     def turns(loaders, count):
         """The batches of `count` turns, by lane."""
-        lanes = [lane.index for loader in loaders for lane in loader.pipeline.lanes]
-        taken = [batch for loader in loaders for batch in take(loader, count * len(loader.pipeline.lanes))]
-        per_rank = [len(loader.pipeline.lanes) for loader in loaders]
+        lanes = [lane.index for loader in loaders for lane in loader.pipeline.shards]
+        taken = [batch for loader in loaders for batch in take(loader, count * len(loader.pipeline.shards))]
+        per_rank = [len(loader.pipeline.shards) for loader in loaders]
         out, start = {}, 0
         for width in per_rank:
             part = taken[start * count : (start + width) * count]
@@ -261,7 +261,7 @@ def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer)
         for loader in loaders:
             loader.close()
     with pytest.raises(CheckpointError, match="dealt to 4 lanes, which 3 processes cannot share equally"):
-        lanes_of(0, 3, 4)
+        shards_of(0, 3, 4)
     with pytest.raises(CheckpointError, match="dealt to 4 lanes when the checkpoint was written, and 3 processes"):
         make_loader(kind, store, tokenizer, rank=Rank(0, 3), lanes=3).load_state_dict(*saved)
     take(two[0], 1)
@@ -303,7 +303,7 @@ def test_streamed_and_materialised_rows_are_the_same(store, tokenizer):
     """Unshuffled, from the same seed."""
     loaders = [make_loader(kind, store, tokenizer, shuffle=0) for kind in ("stream", "text", "tokens")]
     for loader in loaders[1:]:
-        loader.pipeline.lanes[0].sources[0].reader.seed = None
+        loader.pipeline.shards[0].sources[0].reader.seed = None
     a, b, c = (take(loader, 150) for loader in loaders)
     assert_equal(a, b)
     assert_equal(a, c)

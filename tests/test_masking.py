@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from neobert.data.masking import IGNORED, Masker
+from neobert.data.mlm.masking import IGNORED, Masker
 
 SPECIAL = frozenset({0, 1, 2, 3, 4, 1000})  # 1000 is inert: beyond the real vocabulary
 

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neobert.model import flat, loss
+from neobert.model import loss
+from neobert.model import unpadding as unpadded
 from neobert.model.attention import CPU_CALL, Layout, Rotary, attend, attend_documents, uses_buckets
 from neobert.model.bucket_attention import BucketAttention
-from neobert.model.flat import FlatBatch
-from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, steady_size
+from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, round_up_tokens
 from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.model.unpadding import UnpaddedBatch
 
 VOCABULARY = 120
 LENGTHS = [(5, 30, 29), (64,), (1, 62, 1), (40, 24)]  # 4 packed rows of 64 tokens
@@ -282,19 +283,19 @@ def test_filler_changes_nothing(variant, monkeypatch):
 
     def outcome():
         with torch.autocast("cpu", torch.bfloat16):
-            assert model.model.flatten(ids.reshape(1, -1), None, lengths).layout.filler == filler
+            assert model.model.flatten(ids.reshape(1, -1), None, lengths).layout.padding == padding
             result = gradients(model, **inputs, count_correct=True)
             pooled = model.model.embed(inputs["input_ids"], document_lengths=lengths)
             hidden = model.model(inputs["input_ids"], document_lengths=lengths).last_hidden_state
         return result, pooled.detach(), hidden.detach().float()
 
-    filler = 4  # 244 tokens -> 248
+    padding = 4  # 244 tokens -> 248
     filled = outcome()
     assert filled[1].shape == (len(lengths), 32)
-    assert filled[0][1]["model.embed_tokens.weight"][0].abs().max() == 0  # the filler's token
-    monkeypatch.setattr(flat, "steady_size", lambda rows, *_: rows)
+    assert filled[0][1]["model.embed_tokens.weight"][0].abs().max() == 0  # the padding's token
+    monkeypatch.setattr(unpadded, "steady_size", lambda rows, *_: rows)
     monkeypatch.setattr(loss, "steady_size", lambda rows, *_: rows)
-    filler = 0
+    padding = 0
     plain = outcome()
     assert_same(filled[0], plain[0], 2e-2)
     for a, b in zip(filled[1:], plain[1:], strict=True):
@@ -302,13 +303,13 @@ def test_filler_changes_nothing(variant, monkeypatch):
 
 
 def test_sizes_that_recur():
-    sizes = {steady_size(rows, "cpu", torch.bfloat16) for rows in range(1024, 2048)}
+    sizes = {round_up_tokens(rows, "cpu", torch.bfloat16) for rows in range(1024, 2048)}
     assert len(sizes) == 17
     for rows in range(5000):
-        size = steady_size(rows, "cpu", torch.bfloat16)
+        size = round_up_tokens(rows, "cpu", torch.bfloat16)
         assert rows <= size <= rows * 17 / 16
-        assert steady_size(size, "cpu", torch.bfloat16) == size
-    assert steady_size(1025, "cpu", torch.float32) == steady_size(1025, "cuda", torch.bfloat16) == 1025
+        assert round_up_tokens(size, "cpu", torch.bfloat16) == size
+    assert round_up_tokens(1025, "cpu", torch.float32) == round_up_tokens(1025, "cuda", torch.bfloat16) == 1025
 
 
 def test_rows_of_padding_only():
@@ -319,7 +320,7 @@ def test_rows_of_padding_only():
     hidden = model.model(ids, attention_mask=mask).last_hidden_state
     assert torch.all(hidden[1] == 0)
     torch.testing.assert_close(hidden[2:], model.model(ids[2:]).last_hidden_state, rtol=1e-5, atol=1e-5)
-    padded = FlatBatch(ids.flatten(), torch.arange(10).repeat(3), Layout(mask_BT=mask.bool()), ids.shape, None)
+    padded = UnpaddedBatch(ids.flatten(), torch.arange(10).repeat(3), Layout(mask_BT=mask.bool()), ids.shape, None)
     restored = padded.restore(model.model.encode(padded))  # as off the CPU, where padding stays in
     torch.testing.assert_close(restored, hidden, rtol=1e-5, atol=1e-5)
     for pooling in ("mean", "cls", "max"):

@@ -32,10 +32,10 @@ from neobert.inference.embed import load_embedder
 from neobert.inference.sentence_settings import read_sentence_settings
 from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.model.embedding import NeoBERTForEmbedding
-from neobert.tasks import mteb as mteb_task
-from neobert.tasks.mteb_local import KINDS, build_task, find_local_tasks
-from neobert.tasks.mteb_model import weights_identity
-from neobert.tasks.mteb_table import Score, averages
+from neobert.tasks.mteb import task as mteb_task
+from neobert.tasks.mteb.local import KINDS, build_task, find_local_tasks
+from neobert.tasks.mteb.model import weights_identity
+from neobert.tasks.mteb.table import Score, averages
 from neobert.training.runtime import Runtime
 
 WORDS = ("peace", "war", "trade", "law", "land", "money", "ships", "rivers")
@@ -265,7 +265,7 @@ def test_averages_are_the_leaderboards():
 
 
 def test_choices(tasks):
-    from neobert.tasks.mteb_tasks import choose_tasks
+    from neobert.tasks.mteb.tasks import choose_tasks
 
     def names(*words):
         return [task.metadata.name for task in choose_tasks(*words)]

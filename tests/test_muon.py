@@ -7,8 +7,8 @@ import torch
 from test_model import build as build_model
 from transformers import EuroBertForMaskedLM
 
+from neobert.checkpoints.layouts import FUSED, eurobert_config, to_eurobert
 from neobert.errors import UserError
-from neobert.model.layouts import FUSED, eurobert_config, to_eurobert
 from neobert.optim.build import MuonSettings, build_optimizer
 from neobert.optim.groups import parameter_groups
 from neobert.optim.muon import SCALE, Muon

@@ -10,12 +10,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from neobert.checkpoints.layouts import FUSED
 from neobert.errors import UserError
-from neobert.model.layouts import FUSED
 from neobert.optim.build import MuonSettings, build_optimizer, load_optimizer_state, optimizer_state
 from neobert.optim.ownership import Placement, distribute, owners, split_rows
 from neobert.optim.qk_clip import QKClipSettings
-from neobert.tasks.qk_clip import QKClip
+from neobert.optim.qk_clip_hooks import QKClip
 
 STEPS, RANKS = 20, 2
 SETTINGS = QKClipSettings(threshold=3.0, alpha=0.4, interval=2)

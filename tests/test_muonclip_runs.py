@@ -7,10 +7,10 @@ from transformers import ModernBertConfig, ModernBertModel
 
 from neobert.config.load import load_config
 from neobert.errors import ConfigError
-from neobert.model.foreign import ForeignForSequenceClassification
+from neobert.model.hf_encoder import HFEncoderForSequenceClassification
 from neobert.optim.build import MuonSettings, build_optimizer
 from neobert.tasks.encoder import build_model
-from neobert.tasks.optimizers import build_clip, build_run_optimizer
+from neobert.training.optimizer import build_clip, build_run_optimizer
 
 MUON = "optimizer.muon_config."
 REFUSED = {
@@ -104,7 +104,7 @@ def test_fused_matrices_of_modernbert():
         "vocab_size": 64,
     }
     ids = {"pad_token_id": 0, "cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
-    model = ForeignForSequenceClassification(ModernBertModel(ModernBertConfig(**shape, **ids)), 2, "mean", 0.0, 0.02)
+    model = HFEncoderForSequenceClassification(ModernBertModel(ModernBertConfig(**shape, **ids)), 2, "mean", 0.0, 0.02)
     words = ["optimizer.name=muonclip", f"{MUON}muon_decay=0.0", "optimizer.lr=0.1"]
     optimizer = build_run_optimizer(load_config([], [*TINY, *words]).config, model, None)
     parts = {"attn.Wqkv.weight": 3, "mlp.Wi.weight": 2, "attn.Wo.weight": 1}

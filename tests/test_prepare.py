@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from test_sources import files_at, write
 
-from neobert.data import prepare
-from neobert.data.order import Pieces, StreamReader
-from neobert.data.prepare import plan_shards, tokenize_files
-from neobert.data.token_store import Manifest, TokenStore, verify_store, write_json, write_shard
+from neobert.data.files import tokenize_corpus as prepare
+from neobert.data.files.token_store import Manifest, TokenStore, verify_store, write_json, write_shard
+from neobert.data.files.tokenize_corpus import plan_shards, tokenize_files
+from neobert.data.mlm.readers import Pieces, StreamReader
 from neobert.errors import DataError
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_while_tokenising(tmp_path):
 
 @pytest.mark.parametrize("share", ["0/4", "5/4", "1", "a/b", "1/"])
 def test_shares_that_are_none(share, tmp_path):
-    from neobert.cli_data import parse_share
+    from neobert.cli.data import parse_share
     from neobert.errors import ConfigError
 
     assert parse_share("2/4") == (2, 4)
@@ -197,7 +197,7 @@ def test_verify_resume(tmp_path):
 
 def test_verify_resume_sees_what_differs(tmp_path, capsys):
     """A batch with other tokens is told from one that is equal."""
-    from neobert.tasks import verify_resume
+    from neobert.tasks.pretraining import verify_resume
 
     rows = [{"number": n, "ids": n, "labels": n} for n in range(1, 7)]
     for name, losses in (("whole", 6), ("broken", 6)):

@@ -7,11 +7,11 @@ from conftest import TOKENIZER
 from export_sample import largest_difference, padded_rows
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from neobert.checkpoints.format import list_steps
 from neobert.config.load import load_config
 from neobert.export.huggingface import write_transformers
 from neobert.export.source import load_source
-from neobert.tasks import pretraining
-from neobert.training.checkpoint import list_steps
+from neobert.tasks.pretraining import task as pretraining
 from neobert.training.metrics import read_metrics
 
 BALANCED = """

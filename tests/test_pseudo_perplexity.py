@@ -10,12 +10,12 @@ from conftest import TEXT, run_neobert
 from export_sample import OWN_CODE, tiny_model, write_checkpoint
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
-from neobert import cli_evaluate
-from neobert.data.documents import Skips
-from neobert.data.sources import find_splits
+from neobert.checkpoints.layouts import eurobert_config, is_eurobert, to_eurobert
+from neobert.cli import evaluate as cli_evaluate
+from neobert.data.files.documents import SkippedRows
+from neobert.data.files.splits import find_splits
 from neobert.errors import DataError, UserError
 from neobert.inference.pseudo_perplexity import format_result, pseudo_perplexity, read_pieces
-from neobert.model.layouts import eurobert_config, is_eurobert, to_eurobert
 from neobert.training.runtime import Runtime
 
 
@@ -68,10 +68,10 @@ def test_equals_one_mask_at_a_time(variant, tokenizer):
 def test_texts_become_pieces(tokenizer, tmp_path):
     """Every token is in one piece; rows without text are counted."""
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"body": body}) for body in ("peace " * 25, None, "war")))
-    files, skips = find_splits(str(tmp_path / "text.jsonl"), None, None, None)[0], Skips()
+    files, skips = find_splits(str(tmp_path / "text.jsonl"), None, None, None)[0], SkippedRows()
     pieces, num_texts = read_pieces(files, tokenizer, 10, None, skips)
     assert ([len(piece) for piece in pieces], num_texts, skips.counts) == ([10, 10, 5, 1], 2, {"no text": 1})
-    assert len(read_pieces(files, tokenizer, 10, 1, Skips())[0]) == 3
+    assert len(read_pieces(files, tokenizer, 10, 1, SkippedRows())[0]) == 3
     with pytest.raises(DataError, match="a piece of 600 tokens, but the model takes 510"):
         pseudo_perplexity(tiny_model(), tokenizer, make_pieces([600]))
     told = []

@@ -12,7 +12,7 @@ from neobert.errors import ConfigError
 from neobert.model.attention import Layout
 from neobert.model.layers import Attention
 from neobert.optim.qk_clip import QKClipSettings, clip_factors, group_documents, largest_logits
-from neobert.tasks.qk_clip import QKClip, _real_documents, clip_metrics
+from neobert.optim.qk_clip_hooks import QKClip, _real_documents, clip_metrics
 
 HEADS, WIDTH = 4, 8
 OUTLIERS = {0: {1: 3.0}, 2: {0: 2.0, 3: 4.0}}  # block -> head -> factor of its rows of q and k
@@ -198,7 +198,7 @@ def test_same_clip_with_checkpointing_and_compilation(how):
 
 
 def test_rows_with_a_mask_are_seen_as_documents():
-    """CUDA's layout: rows stay padded and are masked. Same maxima as of the flat layout without padding, or with filler."""
+    """CUDA's layout: rows stay padded and are masked. Same maxima as of the flat layout without padding, or with padding."""
     torch.manual_seed(0)
     attention = Attention(32, 4)
     model = torch.nn.Sequential(attention)
@@ -210,7 +210,7 @@ def test_rows_with_a_mask_are_seen_as_documents():
     for layout, tokens in (
         (Layout(mask_BT=mask), x),
         (Layout(lengths=(3, 4)), real),
-        (Layout(lengths=(3, 4), filler=1), filled),
+        (Layout(lengths=(3, 4), padding=1), filled),
     ):
         clip.prepare(1, is_last_microbatch=True)
         clip._before(model, (), {"input_ids": mask.long(), "attention_mask": mask})

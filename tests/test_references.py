@@ -7,7 +7,7 @@ from test_model import LENGTHS, VOCABULARY, build, packed_batch, unpacked
 from torch import nn
 from transformers import EuroBertConfig, EuroBertForMaskedLM, EuroBertForSequenceClassification
 
-from neobert.model.layouts import eurobert_config, from_eurobert, from_published, to_eurobert, to_published
+from neobert.checkpoints.layouts import eurobert_config, from_eurobert, from_published, to_eurobert, to_published
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4}

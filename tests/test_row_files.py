@@ -21,20 +21,20 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from test_sources import files_at
 
 from neobert.config.load import load_config
-from neobert.data import prepare
-from neobert.data.corpus import open_corpus
-from neobert.data.documents import Files, Skips, stream
-from neobert.data.glue import TASKS, Source, read_split
-from neobert.data.order import CorpusReader, StreamReader
-from neobert.data.pairs import read_examples, roles_of
-from neobert.data.prepare import tokenize_files
-from neobert.data.sources import find_splits, fingerprint
-from neobert.data.token_store import TokenStore
+from neobert.data.files import tokenize_corpus as prepare
+from neobert.data.files.corpus import open_corpus
+from neobert.data.files.documents import Files, SkippedRows, stream
+from neobert.data.files.splits import find_splits, fingerprint
+from neobert.data.files.token_store import TokenStore
+from neobert.data.files.tokenize_corpus import tokenize_files
+from neobert.data.labelled.tasks import TASKS, Source, read_split
+from neobert.data.mlm.readers import CorpusReader, StreamReader
+from neobert.data.pairs.table import read_examples, roles_of
 from neobert.errors import DataError
 from neobert.inference.embed import read_rows
-from neobert.tasks import pretraining
-from neobert.tasks.contrastive_data import find_places
-from neobert.tasks.pretraining_sources import find_files, open_sources
+from neobert.tasks.contrastive.data import find_places
+from neobert.tasks.pretraining import task as pretraining
+from neobert.tasks.pretraining.sources import find_files, open_sources
 
 TEXTS = ["first, of all", "a \u2028 separator", "  spaces\u00a0", 'with "quotes"', "déjà vu", "the last"]
 LINES = [json.dumps({"sentence": text, "label": n % 2}, ensure_ascii=False) for n, text in enumerate(TEXTS)]
@@ -95,14 +95,14 @@ def test_every_reader_sees_the_same_rows(name, tmp_path):
     assert CorpusReader(corpus, None).read() == TEXTS
     assert [text for text, _ in read_rows(str(path), "sentence")] == TEXTS
     roles = roles_of([str(path)], {}, "")
-    assert [row.anchor for row in read_examples([str(path)], roles, "", Skips(True)).rows] == TEXTS
+    assert [row.anchor for row in read_examples([str(path)], roles, "", SkippedRows(True)).rows] == TEXTS
     split = read_split(Source(str(tmp_path)), TASKS["cola"], "train")
     assert (split.texts[0], split.labels.tolist()) == (TEXTS, [0, 1] * 3)
 
 
 def test_local_mteb_tasks_are_read_likewise(tmp_path):
     pytest.importorskip("mteb")
-    from neobert.tasks import mteb_local
+    from neobert.tasks.mteb import local as mteb_local
 
     (tmp_path / "test.jsonl").write_bytes(BOM + joined(LINES, "\r\n", "\n\n"))
     assert [row["sentence"] for row in mteb_local.read_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
@@ -159,14 +159,14 @@ def test_damage_is_passed_over_and_counted(kind, tmp_path):
     assert [text for block in iter(corpus.read, []) for text in block] == texts
     assert corpus.skips.counts == reader.skips.counts
     with pytest.raises(DataError, match=rf"a.{kind}:\d+: (not JSON|the rest of a compressed file)"):
-        list(iter(StreamReader(files, skips=Skips(True)).read, []))
+        list(iter(StreamReader(files, skips=SkippedRows(True)).read, []))
 
 
 def test_pairs_pass_over_what_is_no_json(tmp_path):
     path = str(tmp_path / "pairs.jsonl")
     rows = [json.dumps({"anchor": f"a {n}", "positive": f"b {n}"}) for n in range(5)]
     (tmp_path / "pairs.jsonl").write_bytes(joined([*rows, "[[", '["c", "d"]']) + b'{"anchor": "\xff"}\n{"anch')
-    skips = Skips()
+    skips = SkippedRows()
     found = read_examples([path], roles_of([path], {}, ""), "", skips).rows
     assert [row.anchor for row in found] == [*(f"a {n}" for n in range(5)), "c"]
     assert skips.counts == {"not JSON": 2, "not UTF-8": 1}
@@ -346,7 +346,7 @@ class _Unreliable(MemoryFile):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.txt.zst", "a.parquet"])
 def test_a_connection_that_breaks_off_loses_nothing(name, monkeypatch, capsys):
-    from neobert.data import remote
+    from neobert.data.files import remote
 
     texts = [os.urandom(40).hex() for _ in range(6000)]
     raw = joined([json.dumps({"text": text}) for text in texts] if "jsonl" in name else texts)
@@ -476,7 +476,7 @@ def test_pseudo_perplexity_reads_the_slice(tmp_path, tokenizer):
 
     (tmp_path / "a.txt").write_text("".join(f"word {n}\n" for n in range(20)))
     for split, count in (("train[:3]", 3), ("train[15:]", 5), ("train", 20)):
-        assert read_pieces(files_at(tmp_path, None, split), tokenizer, 60, None, Skips())[1] == count
+        assert read_pieces(files_at(tmp_path, None, split), tokenizer, 60, None, SkippedRows())[1] == count
 
 
 # --- what the commands say -----------

@@ -13,14 +13,16 @@ from conftest import ROOT, TINY, run_neobert
 from safetensors.torch import load_file
 from test_training import content
 
+from neobert.checkpoints.format import ALONE, find_checkpoint, list_steps, save_checkpoint, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError
-from neobert.tasks import contrastive, glue, pretraining
-from neobert.tasks.run_folder import plan_start
+from neobert.tasks.contrastive import task as contrastive
+from neobert.tasks.glue import task as glue
+from neobert.tasks.pretraining import task as pretraining
 from neobert.training import folder_lock
-from neobert.training.checkpoint import ALONE, find_checkpoint, list_steps, save_checkpoint, verify_checkpoint
 from neobert.training.folder_lock import LOCK, SILENT_SECONDS, FolderLock
 from neobert.training.metrics import read_metrics
+from neobert.training.run_folder import plan_start
 
 HOLD = """
 import sys, time
@@ -274,7 +276,7 @@ def made(folder):
 @pytest.mark.parametrize("resume", [None, "1"])
 def test_a_move_that_is_killed_loses_nothing(resume, tmp_path):
     """The next start finds the run as it was, or all that was moved under a number."""
-    from neobert.tasks.run_folder import OpenRun, enter_run
+    from neobert.training.run_folder import OpenRun, enter_run
 
     folder = tmp_path / "out"
 
@@ -308,7 +310,7 @@ def test_a_step_saved_again_is_always_there(tmp_path):
         save_checkpoint(root, content(2))
 
     def check(is_killed):
-        from neobert.training.retention import clean_leftovers
+        from neobert.checkpoints.retention import clean_leftovers
 
         clean_leftovers(root)
         assert list_steps(root) == [1, 2]

@@ -9,7 +9,7 @@ from conftest import CONFIGS, TINY
 
 from neobert.config.load import dump_config, load_config
 from neobert.insight.report import write_report
-from neobert.tasks import pretraining
+from neobert.tasks.pretraining import task as pretraining
 from neobert.training.metrics import read_metrics
 
 

@@ -7,10 +7,10 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from neobert.data.corpus import open_corpus
-from neobert.data.documents import Skips, read_text, stream
-from neobert.data.order import CorpusReader, Rank, RememberedReader, StreamReader, Subset, permute
-from neobert.data.sources import column_names, count_rows, find_splits, fingerprint, hold_out_head, num_bytes
+from neobert.data.files.corpus import open_corpus
+from neobert.data.files.documents import SkippedRows, read_text, stream
+from neobert.data.files.splits import column_names, count_rows, find_splits, fingerprint, hold_out_head, num_bytes
+from neobert.data.mlm.readers import CorpusReader, Rank, RememberedReader, StreamReader, Subset, permute
 from neobert.errors import DataError
 
 TEXTS = [f"document {number} " + "word " * (number % 7) + "é" * (number % 3) for number in range(50)]
@@ -158,7 +158,7 @@ def test_splits_are_found_by_name(tmp_path):
 def test_broken_files_are_named(tmp_path, name, content, column, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
-        list(iter(StreamReader(files_at(tmp_path, column), skips=Skips(refuse=True)).read, []))
+        list(iter(StreamReader(files_at(tmp_path, column), skips=SkippedRows(refuse=True)).read, []))
 
 
 def test_a_truncated_table_is_named(tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from neobert.checkpoints.format import find_checkpoint, read_pointer
 from neobert.errors import ConfigError, DataError
-from neobert.training.checkpoint import find_checkpoint, read_pointer
 
 
 def test_epochs_limit_the_run(train, small):

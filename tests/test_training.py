@@ -13,13 +13,8 @@ import torch.distributed as dist
 from conftest import TOKENIZER
 from test_model import VOCABULARY, build
 
-from neobert.data.batch import Batch
-from neobert.data.tokenizer import load_tokenizer, save_tokenizer
-from neobert.errors import CheckpointError, UserError
-from neobert.optim.build import build_optimizer
-from neobert.training import checkpoint
-from neobert.training.background import Saver
-from neobert.training.checkpoint import (
+from neobert.checkpoints import format as checkpoint
+from neobert.checkpoints.format import (
     ALONE,
     Content,
     find_checkpoint,
@@ -28,9 +23,14 @@ from neobert.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from neobert.checkpoints.retention import clean_leftovers, prune
+from neobert.data.batch import Batch
+from neobert.data.tokenizer import load_tokenizer, save_tokenizer
+from neobert.errors import CheckpointError, UserError
+from neobert.optim.build import build_optimizer
+from neobert.training.background import Saver
 from neobert.training.loop import Interrupt, StepSettings, TrainState, Window, train, train_step
 from neobert.training.metrics import Stopwatch
-from neobert.training.retention import clean_leftovers, prune
 from neobert.training.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), None)
@@ -213,7 +213,7 @@ def save_with_failures(rank, folder):
         dist.all_gather_object(values, value)
         return values
 
-    team, writes = checkpoint.Team(rank, 2, gather), FailingWrites()
+    team, writes = checkpoint.ProcessGroup(rank, 2, gather), FailingWrites()
     for victim in (0, 1):
         root, writes.left = folder / f"checkpoints{victim}", 0
         save_checkpoint(root, content(1), team)
@@ -223,7 +223,7 @@ def save_with_failures(rank, folder):
             number, message = number + 1, ""
             writes.left = number if rank == victim else 0
             try:
-                save_checkpoint(root, new, team, behind=lambda: checkpoint.write_pointer(root / "best", "2"))  # noqa: B023
+                save_checkpoint(root, new, team, behind=lambda: checkpoint.write_text_atomic(root / "best", "2"))  # noqa: B023
             except CheckpointError as error:
                 message = str(error)
             assert len(set(gather(message))) == 1

@@ -6,7 +6,7 @@ import torch
 from conftest import TEXT, TINY
 
 from neobert.config.load import load_config
-from neobert.tasks import pretraining
+from neobert.tasks.pretraining import task as pretraining
 
 NUM_DOCUMENTS = 60
 UNEVEN = [

@@ -1,9 +1,9 @@
 """`python -m neobert`: the same as the `neobert` command."""
 
-from neobert.tasks.launched import end_with_launcher
+from neobert.training.launched import end_with_launcher
 
 end_with_launcher()
 
-from neobert.cli import main  # noqa: E402
+from neobert.cli.main import main  # noqa: E402
 
 main()

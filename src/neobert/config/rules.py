@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from neobert.config.deepspeed import read_zero, zero_stage
 from neobert.config.reference import is_chosen, is_set, value_of
 from neobert.config.schema import Config
 from neobert.config.task_rules import (
@@ -20,7 +21,6 @@ from neobert.config.task_rules import (
     mteb_trains_nothing,
     temperature_wins_over_weights,
 )
-from neobert.config.zero import read_zero, zero_stage
 from neobert.errors import Problem
 
 Found = Iterator[Problem]

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.masking import IGNORED, Masker
-from neobert.data.packing import Row
+from neobert.data.mlm.masking import IGNORED, Masker
+from neobert.data.mlm.packing import Row
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from neobert.checkpoints.format import sync
 from neobert.errors import UserError
-from neobert.training.checkpoint import sync
 
 
 def check_target(out: Path, mark: str, replace: bool) -> None:

@@ -120,7 +120,7 @@ def front_matter(source: Source, embedding: Embedding | None) -> str:
 def summary(source: Source) -> str:
     """What the model is, in two sentences."""
     config = source.model.config
-    if source.is_foreign:
+    if source.is_hf_encoder:
         kinds = f"the architecture {source.fields['model_type']} of transformers"
     else:
         norm = "nGPT" if config.ngpt else "RMSNorm" if config.rms_norm else "LayerNorm"

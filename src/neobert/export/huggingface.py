@@ -10,13 +10,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from neobert.checkpoints.format import WEIGHTS, Tensors, write_json
+from neobert.checkpoints.layouts import to_eurobert
+from neobert.checkpoints.load import EMBEDDING
 from neobert.data.tokenizer import save_tokenizer
-from neobert.export.foreign import foreign_config, foreign_tensors
+from neobert.export.hf_encoder import hf_encoder_config, hf_encoder_tensors
 from neobert.export.source import Source
-from neobert.inference.load import EMBEDDING
 from neobert.model import modeling_neobert
-from neobert.model.layouts import to_eurobert
-from neobert.training.checkpoint import WEIGHTS, Tensors, write_json
 
 CODE = Path(modeling_neobert.__file__)
 AUTO_MAP = {
@@ -31,10 +31,10 @@ def write_transformers(source: Source, folder: Path, trained: dict[str, Any]) ->
     """Write what `AutoModel.from_pretrained(folder)` and `AutoTokenizer` read. `trained` says how it embeds, if it does."""
     tokenizer = source.tokenizer
     tokenizer.model_max_length = trained.get("max_length", source.longest)
-    if source.is_foreign:
+    if source.is_hf_encoder:
         fields, tensors = (
-            foreign_config(source.model, source.fields),
-            foreign_tensors(source.model, source.fields["model_type"]),
+            hf_encoder_config(source.model, source.fields),
+            hf_encoder_tensors(source.model, source.fields["model_type"]),
         )
     else:
         weights = source.model.state_dict()

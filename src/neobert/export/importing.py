@@ -16,6 +16,9 @@ import torch
 import yaml
 
 from neobert import __version__
+from neobert.checkpoints.convert import Converted, convert
+from neobert.checkpoints.format import Content, save_checkpoint, write_json
+from neobert.checkpoints.retention import strip_checkpoint
 from neobert.config.schema import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError
@@ -34,10 +37,7 @@ from neobert.export.verify import (
     judged,
     logits,
 )
-from neobert.inference.convert import Converted, convert
 from neobert.model.modeling_neobert import NeoBERTConfig
-from neobert.training.checkpoint import Content, save_checkpoint, write_json
-from neobert.training.retention import strip_checkpoint
 
 RECORD = "import.json"
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neobert.checkpoints.load import Model
 from neobert.errors import UserError
-from neobert.inference.load import Model
 from neobert.model.attention import Layout
-from neobert.model.flat import FlatBatch
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.model.unpadding import UnpaddedBatch
 
 Output = Literal["last_hidden_state", "logits"]
 ONNX = "onnx/model.onnx"  # where sentence-transformers and optimum look
@@ -37,7 +37,7 @@ class PaddedModel(nn.Module):
         mask_BT = attention_mask.bool()
         positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
         layout = Layout(mask_BT=mask_BT)
-        flat = FlatBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
+        flat = UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
         model = self.inner
         hidden_ND = model.model.encode(flat)
         if self.output == "last_hidden_state":

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neobert.inference.convert import published_architecture, read_tensors
-from neobert.inference.load import read_model_config
+from neobert.checkpoints.convert import published_architecture, read_tensors
+from neobert.checkpoints.load import read_model_config
 
 
 def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 
-from neobert.errors import CheckpointError
-from neobert.inference.hub_model import load_encoder
-from neobert.inference.load import (
+from neobert.checkpoints.format import STATE, load_weights, verify_checkpoint
+from neobert.checkpoints.hf import load_encoder
+from neobert.checkpoints.layouts import is_eurobert
+from neobert.checkpoints.load import (
     EMBEDDING,
-    FOREIGN,
+    HF_ENCODER,
     Model,
     build_model,
     check_fit,
@@ -20,14 +21,13 @@ from neobert.inference.load import (
     load_model_weights,
     read_model_config,
 )
+from neobert.errors import CheckpointError
 from neobert.inference.sentence_settings import SentenceSettings, read_sentence_settings
-from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
-from neobert.model.foreign import ForeignForSequenceClassification, longest_input
-from neobert.model.layouts import is_eurobert
+from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForSequenceClassification, longest_input
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
-from neobert.training.checkpoint import STATE, load_weights, verify_checkpoint
 
-ForeignModel = ForeignForSequenceClassification | ForeignForEmbedding
+HFEncoderModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding
 POOLING = {"cls": "bos"}  # of a classifier: ours -> transformers' names
 LONGEST = 512  # tokens of a text for a model that nothing limits
 
@@ -39,7 +39,7 @@ class Source:
 
     folder: Path
     fields: dict[str, Any]
-    model: Model | ForeignModel
+    model: Model | HFEncoderModel
     tokenizer: Any
     run: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
@@ -47,17 +47,17 @@ class Source:
 
     @property
     def is_classifier(self) -> bool:
-        return isinstance(self.model, NeoBERTForSequenceClassification | ForeignForSequenceClassification)
+        return isinstance(self.model, NeoBERTForSequenceClassification | HFEncoderForSequenceClassification)
 
     @property
     def is_embedder(self) -> bool:
         """An encoder alone, trained to embed."""
-        return isinstance(self.model, NeoBERTForEmbedding | ForeignForEmbedding)
+        return isinstance(self.model, NeoBERTForEmbedding | HFEncoderForEmbedding)
 
     @property
-    def is_foreign(self) -> bool:
+    def is_hf_encoder(self) -> bool:
         """Whether the encoder is one of transformers' making."""
-        return isinstance(self.model, ForeignModel)
+        return isinstance(self.model, HFEncoderModel)
 
     @cached_property
     def sentence(self) -> SentenceSettings:
@@ -87,15 +87,15 @@ class Source:
     @property
     def is_native(self) -> bool:
         """Whether a class of transformers' own computes this model: EuroBERT, or that of its encoder."""
-        return self.is_foreign or is_eurobert(self.model.config)
+        return self.is_hf_encoder or is_eurobert(self.model.config)
 
 
 def load_source(path: str) -> Source:
     """The model at `path`: a run's folder, a checkpoint, or an export. Raises CheckpointError."""
     folder = find_model(path)
     fields = read_model_config(folder)
-    if FOREIGN in fields:
-        model: Model | ForeignModel = _load_foreign(folder, fields[FOREIGN])
+    if HF_ENCODER in fields:
+        model: Model | HFEncoderModel = _load_hf_encoder(folder, fields[HF_ENCODER])
     else:
         model = build_model(folder, fields)
         load_model_weights(folder, model)
@@ -107,16 +107,16 @@ def load_source(path: str) -> Source:
     return Source(folder, fields, model.float().eval(), tokenizer, run, verify_checkpoint(folder), config)
 
 
-def _load_foreign(folder: Path, head: dict[str, Any]) -> ForeignModel:
+def _load_hf_encoder(folder: Path, head: dict[str, Any]) -> HFEncoderModel:
     """The model of a checkpoint whose encoder is one of transformers' making. Raises CheckpointError."""
     encoder = load_encoder(str(folder))
     if "glue_task" not in head:
         settings = ContrastiveSettings(pooling=head[EMBEDDING]["pooling"])
-        return ForeignForEmbedding(encoder, settings, encoder.config.pad_token_id or 0)
+        return HFEncoderForEmbedding(encoder, settings, encoder.config.pad_token_id or 0)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # as it was trained
     pooling = POOLING.get(head["pooling"], head["pooling"])
-    model = ForeignForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
+    model = HFEncoderForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
     weights = model.from_checkpoint(load_weights(folder))
     check_fit(folder, weights, model.state_dict())
     model.load_state_dict(weights)

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from neobert.checkpoints.load import Model
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import UserError
 from neobert.export.sample import HARD, MESSAGE
 from neobert.export.source import Source
 from neobert.inference.embed import Embedder
-from neobert.inference.load import Model
 from neobert.inference.sentence_settings import SentenceSettings
 from neobert.inference.sentence_transformers import Embedding
-from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
+from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 65, 128, 200, 256, 333, 511, 512)
@@ -133,8 +133,8 @@ def by_transformers(
     job = {
         "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class if has_head else None,
         "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), "num_half": NUM_HALF,
-        "half": [] if source.is_foreign or folder == source.folder else list(HALF),  # of what was written here
-        "pairs": PAIRS if source.is_foreign and source.is_classifier else [],
+        "half": [] if source.is_hf_encoder or folder == source.folder else list(HALF),  # of what was written here
+        "pairs": PAIRS if source.is_hf_encoder and source.is_classifier else [],
     }  # fmt: skip
 
     def judge(found: Found) -> list[Check]:
@@ -175,8 +175,8 @@ def by_sentence_transformers(source: Source, embedding: Embedding) -> Comparison
 
     def judge(found: Found) -> list[Check]:
         how = ContrastiveSettings(pooling=embedding.pooling or "mean")
-        if source.is_foreign:
-            model = ForeignForEmbedding(source.model.model, how, source.tokenizer.pad_token_id)
+        if source.is_hf_encoder:
+            model = HFEncoderForEmbedding(source.model.model, how, source.tokenizer.pad_token_id)
         else:
             with torch.no_grad():
                 model = NeoBERTForEmbedding(source.model.config, how)

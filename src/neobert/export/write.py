@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert import __version__
+from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
 from neobert.export.atomic import check_target, whole_folder
 from neobert.export.card import write_card
@@ -33,7 +34,6 @@ from neobert.export.verify import (
     judged,
 )
 from neobert.inference.sentence_transformers import Embedding, check_sentence_transformers, write_sentence_transformers
-from neobert.training.checkpoint import write_json
 
 RECORD = "export.json"
 
@@ -83,7 +83,7 @@ def export_model(
     if wanted.onnx:
         check_onnx()
     source = load_source(checkpoint)
-    if wanted.onnx and source.is_foreign:
+    if wanted.onnx and source.is_hf_encoder:
         raise UserError(f"--onnx: {source.folder} has an encoder of transformers' own; optimum exports those")
     wanted = wanted.settled(source)
     if wanted.embedding is not None:
@@ -106,7 +106,7 @@ def describe(source: Source) -> str:
     """Which class it becomes, and why."""
     head = "sequence classification" if source.is_classifier else "masked language model"
     head = "embedding model" if source.is_embedder else head
-    if source.is_foreign:
+    if source.is_hf_encoder:
         return f"{head} on transformers' own {source.fields['model_type']} (no trust_remote_code)"
     if source.is_native:
         return f"{head}, transformers' own EuroBERT (no trust_remote_code)"

@@ -14,25 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from neobert.checkpoints.format import STATE, find_checkpoint, verify_checkpoint
+from neobert.checkpoints.hf import load_encoder
+from neobert.checkpoints.load import check_fit, load_model_config, place_model, read_model_config, read_weights
+from neobert.data.files.rows import is_utf8, place, usable_records
+from neobert.data.files.splits import find_column, local_splits
 from neobert.data.layout import RowLayout
-from neobert.data.pairs import encode_texts
-from neobert.data.row_files import is_utf8, place, usable_records
-from neobert.data.sources import find_column, local_splits
+from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
-from neobert.inference.hub_model import load_encoder
-from neobert.inference.load import check_fit, load_model_config, place_model, read_model_config, read_weights
 from neobert.inference.sentence_settings import MODULES, SentenceSettings, read_sentence_settings
-from neobert.model.embedding import ContrastiveSettings, ForeignForEmbedding, NeoBERTForEmbedding
-from neobert.model.flat import Pooling
-from neobert.model.foreign import longest_input
-from neobert.training.checkpoint import STATE, find_checkpoint, verify_checkpoint
+from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
+from neobert.model.hf_encoder import longest_input
+from neobert.model.unpadding import Pooling
 from neobert.training.runtime import Runtime, build_runtime
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # 2,048 stay in the cache of a CPU core
 TEXTS_AT_ONCE = 16_384  # of a file: sorted by length among themselves
 
-EmbeddingModel = NeoBERTForEmbedding | ForeignForEmbedding
+EmbeddingModel = NeoBERTForEmbedding | HFEncoderForEmbedding
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def load_embedder(
     if "neobert" in read_model_config(found.encoder):
         model: EmbeddingModel = _load_ours(found.encoder, settings)
     else:
-        model = ForeignForEmbedding(load_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
+        model = HFEncoderForEmbedding(load_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
     longest = longest_input(model)
     if max_length is not None and longest is not None and max_length > longest:
         raise CheckpointError(f"{folder}: texts of {max_length} tokens were asked for, but the model takes {longest}")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from neobert.checkpoints.load import load_pretrained
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import DataError, UserError
-from neobert.inference.load import load_pretrained
 
 
 @dataclass(frozen=True)

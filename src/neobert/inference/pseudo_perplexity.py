@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from neobert.data.documents import Files, Skips, read_text, stream
-from neobert.data.row_files import Unusable
-from neobert.data.rows import why_empty
+from neobert.data.files.documents import Files, SkippedRows, read_text, stream
+from neobert.data.files.rows import Unusable
+from neobert.data.mlm.row_source import why_empty
 from neobert.data.tokenizer import Ids, TextTokenizer
 from neobert.errors import DataError
 from neobert.model.loss import LOGIT_BUDGET
@@ -67,7 +67,7 @@ class Result:
 
 
 def read_pieces(
-    files: Files, tokenizer: TextTokenizer, longest: int, limit: int | None, skips: Skips
+    files: Files, tokenizer: TextTokenizer, longest: int, limit: int | None, skips: SkippedRows
 ) -> tuple[list[Ids], int]:
     """(token ids of pieces of at most `longest` tokens, number of texts).
 
@@ -84,7 +84,7 @@ def read_pieces(
     return pieces, num_texts
 
 
-def _texts(files: Files, skips: Skips, limit: int | None) -> Iterator[str]:
+def _texts(files: Files, skips: SkippedRows, limit: int | None) -> Iterator[str]:
     count = 0
     for row, begin, _ in stream(files, files.start, files.stop):
         text = read_text(files, row, begin)

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from neobert.checkpoints.load import EMBEDDING, HF_ENCODER, read_model_config
 from neobert.errors import CheckpointError, first_line
-from neobert.inference.load import EMBEDDING, FOREIGN, read_model_config
-from neobert.model.flat import Pooling
+from neobert.model.unpadding import Pooling
 
 MODULES = "modules.json"
 MODES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max"}
@@ -63,7 +63,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     """The settings of a model's folder. Raises CheckpointError naming a module or setting that is not computed here."""
     if not (folder / MODULES).is_file():
         fields = read_model_config(folder)
-        trained = fields.get("neobert", fields.get(FOREIGN, {})).get(EMBEDDING, {})
+        trained = fields.get("neobert", fields.get(HF_ENCODER, {})).get(EMBEDDING, {})
         return SentenceSettings(folder, folder, trained.get("pooling"), max_length=trained.get("max_length"))
     modules = [(one["type"].rpartition(".")[2], folder / one["path"]) for one in _read(folder / MODULES)]
     kinds = [kind for kind, _ in modules]

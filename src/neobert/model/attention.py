@@ -78,21 +78,21 @@ class FusedRotary(torch.autograd.Function):
 
 @dataclass
 class Layout:
-    """Where documents lie in a flat batch. Exactly one of `lengths` and `mask_BT` is set."""
+    """Where documents lie in an unpadded batch. Exactly one of `lengths` and `mask_BT` is set."""
 
-    lengths: tuple[int, ...] | None = None  # tokens of each document; with `filler` their sum is N
+    lengths: tuple[int, ...] | None = None  # tokens of each document; with `padding` their sum is N
     mask_BT: Tensor | None = None  # true where a token is real
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
     granularity: int = GRANULARITY  # of the buckets on the CPU
-    filler: int = 0  # tokens behind the documents that belong to none (CPU; flat.py)
+    padding: int = 0  # tokens behind the documents that belong to none (CPU; unpadding.py)
     _starts: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def buckets(self) -> Buckets:
         """The documents by padded length; computed once per batch, used by every layer."""
         assert self.lengths is not None
-        whole, rest = divmod(self.filler, GRANULARITY)
+        whole, rest = divmod(self.padding, GRANULARITY)
         return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])), self.granularity)
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
@@ -162,7 +162,7 @@ def attend_documents(qkv_N3HK: Tensor, layout: Layout, scale: float) -> Tensor:
     Pieces come from `split`: slices would cost a full-size zero gradient each.
     """
     assert layout.lengths is not None
-    lengths = (*layout.lengths, layout.filler) if layout.filler else layout.lengths
+    lengths = (*layout.lengths, layout.padding) if layout.padding else layout.lengths
     limit = CPU_CALL if qkv_N3HK.device.type == "cpu" else len(qkv_N3HK)
     groups: list[list[int]] = []
     group_of: dict[int, list[int]] = {}

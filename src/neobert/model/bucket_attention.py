@@ -100,7 +100,7 @@ class BucketAttention(torch.autograd.Function):
         saved: list[list[Tensor]] = []
         for bucket in buckets.buckets:
             heads = qkv_N3HK.new_empty(3, H, bucket.num_documents, bucket.length, K)
-            _turn(bucket.heads(qkv_P3HK), heads, cos, sin, scale)
+            _rotate(bucket.heads(qkv_P3HK), heads, cos, sin, scale)
             q, k, v = heads.flatten(1, 2)
             out, kept = torch.empty_like(q), []
             for part in bucket.parts(H):
@@ -136,7 +136,7 @@ class BucketAttention(torch.autograd.Function):
                 torch.bmm(grad_scores, k[part], out=grad_q[part])
                 torch.bmm(grad_scores.transpose(1, 2), q[part], out=grad_k[part])
                 torch.bmm(dropped.transpose(1, 2), grad[part], out=grad_v[part])
-            _turn(grads, bucket.heads(grads_P3HK), cos, None if sin is None else -sin, ctx.scale)
+            _rotate(grads, bucket.heads(grads_P3HK), cos, None if sin is None else -sin, ctx.scale)
         return grads_P3HK.index_select(0, buckets.places_N), None, None, None, None, None
 
 
@@ -162,7 +162,7 @@ class _Noise:
         return kept.mul_(weights)
 
 
-def _turn(source: Tensor, target: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float) -> None:
+def _rotate(source: Tensor, target: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float) -> None:
     """Copy q, k, v (3 x H x n x L x K, laid out differently), turning q and k by their positions and scaling q."""
     target[2].copy_(source[2])
     if cos is None or sin is None:

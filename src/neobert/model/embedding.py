@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .contrastive_loss import alignment, gather_rows, info_nce, supcon, uniformity
-from .flat import Lengths, Pooling, check_not_empty, host_lengths
 from .modeling_neobert import NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
+from .unpadding import Lengths, Pooling, check_not_empty, host_lengths
 
 Tensors = dict[str, Tensor]
 OBSERVED = 512  # pairs of a batch that alignment and uniformity are computed of
@@ -131,7 +131,7 @@ class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
         return _output(self.contrastive, embeddings, keys)
 
 
-class ForeignForEmbedding(nn.Module):
+class HFEncoderForEmbedding(nn.Module):
     """Any encoder of `AutoModel` under the same loss. Texts of similar length are padded together, and only those."""
 
     def __init__(self, encoder: Any, settings: ContrastiveSettings, pad_id: int):

@@ -32,7 +32,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if is_on else x.dtype
 
 
-def steady_size(rows: int, device_type: str, dtype: torch.dtype) -> int:
+def round_up_tokens(rows: int, device_type: str, dtype: torch.dtype) -> int:
     """How many rows a product of `rows` rows had better have: on the CPU in bfloat16 one of 16 sizes per power of two.
 
     oneDNN compiles every product for its shape, which takes longer than a small product itself (1 to 16 ms), and keeps what

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import compute_dtype, liger, steady_size
+from .kernels import compute_dtype, liger, round_up_tokens
 
 IGNORED = -100  # label of a token that is not predicted
 LOGIT_BUDGET = 2**25  # logits that exist at a time: 64 MiB in bfloat16
@@ -44,7 +44,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_MD, weight_VD, bias_V, labels_M, dtype: torch.dtype, count: bool):  # type: ignore
         M, V = len(hidden_MD), len(weight_VD)
         num_parts = max(1, -(-M * V // LOGIT_BUDGET))
-        size = max(1, steady_size(-(-M // num_parts), hidden_MD.device.type, dtype))
+        size = max(1, round_up_tokens(-(-M // num_parts), hidden_MD.device.type, dtype))
         hidden, weight = _with_rows(hidden_MD.to(dtype), -(-M // size) * size), weight_VD.to(dtype)
         bias = None if bias_V is None else bias_V.to(dtype)
         loss_sum = hidden_MD.new_zeros((), dtype=torch.float32)

@@ -22,10 +22,10 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 
 from .attention import Kernel, Rotary
 from .bucket_attention import FINE_GRANULARITY
-from .flat import FlatBatch, Lengths, Pooling, flatten
-from .kernels import compute_dtype, steady_size
+from .kernels import compute_dtype, round_up_tokens
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
 from .loss import IGNORED, full_cross_entropy, linear_cross_entropy
+from .unpadding import Lengths, Pooling, UnpaddedBatch, flatten
 
 
 class NeoBERTConfig(PreTrainedConfig):
@@ -104,9 +104,9 @@ def wants_states(config: NeoBERTConfig, extra: dict[str, Any]) -> bool:
     return bool(config.output_hidden_states if asked is None else asked)
 
 
-def _restored(flat: FlatBatch, states: list[Tensor] | None, last_BTD: Tensor) -> tuple[Tensor, ...] | None:
+def _restored(unpadded: UnpaddedBatch, states: list[Tensor] | None, last_BTD: Tensor) -> tuple[Tensor, ...] | None:
     """`hidden_states` of an output: what went into each block as B x T x D, and the last hidden state."""
-    return None if states is None else (*map(flat.restore, states), last_BTD)
+    return None if states is None else (*map(unpadded.restore, states), last_BTD)
 
 
 def build_block(config: NeoBERTConfig) -> Block:
@@ -215,7 +215,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
 
     def flatten(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths | None = None
-    ) -> FlatBatch:
+    ) -> UnpaddedBatch:
         """The batch as this model takes it. Raises ValueError for lengths that do not fit it."""
         return flatten(
             input_ids,
@@ -226,37 +226,39 @@ class NeoBERT(NeoBERTPreTrainedModel):
             kernel=self.attention_kernel,
         )
 
-    def encode(self, flat: FlatBatch, rows_M: Tensor | None = None, states: list[Tensor] | None = None) -> Tensor:
-        """Hidden states of a flat batch: N x D, without filler; or M x D of the tokens `rows_M`, which alone go through what
-        follows the last block's attention. What goes into each block is appended to `states`.
+    def encode(
+        self, unpadded: UnpaddedBatch, rows_M: Tensor | None = None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states of an unpadded batch: N x D, or M x D of the tokens `rows_M`, which alone go through what follows the
+        last block's attention. What goes into each block is appended to `states`.
         """
         if rows_M is not None and self.is_compiled:  # as many tokens in every batch: nothing is compiled anew
-            return self.encode(flat).index_select(0, rows_M)
+            return self.encode(unpadded).index_select(0, rows_M)
         config, rotary, chosen = self.config, None, rows_M
         if rows_M is not None:  # some first tokens more, whose states nobody asks for
-            size = steady_size(max(1, len(rows_M)), rows_M.device.type, compute_dtype(self.embed_tokens.weight))
+            size = round_up_tokens(max(1, len(rows_M)), rows_M.device.type, compute_dtype(self.embed_tokens.weight))
             chosen = F.pad(rows_M, (0, size - len(rows_M)))
-        x_ND = self.embed_tokens(flat.ids_N)
+        x_ND = self.embed_tokens(unpadded.ids_N)
         if config.rope:
-            lengths = flat.layout.lengths
-            longest = flat.shape[1] if lengths is None else max(lengths, default=0)
+            lengths = unpadded.layout.lengths
+            longest = unpadded.shape[1] if lengths is None else max(lengths, default=0)
             width = config.hidden_size // config.num_attention_heads
-            rotary = Rotary.of(longest, width, flat.positions_N, config.rope_theta)
+            rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
         else:
-            x_ND = x_ND + self.embed_positions(flat.positions_N + 1)
+            x_ND = x_ND + self.embed_positions(unpadded.positions_N + 1)
         x_ND = self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND)
         for block in self.layers:
             if states is not None:
-                states.append(x_ND[: len(x_ND) - flat.layout.filler])
+                states.append(x_ND[: len(x_ND) - unpadded.layout.padding])
             wanted = chosen if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(block, x_ND, rotary, flat.layout, wanted, use_reentrant=False)
+                x_ND = checkpoint(block, x_ND, rotary, unpadded.layout, wanted, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rotary, flat.layout, wanted)
+                x_ND = block(x_ND, rotary, unpadded.layout, wanted)
         if rows_M is not None:
             x_ND = x_ND[: len(rows_M)]
-        elif flat.layout.filler:
-            x_ND = x_ND[: -flat.layout.filler]
+        elif unpadded.layout.padding:
+            x_ND = x_ND[: -unpadded.layout.padding]
         return self.norm(x_ND)
 
     def forward(
@@ -270,9 +272,9 @@ class NeoBERT(NeoBERTPreTrainedModel):
         block, B x T x D each, and behind it the same as `last_hidden_state`. Raises ValueError as `wants_states`.
         """
         states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
-        flat = self.flatten(input_ids, attention_mask, document_lengths)
-        last = flat.restore(self.encode(flat, states=states))
-        return BaseModelOutput(last_hidden_state=last, hidden_states=_restored(flat, states, last))
+        unpadded = self.flatten(input_ids, attention_mask, document_lengths)
+        last = unpadded.restore(self.encode(unpadded, states=states))
+        return BaseModelOutput(last_hidden_state=last, hidden_states=_restored(unpadded, states, last))
 
     def embed(
         self,
@@ -283,13 +285,13 @@ class NeoBERT(NeoBERTPreTrainedModel):
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """One vector per row, or per document of packed rows: n x D in float32. `states` gets what `forward` returns."""
-        flat = self.flatten(input_ids, attention_mask, document_lengths)
+        unpadded = self.flatten(input_ids, attention_mask, document_lengths)
         if not self.training:
-            flat.layout.granularity = FINE_GRANULARITY
-        hidden_ND = self.encode(flat, states=states)
+            unpadded.layout.granularity = FINE_GRANULARITY
+        hidden_ND = self.encode(unpadded, states=states)
         if states is not None:
-            states[:] = _restored(flat, states, flat.restore(hidden_ND)) or ()
-        return flat.pool(hidden_ND, pooling)
+            states[:] = _restored(unpadded, states, unpadded.restore(hidden_ND)) or ()
+        return unpadded.pool(hidden_ND, pooling)
 
 
 class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
@@ -331,19 +333,19 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
         states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
-        flat = self.model.flatten(input_ids, attention_mask, document_lengths)
-        labels_N = None if labels is None else flat.select(labels)
+        unpadded = self.model.flatten(input_ids, attention_mask, document_lengths)
+        labels_N = None if labels is None else unpadded.select(labels)
         if labels_N is not None:
             targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
             self._check_labels(labels_N[targets_M])
             if masked_only:
-                hidden_MD = self.model.encode(flat, targets_M)
+                hidden_MD = self.model.encode(unpadded, targets_M)
                 loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
                 return MaskedLMLossOutput(loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
-        hidden_ND = self.model.encode(flat, states=states)
+        hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
-        hidden_states = _restored(flat, states, flat.restore(hidden_ND)) if states is not None else None
-        output = MaskedLMLossOutput(logits=flat.restore(logits_NV), hidden_states=hidden_states)
+        hidden_states = _restored(unpadded, states, unpadded.restore(hidden_ND)) if states is not None else None
+        output = MaskedLMLossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
         if labels_N is not None:
             output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
             output.loss = output.loss_sum / max(1, len(targets_M))

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from neobert.checkpoints import layouts
+from neobert.checkpoints.format import Tensors
+from neobert.checkpoints.hf import load_encoder as load_whole_encoder
+from neobert.checkpoints.load import check_fit
 from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.tokenizer import fit_vocabulary, special_ids
 from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.inference.hub_model import load_encoder as load_whole_encoder
-from neobert.inference.load import check_fit
-from neobert.model import layouts
 from neobert.model.attention import uses_buckets
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
-from neobert.training.checkpoint import Tensors
 from neobert.training.choices import choose_attention, choose_kernels
 from neobert.training.machine import compile_blocks, find_kernels, gpu_capability
 from neobert.training.runtime import Runtime
@@ -125,7 +125,7 @@ def load_encoder(folder: Path, model: nn.Module, weights: Tensors, with_dense: b
     return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}{fresh}{unused}"
 
 
-def foreign_dropout(name: str) -> dict[str, float]:
+def hf_encoder_dropout(name: str) -> dict[str, float]:
     """The dropout that an encoder of `AutoModel` brings along, by the names of its configuration."""
     from transformers import AutoConfig
 
@@ -133,7 +133,7 @@ def foreign_dropout(name: str) -> dict[str, float]:
     return {key: value for key, value in fields.items() if "dropout" in key and isinstance(value, int | float)}
 
 
-def load_foreign(name: str) -> Any:
+def load_hf_encoder(name: str) -> Any:
     """Any encoder of `AutoModel`. Raises ConfigError when it cannot be loaded, or not whole."""
     try:
         return load_whole_encoder(name)

@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from neobert.checkpoints.format import Content, ProcessGroup, save_checkpoint
 from neobert.errors import UserError, first_line, print_notes
-from neobert.training.checkpoint import Content, Team, save_checkpoint
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Saver:
     """Saves below `root`, in the background or not. `num_saved` checkpoints took `write_seconds` to write."""
 
     root: Path
-    team: Team
+    team: ProcessGroup
     in_background: bool = True
     before: Callable[[], None] = lambda: None  # of every save, in the main process; may raise UserError
     num_saved: int = 0

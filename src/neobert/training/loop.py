@@ -67,7 +67,7 @@ class TrainState:
     """
 
     step: int = 0
-    epoch: int = 0  # that all lanes of all processes have got to
+    epoch: int = 0  # that all shards of all processes have got to
     num_tokens: int = 0
     num_rows: int = 0  # that the steps asked for, of all processes, whether they were filled or not
     best_metric: float | None = None

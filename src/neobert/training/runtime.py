@@ -20,9 +20,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error
-from neobert.training import zero
-from neobert.training.checkpoint import ALONE, Team, Tensors
+from neobert.training import deepspeed as zero
 from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
 from neobert.training.machine import gpu_capability, keep_memory
 
@@ -58,7 +58,7 @@ class Runtime:
     world_size: int = 1
     engine: str = "plain"
     why: str = ""  # why this engine
-    patient: dist.ProcessGroup | None = None  # all processes, for long waits
+    cpu_group: dist.ProcessGroup | None = None  # all processes, for long waits
     owns_group: bool = False
     zero_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks, and writes the files of which there is one."""
+        """Whether this process prints, and writes the files of which there is one."""
         return self.rank == 0
 
     @property
@@ -110,7 +110,7 @@ class Runtime:
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         return model
 
-    def hand_over(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def wrap_deepspeed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """The model as it is to be called and the optimizer as it is to be stepped: DeepSpeed takes both over, others leave
         what `distribute` gave as it is.
         """
@@ -185,18 +185,18 @@ class Runtime:
         errors = [error]
         if self.world_size > 1:
             errors = [None] * self.world_size
-            dist.all_gather_object(errors, error, group=self.patient)
+            dist.all_gather_object(errors, error, group=self.cpu_group)
         return next(one for one in errors if one is not None)
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """The sum of a CPU tensor over all processes, in all of them."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self.patient)
+            dist.all_reduce(tensor, group=self.cpu_group)
         return tensor
 
     def alone(self) -> "Runtime":
         """This process on its device, for work that the others have no part in."""
-        return replace(self, rank=0, world_size=1, engine="plain", patient=None, owns_group=False, zero_options={})
+        return replace(self, rank=0, world_size=1, engine="plain", cpu_group=None, owns_group=False, zero_options={})
 
     def on_main(self, function: Callable[[], Result]) -> Result:
         """What `function` returns in the main process, in all of them. A UserError is raised in all of them, and
@@ -214,7 +214,7 @@ class Runtime:
                 told[1] = disk_error(error)
                 if told[1] is None:
                     raise
-        dist.broadcast_object_list(told, 0, group=self.patient)
+        dist.broadcast_object_list(told, 0, group=self.cpu_group)
         if told[1] is not None:
             raise told[1]
         return told[0]
@@ -225,7 +225,7 @@ class Runtime:
         self.on_main(lambda: found.append(function()))
         return found[0] if self.is_main else function()
 
-    def team(self) -> Team:
+    def team(self) -> ProcessGroup:
         """The processes of this run as those that write a checkpoint together, with a connection of their own."""
         if self.world_size == 1:
             return ALONE
@@ -236,7 +236,7 @@ class Runtime:
             dist.all_gather_object(values, value, group=group)
             return values
 
-        return Team(self.rank, self.world_size, gather)
+        return ProcessGroup(self.rank, self.world_size, gather)
 
     def close(self) -> None:
         """Leave the other processes in order, if `build_runtime` connected them."""
@@ -275,12 +275,12 @@ def build_runtime(
         capability=gpu_capability(device),
         trains=trains,
     )
-    patient, owns_group = None, world_size > 1 and not dist.is_initialized()
+    cpu_group, owns_group = None, world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if world_size > 1:
-        patient = connect("long waits", dist.group.WORLD)
-    return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, patient, owns_group, zero_options or {})
+        cpu_group = connect("long waits", dist.group.WORLD)
+    return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, cpu_group, owns_group, zero_options or {})
 
 
 @cache
@@ -349,14 +349,14 @@ def _part_of(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def held_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
+def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
     """What this process has to save of optimizer state, copied to the CPU, and the first row of each part: its shards; of
     state that all processes have, everything in the main one.
     """
     parts, first_rows = {}, {}
     for path, tensor in state.items():
         if isinstance(tensor, DTensor):
-            first_rows[path] = held_rows(tensor).start
+            first_rows[path] = local_rows(tensor).start
             parts[path] = tensor.to_local().detach().to("cpu", copy=True)
         elif is_main:
             parts[path] = tensor.detach().to("cpu", copy=True)
@@ -366,7 +366,7 @@ def held_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
 own_partition, load_partition = zero.own_partition, zero.load_partition  # of an optimizer that DeepSpeed has split
 
 
-def held_rows(tensor: Tensor) -> slice:
+def local_rows(tensor: Tensor) -> slice:
     """The rows of a tensor that are in this process: equal runs, the last ones shorter or empty."""
     num_rows = tensor.shape[0] if tensor.ndim else 0
     if not isinstance(tensor, DTensor):
@@ -377,7 +377,7 @@ def held_rows(tensor: Tensor) -> slice:
 
 
 def as_part_of(rows: Tensor, parameter: Tensor) -> Tensor:
-    """Rows that `held_rows(parameter)` names, as a tensor that is split as `parameter` is."""
+    """Rows that `local_rows(parameter)` names, as a tensor that is split as `parameter` is."""
     if not isinstance(parameter, DTensor) or not rows.ndim:
         return rows
     local = rows.to(parameter.device)

@@ -1,0 +1,260 @@
+"""Models in other layouts as ours: config, tensors and tokenizer of a folder, whoever wrote it.
+
+| layout | told by | what is converted |
+|---|---|---|
+| checkpoint, export | `neobert` section in config.json | nothing |
+| eurobert | model_type eurobert | names; grouped key and value heads are repeated; a tied decoder is written out |
+| published | model_type neobert, without that section | fused q, k, v head by head; interleaved RoPE; the decoder's bias |
+
+Tensors become float32. Only safetensors are read, and no code of a folder is run.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from neobert.checkpoints.format import STATE, WEIGHTS, list_steps
+from neobert.checkpoints.layouts import (
+    FUSED,
+    Tensors,
+    checkpoint_config,
+    from_eurobert,
+    from_published,
+    is_eurobert,
+    to_eurobert,
+)
+from neobert.checkpoints.load import (
+    CONFIG,
+    Model,
+    build_model,
+    check_fit,
+    find_model,
+    read_model_config,
+    read_weights,
+)
+from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids, tokenizer_folder
+from neobert.errors import CheckpointError, first_line
+from neobert.model.embedding import NeoBERTForEmbedding
+from neobert.model.layers import swiglu_width
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
+
+Kind = Literal["checkpoint", "export", "eurobert", "published"]
+INDEX = f"{WEIGHTS}.index.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model as ours. `fields` is the config.json of its checkpoint; `notes` say what is not as it was."""
+
+    folder: Path
+    kind: Kind
+    model: Model
+    tokenizer: Any
+    fields: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    has_head: bool = True  # a decoder or a classifier was there
+
+    def tensors(self) -> Tensors:
+        """The weights as a checkpoint holds them."""
+        weights = self.model.state_dict()
+        return to_eurobert(weights) if is_eurobert(self.model.config) else weights
+
+
+def convert(source: str, tokenizer: str | None = None) -> Converted:
+    """The model at `source`: any folder of the table above, or a run's. `tokenizer`: another folder to take that from.
+
+    Raises CheckpointError saying what is missing, what contradicts what, or which layouts are read.
+    """
+    folder = _find_folder(source)
+    fields = read_model_config(folder)
+    hf_tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
+    if "neobert" in fields:
+        model = build_model(folder, fields)
+        weights = read_weights(folder, model.config)
+        check_fit(folder, weights, model.state_dict())
+        model.load_state_dict(weights)
+        _fit_tokenizer(folder, hf_tokenizer, model.config.vocab_size)
+        kind: Kind = "checkpoint" if (folder / STATE).is_file() else "export"
+        has_head = not isinstance(model, NeoBERTForEmbedding)
+        return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields, has_head=has_head)
+    kind, architecture, weights, notes = _hf_encoder(folder, fields)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            fresh = NeoBERTForMaskedLM(architecture)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: describes no model: {error}") from None
+    has_head = "lm_head.weight" in weights
+    if not has_head:
+        weights["lm_head.weight"] = fresh.lm_head.weight.detach()
+        notes.append("no decoder in it: a new one, drawn at random")
+    check_fit(folder, weights, fresh.state_dict())
+    fresh.load_state_dict(weights)
+    _fit_tokenizer(folder, hf_tokenizer, architecture.vocab_size)
+    own = checkpoint_config(architecture, special_ids(hf_tokenizer), fields.get("name") or None)
+    return Converted(folder, kind, fresh.float().eval(), hf_tokenizer, own, notes, has_head)
+
+
+def _find_folder(source: str) -> Path:
+    """A run's newest checkpoint, verified, or the folder itself. Raises CheckpointError."""
+    folder = Path(source)
+    is_ours = (folder / STATE).is_file() or list_steps(folder) or list_steps(folder / "checkpoints")
+    if is_ours or not folder.is_dir() or not (folder / INDEX).is_file():
+        return find_model(source)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: not a model: it has no {CONFIG}")
+    return folder
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, with what it calls bos and eos as CLS and SEP. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    inner = tokenizer_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(inner), use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = first_line(error)
+        raise CheckpointError(
+            f"{inner}: no tokenizer can be loaded from it: {reason}; name one with --tokenizer"
+        ) from None
+    for ours, theirs in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
+        if getattr(tokenizer, ours) is None and getattr(tokenizer, theirs) is not None:
+            setattr(tokenizer, ours, getattr(tokenizer, theirs))
+    missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, name) is None]
+    if missing:
+        raise CheckpointError(f"{inner}: the tokenizer has no {', '.join(missing)}, which masked-LM training needs")
+    return tokenizer
+
+
+def _fit_tokenizer(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    """Inert tokens up to the number of embeddings. Raises CheckpointError when there are too few of those."""
+    if len(tokenizer) > vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer does not fit: it has {len(tokenizer):,} tokens, the model's embeddings {vocab_size:,}"
+        )
+    fit_vocabulary(tokenizer, vocab_size, multiple=1)
+
+
+# --- layouts that are not ours -----------
+
+
+def _hf_encoder(folder: Path, fields: dict[str, Any]) -> tuple[Kind, NeoBERTConfig, Tensors, list[str]]:
+    """(layout, our config, our tensors, what was left out)."""
+    kind = fields.get("model_type")
+    if kind == "eurobert":
+        architecture, num_groups = eurobert_architecture(folder, fields)
+        weights, notes = _known_parts(read_tensors(folder), "lm_head")
+        weights = ungrouped(weights, num_groups, architecture.hidden_size // architecture.num_attention_heads)
+        if fields.get("tie_word_embeddings") and "lm_head.weight" not in weights:
+            embeddings = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
+            weights |= {"lm_head.weight": weights[embeddings].clone()} if embeddings else {}
+        try:
+            return "eurobert", architecture, from_eurobert(weights), notes
+        except KeyError as error:
+            raise CheckpointError(f"{folder}: the weights do not fit the model: {error.args[0]} is missing") from None
+    if kind == "neobert":
+        architecture = published_architecture(fields)
+        weights, notes = _known_parts(read_tensors(folder), "decoder")
+        try:
+            weights = from_published(weights, architecture.num_attention_heads)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder / CONFIG}: contradicts the weights: {error}") from None
+        architecture.decoder_bias = "lm_head.bias" in weights
+        return "published", architecture, weights, notes
+    raise CheckpointError(
+        f"{folder / CONFIG}: model_type {kind!r} cannot be imported; what can: our checkpoints and exports, eurobert, and the "
+        "published neobert"
+    )
+
+
+def eurobert_architecture(folder: Path, fields: dict[str, Any]) -> tuple[NeoBERTConfig, int]:
+    """(our config of a EuroBERT, how many query heads share a key head). Raises CheckpointError for what ours cannot be."""
+    from transformers import EuroBertConfig
+
+    try:
+        theirs = EuroBertConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {str(error).splitlines()[0]}") from None
+    rope, heads = dict(theirs.rope_parameters or {}), theirs.num_attention_heads
+    nominal = 3 * theirs.intermediate_size // 2
+    refused = {
+        f"hidden_act {theirs.hidden_act}": theirs.hidden_act != "silu",
+        "attention_bias": theirs.attention_bias,
+        "mlp_bias": theirs.mlp_bias,
+        f"rope_type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
+        f"head_dim {theirs.head_dim}": theirs.head_dim not in (None, theirs.hidden_size // heads),
+        f"intermediate_size {theirs.intermediate_size}, not a multiple of 8": swiglu_width(nominal)
+        != theirs.intermediate_size,
+    }
+    if wrong := [what for what, holds in refused.items() if holds]:
+        raise CheckpointError(f"{folder / CONFIG}: our model has no {'; no '.join(wrong)}")
+    architecture = NeoBERTConfig(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.hidden_size,
+        num_hidden_layers=theirs.num_hidden_layers,
+        num_attention_heads=heads,
+        intermediate_size=nominal,
+        max_position_embeddings=theirs.max_position_embeddings,
+        norm_eps=theirs.rms_norm_eps,
+        rope_theta=float(rope.get("rope_theta", 10_000.0)),
+        embedding_init_range=theirs.initializer_range,
+        decoder_init_range=theirs.initializer_range,
+        pad_token_id=theirs.pad_token_id,
+    )
+    return architecture, heads // (theirs.num_key_value_heads or heads)
+
+
+def ungrouped(weights: Tensors, num_groups: int, head_width: int) -> Tensors:
+    """EuroBERT's tensors with every key and value head repeated for the query heads that share it: the same function."""
+    if num_groups == 1:
+        return weights
+    shared = FUSED["attention.qkv.weight"][1:]
+    out = dict(weights)
+    for name, tensor in weights.items():
+        if name.endswith(shared):
+            heads = tensor.view(-1, head_width, tensor.shape[1])
+            out[name] = heads.repeat_interleave(num_groups, 0).reshape(-1, tensor.shape[1])
+    return out
+
+
+def published_architecture(fields: dict[str, Any]) -> NeoBERTConfig:
+    """Our config of the published NeoBERT; where its config.json is silent, its code's defaults hold."""
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+        "pad_token_id",
+    )
+    defaults = {"num_hidden_layers": 28, "norm_eps": 1e-6}
+    given = {name: fields[name] for name in (*names, "norm_eps", "embedding_init_range") if name in fields}
+    longest = fields.get("max_position_embeddings", fields.get("max_length", 1024))
+    return NeoBERTConfig(**{**defaults, **given, "max_position_embeddings": longest})
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """All tensors of a folder, in one file or several, as float32. Raises CheckpointError."""
+    try:
+        names = [WEIGHTS]
+        if (folder / INDEX).is_file():
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        found = {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be read: {error}") from None
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+def _known_parts(weights: Tensors, decoder: str) -> tuple[Tensors, list[str]]:
+    """(encoder and decoder, what was left out): an encoder saved by itself has no `model.` in its names."""
+    if not any(name.startswith("model.") for name in weights):
+        weights = {name if name.startswith(decoder) else f"model.{name}": tensor for name, tensor in weights.items()}
+    kept = {name: tensor for name, tensor in weights.items() if name.startswith(("model.", f"{decoder}."))}
+    left = sorted({name.partition(".")[0] for name in weights if name not in kept})
+    return kept, [f"not imported: {', '.join(left)}"] if left else []

@@ -1,0 +1,360 @@
+"""The on-disk contract of a run's checkpoints.
+
+    <output_dir>/checkpoints/
+      latest                          text: the step that a word for the run's model means: the newest, or, at the end of a run
+                                      with load_best_model_at_end, the best
+      best                            text: the step of the best evaluation so far
+      <step>/
+        model.safetensors  config.json  tokenizer.json ...    enough for evaluation, fine-tuning, export; transformers loads it
+        config.yaml                                    what produced it
+        optimizer/rank00000.safetensors                resume only
+        data_rank00000.json  data_rank00000.safetensors    resume only: position behind the last batch used
+        state.json                                     written last: counters, format version, checksums of all the rest
+
+A checkpoint is written to `.<step>.tmp`, flushed to disk, and renamed: a folder whose name is a number is whole. Loading
+verifies the checksums. JSON and safetensors only; nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+from neobert.errors import CheckpointError, UserError
+
+FORMAT = 1
+POINTERS = ("latest", "best")
+WEIGHTS, STATE = "model.safetensors", "state.json"
+REPLACED, DELETED = (
+    ".replaced.tmp",
+    ".old.tmp",
+)  # ends of hidden names: a checkpoint that another replaces, one that goes
+OPTIMIZER = "optimizer/rank{:05d}.safetensors"
+DATA = "data_rank{:05d}"
+
+FIRST_ROWS = "first_rows"  # in the header of an optimizer file: where its parts begin
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes that write a checkpoint together. `gather`: what each of them gave, in all of them."""
+
+    rank: int
+    world_size: int
+    gather: Callable[[Any], list[Any]]
+
+
+ALONE = ProcessGroup(0, 1, lambda value: [value])
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds: of `optimizer` and `data` what is in this process, the rest in the main process only.
+
+    `state` is plain data: step, tokens seen, and what else the loop counts. `first_rows` of optimizer state that is split.
+    `save_beside` writes the tokenizer, and what else readers of the weights look for, into the folder.
+    """
+
+    step: int
+    weights: Tensors
+    model_config: dict[str, Any]
+    save_beside: Callable[[Path], None]
+    config_yaml: str
+    optimizer: Tensors
+    data: tuple[dict[str, Any], dict[str, np.ndarray]]
+    state: dict[str, Any] = field(default_factory=dict)
+    first_rows: dict[str, int] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    root: Path,
+    content: Content,
+    team: ProcessGroup = ALONE,
+    before: Callable[[], None] = lambda: None,
+    behind: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write `<root>/<step>` atomically and point `latest` at it; all of a team together. The main process calls `before` it
+    writes, and `behind` when the checkpoint is whole.
+
+    Raises CheckpointError, in all of them, when the disk is full or a write fails; what was there before is then untouched.
+    """
+    final, scratch = root / str(content.step), root / f".{content.step}.tmp"
+    is_main, sums = team.rank == 0, dict[str, str]()
+
+    def prepare() -> None:
+        before()
+        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / "optimizer").mkdir(parents=True)
+
+    def write() -> None:
+        sums.update(_write_content(scratch, content, team.rank))
+
+    def publish() -> None:
+        _write_state(scratch, content, sums)
+        _take_the_place(scratch, final)
+        write_text_atomic(root / "latest", str(content.step))
+        behind()
+
+    reason = _together(team, prepare if is_main else None) or _together(team, write)
+    for part in team.gather(sums):
+        sums.update(part)
+    reason = reason or _together(team, publish if is_main else None)
+    if reason:
+        if is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+        steps = list_steps(root)
+        kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written before"
+        raise CheckpointError(f"{final}: cannot save step {content.step}: {reason}; {kept}")
+    return final
+
+
+def _together(team: ProcessGroup, work: Callable[[], None] | None) -> str:
+    """Do a part of the work in every process; returns why it failed in the first in which it did, or nothing."""
+    reason = ""
+    try:
+        if work is not None:
+            work()
+    except (OSError, SafetensorError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return next((one for one in team.gather(reason) if one), "")
+
+
+def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
+    """Write the files of a process; returns their checksums, when they are on the disk."""
+    path = folder / OPTIMIZER.format(rank)
+    if content.optimizer or rank == 0:
+        save_file(_contiguous(content.optimizer), path, metadata={FIRST_ROWS: json.dumps(content.first_rows)})
+    data, arrays = content.data
+    save_arrays(arrays, folder / f"{DATA.format(rank)}.safetensors")
+    write_json(folder / f"{DATA.format(rank)}.json", data)
+    own = [path, *(folder / f"{DATA.format(rank)}.{kind}" for kind in ("safetensors", "json"))]
+    if rank == 0:
+        save_file(_contiguous(content.weights), folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / "config.json", content.model_config)
+        write_text(folder / "config.yaml", content.config_yaml)
+        content.save_beside(folder)
+        whole = (
+            one for one in folder.rglob("*") if not one.name.startswith(".")
+        )  # others are being written, by any process
+        own += [one for one in whole if not is_of_a_rank(str(one.relative_to(folder)))]
+    files = sorted({path for path in own if path.is_file()})
+    for path in files:
+        sync(path)
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def is_of_a_rank(name: str) -> bool:
+    """Whether a file is one that every process writes its own of, and that only resuming needs."""
+    return name.startswith(("optimizer/", "data_rank"))
+
+
+def _write_state(folder: Path, content: Content, sums: dict[str, str]) -> None:
+    state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
+    write_json(folder / STATE, {**state, "checksum": checksum(state)})
+    for path in (folder / STATE, *(one for one in folder.rglob("*") if one.is_dir()), folder):
+        sync(path)
+
+
+def _take_the_place(scratch: Path, final: Path) -> None:
+    """Rename `scratch` to `final`; a checkpoint of the same step steps aside, and comes back if that fails or is broken off."""
+    old = final.with_name(f".{final.name}{REPLACED}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    try:
+        os.replace(scratch, final)
+    except OSError:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    try:
+        sync(final.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _contiguous(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    return sorted(int(path.name) for path in root.glob("[0-9]*") if path.name.isdigit() and (path / STATE).is_file())
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a file of one line atomically."""
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all. Raises OSError naming it."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        sync(path.parent)
+    except OSError as error:
+        error.filename = str(path)
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def read_pointer(path: Path) -> str | None:
+    """The step that `write_text_atomic` wrote; None where there is none, or something else than a step."""
+    text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
+    return text if text.isdigit() else None
+
+
+def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = False) -> Path:
+    """The folder that `selector` names: `latest`, `best`, a step below `root`; or a path to a step, to `checkpoints/`, or
+    to a run's output folder, which means its `latest`: the model that the run came to, or `to_resume` its newest step.
+
+    Raises CheckpointError saying what is there instead.
+    """
+    if root is not None and (selector in ("latest", "best") or selector.isdigit()):
+        steps = list_steps(root)
+        name = selector if selector.isdigit() else read_pointer(root / selector)
+        if selector == "latest" and steps and (to_resume or name is None or int(name) not in steps):
+            name = str(steps[-1])
+        if name is None or not (root / name / STATE).is_file():
+            there = f"there are: {', '.join(map(str, steps))}" if steps else "there is none"
+            raise CheckpointError(f"{root}: no checkpoint {selector!r}; {there}")
+        return root / name
+    path = Path(selector)
+    for candidate in (path / "checkpoints", path):
+        if list_steps(candidate):
+            return find_checkpoint("latest", candidate, to_resume)
+    if not (path / STATE).is_file():
+        what = "not a checkpoint (it has no state.json)" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {what}; expected a run's output folder or <output_dir>/checkpoints/<step>")
+    return path
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after comparing all checksums. Raises CheckpointError naming the first damaged file."""
+    try:
+        text = (folder / STATE).read_text()
+        state = json.loads(text)
+        if text != as_json(state) or state.pop("checksum") != checksum(state):
+            raise ValueError
+        version, sums = state["format"], state["sha256"]
+    except (ValueError, KeyError, AttributeError, OSError):
+        raise CheckpointError(f"{folder / STATE}: missing or damaged{_alternative(folder)}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {version}; this version reads format {FORMAT}")
+    _check_names(folder, state["step"], sums)
+    for name, wanted in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing{_alternative(folder)}")
+        if _sha256(path) != wanted:
+            raise CheckpointError(f"{path}: damaged (its checksum differs){_alternative(folder)}")
+    return state
+
+
+def _check_names(folder: Path, step: int, sums: dict[str, str]) -> None:
+    """Every file is one of this folder, none is missing from the list, and the folder has the name of its step."""
+    for name in sums:
+        if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{folder / STATE}: names {name!r}, which is not a file of the checkpoint")
+    for name in (WEIGHTS, "config.json"):
+        if name not in sums:
+            raise CheckpointError(f"{folder / STATE}: has no checksum of {name}{_alternative(folder)}")
+    is_stripped = f"{DATA.format(0)}.json" not in sums  # and may have been killed before the rest was gone
+    for path in [*folder.glob("optimizer/*"), *folder.glob("data_rank*")]:
+        if str(path.relative_to(folder)) not in sums and not is_stripped:
+            raise CheckpointError(f"{path}: not a file of this checkpoint{_alternative(folder)}")
+    if folder.name.isdigit() and int(folder.name) != step:
+        raise CheckpointError(f"{folder / STATE}: damaged (it is that of step {step}){_alternative(folder)}")
+
+
+def _alternative(folder: Path) -> str:
+    if not folder.name.isdigit():
+        return ""
+    earlier = [step for step in list_steps(folder.parent) if step < int(folder.name)]
+    return f"; the checkpoint before it is step {earlier[-1]}" if earlier else "; there is no earlier checkpoint"
+
+
+def load_weights(folder: Path) -> Tensors:
+    """The model's tensors. Verify first."""
+    return load_file(folder / WEIGHTS)
+
+
+def load_optimizer(folder: Path, rows_of: Callable[[str], slice | None] = lambda path: None) -> Tensors:
+    """The optimizer's tensors; `rows_of(<parameter>/<state>)` says which rows of one are wanted, None: all."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in sorted((folder / "optimizer").glob("rank*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            first_rows = json.loads((tensors.metadata() or {}).get(FIRST_ROWS, "{}"))
+            for path in tensors.keys():  # noqa: SIM118 - not a dict
+                first, part = first_rows.get(path, 0), tensors.get_slice(path)
+                if part.get_shape():
+                    wanted = rows_of(path) or slice(0, None)
+                    stop = None if wanted.stop is None else max(0, wanted.stop - first)
+                    held = part[max(0, wanted.start - first) : stop]
+                else:
+                    held = tensors.get_tensor(path)
+                parts.setdefault(path, []).append((first, held))
+    whole = {path: [held for _, held in sorted(some, key=lambda one: one[0])] for path, some in parts.items()}
+    return {path: torch.cat(some) if some[0].ndim and len(some) > 1 else some[0] for path, some in whole.items()}
+
+
+def load_rank_optimizer(folder: Path, rank: int) -> Tensors:
+    """The optimizer's tensors that one process wrote."""
+    return load_file(folder / OPTIMIZER.format(rank))
+
+
+def has_data(folder: Path) -> bool:
+    """Whether a checkpoint holds a position of the data. Verify first."""
+    return f"{DATA.format(0)}.json" in json.loads((folder / STATE).read_text())["sha256"]
+
+
+def load_data(folder: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The data position of one of the processes that wrote it: JSON and arrays."""
+    name = DATA.format(rank)
+    return json.loads((folder / f"{name}.json").read_text()), load_arrays(folder / f"{name}.safetensors")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline."""
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """The one way we write JSON."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(state: dict[str, Any]) -> str:
+    """Of state.json itself, which holds the checksums of the other files."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,174 @@
+"""Weights under the names of other layouts, as pure functions on state dicts.
+
+EuroBERT's: a NeoBERT with RoPE, RMSNorm and SwiGLU computes exactly what transformers' `EuroBertForMaskedLM` computes, so its
+checkpoints are written under those names: `AutoModelForMaskedLM.from_pretrained` reads them without our code.
+
+The published NeoBERT's (arXiv 2502.19587): q, k and v are fused head by head, RoPE turns interleaved pairs (0,1), (2,3), ...
+where ours turns (0, K/2), (1, K/2+1), ..., and the decoder has a bias.
+"""
+
+from typing import Any
+
+import torch
+
+from neobert.model.layers import swiglu_width
+from neobert.model.modeling_neobert import NeoBERTConfig
+
+Tensors = dict[str, torch.Tensor]
+
+# ours -> eurobert's, for tensors that are the same; fused ones are split along their rows.
+_RENAMED = {
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "ffn.down.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+FUSED = {
+    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
+
+# Matrices of transformers' encoders that hold several, one below the other, by `model_type`: name endings, and how many.
+# DeBERTa's `in_proj` goes head by head and is not among them.
+_FUSED_ELSEWHERE = {"modernbert": {"attn.Wqkv.weight": 3, "mlp.Wi.weight": 2}}
+
+
+def fused_parts(model_type: str) -> dict[str, int]:
+    """Name endings of a model's matrices that hold several, one below the other, and how many; none for models without."""
+    return {ours: len(parts) for ours, parts in FUSED.items()} | _FUSED_ELSEWHERE.get(model_type, {})
+
+
+def is_eurobert(config: NeoBERTConfig) -> bool:
+    """Whether transformers' own EuroBERT computes the same function."""
+    return (
+        config.rope
+        and config.rms_norm
+        and config.hidden_act == "swiglu"
+        and not config.ngpt
+        and not config.decoder_bias
+    )
+
+
+def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[str, Any]:
+    """config.json of the same model as a transformers EuroBERT; `special_ids`: bos_token_id, eos_token_id, mask_token_id."""
+    from transformers import EuroBertConfig
+
+    return EuroBertConfig(
+        architectures=["EuroBertForMaskedLM"],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=swiglu_width(config.intermediate_size),
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.norm_eps,
+        initializer_range=config.decoder_init_range,
+        pad_token_id=config.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        dtype="float32",
+        **special_ids,
+    ).to_dict()
+
+
+def checkpoint_config(config: NeoBERTConfig, special_ids: dict[str, int], name: str | None = None) -> dict[str, Any]:
+    """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
+    own = {field: getattr(config, field) for field in NeoBERTConfig.__annotations__ if hasattr(config, field)}
+    if name is not None:
+        own["name"] = name
+    if is_eurobert(config):
+        return {**eurobert_config(config, special_ids), "neobert": own}
+    kind = {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32"}
+    return {**kind, **own, "neobert": own}
+
+
+def to_eurobert(weights: Tensors) -> Tensors:
+    """Our tensors under EuroBERT's names; fused matrices become views of their parts."""
+    out: Tensors = {}
+    for name, tensor in weights.items():
+        prefix, _, part = _split_name(name)
+        if part in FUSED:
+            for target, piece in zip(FUSED[part], tensor.chunk(len(FUSED[part])), strict=True):
+                out[prefix + target] = piece
+        else:
+            out[prefix + _RENAMED.get(part, part)] = tensor
+    return out
+
+
+def from_eurobert(weights: Tensors) -> Tensors:
+    """The inverse of `to_eurobert`. Raises KeyError naming a part that is missing."""
+    renamed = {theirs: ours for ours, theirs in _RENAMED.items()}
+    fused = {parts[0]: (ours, parts) for ours, parts in FUSED.items()}
+    inner = {part for parts in FUSED.values() for part in parts[1:]}
+    out: Tensors = {}
+    for name, tensor in weights.items():
+        prefix, _, part = _split_name(name)
+        if part in fused:
+            ours, parts = fused[part]
+            out[prefix + ours] = torch.cat([weights[prefix + one] for one in parts])
+        elif part not in inner:
+            out[prefix + renamed.get(part, part)] = tensor
+    return out
+
+
+_PUBLISHED = {
+    "model.encoder.": "model.embed_tokens.",
+    "model.transformer_encoder.": "model.layers.",
+    "model.layer_norm.": "model.norm.",
+    "decoder.": "lm_head.",
+    ".qkv.": ".attention.qkv.",
+    ".wo.": ".attention.out.",
+    ".ffn.w12.": ".ffn.gate_up.",
+    ".ffn.w3.": ".ffn.down.",
+}
+
+
+def from_published(weights: Tensors, num_heads: int) -> Tensors:
+    """The published NeoBERT's tensors under our names, rows of q and k reordered. A decoder bias of zeros is left out."""
+    out: Tensors = {}
+    for name, tensor in weights.items():
+        for theirs, ours in _PUBLISHED.items():
+            name = name.replace(theirs, ours)
+        if name.endswith("attention.qkv.weight"):
+            q, k, v = tensor.view(num_heads, 3, -1, tensor.shape[1]).unbind(1)
+            pairs = [torch.cat((x[:, 0::2], x[:, 1::2]), dim=1) for x in (q, k)]
+            tensor = torch.stack((*pairs, v)).reshape(tensor.shape)
+        if name != "lm_head.bias" or tensor.any():
+            out[name] = tensor
+    return out
+
+
+def to_published(weights: Tensors, num_heads: int) -> Tensors:
+    """The inverse of `from_published`; a decoder without a bias gets one of zeros."""
+    out: Tensors = {}
+    for name, tensor in weights.items():
+        if name.endswith("attention.qkv.weight"):
+            q, k, v = tensor.view(3, num_heads, -1, tensor.shape[1]).unbind(0)
+            pairs = [torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2) for x in (q, k)]
+            tensor = torch.stack((*pairs, v), dim=1).reshape(tensor.shape)
+        for theirs, ours in _PUBLISHED.items():
+            name = name.replace(ours, theirs)
+        out[name] = tensor
+    if "decoder.weight" in out:
+        out.setdefault("decoder.bias", out["decoder.weight"].new_zeros(len(out["decoder.weight"])))
+    return out
+
+
+def mismatches(weights: Tensors, own: Tensors) -> list[str]:
+    """What keeps `weights` from being loaded into a model whose tensors are `own`, in words."""
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    return wrong
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+    """`model.layers.3.mlp.down_proj.weight` -> (`model.layers.3.`, `3`, `mlp.down_proj.weight`)."""
+    if ".layers." not in name:
+        return "", "", name
+    head, _, tail = name.partition(".layers.")
+    number, _, part = tail.partition(".")
+    return f"{head}.layers.{number}.", number, part

@@ -1,0 +1,114 @@
+"""The commands about data: `tokenize`, `data`, `verify-resume`, `tokenizer train`. Registered in `cli.py`."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from neobert.errors import ConfigError, Problem
+
+TEXT_HELP = ".txt, .jsonl, .json, .csv, .tsv (.gz, .zst), .parquet or .arrow files, folders or globs."
+
+
+def tokenize(
+    corpus: Annotated[str, typer.Argument(metavar="TEXT", help="File, folder or glob, or a `save_to_disk` folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the tokens.")],
+    tokenizer: Annotated[str, typer.Option("-t", "--tokenizer", help="Folder of a tokenizer, or its name on the hub.")],
+    num_proc: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads [one per core].")] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Make every N-th shard from the I-th, counted from 1: for array jobs.")
+    ] = "1/1",
+    split: Annotated[str | None, typer.Option(help="Split, or a slice of one, as train[:10%].")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text, if there are several.")] = None,
+    refuse: Annotated[bool, typer.Option("--refuse-bad-rows", help="Stop at rows without usable text.")] = False,
+) -> None:
+    """Tokenise a corpus before training, into a folder that dataset.path takes.
+
+    Started again after a crash, it goes on with the shards that are missing. Machines that share the folder may each
+    take a part: they need not start together, nor talk to each other.
+
+    \b
+    Examples:
+      neobert tokenize corpus/ -t tokenizer -o tokens/train
+      neobert tokenize 'corpus/*.jsonl.zst' -t tokenizer -o tokens/train --shard $SLURM_ARRAY_TASK_ID/16
+      neobert pretrain CONFIG --dataset.path tokens --dataset.streaming false --tokenizer.path tokenizer
+    """
+    from neobert.data.files.splits import find_splits
+    from neobert.data.files.tokenize_corpus import cores, tokenize_files
+    from neobert.data.mlm.row_source import describe_skips
+    from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+
+    share = parse_share(shard)
+    files = find_splits(corpus, text_column, split, None)[0]
+    is_folder = Path(tokenizer).is_dir()
+    encoder = text_tokenizer(load_tokenizer(tokenizer, tokenizer if is_folder else None))
+    made, manifest = tokenize_files(files, encoder, output, num_proc or cores(), os.isatty(2), share, refuse)
+    print(f"{output}: {made} shard{'s' if made != 1 else ''} made")
+    if manifest is None:
+        print("not whole yet: the other parts are missing")
+        return
+    told = describe_skips(manifest.skipped)
+    print(
+        f"whole: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens" + (f"; {told}" if told else "")
+    )
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """`2/16` -> (2, 16). Raises ConfigError."""
+    first, slash, last = text.partition("/")
+    if slash and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise ConfigError(Problem("--shard", f"expected I/N with I from 1 to N, got {text!r}"))
+
+
+def tokenizer_train(
+    files: Annotated[list[str], typer.Argument(metavar="TEXT...", help=TEXT_HELP)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(min=64, max=1_000_000, help="Tokens in the vocabulary.")] = 8192,
+    kind: Annotated[Literal["wordpiece", "bpe"], typer.Option(help="WordPiece, or byte-level BPE.")] = "wordpiece",
+    cased: Annotated[bool, typer.Option("--cased", help="Keep upper and lower case apart.")] = False,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text, if there are several.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest input of the model.")] = 512,
+) -> None:
+    """Train a tokenizer on your text, with the special tokens that a masked LM needs.
+
+    \b
+    Examples:
+      neobert tokenizer train corpus/*.txt -o tokenizer --vocab-size 16384
+      neobert tokenizer train corpus/ -o tokenizer --kind bpe --cased
+    """
+    if kind == "bpe" and vocab_size < 261 + 1:
+        raise ConfigError(
+            Problem("--vocab-size", "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more")
+        )
+    from neobert.data.files.tokenize_corpus import train_from_files
+    from neobert.data.mlm.row_source import describe_skips, first_skip
+
+    size, skips = train_from_files(
+        files,
+        text_column,
+        os.isatty(2),
+        output=output,
+        vocab_size=vocab_size,
+        lowercase=not cased,
+        max_length=max_length,
+        kind=kind,
+    )
+    told = describe_skips(skips.counts)
+    print(f"{output}: {size:,} tokens" + (f"\nnote: {told}{first_skip(skips.first)}" if told else ""))
+    print(f"next: neobert pretrain CONFIG --tokenizer.path {output}")
+
+
+def show_data(files: list[str], overrides: list[str], rows: int, documents: int) -> None:
+    from neobert.config.load import load_config
+    from neobert.tasks.pretraining.show_data import describe_data
+
+    for line in describe_data(load_config(files, overrides, "pretraining").config, rows, documents):
+        print(line)
+
+
+def verify_resume(files: list[str], overrides: list[str], steps: int) -> bool:
+    from neobert.tasks.pretraining.verify_resume import verify
+
+    return verify(files, overrides, steps)

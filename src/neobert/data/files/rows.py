@@ -1,0 +1,377 @@
+"""The reader of rows: what a row is in each kind of file, and where the next one begins.
+
+| kind | a row | its position |
+|---|---|---|
+| .txt | a line with something in it | byte offset in the text |
+| .jsonl, .ndjson, .json with an object a line | a line | byte offset in the text |
+| .json with one array, or one object that holds one | an element | number |
+| .csv; .tsv, where quotes are part of the text | a record | byte offset in the text |
+| .parquet, .arrow, folder of `save_to_disk` | a row | number |
+
+All of these but tables may be compressed (.gz, .zst), and suffixes may be in capitals. Text is UTF-8, with or without a byte
+order mark; lines end at line feeds only. A path may be a URL that `fsspec` opens (`hf://…` for the hub).
+
+`raw_rows` yields rows with the position after each, from any position on: plain text and tables are entered there directly, a
+compressed file is decompressed up to it (about 200 MB/s), and a .json array is parsed as a whole. Lines are yielded as bytes,
+so that a reader that wants every N-th of them need not parse the others; `parse_row` parses one. `records` yields parsed rows.
+A row that cannot be used is an `Unusable` with the reason; a file that cannot be read is a DataError with its name.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from neobert.data.files.remote import RemoteFile
+from neobert.errors import DataError, first_line
+
+KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".zst")
+TABLES = (".parquet", ".arrow")
+BOM = b"\xef\xbb\xbf"
+LEAVE_IT = "leave the files as they are until the run has ended"
+HEAD_BYTES = 1024  # looked at to recognise UTF-16
+DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
+
+Row = dict[str, Any]
+
+
+class Unusable(NamedTuple):
+    """A row that cannot be used, or the rest of a file."""
+
+    reason: str
+    path: str
+    offset: int
+
+    @property
+    def where(self) -> str:
+        return place(self.path, self.offset)
+
+
+Raw = bytes | Row | Unusable
+
+
+def kind_of(path: str) -> str | None:
+    """The kind of file that a name says, without its compression; None for a folder, or when we read no such file."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED and len(suffixes) > 1 and suffixes[-2] not in TABLES:
+        suffixes = suffixes[:-1]
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in KINDS or ("://" not in path and os.path.isdir(path)):
+        return None
+    return ".jsonl" if kind == ".ndjson" else kind
+
+
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith(COMPRESSED)
+
+
+def is_seekable_text(path: str) -> bool:
+    """Whether a byte offset is reached at once, and any line can be one's first."""
+    return not is_compressed(path) and layout_of(path) == "lines"
+
+
+@lru_cache(maxsize=100_000)
+def layout_of(path: str) -> str:
+    """How a file is laid out: `lines`, `csv`, `array` (one JSON value) or `table`."""
+    kind = kind_of(path)
+    if kind != ".json":
+        return {".csv": "csv", ".tsv": "csv", ".txt": "lines", ".jsonl": "lines"}.get(kind or "", "table")
+    with named(path):
+        first = next((line for line, _, _ in lines(path, 0) if line.strip()), b"")
+    try:
+        return "lines" if isinstance(json.loads(first), dict) else "array"
+    except (ValueError, RecursionError):
+        return "array"
+
+
+# --- opening -----------
+
+
+def open_binary(path: str) -> Any:
+    """The decompressed bytes of a file or URL."""
+    remote = io.BufferedReader(RemoteFile(path), 2**20) if "://" in path else None
+    if path.lower().endswith(".gz"):
+        return gzip.open(remote or path)
+    raw = remote or open(path, "rb")  # noqa: SIM115
+    if path.lower().endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(
+            pyarrow.CompressedInputStream(raw, "zstd"), 2**16
+        )  # of a damaged file all but that is read
+    return raw
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """Errors of reading become a DataError that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+
+
+def open_table(path: str) -> Any:
+    """The `ParquetFile` of a .parquet, else an Arrow table; both have `.schema`. Raises DataError."""
+    with named(path):
+        kind = kind_of(path)
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.ParquetFile(open_binary(path) if "://" in path else path)
+        if kind == ".arrow":
+            return _open_arrow(path)
+        from datasets import load_from_disk
+
+        try:
+            return load_from_disk(path).with_format("arrow").data.table
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+
+
+def _open_arrow(path: str) -> Any:
+    """`datasets` writes Arrow's stream format, others its file format."""
+    import pyarrow as pa
+
+    file = open_binary(path) if "://" in path else pa.memory_map(path)
+    try:
+        return pa.ipc.open_stream(file).read_all()
+    except pa.ArrowInvalid:
+        file.seek(0)
+        return pa.ipc.open_file(file).read_all()
+
+
+def table_schema(table: Any) -> Any:
+    """The Arrow schema of what `open_table` gives."""
+    return getattr(table, "schema_arrow", None) or table.schema
+
+
+def num_table_rows(table: Any) -> int:
+    """Rows of what `open_table` gives."""
+    return int(table.num_rows if hasattr(table, "num_rows") else table.metadata.num_rows)
+
+
+# --- rows -----------
+
+
+def raw_rows(path: str, offset: int = 0, columns: list[str] | None = None) -> Iterator[tuple[Raw, int, int | None]]:
+    """(row, where it begins, where the next begins) from `offset` on; of tables those `columns` only.
+
+    A compressed file that is damaged further on yields an Unusable for its rest, and None as the next position. Raises
+    DataError.
+    """
+    after = offset
+    with named(path):
+        try:
+            for row, begin, after in _rows_of(path, offset, columns):
+                yield row, begin, after
+        except DAMAGE as error:
+            is_damage = is_compressed(path) and not getattr(error, "errno", None)
+            if not is_damage or not (after or isinstance(error, EOFError)):
+                raise
+            yield Unusable("the rest of a compressed file that is damaged or cut short", path, after), after, None
+
+
+def _rows_of(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Raw, int, int]]:
+    layout = layout_of(path)
+    if layout == "lines":
+        return (found for found in lines(path, offset) if not found[0].isspace())
+    if layout == "csv":
+        return _csv_rows(path, offset, columns)
+    if layout == "array":
+        rows = enumerate(read_array(path)[offset:], offset)
+        return ((to_columns(row, path, number), number, number + 1) for number, row in rows)
+    return _table_rows(path, offset, columns)
+
+
+def records(path: str) -> Iterator[tuple[Row | Unusable, int]]:
+    """(row, where it begins) of all rows of a file. Raises DataError."""
+    is_text = kind_of(path) == ".txt"
+    return ((parse_row(raw, path, begin, is_text), begin) for raw, begin, _ in raw_rows(path))
+
+
+def usable_records(path: str) -> Iterator[tuple[Row, int]]:
+    """As `records`, where every row counts: raises DataError for one that cannot be used, too."""
+    for row, begin in records(path):
+        if isinstance(row, Unusable):
+            raise DataError(f"{row.where}: {row.reason}")
+        yield row, begin
+
+
+def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
+    """(line, where it begins, where the next begins), the empty ones too. Raises DataError for UTF-16, and for a file that has
+    become shorter.
+    """
+    with open_binary(path) as file:
+        is_plain = "://" not in path and not is_compressed(path)
+        size = os.fstat(file.fileno()).st_size if is_plain else 0
+        skip_to(file, offset)
+        start = offset
+        if not offset:
+            refuse_utf16(file.peek(HEAD_BYTES)[:HEAD_BYTES], path)
+        for line in file:
+            after = offset + len(line)
+            yield line if offset else line.removeprefix(BOM), offset, after
+            offset = after
+        if is_plain and (start > size or offset < size):
+            raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
+
+
+def refuse_utf16(head: bytes, path: str) -> None:
+    """Raises DataError when a text begins as UTF-16 does: with its byte order mark, or with zeros in every second byte."""
+    halves = (head[::2], head[1::2]) if len(head) >= 16 else ()
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or any(half.count(0) * 2 > len(half) for half in halves):
+        raise DataError(f"{path}: looks like UTF-16, and text is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+
+
+def skip_to(file: Any, offset: int) -> None:
+    """Go to a byte offset, by decompressing up to it where that is the only way."""
+    if isinstance(file, gzip.GzipFile) or not isinstance(file, io.BufferedReader) or file.seekable():
+        file.seek(offset)
+        return
+    while offset and (chunk := file.read(min(offset, 2**22))):
+        offset -= len(chunk)
+
+
+def _csv_rows(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:
+    header, first = csv_header(path)
+    _require(columns if header else None, header, path)
+    for record, begin, after in _csv_records(path, max(first, offset)):
+        yield dict(zip(header, record, strict=False)), begin, after
+
+
+def _require(columns: list[str] | None, names: list[str], path: str) -> None:
+    if missing := [name for name in columns or [] if name not in names]:
+        raise DataError(f"{path}: no column {missing[0]!r}; there are: {', '.join(names)}")
+
+
+def csv_header(path: str) -> tuple[list[str], int]:
+    """(names of the columns, where the first record begins)."""
+    return next(((header, after) for header, _, after in _csv_records(path, 0)), ([], 0))
+
+
+def _csv_records(path: str, position: int) -> Iterator[tuple[list[str], int, int]]:
+    """(cells, where the record begins, where it ends) from byte `position` on."""
+    csv.field_size_limit(2**31 - 1)
+    end = position
+
+    def text_lines() -> Iterator[str]:  # the reader takes exactly the lines of one record, so `end` is its end
+        nonlocal end
+        for line, _, after in lines(path, position):
+            end = after
+            yield line.decode("utf-8", "surrogateescape")
+
+    is_tsv = kind_of(path) == ".tsv"
+    begin = position
+    reader = csv.reader(text_lines(), delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text_lines())
+    for record in reader:
+        if record:
+            yield record, begin, end
+        begin = end
+
+
+def read_array(path: str) -> list[Any]:
+    """The elements of a .json file that holds one array, or one object with one array in it."""
+    with named(path), open_binary(path) as file:
+        raw = file.read()
+    refuse_utf16(raw[:HEAD_BYTES], path)
+    try:
+        value = json.loads(raw.removeprefix(BOM)) if raw.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    if isinstance(value, dict):
+        lists = [one for one in value.values() if isinstance(one, list)]
+        value = lists[0] if len(lists) == 1 else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected an array of objects with columns")
+    return value
+
+
+def _table_rows(path: str, start: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:
+    """1,000 rows at a time, so that memory stays flat."""
+    table = open_table(path)
+    _require(columns, table_schema(table).names, path)
+    if kind_of(path) != ".parquet":
+        batches, row = (table.select(columns) if columns else table).slice(start).to_batches(1000), start
+    else:
+        sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+        first = row = 0
+        while first < len(sizes) and row + sizes[first] <= start:
+            row += sizes[first]
+            first += 1
+        groups = list(range(first, len(sizes)))
+        batches = table.iter_batches(1000, row_groups=groups, columns=columns) if groups else []
+    for batch in batches:
+        skip = max(0, min(len(batch), start - row))
+        for number, record in enumerate(batch.slice(skip).to_pylist(), row + skip):
+            yield record, number, number + 1
+        row += len(batch)
+
+
+# --- parsing -----------
+
+
+def parse_row(raw: Raw, path: str, offset: int, is_text: bool) -> Row | Unusable:
+    """A row as columns: of plain text `text`, of a .jsonl what its line holds."""
+    if not isinstance(raw, bytes):
+        return raw
+    try:
+        if is_text:
+            return {"text": raw.decode().strip()}
+        value = json.loads(raw.decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError:
+        return Unusable("not UTF-8", path, offset)
+    except (ValueError, RecursionError):
+        return Unusable("not JSON", path, offset)
+    return to_columns(value, path, offset)
+
+
+def to_columns(value: Any, path: str, offset: int) -> Row | Unusable:
+    """A JSON value as columns; a list of texts is anchor, positive and negatives, as in the hub's older pair files."""
+    if isinstance(value, list) and len(value) > 1:
+        return dict(zip(("anchor", "positive", "negatives"), (value[0], value[1], value[2:]), strict=True))
+    return (
+        value
+        if isinstance(value, dict)
+        else Unusable("expected an object with columns, or a list of texts", path, offset)
+    )
+
+
+def why_no_text(value: Any) -> str:
+    """Why a cell holds no text that can be used; empty when it does. An empty string is no text."""
+    if value is None or (isinstance(value, str) and (not value or value.isspace())):
+        return "no text"
+    if not isinstance(value, str):
+        return "not text"
+    return "" if value.isascii() or is_utf8(value) else "not UTF-8"
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text has no lone surrogates: from JSON's escapes, or from bytes of a .csv that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def place(path: str, offset: int) -> str:
+    """`file:line` of a byte of a text file, `file: row n` of a table (from 0); slow, for messages."""
+    if layout_of(path) not in ("lines", "csv"):
+        return f"{path}: row {offset}"
+    number = 1
+    with named(path), open_binary(path) as file:
+        while offset > 0 and (chunk := file.read(min(offset, 2**22))):
+            number += chunk.count(b"\n")
+            offset -= len(chunk)
+    return f"{path}:{number}"

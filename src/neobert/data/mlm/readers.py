@@ -1,0 +1,262 @@
+"""The order of documents: readers that hand out blocks and know their position.
+
+Both readers have the same shape: `read()` gives the next block of documents, an empty list at the end of an epoch;
+`next_epoch()` starts the next one; `state_dict()` is the position behind the last block, as plain JSON. Data ranks take
+every `world`-th document.
+
+The order of a corpus is a keyed permutation that is computed, not stored (a Feistel network, Luby and Rackoff 1988, with
+cycle walking): position i of epoch e is known without the ones before it, for 10^9 documents as for ten.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from neobert.data.files.corpus import Corpus
+from neobert.data.files.documents import Files, Position, SkippedRows, read_text, stream
+from neobert.data.files.rows import Raw, Unusable
+from neobert.data.files.splits import fingerprint
+from neobert.data.files.token_store import TokenStore
+from neobert.data.mlm.masking import hash_key, mix
+from neobert.data.tokenizer import Ids
+
+BLOCK_DOCUMENTS = 256
+FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
+BLOCK_CHARACTERS = 1_000_000
+
+
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """The keyed permutation of range(size), at `indices`. int64 -> int64."""
+    half = max(1, (int(size - 1).bit_length() + 1) // 2)
+    mask = np.uint64(2**half - 1)
+    keys = hash_key(key, np.arange(4))
+    out = indices.astype(np.uint64)
+    walking = np.ones(len(out), dtype=bool)
+    while walking.any():  # the network permutes a power of four; walk until back inside `size`
+        left, right = out[walking] >> np.uint64(half), out[walking] & mask
+        for round_key in keys:
+            left, right = right, left ^ (mix(right + round_key) & mask)
+        out[walking] = (left << np.uint64(half)) | right
+        walking &= out >= size
+    return out.astype(np.int64)
+
+
+@dataclass
+class Rank:
+    """Which of `world` equal readers this is."""
+
+    index: int = 0
+    world: int = 1
+
+
+@dataclass
+class CorpusReader:
+    """Blocks of a corpus in a new order each epoch (`seed` None: always its own order)."""
+
+    corpus: Corpus
+    seed: int | None
+    rank: Rank = field(default_factory=Rank)
+    skips: SkippedRows = field(default_factory=SkippedRows)
+    epoch: int = 0
+    position: int = 0  # documents of this epoch that all ranks together have passed
+
+    @property
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint + ("" if self.seed is not None else "/ordered")
+
+    def read(self) -> list[Any]:
+        block: list[Any] = []
+        num_characters = 0
+        while self.position < len(self.corpus) and len(block) < BLOCK_DOCUMENTS and num_characters < BLOCK_CHARACTERS:
+            for document in self._fetch():
+                if isinstance(document, Unusable):
+                    self.skips.add(document)
+                    continue
+                block.append(document)
+                num_characters += len(document)
+        return block
+
+    def _fetch(self) -> list[Any]:
+        count = FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS
+        end = min(len(self.corpus), self.position + count * self.rank.world)
+        places = np.arange(self.position + self.rank.index, end, self.rank.world)
+        self.position = end
+        if not len(places):
+            return []
+        if self.seed is not None:
+            places = permute(places, len(self.corpus), int(hash_key(self.seed, self.epoch)[0]))
+        return self.corpus.fetch(places)
+
+    def next_epoch(self) -> None:
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def again(self) -> "CorpusReader":
+        """The same reader at its beginning."""
+        return CorpusReader(self.corpus, self.seed, self.rank, SkippedRows(self.skips.refuse))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "skips": self.skips.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.skips.load_state_dict(state["skips"])
+
+
+@dataclass
+class StreamReader:
+    """Blocks of documents in the order of the files. Documents of other ranks are passed over without parsing them."""
+
+    files: Files
+    rank: Rank = field(default_factory=Rank)
+    skips: SkippedRows = field(default_factory=SkippedRows)
+    epoch: int = 0
+    num_read: int = 0  # documents of this epoch passed by this reader, of all ranks
+
+    def __post_init__(self) -> None:
+        self.position = self.files.start
+        self._rows: Iterator[tuple[Raw, Position, Position]] | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.files)
+
+    def read(self) -> list[str]:
+        if self._rows is None:
+            self._rows = stream(self.files, self.position, self.files.stop)
+        block: list[str] = []
+        num_characters = 0
+        for row, begin, behind in self._rows:
+            self.position = behind
+            is_mine = self.num_read % self.rank.world == self.rank.index
+            self.num_read += 1
+            if not is_mine:
+                continue
+            text = read_text(self.files, row, begin)
+            if isinstance(text, Unusable):
+                self.skips.add(text)
+                continue
+            block.append(text)
+            num_characters += len(text)
+            if len(block) == BLOCK_DOCUMENTS or num_characters >= BLOCK_CHARACTERS:
+                break
+        return block
+
+    def next_epoch(self) -> None:
+        self.epoch, self.num_read, self.position, self._rows = self.epoch + 1, 0, self.files.start, None
+
+    def again(self) -> "StreamReader":
+        """The same reader at its beginning."""
+        return StreamReader(self.files, self.rank, SkippedRows(self.skips.refuse))
+
+    def state_dict(self) -> dict[str, Any]:
+        place = {"file": self.position.file, "offset": self.position.offset}
+        return {"epoch": self.epoch, "num_read": self.num_read, **place, "skips": self.skips.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.num_read = state["epoch"], state["num_read"]
+        self.position, self._rows = Position(state["file"], state["offset"]), None
+        self.skips.load_state_dict(state["skips"])
+
+
+@dataclass
+class RememberedReader:
+    """A reader that is read many times: its first `limit` tokens are tokenised once and kept. For evaluations."""
+
+    inner: CorpusReader | StreamReader
+    encode: Callable[[list[Any]], list[Ids]]
+    limit: int = 50_000_000
+    blocks: list[list[Ids]] = field(default_factory=list)
+    num_tokens: int = 0
+    place: int = 0  # of the next block that is remembered
+
+    def __post_init__(self) -> None:
+        self._behind = self.inner.state_dict()  # what is remembered
+        self.rank, self.skips = self.inner.rank, self.inner.skips
+
+    @property
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint
+
+    @property
+    def epoch(self) -> int:
+        return self.inner.epoch
+
+    def read(self) -> list[Any]:
+        if self.place < len(self.blocks):
+            self.place += 1
+            return self.blocks[self.place - 1]
+        block: list[Any] = self.inner.read()
+        block = self.encode(block) if block and isinstance(block[0], str) else block
+        if block and self.num_tokens < self.limit and self.place == len(self.blocks):
+            self.blocks.append(block)
+            self.place += 1
+            self.num_tokens += sum(map(len, block))
+            self._behind = self.inner.state_dict()
+        return block
+
+    def next_epoch(self) -> None:
+        self.inner.next_epoch()
+
+    def again(self) -> "RememberedReader":
+        """At the beginning again, with what is remembered."""
+        self.inner.load_state_dict(self._behind)
+        self.place = 0
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("an evaluation is not resumed")
+
+
+Reader = CorpusReader | StreamReader | RememberedReader
+
+
+class Subset:
+    """A share of a corpus, drawn by `seed`: the first `share` of a permutation, or the rest (`complement`)."""
+
+    def __init__(self, corpus: Corpus, share: float, seed: int, complement: bool):
+        size = len(corpus)
+        cut = max(1, round(size * share))
+        places = np.arange(cut, size) if complement else np.arange(cut)
+        self.corpus = corpus
+        self.indices = np.sort(permute(places, size, int(hash_key(seed, 0x5411)[0])))
+        self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
+        self.is_tokenized = corpus.is_tokenized
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        assert isinstance(self.corpus, TokenStore)
+        return self.corpus.lengths[self.indices]
+
+    def fetch(self, indices: np.ndarray) -> list[Any]:
+        return self.corpus.fetch(self.indices[indices])
+
+
+class Pieces:
+    """A tokenised corpus by pieces of at most `room` tokens, so that shuffling takes long documents apart."""
+
+    is_tokenized = True
+
+    def __init__(self, corpus: Any, room: int):
+        counts = -(-np.maximum(corpus.lengths, 1) // room)
+        self.corpus, self.room = corpus, room
+        self.ends = np.cumsum(counts)
+        self.fingerprint = corpus.fingerprint
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def fetch(self, indices: np.ndarray) -> list[Any]:
+        documents = np.searchsorted(self.ends, indices, side="right")
+        begins = self.ends[documents - 1] * (documents > 0)
+        offsets = (indices - begins) * self.room
+        ids = self.corpus.fetch(documents)
+        return [one[offset : offset + self.room] for one, offset in zip(ids, offsets, strict=True)]

@@ -1,0 +1,286 @@
+"""Documents of one source into rows, with an exact position.
+
+    reader -> tokenise -> cut into pieces -> shuffle buffer (streams) -> rows
+
+Worker threads only tokenise blocks of documents, as pure functions, and their results are taken in the order of the
+blocks. So the position is small: where the reader stands behind the last block taken, the pieces in the shuffle buffer, the
+open rows, and the rows that are ready.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from neobert.data.files.documents import SkippedRows
+from neobert.data.mlm.masking import hash_key
+from neobert.data.mlm.packing import OnePerRow, Packer, Row, Segmenter, TruncationStats
+from neobert.data.mlm.readers import Reader, StreamReader
+from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
+from neobert.errors import DataError
+
+
+@dataclass
+class ShuffleBuffer:
+    """Holds `size` pieces; each new piece takes the place of a random one, which moves on. `size` <= 1: no shuffling.
+
+    The choice is a hash of (seed, epoch, number of the piece), so the state is the content and a counter.
+    """
+
+    size: int
+    seed: int
+    pieces: list[Ids] = field(default_factory=list)
+    num_seen: int = 0
+
+    def exchange(self, pieces: list[Ids], epoch: int) -> list[Ids]:
+        """Put pieces in, and take out those whose places they get."""
+        if self.size <= 1:
+            return pieces
+        numbers = np.arange(self.num_seen + 1, self.num_seen + 1 + len(pieces))
+        slots = (hash_key(self.seed, epoch, numbers) % np.uint64(self.size)).tolist()
+        self.num_seen += len(pieces)
+        out = []
+        for piece, slot in zip(pieces, slots, strict=True):
+            own = piece.copy()  # a view would keep its whole neighbourhood in memory
+            if len(self.pieces) < self.size:
+                self.pieces.append(own)
+            else:
+                out.append(self.pieces[slot])
+                self.pieces[slot] = own
+        return out
+
+    def drain(self, epoch: int) -> list[Ids]:
+        """All pieces, shuffled: an epoch ends with every document handed out."""
+        order = np.argsort(hash_key(self.seed, epoch, -1, np.arange(len(self.pieces))), kind="stable")
+        out = [self.pieces[number] for number in order]
+        self.pieces, self.num_seen = [], 0
+        return out
+
+
+@dataclass
+class Workers:
+    """The threads that tokenise for a pipeline, started when the first text comes. `count` 0: none."""
+
+    tokenizer: TextTokenizer
+    count: int = 0
+    prefetch_factor: int = 2
+    persistent: bool = True
+    pool: ThreadPoolExecutor | None = None
+
+    @property
+    def num_ahead(self) -> int:
+        """Blocks in flight per source."""
+        return self.count * self.prefetch_factor
+
+    def submit(self, documents: list[Any]) -> Future[list[Ids]] | list[Ids]:
+        """Token ids of a block, now or later. Documents that are token ids already pass."""
+        if not documents or not isinstance(documents[0], str):
+            return documents
+        if not self.count:
+            return self.tokenizer.encode(documents)
+        if self.pool is None:
+            self.pool = tokenizing_threads(self.count)
+        return self.pool.submit(self.tokenizer.encode, documents)
+
+    def end_epoch(self) -> None:
+        """Without `persistent`, new threads from now on; blocks in flight are still finished."""
+        if not self.persistent and self.pool is not None:
+            self.pool.shutdown(wait=False)
+            self.pool = None
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool = None
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """The position behind a row. Arrays are shared with the running source, which never writes to them."""
+
+    reader: dict[str, Any]
+    buffer: tuple[Ids, ...]
+    num_seen: int
+    open_rows: tuple[tuple[tuple[Ids, ...], int], ...]
+    ready: tuple[Row, ...]
+    epoch: int
+    num_rows: int
+    num_packed: int
+    cut: TruncationStats
+
+
+@dataclass
+class RowSource:
+    """Rows of one source for one shard, endlessly, or for `num_epochs`."""
+
+    reader: Reader
+    workers: Workers
+    segmenter: Segmenter
+    packer: Packer | OnePerRow
+    buffer: ShuffleBuffer
+    name: str = ""
+    num_epochs: int | None = None
+    group: int | None = None  # pack so many pieces by themselves, and end the microbatch behind them
+    min_rows: int = 1  # that the first epoch must give; 0: none needed
+
+    def __post_init__(self) -> None:
+        self.ready: deque[Row] = deque()
+        self.cut = TruncationStats()
+        self.epoch = 0  # of the newest row handed out
+        self.num_rows = 0  # handed out since the run began
+        self.num_packed = 0  # pieces since the last group
+        self._behind = self.reader.state_dict()
+        self._blocks: Iterator[tuple[list[Ids], int, dict[str, Any]]] | None = None
+        self._frozen: SourceState | None = None  # all of the position but the ready rows, until the next block
+
+    def has_next(self) -> bool:
+        """Whether there is another row, for which blocks are read. Raises DataError."""
+        while not self.ready:
+            if self._blocks is None:
+                self._blocks = self._tokenized()
+            block = next(self._blocks, None)
+            if block is None:
+                return False
+            self._take(*block)
+        return True
+
+    def next(self) -> Row | None:
+        """The next row; None behind the last epoch. Raises DataError."""
+        if not self.has_next():
+            return None
+        row = self.ready.popleft()
+        self.epoch = max(self.epoch, row.epoch)
+        self.num_rows += 1
+        return row
+
+    def _take(self, documents: list[Ids], epoch: int, behind: dict[str, Any]) -> None:
+        """Bring a block of documents into rows; an empty block ends an epoch."""
+        pieces = self.segmenter.pieces(documents, self.cut)
+        self._pack(self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch), epoch)
+        if not documents:
+            self._flush()  # a row holds documents of one epoch
+            self._check_epoch(epoch)
+        self._behind, self._frozen = behind, None
+
+    def _pack(self, pieces: list[Ids], epoch: int) -> None:
+        ready, add, group = self.ready, self.packer.add, self.group
+        for piece in pieces:
+            ready.extend(add(piece, epoch))
+            if group is not None:
+                self.num_packed += 1
+                if self.num_packed == group:
+                    self._flush()
+
+    def _flush(self) -> None:
+        self.ready.extend(self.packer.flush())
+        if self.group is not None and self.ready:
+            self.ready.append(replace(self.ready.pop(), ends_batch=True))
+            self.num_packed = 0
+
+    def _check_epoch(self, epoch: int) -> None:
+        """Raises DataError when the first epoch gave too little: an empty corpus would be read for ever."""
+        found = self.num_rows + len(self.ready)
+        if epoch > 0 or found >= self.min_rows:
+            return
+        of = f" ({self.name})" if self.name else ""
+        why = why_empty(self.reader.skips, self.cut.num_empty)
+        rank = self.reader.rank
+        if not found and rank.world > 1:
+            raise DataError(
+                f"reader {rank.index + 1} of {rank.world} of the corpus{of} is empty{why}: documents are dealt to as many "
+                "readers as there are processes (or dataset.lanes); use fewer, or add text"
+            )
+        if not found:
+            raise DataError(f"the corpus{of} is empty: no document has any text{why}")
+        raise DataError(
+            f"the corpus{of} fills {found} row{'s' if found > 1 else ''}, fewer than one microbatch of {self.min_rows}{why}; "
+            "lower trainer.per_device_train_batch_size, shorten the rows, or add text"
+        )
+
+    def _read(self) -> Iterator[tuple[list[Any], int, dict[str, Any]]]:
+        """(documents, epoch, position behind them); an empty block ends an epoch, its position is the next epoch's."""
+        while self.num_epochs is None or self.reader.epoch < self.num_epochs:
+            documents, epoch = self.reader.read(), self.reader.epoch
+            if not documents:
+                self.reader.next_epoch()
+            yield documents, epoch, self.reader.state_dict()
+
+    def _tokenized(self) -> Iterator[tuple[list[Ids], int, dict[str, Any]]]:
+        """The blocks in order, tokenised; with workers, several are in flight."""
+        pending: deque[tuple[Future[list[Ids]] | list[Ids], int, dict[str, Any]]] = deque()
+        for documents, epoch, behind in self._read():
+            pending.append((self.workers.submit(documents), epoch, behind))
+            while len(pending) > self.workers.num_ahead or (pending and not documents):
+                yield _result(*pending.popleft())
+            if not documents:
+                self.workers.end_epoch()
+        while pending:
+            yield _result(*pending.popleft())
+
+    # --- position -----------
+
+    def snapshot(self) -> SourceState:
+        """The position behind the last row; a few microseconds between blocks."""
+        if self._frozen is None:
+            self._frozen = SourceState(
+                self._behind,
+                tuple(self.buffer.pieces),
+                self.buffer.num_seen,
+                tuple(self.packer.snapshot()),
+                (),
+                0,
+                0,
+                self.num_packed,
+                replace(self.cut),
+            )
+        return replace(self._frozen, ready=tuple(self.ready), epoch=self.epoch, num_rows=self.num_rows)
+
+    def restore(self, state: SourceState) -> None:
+        """Continue behind `state`; reads nothing again."""
+        self.reader.load_state_dict(state.reader)
+        self._behind, self._frozen, self._blocks = state.reader, None, None
+        self.buffer.pieces, self.buffer.num_seen = list(state.buffer), state.num_seen
+        self.packer.restore(list(state.open_rows))
+        self.ready = deque(state.ready)
+        self.epoch, self.num_rows, self.num_packed = state.epoch, state.num_rows, state.num_packed
+        self.cut = replace(state.cut)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a position to mean the same."""
+        return {
+            "source": self.reader.fingerprint,
+            "streaming": isinstance(self.reader, StreamReader),
+            "piece_length": self.segmenter.max_length,
+            "long_documents": self.segmenter.policy,
+            "row_length": getattr(self.packer, "row_length", None),
+            "shuffle_buffer_size": self.buffer.size,
+            "group": self.group,
+        }
+
+
+def _result(block: Any, epoch: int, behind: dict[str, Any]) -> tuple[list[Ids], int, dict[str, Any]]:
+    return (block if isinstance(block, list) else block.result()), epoch, behind
+
+
+def first_skip(first: dict[str, str]) -> str:
+    """`, first at file:line`, or nothing."""
+    return f", first at {next(iter(first.values()))}" if first else ""
+
+
+def why_empty(skips: SkippedRows, num_empty: int = 0) -> str:
+    """` (3 rows passed over: …, first at file:line)`, or nothing."""
+    told = describe_skips(skips.counts, num_empty)
+    return f" ({told}{first_skip(skips.first)})" if told else ""
+
+
+def describe_skips(counts: dict[str, int], num_empty: int = 0) -> str:
+    """`3 rows passed over: 2 no text, 1 not UTF-8`; empty when there are none."""
+    found = {**counts, **({"no token": num_empty} if num_empty else {})}
+    if not found:
+        return ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.items())
+    total = sum(found.values())
+    return f"{total:,} row{'s' if total != 1 else ''} passed over: {reasons}"

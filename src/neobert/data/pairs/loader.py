@@ -1,0 +1,298 @@
+"""Batches of pairs: each from one source, in an order that is a function of (seed, source, position).
+
+A batch of all processes together, G rows, is drawn at once; process r of W trains rows r*G/W to (r+1)*G/W of it, and knows the
+keys of all. So W processes with B rows each have the batches of one process with W*B rows, and a run may go on with any
+number of processes that keeps G. Which source a batch comes from is a function of its number; a source begins again when it
+has been read.
+
+Shapes: B rows of this process, G rows of all, T row length, n texts of this process (anchors, positives, negatives).
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from neobert.data.files.corpus import Corpus
+from neobert.data.files.documents import SkippedRows
+from neobert.data.files.rows import Unusable
+from neobert.data.layout import RowLayout, Share
+from neobert.data.mlm.masking import hash_key
+from neobert.data.mlm.readers import FETCH_TEXTS, permute
+from neobert.data.mlm.row_source import describe_skips, first_skip
+from neobert.data.mlm.shards import choose_sources
+from neobert.data.mlm.state import require_same
+from neobert.data.pairs.table import PairTable
+from neobert.data.tokenizer import Ids
+from neobert.errors import DataError
+
+BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """n texts: B anchors, B positives, then hard negatives. Keys are those of all processes (model/embedding.py)."""
+
+    input_ids: torch.Tensor  # int64, n x T, or 1 x sum of lengths
+    attention_mask: torch.Tensor | None
+    document_lengths: tuple[int, ...] | None
+    keys: dict[str, Any]
+    num_targets: int
+    num_tokens: int
+    epoch: int
+
+    def inputs(self) -> dict[str, Any]:
+        """The keyword arguments of the model's forward."""
+        names = ("input_ids", "attention_mask", "document_lengths", "keys")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """The same batch on a device."""
+        mask = self.attention_mask
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            keys={name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.keys.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """G rows by numbers of texts, whose token ids `encode` gives. Keys as in `ContrastiveLoss.forward`."""
+
+    anchors_G: np.ndarray
+    positives_G: np.ndarray
+    negatives: list[np.ndarray]
+    row_keys_G: np.ndarray
+    anchor_keys_G: np.ndarray
+    encode: Callable[[np.ndarray], list[Ids]]
+
+
+class Source(Protocol):
+    """Rows without end, with a position."""
+
+    def take(self, count: int) -> Drawn: ...
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+class PairSource:
+    """The rows of a table, all of them once in every epoch."""
+
+    def __init__(self, table: PairTable, seed: int):
+        self.table, self.seed, self.num_used = table, seed, 0
+        if table.is_labelled:
+            self.members = np.argsort(table.keys, kind="stable")  # rows class by class
+            self.sizes = np.bincount(table.keys)
+            self.begins = np.cumsum(self.sizes) - self.sizes
+
+    def take(self, count: int) -> Drawn:
+        table, places = self.table, np.arange(self.num_used, self.num_used + count)
+        self.num_used += count
+        epochs, offsets = places // len(table), places % len(table)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            rows[chosen] = permute(offsets[chosen], len(table), int(hash_key(self.seed, int(epoch))[0]))
+        keys, positives = table.keys[rows], table.positives[rows]
+        if table.is_labelled:
+            positives = table.anchors[self._partners(rows, epochs)]
+        anchors = table.anchors[rows]
+        return Drawn(
+            anchors,
+            positives,
+            [table.negatives[int(row)] for row in rows],
+            keys,
+            keys if table.is_labelled else anchors,
+            self._ids,
+        )
+
+    def _partners(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """For every row another one of its class, drawn by (seed, epoch, row)."""
+        classes = self.table.keys[rows]
+        begins, sizes = self.begins[classes], self.sizes[classes]
+        own = np.empty(len(self.table), dtype=np.int64)
+        own[self.members] = np.arange(len(self.table))
+        steps = 1 + (hash_key(self.seed, epochs, rows) % (sizes - 1).astype(np.uint64)).astype(np.int64)
+        return self.members[begins + (own[rows] - begins + steps) % sizes]
+
+    def _ids(self, numbers: np.ndarray) -> list[Ids]:
+        return [self.table.texts[int(number)] for number in numbers]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_used": self.num_used}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_used = state["num_used"]
+
+
+class TextSource:
+    """Texts of a corpus, each its own positive: two passes with different dropout (SimCSE). Shorter ones are passed over."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: int,
+        min_length: int,
+        encode: Callable[[list[str]], list[Ids]],
+        skips: SkippedRows,
+        name: str,
+    ):
+        self.corpus, self.seed, self.min_length, self.encode = corpus, seed, min_length, encode
+        self.skips, self.name = skips, name
+        self.position = 0  # documents passed, over all epochs
+        self.num_used = 0
+
+    def take(self, count: int) -> Drawn:
+        texts: list[str] = []
+        begin, size = self.position, len(self.corpus)
+        while len(texts) < count:
+            for text in self._fetch():
+                self.position += 1
+                if text is not None:
+                    texts.append(text)
+                if len(texts) == count:
+                    break
+            if not self.num_used and not texts and self.position - begin >= size:
+                raise DataError(
+                    f"{self.name}: none of its {size:,} texts has {self.min_length:,} characters; lower dataset.min_length"
+                )
+        self.num_used += count
+        numbers: dict[str, int] = {}
+        places = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+        different = list(numbers)
+        if count > 1 and len(different) == 1:
+            raise DataError(f"{self.name}: {count:,} texts in a row are all the same; there is nothing to tell apart")
+        none = [np.zeros(0, dtype=np.int64)] * count
+        return Drawn(places, places, none, places, places, lambda wanted: self._ids(different, wanted))
+
+    def _fetch(self) -> list[str | None]:
+        """The next documents; None for one that is not used."""
+        epoch, offset = divmod(self.position, len(self.corpus))
+        places = np.arange(offset, min(offset + FETCH_TEXTS, len(self.corpus)))
+        found = self.corpus.fetch(permute(places, len(self.corpus), int(hash_key(self.seed, epoch)[0])))
+        for text in found:
+            if isinstance(text, Unusable):
+                self.skips.add(text)
+        return [None if isinstance(text, Unusable) or len(text) < self.min_length else text for text in found]
+
+    def _ids(self, texts: list[str], wanted: np.ndarray) -> list[Ids]:
+        numbers, places = np.unique(wanted, return_inverse=True)
+        ids = self.encode([texts[number] for number in numbers])
+        return [ids[place] for place in places]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "num_used": self.num_used}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position, self.num_used = state["position"], state["num_used"]
+
+
+class PairLoader:
+    """Batches without end, prepared ahead by a thread. `state_dict()` is the position behind the last one used."""
+
+    def __init__(
+        self,
+        sources: list[Source],
+        weights: list[float],
+        layout: RowLayout,
+        share: Share,
+        seed: int,
+        views: int,
+        batches_per_epoch: int,
+        fingerprint: dict[str, Any],
+        ahead: bool = True,
+    ):
+        """`views`: targets per row, 1, or 2 where positives are anchors too."""
+        self.sources, self.weights, self.layout, self.share, self.seed = sources, weights, layout, share, seed
+        self.views, self.batches_per_epoch = views, batches_per_epoch
+        self.fingerprint = {**fingerprint, "weights": weights, "rows": share.rows * share.world, "seed": seed}
+        self.num_made = 0
+        self._used = self._position()
+        self._pool = ThreadPoolExecutor(1, "pairs") if ahead else None
+        self._ahead: deque[Future[tuple[PairBatch, dict[str, Any]]]] = deque()
+
+    def __iter__(self) -> "PairLoader":
+        return self
+
+    def __next__(self) -> PairBatch:
+        if self._pool is None:
+            batch, self._used = self._make()
+            return batch
+        while len(self._ahead) < BATCHES_AHEAD:
+            self._ahead.append(self._pool.submit(self._make))
+        batch, self._used = self._ahead.popleft().result()
+        return batch
+
+    def _make(self) -> tuple[PairBatch, dict[str, Any]]:
+        """The next batch with the position behind it."""
+        number = int(choose_sources(np.array([self.num_made]), self.weights, self.seed)[0])
+        drawn = self.sources[number].take(self.share.rows * self.share.world)
+        self.num_made += 1
+        return self._collate(drawn), self._position()
+
+    def _collate(self, drawn: Drawn) -> PairBatch:
+        B, world = self.share.rows, self.share.world
+        mine = slice(self.share.rank * B, (self.share.rank + 1) * B)
+        counts = np.array([len(part) for part in drawn.negatives])
+        none = np.zeros(0, dtype=np.int64)
+        numbers = np.concatenate([drawn.anchors_G[mine], drawn.positives_G[mine], none, *drawn.negatives[mine]])
+        ids = drawn.encode(numbers)
+        keys: dict[str, Any] = {
+            "row_keys_G": torch.from_numpy(drawn.row_keys_G),
+            "anchor_keys_G": torch.from_numpy(drawn.anchor_keys_G),
+            "negative_keys": torch.from_numpy(np.concatenate([none, *drawn.negatives])),
+            "negative_rows": torch.from_numpy(np.repeat(np.arange(B * world), counts)),
+            "num_negatives": tuple(counts.reshape(world, B).sum(1).tolist()),
+        }
+        return PairBatch(
+            self.layout.arrange(ids, self.layout.pad_id),
+            *self.layout.boundaries(ids),
+            keys,
+            num_targets=self.views * B,
+            num_tokens=sum(map(len, ids)),
+            epoch=self.num_made // self.batches_per_epoch,
+        )
+
+    def _position(self) -> dict[str, Any]:
+        return {"num_batches": self.num_made, "sources": [source.state_dict() for source in self.sources]}
+
+    def steps_left(self, num_epochs: int, accumulation: int) -> int:
+        """Steps of `accumulation` batches until the end of so many epochs, each of which is a whole number of steps."""
+        num_batches = math.ceil(self.batches_per_epoch / accumulation) * accumulation * num_epochs
+        return max(0, math.ceil((num_batches - self._used["num_batches"]) / accumulation))
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Behind the last batch that was used."""
+        return self._used
+
+    def state_dict(self, position: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """A `position`, or that behind the last batch that was used."""
+        return {**(position or self._used), "fingerprint": self.fingerprint}, {}
+
+    def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Continue behind a saved position. Raises CheckpointError when the data is not the same."""
+        require_same(state.get("fingerprint", {}), self.fingerprint)
+        self.num_made = state["num_batches"]
+        for source, saved in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(saved)
+        self._used = self._position()
+
+    def describe_used(self) -> list[str]:
+        """What was passed over in plain text so far, what was prepared ahead included."""
+        found = [(source.name, source.skips) for source in self.sources if isinstance(source, TextSource)]
+        return [f"{name}: {describe_skips(s.counts)}{first_skip(s.first)}" for name, s in found if s.counts]
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

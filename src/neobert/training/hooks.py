@@ -1,0 +1,259 @@
+"""What happens between steps: logging, evaluation, checkpoints. Plain functions made from what they need."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from neobert.checkpoints.format import Content, write_text_atomic
+from neobert.checkpoints.retention import prune
+from neobert.config.training_sections import TrainerConfig
+from neobert.errors import ConfigError, Problem
+from neobert.optim.qk_clip_hooks import clip_metrics
+from neobert.training.background import Saver
+from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
+from neobert.training.metrics import Console, Stopwatch, duration
+from neobert.training.runtime import Runtime, total_norm
+from neobert.training.trackers import Sinks
+
+SMALLER_IS_BETTER = ("loss", "perplexity")
+LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # said on the console where they are known
+
+
+@dataclass
+class Log:
+    """Sums of the steps since the last line, and the line. What it says of the loss is summed in the state, which is saved;
+    times are those of this process.
+    """
+
+    trainer: TrainerConfig
+    model: nn.Module
+    metrics: Sinks
+    console: Console
+    stopwatch: Stopwatch
+    max_steps: int
+    debug: bool
+    more: Callable[[], dict[str, float]] = dict
+    window: list[StepResult] = field(default_factory=list)  # of this process
+    last_rate: float | None = None
+
+    def __call__(self, state: TrainState, result: StepResult | None) -> None:
+        if result is not None:
+            self.window.append(result)
+            one = {
+                "loss": result.loss * result.num_targets,
+                "targets": result.num_targets,
+                "correct": result.num_correct,
+            }
+            state.logged = {name: state.logged.get(name, 0) + value for name, value in one.items()}
+        is_due = result is None or state.step % self.trainer.logging_steps == 0 or state.step == self.max_steps
+        if self.window and (is_due or self.debug):
+            self._write(state)
+        if result is not None:
+            self.console.step(result.loss, self.last_rate)
+
+    def _write(self, state: TrainState) -> None:
+        (window, self.window), (sums, state.logged) = (self.window, []), (state.logged, {})
+        seconds = self.stopwatch.lap()
+        step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
+        loss = sums["loss"] / max(1, sums["targets"])
+        self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": window[-1].lr,
+            "num_tokens": state.num_tokens,
+            "tokens_per_second": self.last_rate,
+            "step_seconds": step_seconds / len(window),
+            **{f"{name}_seconds": value for name, value in seconds.items()},
+        }
+        if self.trainer.log_grad_norm:
+            row["grad_norm"] = window[-1].grad_norm
+        if self.trainer.log_weight_norms:
+            row["weight_norm"] = weight_norm(self.model)
+        if self.trainer.log_train_accuracy:
+            row["accuracy"] = sums["correct"] / max(1, sums["targets"])
+        row |= self.more()
+        row |= clip_metrics([one.clip for one in window if one.clip is not None])
+        self.metrics.write(row)
+        if not self.console.has_bar or self.debug:
+            left = (self.max_steps - state.step) * step_seconds / len(window)
+            extras = "".join(f"  {name} {row[name]:.3f}" for name in LOGGED if name in row)
+            if row.get("qk_clipped_heads"):
+                extras += f"  largest logit {row['qk_max_logit']:.1f}, {row['qk_clipped_heads']} heads clipped"
+            self.console.line(
+                f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
+                f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
+            )
+
+
+@torch.no_grad()
+def weight_norm(model: nn.Module) -> float:
+    """Euclidean norm of all weights."""
+    return float(total_norm(model.parameters()))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation: `run` gives its values, `headline` says them in a line, `default` names the one that counts."""
+
+    run: Callable[[], dict[str, float] | None]  # None: it was broken off
+    headline: Callable[[dict[str, float]], str]
+    default: str
+
+
+@dataclass
+class Evaluate:
+    """Runs the evaluation when it is due, keeps track of the best, and asks for a stop when it no longer improves."""
+
+    trainer: TrainerConfig
+    measure: Evaluation
+    runtime: Runtime
+    metrics: Sinks
+    console: Console
+    stopwatch: Stopwatch
+    interrupt: Interrupt
+    last_step: int = -1
+    improved: bool = False
+    values: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, state: TrainState, due: bool) -> None:
+        self.improved = False
+        if due and self.last_step != state.step:
+            self.run(state)
+
+    def run(self, state: TrainState, loaded: int | None = None) -> None:
+        """Evaluate, and compare with the best so far; or evaluate again the weights that were `loaded`, those of an earlier
+        step, which has been compared and has its row.
+        """
+        self.last_step = step = state.step if loaded is None else loaded
+        self.improved = False
+        with self.stopwatch.phase("evaluate"):
+            values = self.measure.run()
+        state.is_evaluation_open = values is None
+        if values is None:
+            self.interrupt.act(state, self.runtime)
+            return
+        self.values = values
+        if loaded is None:
+            self._compare(state, values)
+            self.metrics.write(
+                {"kind": "eval", "step": step, **{f"eval_{name}": value for name, value in values.items()}}
+            )
+        best = "  best so far" if self.improved else ""
+        self.console.line(f"evaluation at step {step:,}: {self.measure.headline(values)}{best}")
+
+    def _compare(self, state: TrainState, values: dict[str, float]) -> None:
+        name = (self.trainer.metric_for_best_model or self.measure.default).removeprefix("eval_")
+        if name not in values:
+            raise ConfigError(
+                Problem("trainer.metric_for_best_model", f"no metric {name!r}; there are: {', '.join(values)}")
+            )
+        larger = self.trainer.greater_is_better and name not in SMALLER_IS_BETTER
+        value, best = values[name], state.best_metric
+        self.improved = best is None or (value > best if larger else value < best)
+        if self.improved:
+            state.best_metric, state.best_step, state.num_evaluations_without_gain = value, state.step, 0
+        else:
+            state.num_evaluations_without_gain += 1
+        patience = self.trainer.early_stopping
+        if patience and state.num_evaluations_without_gain >= patience:
+            state.stop_reason = f"no better {name} in {patience} evaluations"
+
+
+def check_needs_evaluation(trainer: TrainerConfig) -> None:
+    """Raises ConfigError for keys that act on evaluations, in a run that has no evaluation data."""
+    asked = {
+        "trainer.save_strategy": trainer.save_strategy == "best",
+        "trainer.early_stopping": trainer.early_stopping > 0,
+        "trainer.load_best_model_at_end": trainer.load_best_model_at_end,
+        "trainer.metric_for_best_model": trainer.metric_for_best_model is not None,
+    }
+    why = "needs evaluation data: a split named validation or test, or dataset.validation_split with streaming: false"
+    problems = [Problem(dotted, why) for dotted, is_asked in asked.items() if is_asked]
+    if problems:
+        raise ConfigError(*problems)
+
+
+@dataclass
+class Save:
+    """Writes checkpoints when they are due and removes the oldest beyond the limit."""
+
+    trainer: TrainerConfig
+    saver: Saver
+    content: Callable[[TrainState], Content]
+    stopwatch: Stopwatch
+    last_step: int = -1
+    has_spare: bool = True  # checkpoints beyond the limit, until the newest is known to be good
+
+    def run(self, state: TrainState) -> None:
+        if self.last_step == state.step:
+            return
+        best = state.best_step
+        with self.stopwatch.phase("save"):
+            self.saver.submit(self.content(state), lambda: self._point_at(best))
+        self.last_step, self.has_spare = state.step, True
+
+    def _point_at(self, best: int | None) -> None:
+        """When a checkpoint is whole: point at the best one."""
+        root = self.saver.root
+        if best is not None and (root / str(best)).is_dir():
+            write_text_atomic(root / "best", str(best))
+
+    def prune(self, state: TrainState) -> None:
+        """Once the loss behind the newest checkpoint is known to be finite: remove the oldest beyond the limit."""
+        if self.has_spare and self.saver.team.rank == 0 and self.trainer.save_total_limit is not None:
+            root, keep = self.saver.root, self.trainer.save_total_limit
+            protected = {self.last_step, self.last_step if state.best_step is None else state.best_step}
+            self.saver.then(lambda: prune(root, keep, protected))
+        self.has_spare = False
+
+
+def finish_evaluation(evaluation: Evaluate, save: Save, state: TrainState) -> None:
+    """An evaluation that a signal broke off is made up for when the run goes on, and the checkpoint saved with its result."""
+    evaluation.run(state)
+    if not state.is_evaluation_open:
+        save.last_step = -1
+        save.run(state)
+
+
+def step_hooks(
+    trainer: TrainerConfig, log: Log, evaluation: Evaluate | None, save: Save, max_steps: int, epoch: int
+) -> list[Hook]:
+    """The hooks of a run in their order: log, evaluate, save. `epoch` is the one the run starts in."""
+    edge = EpochEdge(epoch)
+
+    def evaluate_and_save(state: TrainState, result: StepResult | None) -> None:
+        new_epoch, is_last = edge.crossed(state), result is None or state.step == max_steps
+        save.prune(state)
+        if evaluation is not None:
+            by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
+            evaluation(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or is_last)
+        if state.is_evaluation_open:
+            return  # the run ends here, with a checkpoint
+        due = {
+            "steps": state.step % trainer.save_steps == 0,
+            "epoch": new_epoch,
+            "best": evaluation is not None and evaluation.improved,
+            "no": False,
+        }
+        keep_best = trainer.load_best_model_at_end and evaluation is not None and evaluation.improved
+        if due[trainer.save_strategy] or keep_best:
+            save.run(state)
+
+    return [log, evaluate_and_save]
+
+
+@dataclass
+class EpochEdge:
+    """Says once that a new epoch has begun: its first batch has been used."""
+
+    last: int
+
+    def crossed(self, state: TrainState) -> bool:
+        before, self.last = self.last, state.epoch
+        return state.epoch > before

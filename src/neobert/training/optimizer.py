@@ -1,0 +1,74 @@
+"""The optimizer and the QK-clip of a run, from its configuration."""
+
+import torch
+from torch import nn
+
+from neobert.checkpoints.layouts import fused_parts
+from neobert.config.schema import Config
+from neobert.config.training_sections import MuonConfig
+from neobert.errors import ConfigError, Problem
+from neobert.optim.build import MuonSettings, build_optimizer
+from neobert.optim.groups import GroupRule
+from neobert.optim.qk_clip import QKClipSettings
+from neobert.optim.qk_clip_hooks import QKClip
+
+
+def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | None) -> torch.optim.Optimizer:
+    """The optimizer with its groups; Muon's products are computed in `dtype`, as the model's are (None: float32).
+
+    Raises ConfigError for patterns that act on nothing, and for a model without matrices for Muon.
+    """
+    optimizer, muon = config.optimizer, muon_config(config)
+    try:
+        return build_optimizer(
+            optimizer.name,
+            model.named_parameters(),
+            lr=optimizer.lr,
+            weight_decay=0.0 if config.model.ngpt else optimizer.weight_decay,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            eps=optimizer.eps,
+            rules=[GroupRule(**group.model_dump()) for group in optimizer.param_groups],
+            muon=MuonSettings(
+                momentum=muon.muon_beta,
+                weight_decay=0.0 if config.model.ngpt else muon.muon_decay,
+                nesterov=muon.nesterov,
+                method=muon.orthogonalization,
+                num_steps=muon.ns_steps,
+                dtype=dtype or torch.float32,
+                detect_anomalies=muon.detect_anomalies,
+            ),
+            fused=fused_parts(getattr(model.config, "model_type", "")),
+        )
+    except ValueError as error:
+        dotted = "optimizer.param_groups" if "pattern" in str(error) else "optimizer.name"
+        raise ConfigError(Problem(dotted, str(error))) from None
+
+
+def build_clip(config: Config, model: nn.Module) -> tuple[QKClip | None, dict[str, str]]:
+    """The QK-clip of a MuonClip run, and its line of the summary (none for other optimizers). Raises ConfigError."""
+    if config.optimizer.name != "muonclip":
+        return None, {}
+    muon = muon_config(config)
+    if not muon.enable_clipping:
+        return None, {"QK-clip": "off (optimizer.muon_config.enable_clipping: false)"}
+    if config.model.ngpt:
+        why = "nGPT normalises queries and keys, so their logits are bounded and their rows have no say in it"
+        return None, {"QK-clip": f"off: {why}"}
+    settings = QKClipSettings(
+        threshold=muon.clipping_threshold,
+        alpha=muon.clipping_alpha,
+        warmup_steps=muon.clipping_warmup_steps,
+        interval=muon.clipping_interval,
+        chunk_size=muon.clipping_qk_chunk_size,
+        last_microbatch_only=muon.capture_last_microbatch_only,
+    )
+    pad_id = getattr(model.config, "pad_token_id", None)
+    clip = QKClip(model, settings, pad_id=pad_id, mapping=muon.clipping_layers_mapping)
+    what = "last microbatch" if settings.last_microbatch_only else "all microbatches"
+    after = f" after step {settings.warmup_steps:,}" if settings.warmup_steps else ""
+    return clip, {"QK-clip": f"logits above {settings.threshold:g}, every {settings.interval} steps{after}, {what}"}
+
+
+def muon_config(config: Config) -> MuonConfig:
+    """The settings of MuonClip, defaults where there are none."""
+    return config.optimizer.muon_config or MuonConfig()

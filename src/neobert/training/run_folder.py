@@ -1,0 +1,263 @@
+"""The output folder of a run: locked, checked for being writable, and cleared of an earlier run with care.
+
+    <output_dir>/
+      .lock           who writes here (training/folder_lock.py)
+      previous/<n>/   what was moved aside: an earlier run, or the later steps of this one, when it went back. Never deleted.
+
+Opening comes first, before anything expensive, and changes nothing but what a crash left behind; `enter_run` moves aside what
+is in the way, when the run is about to begin. What is moved is collected in `previous/.moving` and gets its number last: a
+process that is killed before leaves a folder in which the next one puts everything back.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from neobert import __version__
+from neobert.checkpoints.format import (
+    POINTERS,
+    find_checkpoint,
+    has_data,
+    list_steps,
+    read_pointer,
+    sync,
+    verify_checkpoint,
+    write_json,
+    write_text,
+)
+from neobert.checkpoints.retention import clean_leftovers
+from neobert.config.rules import resume_needs_a_position
+from neobert.config.schema import Config
+from neobert.errors import CheckpointError, ConfigError, Problem, print_notes
+from neobert.training.folder_lock import FolderLock
+from neobert.training.runtime import Runtime
+
+SHARED_SECONDS = 30.0  # in which a network file system shows a new file
+RUN_FILES = (
+    "checkpoints",
+    "metrics.jsonl",
+    "report.html",
+    "config.yaml",
+    "environment.json",
+    "trackers",
+    "wandb.json",
+    "result.json",
+    "submission",
+)
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
+MOVING = "previous/.moving"
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """The folder of a run, which this process (of several the main one) holds; the checkpoint it goes on from, verified, with
+    what that counts; what in the folder is in the way; and what to tell the user.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    saved: dict[str, Any]
+    in_the_way: list[str]
+    told: list[str]
+    lock: FolderLock | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the checkpoint is one of this folder, and not another run's that a new run starts from."""
+        return self.checkpoint is not None and _is_inside(self.checkpoint, self.folder)
+
+
+@contextmanager
+def open_run(config: Config, runtime: Runtime) -> Iterator[OpenRun]:
+    """Hold the output folder, which all processes see, and find the checkpoint to resume from.
+
+    Raises ConfigError when the folder cannot be written, is held by another run, or holds one that may not be moved aside;
+    CheckpointError when there is no such checkpoint.
+    """
+    trainer, locks = config.trainer, list[FolderLock]()
+    folder = Path(trainer.output_dir)
+    try:
+        told = runtime.on_main(lambda: _hold(folder, locks))
+        if runtime.world_size > 1:
+            check_shared(folder, runtime)
+        checkpoint, in_the_way, more = runtime.on_main(
+            lambda: plan_start(folder, trainer.resume_from_checkpoint, trainer.overwrite_output_dir)
+        )
+        saved: dict[str, Any] = {}
+        if checkpoint is not None:
+            saved = runtime.on_main(lambda: verify_checkpoint(checkpoint))
+            if missing := list(resume_needs_a_position(config, has_data(checkpoint))):
+                raise ConfigError(*missing)
+        yield OpenRun(folder, checkpoint, saved, in_the_way, [*told, *more], next(iter(locks), None))
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+@contextmanager
+def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Hold a folder that is written and is not that of one run. Raises ConfigError."""
+    locks = list[FolderLock]()
+    try:
+        notes = runtime.on_main(lambda: _hold(folder, locks))
+        print_notes(notes if runtime.is_main else [])
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def _hold(folder: Path, locks: list[FolderLock]) -> list[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+    except OSError as error:
+        raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
+    locks.append(lock)
+    return [lock.note] if lock.note else []
+
+
+def plan_start(folder: Path, resume: str | None, overwrite: bool) -> tuple[Path | None, list[str], list[str]]:
+    """(the checkpoint to resume from or None, what in the folder is in the way, what to tell the user).
+
+    A run that is there is in the way of a new one, also of one that starts from another run's checkpoint: it is moved aside,
+    so that a forgotten `resume_from_checkpoint` costs nothing; with `overwrite` false it is an error. Steps behind the
+    checkpoint are in the way of a run that goes back. Call with the folder held.
+    """
+    root = folder / "checkpoints"
+    try:
+        put_back(folder)
+        root.mkdir(exist_ok=True)
+        clean_leftovers(root)
+    except OSError as error:
+        raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
+    if resume is not None:
+        checkpoint, told = _resume_point(folder, resume)
+        if checkpoint is None:
+            return None, [], told
+        if _is_inside(checkpoint, folder):
+            later = [step for step in list_steps(root) if step > int(checkpoint.name)]
+            return checkpoint, [f"checkpoints/{step}" for step in later], told
+    else:
+        checkpoint = None
+    if not list_steps(root) and not (folder / "metrics.jsonl").exists():
+        return checkpoint, [], []
+    if not overwrite:
+        raise ConfigError(
+            Problem(
+                "trainer.overwrite_output_dir",
+                f"{folder} holds a run; continue it with trainer.resume_from_checkpoint: latest, choose another "
+                "trainer.output_dir, or set overwrite_output_dir: true",
+            )
+        )
+    return checkpoint, [name for name in RUN_FILES if (folder / name).exists()], []
+
+
+def _is_inside(checkpoint: Path, folder: Path) -> bool:
+    return checkpoint.name.isdigit() and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+
+
+def _resume_point(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
+    try:
+        return find_checkpoint(resume, folder / "checkpoints", to_resume=True), []
+    except CheckpointError:
+        if resume != "latest":
+            raise
+        return None, [f"resume_from_checkpoint: latest, and no checkpoint in {folder} yet: starting from the beginning"]
+
+
+def enter_run(opened: OpenRun) -> list[str]:
+    """Move aside what is in the way; returns what to tell the user. Raises ConfigError where that cannot be done."""
+    folder, root, told = opened.folder, opened.folder / "checkpoints", list[str]()
+    try:
+        if opened.in_the_way:
+            to = move_aside(folder, opened.in_the_way)
+            what = "later steps of this run are" if opened.goes_on else f"the run that was in {folder} is"
+            hint = "" if opened.goes_on else " (to continue it instead: resume_from_checkpoint)"
+            told.append(f"{what} now in {to}{hint}")
+        root.mkdir(exist_ok=True)
+        for path in (root / name for name in POINTERS):
+            step = read_pointer(path)
+            if step is not None and not (root / step).is_dir():
+                path.unlink()
+    except OSError as error:
+        raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
+    return told
+
+
+def move_aside(folder: Path, names: list[str]) -> Path:
+    """Move parts of a run to `previous/<next number>`; its metrics are copied where they stay."""
+    previous, moving = folder / "previous", folder / MOVING
+    (moving / "checkpoints").mkdir(parents=True)
+    metrics = folder / "metrics.jsonl"
+    if metrics.name not in names and metrics.exists():
+        shutil.copyfile(metrics, moving / metrics.name)
+    for name in names:
+        os.replace(folder / name, moving / name)
+    numbers = [int(path.name) for path in previous.iterdir() if path.name.isdigit()]
+    to = previous / str(1 + max(numbers, default=0))
+    os.replace(moving, to)
+    for changed in (previous, folder):
+        sync(changed)
+    return to
+
+
+def put_back(folder: Path) -> None:
+    """Undo a move that was broken off. What is in both places is a copy."""
+    moving = folder / MOVING
+    if not moving.is_dir():
+        return
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    for path in [*moving.glob("checkpoints/*"), *moving.iterdir()]:
+        back = folder / path.relative_to(moving)
+        if not back.exists():
+            os.replace(path, back)
+    shutil.rmtree(moving)
+
+
+def check_shared(folder: Path, runtime: Runtime) -> None:
+    """Raises ConfigError, in all processes, where one of them, on another machine, has another folder of this name."""
+    name = runtime.on_main(lambda: _probe(folder))
+    end = time.monotonic() + SHARED_SECONDS
+    while not (folder / name).is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    missing = int(runtime.all_sum(not (folder / name).is_file())[0])
+    runtime.on_main(lambda: (folder / name).unlink())
+    if missing:
+        raise ConfigError(
+            Problem(
+                "trainer.output_dir",
+                f"{missing} of {runtime.world_size} processes do not see {folder} of process 0; several machines need a file "
+                "system that all of them share",
+            )
+        )
+
+
+def _probe(folder: Path) -> str:
+    name = f".shared.{os.getpid()}"
+    (folder / name).write_text("")
+    return name
+
+
+def write_run_files(folder: Path, config_yaml: str, facts: dict[str, Any]) -> None:
+    """config.yaml (loads to the same configuration) and environment.json (versions, machine, what was derived)."""
+    write_text(folder / "config.yaml", config_yaml)
+    environment = {
+        "neobert": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **json.loads(json.dumps(facts)),
+    }
+    write_json(folder / "environment.json", environment)
