@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from helpers.runs import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from neobert.checkpoints.format import checksum, find_checkpoint, list_steps, write_json
 from neobert.config.load import load_config
 from neobert.tasks.pretraining import task as pretraining

@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
-from conftest import CONFIGS, TEXT, TOKENIZER, run_neobert
 
+from helpers.runs import CONFIGS, TEXT, TOKENIZER, run_neobert
 from neobert.config.load import dump_config, load_config, parse_overrides
 from neobert.config.ready import find_missing
 from neobert.config.reference import known_keys

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TEXT, TINY, TOKENIZER, hub_cache, tokenizing_threads
-from contrastive_rows import CONTRASTIVE_ROWS
-from glue_rows import GLUE_ROWS
-from mteb_rows import MTEB_ROWS
 from safetensors.torch import load_file
 
+from helpers.contrastive_keys import CONTRASTIVE_ROWS
+from helpers.glue_keys import GLUE_ROWS
+from helpers.mteb_keys import MTEB_ROWS
+from helpers.runs import TEXT, TINY, TOKENIZER, hub_cache, tokenizing_threads
 from neobert.checkpoints.format import find_checkpoint
 from neobert.config.load import load_config
 from neobert.config.reference import known_keys, value_of

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import yaml
-from conftest import CONFIGS, ROOT, TEXT, TOKENIZER, run_neobert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.runs import CONFIGS, ROOT, TEXT, TOKENIZER, run_neobert
 from neobert.config.explain import STARTERS, diff_configs, explain_key, reference_page, show_config, starter_file
 from neobert.config.legacy import LEGACY
 from neobert.config.load import load_config

@@ -3,10 +3,10 @@ third resumes."""
 
 import pytest
 import torch
-from conftest import TOKENIZER
-from export_sample import largest_difference, padded_rows
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from helpers.checkpoints import largest_difference, padded_rows
+from helpers.runs import TOKENIZER
 from neobert.checkpoints.format import list_steps
 from neobert.config.load import load_config
 from neobert.export.huggingface import write_transformers

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import yaml
-from conftest import CONFIGS, TINY
 
+from helpers.runs import CONFIGS, TINY
 from neobert.config.load import dump_config, load_config
 from neobert.insight.report import write_report
 from neobert.tasks.pretraining import task as pretraining

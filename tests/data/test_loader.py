@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT
 
+from helpers.runs import TEXT
 from neobert.data.batch import Collator
 from neobert.data.files.corpus import open_corpus
 from neobert.data.files.splits import find_splits, fingerprint

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.runs import TEXT
 from neobert.data.mlm.packing import Packer, Segmenter, TruncationStats
 
 

@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
-from test_sources import files_at, write
 
+from helpers.corpora import files_at, write
+from helpers.runs import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from neobert.data.files import tokenize_corpus as prepare
 from neobert.data.files.token_store import Manifest, TokenStore, verify_store, write_json, write_shard
 from neobert.data.files.tokenize_corpus import plan_shards, tokenize_files

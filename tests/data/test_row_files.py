@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import TINY, run_neobert
 from datasets import Dataset
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from test_sources import files_at
 
+from helpers.corpora import files_at
+from helpers.runs import TINY, run_neobert
 from neobert.config.load import load_config
 from neobert.data.files import tokenize_corpus as prepare
 from neobert.data.files.corpus import open_corpus

@@ -10,9 +10,6 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_neobert
-from export_sample import LENGTHS, OWN_CODE, largest_difference, padded_rows, tiny_model, write_checkpoint
-from test_model import VARIANTS
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -22,6 +19,9 @@ from transformers import (
     pipeline,
 )
 
+from helpers.checkpoints import LENGTHS, OWN_CODE, largest_difference, padded_rows, tiny_model, write_checkpoint
+from helpers.models import VARIANTS
+from helpers.runs import ROOT, run_neobert
 from neobert.checkpoints.convert import convert
 from neobert.checkpoints.format import write_json
 from neobert.errors import UserError

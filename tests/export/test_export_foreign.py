@@ -8,10 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENIZER, run_neobert
-from contrastive_sample import CONTRASTIVE_TINY, made_pairs, write_rows
-from export_sample import tiny_model, write_checkpoint
-from glue_sample import foreign_model, run_glue, write_local
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,6 +21,10 @@ from transformers import (
     RobertaModel,
 )
 
+from helpers.checkpoints import tiny_model, write_checkpoint
+from helpers.glue import foreign_model, run_glue, write_local
+from helpers.pairs import CONTRASTIVE_TINY, made_pairs, write_rows
+from helpers.runs import TOKENIZER, run_neobert
 from neobert.checkpoints.convert import convert
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, UserError

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TOKENIZER
-from export_sample import OWN_CODE, padded_rows, tiny_model, write_checkpoint
 from safetensors.torch import save_file
-from test_references import Published
 from transformers import AutoTokenizer, EuroBertConfig, EuroBertForMaskedLM, EuroBertModel
 
+from helpers.checkpoints import OWN_CODE, padded_rows, tiny_model, write_checkpoint
+from helpers.models import Published
+from helpers.runs import TOKENIZER
 from neobert.checkpoints.convert import convert
 from neobert.checkpoints.format import list_steps
 from neobert.checkpoints.initial_weights import find_initial_weights

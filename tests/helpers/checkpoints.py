@@ -3,8 +3,8 @@
 import json
 
 import torch
-from conftest import TOKENIZER
 
+from helpers.runs import TOKENIZER
 from neobert.checkpoints.format import Content, save_checkpoint
 from neobert.checkpoints.layouts import is_eurobert, to_eurobert
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
@@ -82,3 +82,16 @@ def largest_difference(ours, theirs, ids, mask, output):
                 a, b = a[mask.bool()], b[mask.bool()]
             worst = max(worst, float((a - b).abs().max()))
     return worst
+
+
+def content(step, size=100):
+    return Content(
+        step=step,
+        weights={"w": torch.arange(size).float() + step},
+        model_config={"model_type": "x"},
+        save_beside=lambda path: (path / "tokenizer.json").write_text("{}"),
+        config_yaml="task: pretraining\n",
+        optimizer={"w/exp_avg": torch.ones(size)},
+        data=({"reader": {}}, {"buffer.ids": torch.zeros(3).numpy()}),
+        state={"num_tokens": 7},
+    )

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from contrastive_sample import load_contrastive, made_pairs, made_scores, run_contrastive, three_sources, write_rows
-from glue_sample import pretrain_tiny
 
+from helpers.glue import pretrain_tiny
+from helpers.pairs import load_contrastive, made_pairs, made_scores, run_contrastive, three_sources, write_rows
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import UserError

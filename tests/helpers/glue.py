@@ -4,8 +4,8 @@ import json
 
 import pyarrow as pa
 import pyarrow.parquet
-from conftest import TEXT, TINY, TOKENIZER
 
+from helpers.runs import TEXT, TINY, TOKENIZER
 from neobert.config.load import load_config
 from neobert.data.labelled.tasks import TASKS
 from neobert.tasks.glue import task as glue

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from glue_sample import RANDOM, load_glue, pretrain_tiny, run_glue, write_local
 from safetensors.torch import load_file
 
+from helpers.glue import RANDOM, load_glue, pretrain_tiny, run_glue, write_local
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.data.labelled import loader as classification
 from neobert.errors import UserError
@@ -114,8 +114,7 @@ def threads(train, small):
 
 def tokenized_by_threads(train, small):
     """More rows than one thread takes are tokenised by several, to the same ids."""
-    from conftest import TOKENIZER, tokenizing_threads
-
+    from helpers.runs import TOKENIZER, tokenizing_threads
     from neobert.data.tokenizer import load_tokenizer
 
     texts = ([f"the congress met {n} times" for n in range(40)],)
@@ -133,8 +132,7 @@ def tokenized_by_threads(train, small):
 
 
 def from_transformers(train, small):
-    from glue_sample import foreign_model
-
+    from helpers.glue import foreign_model
     from neobert.tasks.glue.model import load_finetuned
 
     root, words = base_of(small)

@@ -2,8 +2,7 @@
 
 import json
 
-from export_sample import tiny_model, write_checkpoint
-
+from helpers.checkpoints import tiny_model, write_checkpoint
 from neobert.config.load import load_config
 from neobert.tasks.mteb import task as mteb_task
 

@@ -2,8 +2,7 @@
 
 import json
 
-from conftest import TEXT, TOKENIZER, Trained
-
+from helpers.runs import TEXT, TOKENIZER, Trained
 from neobert.config.load import load_config
 from neobert.tasks.contrastive import task as contrastive
 
@@ -38,9 +37,7 @@ def made_pairs(number=40, negatives=False):
 
 
 def made_labels(number=40, classes=4):
-    return [
-        {"text": f"report {n} speaks about {WORDS[n % classes]}", "label": n % classes} for n in range(number)
-    ]
+    return [{"text": f"report {n} speaks about {WORDS[n % classes]}", "label": n % classes} for n in range(number)]
 
 
 def made_scores(number=40):

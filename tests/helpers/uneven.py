@@ -3,8 +3,8 @@
 import random
 
 import torch
-from conftest import TEXT, TINY
 
+from helpers.runs import TEXT, TINY
 from neobert.config.load import load_config
 from neobert.tasks.pretraining import task as pretraining
 

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TOKENIZER, run_neobert
-from glue_sample import foreign_model
+
+from helpers.glue import foreign_model
+from helpers.runs import TOKENIZER, run_neobert
 
 pytest.importorskip("sentence_transformers")
 
@@ -236,7 +237,7 @@ def test_positions_that_are_padding_are_no_length(tmp_path):
     more = [f"dataset.path={tmp_path / 'pairs.jsonl'}", "dataset.max_seq_length=65", "dataset.num_workers=0"]
     with pytest.raises(UserError, match="max_seq_length: 65 is longer than the 64 tokens that"):
         contrastive.run(load_config([], [*words, *more], "contrastive"))
-    from glue_sample import write_local
+    from helpers.glue import write_local
 
     more = ["glue.task_name=rte", f"dataset.path={write_local(tmp_path / 'glue', ['rte'])}", "glue.max_seq_length=65"]
     with pytest.raises(UserError, match="glue.max_seq_length: 65 is longer than the 64 tokens that"):

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, run_neobert
-from export_sample import OWN_CODE, tiny_model, write_checkpoint
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
+from helpers.checkpoints import OWN_CODE, tiny_model, write_checkpoint
+from helpers.runs import TEXT, run_neobert
 from neobert.checkpoints.layouts import eurobert_config, is_eurobert, to_eurobert
 from neobert.cli import evaluate as cli_evaluate
 from neobert.data.files.documents import SkippedRows

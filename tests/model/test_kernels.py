@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from test_model import assert_same, build, gradients, packed_batch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from helpers.models import assert_same, build, gradients, packed_batch
 from neobert.errors import ConfigError
 from neobert.model import kernels
 from neobert.model.attention import Layout

@@ -1,64 +1,18 @@
 """The model against what we did not write, and against itself in another form."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.models import VARIANTS, VOCABULARY, assert_same, build, gradients, packed_batch, unpacked
 from neobert.model import loss
 from neobert.model import unpadding as unpadded
 from neobert.model.attention import CPU_CALL, Layout, Rotary, attend, attend_documents, uses_buckets
 from neobert.model.bucket_attention import BucketAttention
 from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, round_up_tokens
-from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.model.modeling_neobert import IGNORED, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.model.unpadding import UnpaddedBatch
-
-VOCABULARY = 120
-LENGTHS = [(5, 30, 29), (64,), (1, 62, 1), (40, 24)]  # 4 packed rows of 64 tokens
-VARIANTS = [
-    {"rope": rope, "rms_norm": rms, "hidden_act": act}
-    for rope, rms, act in itertools.product((True, False), (True, False), ("swiglu", "gelu"))
-] + [{"ngpt": True, "rope": rope, "hidden_act": act} for rope, act in ((True, "swiglu"), (False, "gelu"))]
-
-
-def build(seed=0, **fields):
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
-    ranges = {"decoder_init_range": 0.2, "embedding_init_range": 0.5}
-    return NeoBERTForMaskedLM(
-        NeoBERTConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 64, **shape, **ranges, **fields})
-    )
-
-
-def packed_batch(seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, VOCABULARY, (len(LENGTHS), 64), generator=generator)
-    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, ids, IGNORED)
-    return ids, labels, torch.tensor([n for row in LENGTHS for n in row])
-
-
-def unpacked(x_BT, fill):
-    """The documents of a packed batch as padded rows of their own."""
-    documents = x_BT.flatten().split([n for row in LENGTHS for n in row])
-    return torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True, padding_value=fill)
-
-
-def gradients(model, masked_only=True, **inputs):
-    model.zero_grad()
-    output = model(**inputs, masked_only=masked_only)
-    output.loss_sum.backward()
-    return output.loss_sum.detach(), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
-
-
-def assert_same(a, b, tolerance=1e-5):
-    assert a[0] == pytest.approx(b[0].item(), rel=tolerance)
-    assert a[1].keys() == b[1].keys()
-    for name in a[1]:
-        torch.testing.assert_close(a[1][name], b[1][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

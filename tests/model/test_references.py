@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import LENGTHS, VOCABULARY, build, packed_batch, unpacked
-from torch import nn
 from transformers import EuroBertConfig, EuroBertForMaskedLM, EuroBertForSequenceClassification
 
+from helpers.models import LENGTHS, VOCABULARY, Published, build, packed_batch, unpacked
 from neobert.checkpoints.layouts import eurobert_config, from_eurobert, from_published, to_eurobert, to_published
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 
@@ -89,55 +88,6 @@ def test_layouts_are_inverse():
 
 
 # --- the published NeoBERT, from its description -----------
-
-
-class PublishedLayer(nn.Module):
-    def __init__(self, width, heads, inner):
-        super().__init__()
-        self.heads = heads
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(width, 1e-5), nn.RMSNorm(width, 1e-5)
-        self.qkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.ffn = nn.ModuleDict(
-            {"w12": nn.Linear(width, 2 * inner, bias=False), "w3": nn.Linear(inner, width, bias=False)}
-        )
-
-    def forward(self, x, turn, mask):
-        B, T, D = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(B, T, self.heads, -1).chunk(3, dim=-1)
-        q, k = (
-            torch.view_as_real(torch.view_as_complex(z.reshape(B, T, self.heads, -1, 2)) * turn).flatten(3)
-            for z in (q, k)
-        )
-        scores = torch.einsum("bqhk,bvhk->bhqv", q, k) / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
-        x = x + self.wo(torch.einsum("bhqv,bvhk->bqhk", weights, v).reshape(B, T, D))
-        gate, up = self.ffn["w12"](self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + self.ffn["w3"](F.silu(gate) * up)
-
-
-class Published(nn.Module):
-    """Interleaved rotary pairs as complex numbers, q, k and v fused head by head, a decoder with a bias."""
-
-    def __init__(self, vocabulary, width, layers, heads, inner):
-        super().__init__()
-        self.heads = heads
-        self.model = nn.ModuleDict(
-            {
-                "encoder": nn.Embedding(vocabulary, width),
-                "transformer_encoder": nn.ModuleList([PublishedLayer(width, heads, inner) for _ in range(layers)]),
-                "layer_norm": nn.RMSNorm(width, 1e-5),
-            }
-        )
-        self.decoder = nn.Linear(width, vocabulary)
-
-    def forward(self, ids, mask):
-        x = self.model["encoder"](ids)
-        K = x.shape[-1] // self.heads
-        angles = torch.outer(torch.arange(ids.shape[1]), 10_000.0 ** (-torch.arange(0, K, 2) / K))
-        turn = torch.polar(torch.ones_like(angles), angles)[None, :, None, :]
-        for layer in self.model["transformer_encoder"]:
-            x = layer(x, turn, mask.bool())
-        return self.decoder(self.model["layer_norm"](x))
 
 
 @pytest.mark.parametrize("biased", [True, False])

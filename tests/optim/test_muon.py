@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from test_model import build as build_model
 from transformers import EuroBertForMaskedLM
 
+from helpers.models import build as build_model
 from neobert.checkpoints.layouts import FUSED, eurobert_config, to_eurobert
 from neobert.errors import UserError
 from neobert.optim.build import MuonSettings, build_optimizer

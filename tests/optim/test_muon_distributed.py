@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_model import LENGTHS, build, packed_batch
-from test_qk_clip import PAD, planted
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.models import LENGTHS, PAD, build, packed_batch, planted
 from neobert.checkpoints.layouts import FUSED
 from neobert.errors import UserError
 from neobert.optim.build import MuonSettings, build_optimizer, load_optimizer_state, optimizer_state

@@ -2,32 +2,17 @@
 
 import pytest
 import torch
-from test_model import LENGTHS, build, packed_batch, unpacked
 from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EuroBertConfig, EuroBertModel
 
+from helpers.models import HEADS, LENGTHS, PAD, WIDTH, build, packed_batch, planted, unpacked
 from neobert.data.batch import Batch
 from neobert.errors import ConfigError
 from neobert.model.attention import Layout
 from neobert.model.layers import Attention
 from neobert.optim.qk_clip import QKClipSettings, clip_factors, group_documents, largest_logits
 from neobert.optim.qk_clip_hooks import QKClip, _real_documents, clip_metrics
-
-HEADS, WIDTH = 4, 8
-OUTLIERS = {0: {1: 3.0}, 2: {0: 2.0, 3: 4.0}}  # block -> head -> factor of its rows of q and k
-PAD = 0
-
-
-def planted(model):
-    """Some heads with large logits."""
-    with torch.no_grad():
-        for block, heads in OUTLIERS.items():
-            weight = model.model.layers[block].attention.qkv.weight
-            for head, factor in heads.items():
-                for part in (0, 32):
-                    weight[part + head * WIDTH : part + (head + 1) * WIDTH] *= factor
-    return model
 
 
 def rotations(positions, width):

@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, run_neobert
-from contrastive_sample import (
+from safetensors.torch import load_file
+
+from helpers.glue import foreign_model, pretrain_tiny
+from helpers.pairs import (
     CONTRASTIVE_TINY,
     WORDS,
     load_contrastive,
@@ -19,9 +21,7 @@ from contrastive_sample import (
     trained,
     write_rows,
 )
-from glue_sample import foreign_model, pretrain_tiny
-from safetensors.torch import load_file
-
+from helpers.runs import TEXT, run_neobert
 from neobert.checkpoints.initial_weights import InitialWeights
 from neobert.config.schema import Config
 from neobert.data.pairs.columns import PAIR_SETS, find_roles

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from contrastive_sample import made_pairs, made_scores, run_contrastive, three_sources, write_rows
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.pairs import made_pairs, made_scores, run_contrastive, three_sources, write_rows
 from neobert.model.contrastive_loss import alignment, uniformity
 from neobert.model.embedding import ContrastiveLoss, ContrastiveSettings, NeoBERTForEmbedding, group_by_length
 from neobert.model.modeling_neobert import NeoBERTConfig

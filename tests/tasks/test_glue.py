@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
-from glue_sample import RANDOM, foreign_model, load_glue, pretrain_tiny, run_glue, write_hub_cache, write_local
 from safetensors.torch import load_file
 
+from helpers.glue import RANDOM, foreign_model, load_glue, pretrain_tiny, run_glue, write_hub_cache, write_local
+from helpers.runs import SHARED
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.data.labelled.loader import EpochLoader, LabelCollator, Rows

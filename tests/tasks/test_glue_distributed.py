@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from glue_sample import GLUE_TINY, RANDOM, foreign_model, made_rows, run_glue, write_local
 from safetensors.torch import load_file
 
+from helpers.glue import GLUE_TINY, RANDOM, foreign_model, made_rows, run_glue, write_local
 from neobert.data.labelled.tasks import TASKS
 from neobert.tasks.glue import suite as glue_suite
 from neobert.training.metrics import read_metrics

@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_neobert
-from glue_sample import GLUE_TINY, RANDOM, pretrain_tiny, run_glue, write_local
 from safetensors.torch import load_file
 
+from helpers.glue import GLUE_TINY, RANDOM, pretrain_tiny, run_glue, write_local
+from helpers.runs import ROOT, run_neobert
 from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
 from neobert.data.labelled.loader import in_order
 from neobert.errors import UserError

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from export_sample import tiny_model, write_checkpoint
-from glue_sample import foreign_model
+
+from helpers.checkpoints import tiny_model, write_checkpoint
+from helpers.glue import foreign_model
+from helpers.runs import ROOT
 
 pytest.importorskip("mteb")
 

@@ -10,9 +10,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
-from test_distributed import HALF, MUON, STEPS, TWO, differences, resume, run
 
+from helpers.ranks import HALF, MUON, STEPS, TWO, differences, resume, run
+from helpers.runs import ROOT
 from neobert.checkpoints.format import find_checkpoint, verify_checkpoint
 from neobert.config.deepspeed import read_zero
 from neobert.config.load import load_config

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY
 from safetensors.torch import load_file
 from torch import nn
-from uneven_sample import run_noting, write_uneven
 
+from helpers.runs import TINY
+from helpers.uneven import run_noting, write_uneven
 from neobert.checkpoints.format import list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import DataError

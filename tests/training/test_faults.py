@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 
+from helpers.runs import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.data.tokenizer import load_tokenizer

@@ -12,10 +12,10 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, run_neobert
-from contrastive_sample import CONTRASTIVE_TINY, made_pairs, write_rows
-from uneven_sample import UNEVEN, run_noting, write_uneven
 
+from helpers.pairs import CONTRASTIVE_TINY, made_pairs, write_rows
+from helpers.runs import ROOT, TEXT, TINY, run_neobert
+from helpers.uneven import UNEVEN, run_noting, write_uneven
 from neobert.checkpoints.format import find_checkpoint, list_steps, load_weights, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.data.mlm.readers import Rank

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import TINY
 from transformers import ModernBertConfig, ModernBertModel
 
+from helpers.runs import TINY
 from neobert.config.load import load_config
 from neobert.errors import ConfigError
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification

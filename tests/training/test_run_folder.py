@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, run_neobert
 from safetensors.torch import load_file
-from test_training import content
 
+from helpers.checkpoints import content
+from helpers.runs import ROOT, TINY, run_neobert
 from neobert.checkpoints.format import ALONE, find_checkpoint, list_steps, save_checkpoint, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError

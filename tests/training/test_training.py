@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TOKENIZER
-from test_model import VOCABULARY, build
 
+from helpers.checkpoints import content
+from helpers.models import VOCABULARY, build
+from helpers.runs import TOKENIZER
 from neobert.checkpoints import format as checkpoint
 from neobert.checkpoints.format import (
     ALONE,
-    Content,
     find_checkpoint,
     list_steps,
     load_weights,
@@ -103,19 +103,6 @@ def test_a_bad_loss_stops_before_the_update():
 
 
 # --- checkpoints -----------
-
-
-def content(step, size=100):
-    return Content(
-        step=step,
-        weights={"w": torch.arange(size).float() + step},
-        model_config={"model_type": "x"},
-        save_beside=lambda path: (path / "tokenizer.json").write_text("{}"),
-        config_yaml="task: pretraining\n",
-        optimizer={"w/exp_avg": torch.ones(size)},
-        data=({"reader": {}}, {"buffer.ids": torch.zeros(3).numpy()}),
-        state={"num_tokens": 7},
-    )
 
 
 def test_a_checkpoint_is_verified(tmp_path):
