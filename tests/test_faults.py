@@ -92,7 +92,8 @@ def test_a_signal_to_all_processes_of_a_run(phase, tmp_path):
 
 def test_a_second_signal_ends_the_run_at_once():
     """Only when it is one more, not the same one from a launcher as well."""
-    code = "import os, signal, time; from neobert.training import signals as stopping; from neobert.training.loop import Interrupt\n"
+    code = "import os, signal, time; from neobert.training import signals as stopping\n"
+    code += "from neobert.training.loop import Interrupt\n"
     code += "interrupt = Interrupt(); interrupt.start(); stopping.ONE_STOP_SECONDS = 0.2\n"
     code += "with stopping.stop_signals(interrupt):\n"
     code += "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print('noted', flush=True); time.sleep(0.3)\n"
