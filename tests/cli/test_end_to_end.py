@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from helpers.runs import ROOT, TEXT, TINY, TOKENIZER, run_neobert
+from helpers.commands import run_neobert, start_neobert
+from helpers.runs import TEXT, TINY, TOKENIZER
 from neobert.checkpoints.format import checksum, find_checkpoint, list_steps, write_json
 from neobert.config.load import load_config
 from neobert.tasks.pretraining import task as pretraining
@@ -35,7 +36,8 @@ def run(tmp_path_factory):
         "datacollator.pack_sequences=true",
         "trainer.log_train_accuracy=true",
     ]
-    result = run_neobert("pretrain", folder / "config.yaml", *TINY, *extra, f"trainer.output_dir={folder / 'out'}")
+    words = [*TINY, *extra, f"trainer.output_dir={folder / 'out'}"]
+    result = run_neobert("pretrain", folder / "config.yaml", *words, real=True)
     assert result.returncode == 0, result.stderr
     return folder / "out", result
 
@@ -157,9 +159,7 @@ def test_killed_and_resumed_equals_uninterrupted(variant, tmp_path, empty_config
     words = [*TINY, *VARIANTS[variant], f"trainer.max_steps={steps}", "trainer.save_steps=5", "trainer.eval_steps=1000"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run_neobert("run", empty_config, *words, f"trainer.output_dir={whole}").returncode == 0
-    command = [sys.executable, "-m", "neobert", "run", str(empty_config), *words, f"trainer.output_dir={broken}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    process = start_neobert("run", empty_config, *words, f"trainer.output_dir={broken}", discard=True)
     while not list_steps(broken / "checkpoints") and process.poll() is None:
         time.sleep(0.002)
     process.kill()
@@ -191,10 +191,8 @@ def test_the_seed_decides_everything(tmp_path, empty_config):
 
 
 def test_a_signal_saves_and_says_so(tmp_path, empty_config):
-    command = [sys.executable, "-u", "-m", "neobert", "run", str(empty_config), *TINY, "trainer.max_steps=100000"]
-    process = subprocess.Popen(
-        [*command, f"trainer.output_dir={tmp_path}"], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    words = [*TINY, "trainer.max_steps=100000", f"trainer.output_dir={tmp_path}"]
+    process = start_neobert("run", empty_config, *words, unbuffered=True)
     for line in process.stdout:
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
@@ -315,10 +313,9 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, empty_config):
 
 
 def test_a_full_disk_while_saving(tmp_path, empty_config):
-    """The last good checkpoint stays; one line, exit code 2. The disk is a file-size limit of the shell."""
-    words = " ".join(f"'{word}'" for word in [*TINY, f"trainer.output_dir={tmp_path / 'out'}", "trainer.save_steps=3"])
-    command = f"trap '' XFSZ; ulimit -f 300; exec {sys.executable} -m neobert run {empty_config} {words}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    """The last good checkpoint stays; one line, exit code 2. The disk is a limit of the size of files."""
+    words = [*TINY, f"trainer.output_dir={tmp_path / 'out'}", "trainer.save_steps=3"]
+    result = run_neobert("run", empty_config, *words, max_file_bytes=300 << 10)
     assert result.returncode == 2, result.stderr
     assert re.fullmatch(r"error: .*cannot save step 3: .*no checkpoint was written before\n", result.stderr)
     assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == []

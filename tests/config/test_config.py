@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from helpers.runs import CONFIGS, TEXT, TOKENIZER, run_neobert
+from helpers.commands import run_neobert
+from helpers.runs import CONFIGS, TEXT, TOKENIZER
 from neobert.config.load import dump_config, load_config, parse_overrides
 from neobert.config.ready import find_missing
 from neobert.config.reference import known_keys

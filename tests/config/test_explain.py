@@ -8,7 +8,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.runs import CONFIGS, ROOT, TEXT, TOKENIZER, run_neobert
+from helpers.commands import run_neobert
+from helpers.runs import CONFIGS, ROOT, TEXT, TOKENIZER
 from neobert.config.explain import STARTERS, diff_configs, explain_key, reference_page, show_config, starter_file
 from neobert.config.legacy import LEGACY
 from neobert.config.load import load_config

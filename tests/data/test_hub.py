@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.runs import hub_cache, run_neobert
+from helpers.commands import run_neobert
+from helpers.runs import hub_cache
 from neobert.config.load import load_config
 from neobert.data.files.documents import Files, read_text, stream
 from neobert.data.files.hub import KNOWN, find_hub_splits

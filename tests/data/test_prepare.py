@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
+from helpers.commands import run_neobert, start_neobert
 from helpers.corpora import files_at, write
-from helpers.runs import ROOT, TEXT, TINY, TOKENIZER, run_neobert
+from helpers.runs import TEXT, TINY, TOKENIZER
 from neobert.data.files import tokenize_corpus as prepare
 from neobert.data.files.token_store import Manifest, TokenStore, verify_store, write_json, write_shard
 from neobert.data.files.tokenize_corpus import plan_shards, tokenize_files
@@ -129,8 +128,7 @@ def test_killed_and_started_again(tmp_path, tokenizer):
     for number in range(8):
         (tmp_path / f"data/{number}.txt").write_text((TEXT / "train.txt").read_text())
     words = tokenize_command(tmp_path / "data", tmp_path / "out", "--num-proc", "2")
-    command = [sys.executable, "-m", "neobert", *map(str, words)]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = start_neobert(*words, discard=True)
     while not list(tmp_path.glob("out/shard-*.json")) and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
@@ -154,9 +152,7 @@ def write_config(path, tmp_path):
 
 
 def test_a_full_disk_while_tokenising(tmp_path):
-    words = " ".join(f"'{word}'" for word in tokenize_command(TEXT, tmp_path / "out"))
-    command = f"trap '' XFSZ; ulimit -f 100; exec {sys.executable} -m neobert {words}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    result = run_neobert(*tokenize_command(TEXT, tmp_path / "out"), max_file_bytes=100 << 10)
     reason = "cannot write the tokenised corpus: File too large; run it again, it goes on"
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path / 'out'}: {reason}\n"

@@ -18,8 +18,9 @@ import pytest
 from datasets import Dataset
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
+from helpers.commands import run_neobert
 from helpers.corpora import files_at
-from helpers.runs import TINY, run_neobert
+from helpers.runs import TINY
 from neobert.config.load import load_config
 from neobert.data.files import tokenize_corpus as prepare
 from neobert.data.files.corpus import open_corpus

@@ -1,10 +1,8 @@
 """Exports: every tool loads them and computes what the trained model computes; whole or not at all."""
 
 import json
-import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 
@@ -20,8 +18,8 @@ from transformers import (
 )
 
 from helpers.checkpoints import LENGTHS, OWN_CODE, largest_difference, padded_rows, tiny_model, write_checkpoint
+from helpers.commands import run_neobert, start_neobert
 from helpers.models import VARIANTS
-from helpers.runs import ROOT, run_neobert
 from neobert.checkpoints.convert import convert
 from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
@@ -214,8 +212,7 @@ def test_killed_and_started_again(tmp_path):
     """
     run = write_checkpoint(tmp_path / "run", tiny_model())
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "neobert", "export", str(run), str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start_neobert("export", run, out, discard=True)
     theirs = [tmp_path / name for name in ("out.tmp", "out.old.tmp")]
     for folder in theirs:
         folder.mkdir()

@@ -1,7 +1,6 @@
 """Exports of models on an encoder of transformers' making: whole, as that architecture's own class, or refused in one line."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -22,9 +21,10 @@ from transformers import (
 )
 
 from helpers.checkpoints import tiny_model, write_checkpoint
+from helpers.commands import run_neobert, run_script
 from helpers.glue import foreign_model, run_glue, write_local
 from helpers.pairs import CONTRASTIVE_TINY, made_pairs, write_rows
-from helpers.runs import TOKENIZER, run_neobert
+from helpers.runs import TOKENIZER
 from neobert.checkpoints.convert import convert
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, UserError
@@ -123,8 +123,8 @@ def run_card(folder):
     code = (folder / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "AutoModelForMaskedLM" not in code
     code += f"\nimport numpy; numpy.save({str(folder / 'card.npy')!r}, embeddings)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (folder / "card.py").write_text(code)
+    run_script(folder / "card.py", folder)
     return np.load(folder / "card.npy")
 
 

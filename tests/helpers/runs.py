@@ -1,7 +1,5 @@
 """Paths, the configuration that tests share, and ways to run the command."""
 
-import os
-import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -41,18 +39,6 @@ TINY = [
     "optimizer.lr=1e-3",
     "scheduler.warmup_steps=2",
 ]
-
-
-def run_neobert(*arguments, timeout=120, env=None, cwd=ROOT):
-    """Run the command in a process of its own, output to pipes."""
-    return subprocess.run(
-        [sys.executable, "-m", "neobert", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        cwd=cwd,
-    )
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from helpers.commands import run_neobert
 from helpers.glue import foreign_model
-from helpers.runs import TOKENIZER, run_neobert
+from helpers.runs import TOKENIZER
 
 pytest.importorskip("sentence_transformers")
 

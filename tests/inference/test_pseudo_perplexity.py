@@ -9,7 +9,8 @@ import torch
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from helpers.checkpoints import OWN_CODE, tiny_model, write_checkpoint
-from helpers.runs import TEXT, run_neobert
+from helpers.commands import run_neobert
+from helpers.runs import TEXT
 from neobert.checkpoints.layouts import eurobert_config, is_eurobert, to_eurobert
 from neobert.cli import evaluate as cli_evaluate
 from neobert.data.files.documents import SkippedRows

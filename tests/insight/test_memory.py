@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from helpers.commands import spawn
 from neobert.insight.memory import Step, memory_per_process
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.training.runtime import Runtime
@@ -85,7 +86,7 @@ def worker(_, path):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "bytes"
-    torch.multiprocessing.spawn(worker, (path,))
+    spawn(worker, (path,), 1)
     return torch.load(path)
 
 

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.commands import spawn
 from helpers.models import LENGTHS, PAD, build, packed_batch, planted
 from neobert.checkpoints.layouts import FUSED
 from neobert.errors import UserError
@@ -132,7 +133,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
+    spawn(worker, (str(folder),), RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.commands import run_neobert
 from helpers.glue import foreign_model, pretrain_tiny
 from helpers.pairs import (
     CONTRASTIVE_TINY,
@@ -21,7 +22,7 @@ from helpers.pairs import (
     trained,
     write_rows,
 )
-from helpers.runs import TEXT, run_neobert
+from helpers.runs import TEXT
 from neobert.checkpoints.initial_weights import InitialWeights
 from neobert.config.schema import Config
 from neobert.data.pairs.columns import PAIR_SETS, find_roles

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.commands import spawn
 from helpers.pairs import made_pairs, made_scores, run_contrastive, three_sources, write_rows
 from neobert.model.contrastive_loss import alignment, uniformity
 from neobert.model.embedding import ContrastiveLoss, ContrastiveSettings, NeoBERTForEmbedding, group_by_length
@@ -222,7 +222,7 @@ def test_two_processes_equal_one_with_all_texts(tmp_path):
     three_sources(tmp_path / "data")
     write_rows(tmp_path / "scores.jsonl", made_scores(31))
     write_rows(tmp_path / "held.jsonl", made_pairs(12))
-    mp.spawn(worker, (tmp_path,), nprocs=2)
+    spawn(worker, (tmp_path,), 2)
     compare_gradients(tmp_path)
     run_contrastive(*run_words(tmp_path))
     shutil.copytree(tmp_path / "ddp/checkpoints/3", tmp_path / "one/checkpoints/3")

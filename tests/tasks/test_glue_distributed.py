@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from helpers.commands import spawn
 from helpers.glue import GLUE_TINY, RANDOM, foreign_model, made_rows, run_glue, write_local
 from neobert.data.labelled.tasks import TASKS
 from neobert.tasks.glue import suite as glue_suite
@@ -73,7 +74,7 @@ def root(tmp_path_factory):
         run(root, name, *words)
     run(root, "bert", *foreign(root))
     assert suite(root, "suite") == 0
-    torch.multiprocessing.spawn(worker, (root,), nprocs=2)
+    spawn(worker, (root,), 2)
     return root
 
 

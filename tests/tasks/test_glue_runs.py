@@ -4,15 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from safetensors.torch import load_file
 
+from helpers.commands import run_neobert, start_neobert
 from helpers.glue import GLUE_TINY, RANDOM, pretrain_tiny, run_glue, write_local
-from helpers.runs import ROOT, run_neobert
 from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
 from neobert.data.labelled.loader import in_order
 from neobert.errors import UserError
@@ -131,10 +129,7 @@ def test_a_killed_suite_finishes_with_the_same_table(pretrained, local, tmp_path
     words += ["trainer.num_train_epochs=12", "trainer.save_steps=5"]
     assert suite(["mrpc", "rte"], 2, *words, f"trainer.output_dir={tmp_path / 'whole'}") == 0
     out = f"trainer.output_dir={tmp_path / 'killed'}"
-    command = [sys.executable, "-m", "neobert", "glue", config, "--tasks", "rte,mrpc", "--seeds", "2", *words, out]
-    process = subprocess.Popen(
-        [str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = start_neobert("glue", config, "--tasks", "rte,mrpc", "--seeds", "2", *words, out, discard=True)
     second = tmp_path / "killed/mrpc/seed-1/checkpoints"
     while process.poll() is None and not (second.is_dir() and list_steps(second)):
         time.sleep(0.02)

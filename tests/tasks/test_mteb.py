@@ -1,19 +1,16 @@
 """MTEB: the library's own code on tasks of our own, offline; stopped and started again."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.checkpoints import tiny_model, write_checkpoint
+from helpers.commands import start_neobert
 from helpers.glue import foreign_model
-from helpers.runs import ROOT
 
 pytest.importorskip("mteb")
 
@@ -225,10 +222,7 @@ def test_killed_and_started_again(tasks, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(
         f"task: mteb\nmteb_local_tasks: {tasks}\ntrainer: {{output_dir: {run}}}\npretrained_checkpoint: '7'\n"
     )
-    command = [sys.executable, "-u", "-m", "neobert", "mteb", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = start_neobert("mteb", tmp_path / "config.yaml", unbuffered=True)
     done = []
     for line in process.stdout:
         if line.startswith("["):

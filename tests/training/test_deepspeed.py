@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.commands import spawn
 from helpers.ranks import HALF, MUON, STEPS, TWO, differences, resume, run
 from helpers.runs import ROOT
 from neobert.checkpoints.format import find_checkpoint, verify_checkpoint
@@ -63,7 +64,7 @@ def root(tmp_path_factory):
     alone = "trainer.gradient_accumulation_steps=2"
     run(root / "one", alone)
     run(root / "one muon", alone, *MUON)
-    torch.multiprocessing.spawn(worker, (root,), nprocs=2)
+    spawn(worker, (root,), 2)
     return root
 
 

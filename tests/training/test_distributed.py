@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
+from helpers.commands import spawn, start_neobert
 from helpers.ranks import MUON, NGPT, STEPS, TWO, differences, resume, run
 from helpers.runs import ROOT, TINY
 from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
@@ -67,7 +67,7 @@ def root(tmp_path_factory):
     alone = "trainer.gradient_accumulation_steps=2"
     for name, words in {"one": [], "one muon": MUON, "one ngpt": NGPT}.items():
         run(root / name, alone, *words)
-    torch.multiprocessing.spawn(worker, (root,), nprocs=2)
+    spawn(worker, (root,), 2)
     for source in ("ddp", "fsdp2", "fsdp2 muon"):
         words = [alone, "dataset.lanes=null", *(MUON if "muon" in source else [])]
         resume(root, f"{source} to one", source, *words)
@@ -140,19 +140,16 @@ def test_a_missing_file_of_a_rank_is_named(root, tmp_path, missing):
 
 
 def start(folder, *words):
-    command = [sys.executable, "-u", "-m", "neobert", "run", str(folder / "config.yaml"), *TINY, *words, "--nproc", "2"]
     (folder / "config.yaml").write_text("task: pretraining\n")
-    return subprocess.Popen(
-        [*command, f"trainer.output_dir={folder / 'out'}", "trainer.max_steps=100000", "trainer.save_steps=2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    words = [*TINY, *words, f"trainer.output_dir={folder / 'out'}", "trainer.max_steps=100000", "trainer.save_steps=2"]
+    return start_neobert("run", folder / "config.yaml", *words, "--nproc", "2", unbuffered=True)
 
 
 def until_step(process, step):
     for line in process.stdout:
         if line.startswith(f"step {step}/"):
             return
-    pytest.fail(process.stderr.read())
+    pytest.fail(process.errors())
 
 
 def test_a_process_that_is_killed_ends_all(tmp_path):

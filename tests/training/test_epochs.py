@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
+from helpers.commands import spawn
 from helpers.runs import TINY
 from helpers.uneven import run_noting, write_uneven
 from neobert.checkpoints.format import list_steps, verify_checkpoint
@@ -119,7 +120,7 @@ def root(tmp_path_factory):
     text = write_uneven(root / "text")
     _, noted = run_noting(text, f"trainer.output_dir={root / 'one'}", *STEPS, "trainer.gradient_accumulation_steps=2")
     one = list(chain(*noted[: 2 * HALF]))
-    torch.multiprocessing.spawn(worker, (root,), nprocs=2)
+    spawn(worker, (root,), 2)
     shutil.copytree(root / f"two/checkpoints/{HALF}", root / f"two to one/checkpoints/{HALF}")
     words = ["trainer.resume_from_checkpoint=latest", *STEPS[:1]]
     run, noted = run_noting(text, f"trainer.output_dir={root / 'two to one'}", *words)

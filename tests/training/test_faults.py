@@ -3,6 +3,7 @@ safety: nothing is executed that came with data, names stay names, secrets of th
 """
 
 import contextlib
+import datetime
 import functools
 import json
 import os
@@ -16,13 +17,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from helpers.runs import ROOT, TEXT, TINY, TOKENIZER, run_neobert
+from helpers.commands import run_neobert, start_function, start_neobert
+from helpers.runs import ROOT, TEXT, TINY, TOKENIZER
 from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError, ConfigError, DataError
 from neobert.tasks.pretraining import task as pretraining
+from neobert.training import signals
 from neobert.training.loop import Interrupt
 from neobert.training.signals import stop_signals
 
@@ -41,16 +45,13 @@ def trained(tmp_path_factory):
 
 def start(folder, *words, **environment):
     (folder / "config.yaml").write_text("task: pretraining\n")
-    command = [sys.executable, "-u", "-m", "neobert", "run", str(folder / "config.yaml"), *TINY, *words]
-    return subprocess.Popen(
-        [*command, f"trainer.output_dir={folder / 'out'}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True,
-    )  # fmt: skip
+    words = [*TINY, *words, f"trainer.output_dir={folder / 'out'}"]
+    return start_neobert("run", folder / "config.yaml", *words, env=environment, unbuffered=True)
 
 
 def wait_for(process, condition):
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.errors()
         time.sleep(0.002)
 
 
@@ -90,27 +91,36 @@ def test_a_signal_to_all_processes_of_a_run(phase, tmp_path):
         assert "nothing had to be saved" in output
 
 
+def take_signals():
+    interrupt = Interrupt()
+    interrupt.start()
+    signals.ONE_STOP_SECONDS = 0.2
+    with stop_signals(interrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("noted", flush=True)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+
 def test_a_second_signal_ends_the_run_at_once():
     """Only when it is one more, not the same one from a launcher as well."""
-    code = "import os, signal, time; from neobert.training import signals as stopping\n"
-    code += "from neobert.training.loop import Interrupt\n"
-    code += "interrupt = Interrupt(); interrupt.start(); stopping.ONE_STOP_SECONDS = 0.2\n"
-    code += "with stopping.stop_signals(interrupt):\n"
-    code += "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print('noted', flush=True); time.sleep(0.3)\n"
-    code += "    os.kill(os.getpid(), 15); time.sleep(60)\n"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
+    process = start_function(take_signals)
+    assert process.communicate(timeout=120)[0] == "noted\n"
+    assert process.returncode == -signal.SIGTERM
+
+
+def wait_for_others():
+    with stop_signals(Interrupt()):
+        print("waiting", flush=True)
+        dist.TCPStore("localhost", 0, 2, True, datetime.timedelta(seconds=100), wait_for_workers=True)
 
 
 def test_a_signal_ends_a_process_that_waits_for_others_outside_of_python():
     """As at the start of a run on several processes, when one of them has died before it connected."""
-    code = "import datetime, torch.distributed as dist; from neobert.training import signals as stopping\n"
-    code += "from neobert.training.loop import Interrupt\n"
-    code += "with stopping.stop_signals(Interrupt()):\n"
-    code += "    print('waiting', flush=True)\n"
-    code += "    dist.TCPStore('localhost', 0, 2, True, datetime.timedelta(seconds=100), wait_for_workers=True)\n"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"waiting\n"
+    process = start_function(wait_for_others)
+    assert process.stdout.readline() == "waiting\n"
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
@@ -302,7 +312,7 @@ SECRETS = {
 def test_secrets_of_the_environment_stay_there(tmp_path):
     words = [*TINY, f"trainer.output_dir={tmp_path / 'out'}", "debug=true"]
     (tmp_path / "config.yaml").write_text("task: pretraining\n")
-    good = run_neobert("run", tmp_path / "config.yaml", *words, env=SECRETS)
+    good = run_neobert("run", tmp_path / "config.yaml", *words, env=SECRETS, real=True)
     bad = run_neobert("run", tmp_path / "config.yaml", *words, "trainer.stpes=3", env=SECRETS)
     assert (good.returncode, bad.returncode) == (0, 2), good.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

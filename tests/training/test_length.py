@@ -5,16 +5,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from itertools import chain, pairwise
 
 import pytest
 import torch
 
+from helpers.commands import run_neobert, start_neobert
 from helpers.pairs import CONTRASTIVE_TINY, made_pairs, write_rows
-from helpers.runs import ROOT, TEXT, TINY, run_neobert
+from helpers.runs import TEXT, TINY
 from helpers.uneven import UNEVEN, run_noting, write_uneven
 from neobert.checkpoints.format import find_checkpoint, list_steps, load_weights, verify_checkpoint
 from neobert.config.load import load_config
@@ -73,8 +72,7 @@ def test_killed_in_an_epoch_and_resumed_with_other_steps(epochs, tmp_path):
     _, text, noted = epochs
     (tmp_path / "config.yaml").write_text("task: pretraining\n")
     words = [*UNEVEN, text, *EPOCH, f"trainer.output_dir={tmp_path / 'out'}", "trainer.save_steps=3"]
-    command = [sys.executable, "-u", "-m", "neobert", "run", str(tmp_path / "config.yaml"), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    process = start_neobert("run", tmp_path / "config.yaml", *words, unbuffered=True)
     for line in process.stdout:
         if line.startswith("step 8/"):
             process.kill()

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -12,10 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers.checkpoints import content
-from helpers.runs import ROOT, TINY, run_neobert
+from helpers.commands import run_neobert, start_function, start_neobert
+from helpers.runs import TINY
 from neobert.checkpoints.format import ALONE, find_checkpoint, list_steps, save_checkpoint, verify_checkpoint
 from neobert.config.load import load_config
-from neobert.errors import CheckpointError, ConfigError
+from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.tasks.contrastive import task as contrastive
 from neobert.tasks.glue import task as glue
 from neobert.tasks.pretraining import task as pretraining
@@ -24,28 +24,19 @@ from neobert.training.folder_lock import LOCK, SILENT_SECONDS, FolderLock
 from neobert.training.metrics import read_metrics
 from neobert.training.run_folder import plan_start
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from neobert.errors import UserError
-from neobert.training.folder_lock import FolderLock
-try:
-    lock = FolderLock(Path(sys.argv[1]))
-except UserError as error:
-    sys.exit(str(error))
-print("held", lock.note, flush=True)
-time.sleep(600)
-"""
+
+def hold(folder):
+    try:
+        lock = FolderLock(folder)
+    except UserError as error:
+        sys.exit(str(error))
+    print("held", lock.note, flush=True)
+    time.sleep(600)
 
 
 def holder(folder, count=1):
     """Processes that start at once and want a folder."""
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(count)
-    ]
+    return [start_function(hold, folder) for _ in range(count)]
 
 
 def test_one_of_many_that_start_at_once_gets_the_folder(tmp_path):
@@ -55,9 +46,7 @@ def test_one_of_many_that_start_at_once_gets_the_folder(tmp_path):
         all_of_them = holder(tmp_path, 4)
         said = {}
         while len(said) < 3:
-            said |= {
-                one.pid: one.stderr.read() for one in all_of_them if one.pid not in said and one.poll() is not None
-            }
+            said |= {one.pid: one.errors() for one in all_of_them if one.pid not in said and one.poll() is not None}
             time.sleep(0.01)
         (winner,) = [one for one in all_of_them if one.poll() is None]
         line = winner.stdout.readline()
@@ -156,9 +145,7 @@ def test_a_second_run_is_refused_and_harms_nothing(go, tmp_path):
     words = [*TINY, "trainer.save_steps=2", "trainer.eval_steps=2", "scheduler.total_steps=12", "trainer.max_steps=12"]
     words += ["trainer.save_total_limit=1", f"trainer.output_dir={tmp_path / 'out'}"]
     (tmp_path / "c.yaml").write_text("task: pretraining\n")
-    command = [sys.executable, "-m", "neobert", "run", tmp_path / "c.yaml", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+    first = start_neobert("run", tmp_path / "c.yaml", *words, discard=True)
     while first.poll() is None and not ((tmp_path / "out" / LOCK).exists() and (tmp_path / "out" / LOCK).read_text()):
         time.sleep(0.01)
     with pytest.raises(ConfigError, match=rf"\(process {first.pid} on "):

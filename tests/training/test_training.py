@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.checkpoints import content
+from helpers.commands import spawn
 from helpers.models import VOCABULARY, build
 from helpers.runs import TOKENIZER
 from neobert.checkpoints import format as checkpoint
@@ -251,7 +252,7 @@ def save_with_failures(rank, folder):
 def test_every_write_of_a_save_may_fail(tmp_path):
     """On two processes, down to the last pointer and the tokenizer: what was there is whole, what is new is whole or absent,
     and both say the same."""
-    torch.multiprocessing.spawn(save_with_failures, (tmp_path,), nprocs=2)
+    spawn(save_with_failures, (tmp_path,), 2)
 
 
 def test_a_save_in_the_background_fails_where_the_loop_looks(tmp_path):
