@@ -8,6 +8,7 @@ number is the first argument; each has a JSON text and four file descriptors: st
 the child's process id and, when it ends, its exit status. The server ends with the process that started it.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -22,6 +23,8 @@ import selectors
 import signal
 import socket
 import sys
+import threading
+import traceback
 
 PRELOADED = (
     "neobert.cli.main",
@@ -32,7 +35,14 @@ PRELOADED = (
     "neobert.export.write",
     "neobert.insight.report",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.tokenization_bert",
     "transformers.models.eurobert.modeling_eurobert",
+    "torch.nn.attention.varlen",
+    "torch.utils.flop_counter",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "pyarrow.parquet",
     "pytest",
 )
 QUIET = {
@@ -113,6 +123,28 @@ def perform(request):
         function(*pickle.loads(bytes.fromhex(arguments)))
 
 
+def end(function, argument):
+    """Call a function and end as the interpreter does after it, but for freeing every object: that takes 0.3 s."""
+    try:
+        code = 0
+        function(argument)
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        if stopped.code is not None and not isinstance(stopped.code, int):
+            print(stopped.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001, as the interpreter prints it
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # waits for other threads
+    atexit._run_exitfuncs()
+    for file in (sys.stdout, sys.stderr):
+        if not file.closed:
+            file.flush()
+    os._exit(code % 256)
+
+
 def main():
     control = socket.socket(fileno=int(sys.argv[1]))
     os.environ.update(QUIET)
@@ -128,7 +160,7 @@ def main():
     if child is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         become(*child)
-        perform(child[0])
+        end(perform, child[0])
 
 
 if __name__ == "__main__":
