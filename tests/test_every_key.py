@@ -497,7 +497,7 @@ ROWS = {
     "dataset.bad_rows": refuses_bad_rows,
     "dataset.mixture": mixes,
     "dataset.mixture_exhausted": mixture_ends,
-    "dataset.lanes": losses("dataset.lanes=2"),
+    "dataset.num_shards": losses("dataset.num_shards=2"),
     "datacollator.mlm_probability_final": losses("datacollator.mlm_probability_final=0.6"),
     "dataset.long_documents": losses("dataset.long_documents=truncate", "tokenizer.max_length=9"),
     "datacollator.mlm_probability": losses("datacollator.mlm_probability=0.4"),

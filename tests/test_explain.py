@@ -31,6 +31,7 @@ EXAMPLES = {
     "dataset.tokenizer_name": ("t", "t"),
     "dataset.column": ("c", "c"),
     "dataset.path_to_disk": ("p", "p"),
+    "dataset.lanes": (2, 2),
     "tokenizer.tokenizer_name_or_path": ("t", "t"),
     "optimizer.hparams.lr": (0.25, 0.25),
     "model.flash_attention": (True, "flash_attn_varlen"),

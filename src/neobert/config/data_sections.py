@@ -201,7 +201,7 @@ class DatasetConfig(Section):
         "reference.",
         "the source of text; length of the run",
     )
-    lanes: int | None = key(
+    num_shards: int | None = key(
         None,
         "Equal parts that the corpus is dealt to, document by document; a resumed run may use any number of processes "
         "that divides it (default: the number of processes). Beyond the reference.",

@@ -51,6 +51,7 @@ LEGACY = (
     Legacy("dataset.tokenizer_name", "tokenizer.name"),
     Legacy("dataset.column", "dataset.text_column"),
     Legacy("dataset.path_to_disk", "dataset.path"),
+    Legacy("dataset.lanes", "dataset.num_shards"),
     Legacy("tokenizer.tokenizer_name_or_path", "tokenizer.name"),
     Legacy("optimizer.hparams.*", "optimizer.*"),
     Legacy("model.flash_attention", "model.attn_backend", FLASH),

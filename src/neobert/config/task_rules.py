@@ -20,7 +20,7 @@ INERT = {
         "dataset.eval_split", "dataset.validation_split", "dataset.pre_tokenize", "dataset.mixture", "tokenizer.max_length",
     ),
     "contrastive": (
-        *MASKS, "dataset.shuffle_buffer_size", "dataset.pre_tokenize", "dataset.mixture_exhausted", "dataset.lanes",
+        *MASKS, "dataset.shuffle_buffer_size", "dataset.pre_tokenize", "dataset.mixture_exhausted", "dataset.num_shards",
         "dataset.long_documents",
     ),
     "mteb": (),
