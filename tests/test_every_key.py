@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from neobert.checkpoints.format import find_checkpoint
 from neobert.config.load import load_config
-from neobert.config.reference import known_keys, value_of
+from neobert.config.schema import known_keys
 from neobert.data.mlm.readers import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
@@ -330,7 +330,7 @@ def padded_to_the_longest(train, small):
 
 def acts_as(key, value, *words):
     """The key that a word acts as has this value."""
-    return lambda train, small: value_of(load_config([], [*small, *words]).config, key) == value
+    return lambda train, small: load_config([], [*small, *words]).config.value_of(key) == value
 
 
 def evaluates_fewer_rows(train, small):

@@ -253,7 +253,7 @@ def config_keys(
     Example:
       neobert config keys | grep warmup
     """
-    from neobert.config.reference import known_keys
+    from neobert.config.schema import known_keys
 
     keys = known_keys().values()
     if as_json:

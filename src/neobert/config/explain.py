@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from neobert.config.field import TASKS, KeyInfo
 from neobert.config.legacy import LEGACY, nearest_key
-from neobert.config.reference import KeyInfo, known_keys, value_of
 from neobert.config.rules import RULES
-from neobert.config.schema import Config
+from neobert.config.schema import Config, known_keys
 from neobert.errors import ConfigError, Problem
 
 FILL_IN: Any = object()
@@ -52,12 +52,14 @@ def explain_key(dotted: str) -> str:
     if info.bounds:
         lines.append(f"  bounds    {info.bounds}")
     lines.append(f"  changes   {info.effect}")
+    if info.tasks != TASKS:
+        lines.append(f"  tasks     {', '.join(info.tasks)}")
     older = [rule.old for rule in LEGACY if rule.new == dotted]
     if older:
         lines.append(f"  older     {', '.join(older)}")
     for rule in RULES:
-        if dotted in rule.keys:
-            others = ", ".join(key for key in rule.keys if key != dotted)
+        if dotted in rule.all_keys:
+            others = ", ".join(key for key in rule.all_keys if key != dotted)
             lines.append(f"  {rule.kind.lower():<9} {rule.description}" + (f" (with {others})" if others else ""))
     return "\n".join(lines)
 
@@ -95,7 +97,7 @@ def diff_configs(a: Config, b: Config) -> list[str]:
 def _value_or_none(config: Config, dotted: str) -> Any:
     if dotted.startswith("optimizer.muon_config.") and config.optimizer.muon_config is None:
         return None
-    return value_of(config, dotted)
+    return config.value_of(dotted)
 
 
 def starter_file(task: str) -> str:
@@ -140,7 +142,7 @@ def reference_page() -> str:
     lines = [
         "# Configuration reference", "",
         "Generated from the schema by `make docs`; do not edit. One key: `neobert config explain KEY`.", "",
-        "Values come from, lowest first: the defaults below, the YAML files from left to right, the words behind them on the",
+        "Values come from, lowest first: the defaults below, the YAML files from left to right, the overrides on the",
         "command line. Unknown keys and wrong types are errors. `neobert config check FILE` reports all of them at once.", "",
     ]  # fmt: skip
     for title, wanted in SECTIONS.items():
@@ -151,7 +153,9 @@ def reference_page() -> str:
         ]
         lines += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *map(_row, keys), ""]
     lines += ["## Rules between keys", "", "| type | keys | rule |", "|---|---|---|"]
-    lines += [f"| {rule.kind} | {', '.join(f'`{key}`' for key in rule.keys)} | {rule.description} |" for rule in RULES]
+    lines += [
+        f"| {rule.kind} | {', '.join(f'`{key}`' for key in rule.all_keys)} | {rule.description} |" for rule in RULES
+    ]
     lines += [
         "",
         "## Older names", "",
@@ -168,4 +172,5 @@ def _row(info: KeyInfo) -> str:
     more = (
         f" Choices: {', '.join(info.choices)}." if info.choices else f" Bounds: {info.bounds}." if info.bounds else ""
     )
-    return f"| `{info.key}` | `{kind}` | `{plain_json(info.default)}` | {info.help}{more} |"
+    tasks = f" Tasks: {', '.join(info.tasks)}." if info.tasks != TASKS else ""
+    return f"| `{info.key}` | `{kind}` | `{plain_json(info.default)}` | {info.help}{more}{tasks} |"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from neobert.config.reference import known_keys
+from neobert.config.schema import known_keys
 from neobert.errors import ConfigError, Problem
 
 Values = dict[str, Any]

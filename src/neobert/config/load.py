@@ -14,9 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from neobert.config.legacy import ON_COMMAND_LINE, apply_legacy, nearest_key, put
-from neobert.config.reference import known_keys
 from neobert.config.rules import check_rules
-from neobert.config.schema import Config
+from neobert.config.schema import Config, known_keys
 from neobert.config.yaml_file import YamlFile, parse_scalar, read_yaml
 from neobert.errors import ConfigError, Problem
 

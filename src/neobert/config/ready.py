@@ -9,7 +9,6 @@ from glob import has_magic, iglob
 from pathlib import Path
 
 from neobert.config.load import Loaded
-from neobert.config.reference import is_chosen, is_set
 from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
 from neobert.errors import ConfigError, Problem
 
@@ -67,7 +66,7 @@ def missing_tokenizer(config: Config) -> Problem | None:
     if path is not None:
         problem = f"no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`"
         return None if Path(path).is_dir() else Problem("tokenizer.path", problem)
-    return None if is_set("tokenizer.name", config) else Problem("tokenizer.path", NO_TOKENIZER)
+    return None if config.is_set("tokenizer.name") else Problem("tokenizer.path", NO_TOKENIZER)
 
 
 def _missing_text(config: Config) -> Iterator[Problem]:
@@ -75,9 +74,9 @@ def _missing_text(config: Config) -> Iterator[Problem]:
         if not entry.name:
             yield from _missing_source(f"dataset.mixture.{number}", entry.path)
     dataset = config.dataset
-    is_named = bool(dataset.name) and is_chosen("dataset.name", config)
+    is_named = bool(dataset.name) and config.is_chosen("dataset.name")
     if not dataset.path and config.task == "pretraining":  # the default dataset, unless a path is left to be filled in
-        is_named = bool(dataset.name) and (is_set("dataset.name", config) or not is_set("dataset.path", config))
+        is_named = bool(dataset.name) and (config.is_set("dataset.name") or not config.is_set("dataset.path"))
     if not dataset.mixture and not is_named:
         yield from _missing_source("dataset", dataset.path)
 
