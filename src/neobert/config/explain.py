@@ -119,9 +119,9 @@ def _alternatives(info: KeyInfo) -> str:
     return f" One of: {', '.join(info.choices)}." if info.choices else ""
 
 
-def plain_json(value: Any) -> str:
+def plain_json(value: Any, indent: int | None = None) -> str:
     """JSON of a value; sections become mappings."""
-    return json.dumps(value, default=lambda section: section.model_dump(), ensure_ascii=False)
+    return json.dumps(value, default=lambda section: section.model_dump(), ensure_ascii=False, indent=indent)
 
 
 SECTIONS = {
