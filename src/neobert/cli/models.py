@@ -108,7 +108,7 @@ def pseudo_perplexity(
     pieces, num_texts = pppl.read_pieces(files, tokenizer, (max_length or longest) - 2, limit, skips)
     total = sum(map(len, pieces))
     with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
-        result = pppl.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, lambda n: bar.update(n), runtime.autocast)
+        result = pppl.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
     print_notes(filter(None, [describe_skips(skips.counts)]))
     print(pppl.format_result(result, num_texts))
     if output is not None:
@@ -202,7 +202,7 @@ def embed(
     embedder = load_embedder(checkpoint, pooling, max_length, batch_tokens, runtime)
     text = embedder.settings.prompt(prompt)
     with tqdm(unit="text", disable=not sys.stderr.isatty(), leave=False) as bar:
-        count, width = embed_file(embedder, file, output, column, normalize, lambda n: bar.update(n), text, force)
+        count, width = embed_file(embedder, file, output, column, normalize, bar.update, text, force)
     print(f"{output}: {count:,} vectors of {width}")
 
 
