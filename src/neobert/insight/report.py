@@ -168,7 +168,7 @@ def _facts(environment: dict[str, Any]) -> str:
 
 def _changed_keys(path: Path) -> str:
     from neobert.config.legacy import ABSENT, look
-    from neobert.config.reference import known_keys
+    from neobert.config.schema import known_keys
 
     values = yaml.safe_load(path.read_text()) if path.is_file() else {}
     left_out = ("config_path", "optimizer.muon_config")

@@ -191,7 +191,7 @@ class RowSource:
         if not found and rank.world > 1:
             raise DataError(
                 f"reader {rank.index + 1} of {rank.world} of the corpus{of} is empty{why}: documents are dealt to as many "
-                "readers as there are processes (or dataset.lanes); use fewer, or add text"
+                "readers as there are processes (or dataset.num_shards); use fewer, or add text"
             )
         if not found:
             raise DataError(f"the corpus{of} is empty: no document has any text{why}")
