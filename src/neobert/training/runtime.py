@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error
+from neobert.optim.sharding import local
 from neobert.training import deepspeed as zero
 from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
 from neobert.training.machine import gpu_capability, keep_memory
@@ -297,13 +298,6 @@ PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets 
 # --- tensors that are split over processes -----------
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is in this process."""
-    if zero.is_scattered(tensor):
-        return zero.held_piece(tensor)
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
-
-
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     """Euclidean norm of all together, whole tensors or shards; every process has to ask. `all_split`: all are parts.
 
@@ -314,8 +308,8 @@ def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     split: list[Tensor] = []
     for tensor in tensors:
         is_split = all_split or isinstance(tensor, DTensor) or zero.is_scattered(tensor)
-        held = local(tensor)
-        rows = torch.linalg.vector_norm(held, dim=-1) if held.ndim > 1 else held
+        part = zero.local_piece(tensor) if zero.is_scattered(tensor) else local(tensor)
+        rows = torch.linalg.vector_norm(part, dim=-1) if part.ndim > 1 else part
         (split if is_split else whole).append(rows.double().square().sum())
     total = torch.stack(split).sum() if split else torch.zeros((), dtype=torch.float64, device=whole[0].device)
     if split:
@@ -337,52 +331,7 @@ def whole_weights(model: nn.Module) -> Tensors:
     return whole
 
 
-def load_whole(model: nn.Module, weights: Tensors) -> None:
-    """Load whole tensors; each process takes its part."""
-    own = model.state_dict()
-    model.load_state_dict({name: _part_of(weights[name], tensor) for name, tensor in own.items()})
-
-
-def _part_of(whole: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
-    """What this process has to save of optimizer state, copied to the CPU, and the first row of each part: its shards; of
-    state that all processes have, everything in the main one.
-    """
-    parts, first_rows = {}, {}
-    for path, tensor in state.items():
-        if isinstance(tensor, DTensor):
-            first_rows[path] = local_rows(tensor).start
-            parts[path] = tensor.to_local().detach().to("cpu", copy=True)
-        elif is_main:
-            parts[path] = tensor.detach().to("cpu", copy=True)
-    return parts, first_rows
-
-
 own_partition, load_partition = zero.own_partition, zero.load_partition  # of an optimizer that DeepSpeed has split
-
-
-def local_rows(tensor: Tensor) -> slice:
-    """The rows of a tensor that are in this process: equal runs, the last ones shorter or empty."""
-    num_rows = tensor.shape[0] if tensor.ndim else 0
-    if not isinstance(tensor, DTensor):
-        return slice(0, num_rows)
-    mesh = tensor.device_mesh
-    run, rank = -(-num_rows // mesh.size()), mesh.get_local_rank()
-    return slice(min(num_rows, rank * run), min(num_rows, (rank + 1) * run))
-
-
-def as_part_of(rows: Tensor, parameter: Tensor) -> Tensor:
-    """Rows that `local_rows(parameter)` names, as a tensor that is split as `parameter` is."""
-    if not isinstance(parameter, DTensor) or not rows.ndim:
-        return rows
-    local = rows.to(parameter.device)
-    mesh, where = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(local, mesh, where, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 def is_lost_peer(error: BaseException) -> bool:
