@@ -33,7 +33,7 @@ from neobert.training.loop import Interrupt, StepSettings, TrainState, Window, t
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import Runtime
 
-RUNTIME = Runtime(torch.device("cpu"), None)
+RUNTIME = Runtime(device=torch.device("cpu"))
 SETTINGS = StepSettings(seed=0, lr=lambda step: 0.01)
 
 

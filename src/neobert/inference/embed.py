@@ -43,7 +43,7 @@ class Embedder:
     hf_tokenizer: Any
     max_length: int
     settings: SentenceSettings
-    runtime: Runtime = Runtime(torch.device("cpu"), None)  # noqa: RUF009 - frozen
+    runtime: Runtime = Runtime(device=torch.device("cpu"))  # noqa: RUF009 - frozen
     batch_tokens: int | None = None
 
     @property

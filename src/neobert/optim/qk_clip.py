@@ -340,7 +340,7 @@ class QKClip:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_armed:
-            ids = kwargs.get("input_ids", args[0] if args else None)
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             kept_N, lengths = _real_documents(ids, kwargs, self.pad_id)
             self._documents = Documents(
                 kept_N, sum(lengths), group_documents(lengths, self.settings.chunk_size, ids.device)

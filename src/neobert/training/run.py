@@ -121,7 +121,9 @@ class Job:
         evaluation = None
         if self.measure is not None:
             evaluation = Evaluate(trainer, self.measure, runtime, metrics, console, stopwatch, self.interrupt)
-        saver = Saver(root, runtime.team(), trainer.save_in_background, (lambda: None) if lock is None else lock.check)
+        saver = Saver(
+            root, runtime.process_group(), trainer.save_in_background, (lambda: None) if lock is None else lock.check
+        )
         save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if opened.goes_on else -1)
         self.interrupt.failure = lambda: metrics.failure or saver.failure()
         self.state.position = self.batches.position
