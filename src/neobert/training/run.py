@@ -32,12 +32,11 @@ from neobert.training.background import Saver
 from neobert.training.hooks import Evaluate, Evaluation, Log, Save, finish_evaluation, step_hooks, weight_norm
 from neobert.training.length import Length, StepSize
 from neobert.training.loop import Interrupt, MicroBatch, StepResult, StepSettings, TrainState, train
-from neobert.training.metrics import Console, MetricsFile, Stopwatch
+from neobert.training.metrics import Console, MetricsFile, Sinks, Stopwatch, build_trackers, wandb_run_id
 from neobert.training.run_folder import OpenRun, open_run
 from neobert.training.runtime import Runtime, build_runtime, own_partition
 from neobert.training.signals import stop_signals
 from neobert.training.summary import print_end
-from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
 
 
 class Batches(Protocol):
