@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .embedding import ContrastiveLoss, ContrastiveSettings, EmbeddingOutput
 from .modeling_neobert import ClassifierLossOutput, classifier_output
-from .unpadding import Lengths, check_not_empty, host_lengths
+from .unpadding import Lengths, check_not_empty, host_lengths, pool_rows
 
 Tensors = dict[str, Tensor]
 
@@ -112,17 +112,6 @@ class HFEncoderForEmbedding(nn.Module):
 
     def normalize_matrices(self) -> None:
         """Nothing: only nGPT has matrices of length 1."""
-
-
-def pool_rows(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
-    """One vector per padded row, in float32: of its first token ("bos", "cls"), or the maximum ("max") or mean of all."""
-    hidden_BTD = hidden_BTD.float()
-    if how in ("bos", "cls"):
-        first_B = mask_BT.int().argmax(1)
-        return hidden_BTD[torch.arange(len(first_B), device=first_B.device), first_B]
-    if how == "max":
-        return hidden_BTD.masked_fill(~mask_BT[..., None], -torch.inf).amax(1)
-    return (hidden_BTD * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
 
 
 def group_by_length(lengths: Sequence[int]) -> tuple[list[int], list[list[int]]]:

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from neobert.errors import ConfigError, Problem
 from neobert.model.attention import Layout, Rotary
+from neobert.model.bucket_attention import Buckets
 from neobert.model.layers import Attention
 from neobert.model.unpadding import host_lengths
 from neobert.optim.sharding import local, part_of
 
-GRANULARITY = 32  # documents whose lengths round up to the same multiple of this go through one product
 MAPPING_KEY = "optimizer.muon_config.clipping_layers_mapping"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -101,17 +101,11 @@ def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.devic
 
     Shorter documents repeat their last token, which adds no other logit. A group has about `chunk_size` tokens at most.
     """
-    starts = list(itertools.accumulate(lengths, initial=0))
-    by_length: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        if length:
-            by_length.setdefault(-(-length // GRANULARITY) * GRANULARITY, []).append(number)
+    buckets = Buckets.of(tuple(lengths))
     groups = []
-    for length, numbers in by_length.items():
-        step = max(1, chunk_size // length)
-        for some in (numbers[first : first + step] for first in range(0, len(numbers), step)):
-            first_n1, last_n1 = (torch.tensor([starts[n + shift] - shift for n in some])[:, None] for shift in (0, 1))
-            groups.append((first_n1 + torch.arange(length)).minimum(last_n1).to(device))
+    for bucket in buckets.buckets:
+        tokens_nT = buckets.tokens_P[bucket.span].view(bucket.num_documents, bucket.length).to(device)
+        groups.extend(tokens_nT.split(max(1, chunk_size // bucket.length)))
     return groups
 
 
