@@ -5,7 +5,7 @@ width, L attention blocks.
 
 After a step, where S is the largest logit q.k / sqrt(K) of a head in the whole global batch and S exceeds the threshold tau,
 the rows of q are multiplied by (tau/S)^alpha and those of k by (tau/S)^(1 - alpha), which brings that logit to tau
-(Kimi K2, arXiv 2507.20534). Rotary positions turn q and k but keep their lengths, so this holds with them too. Where several
+(Kimi K2, arXiv 2507.20534). Rotary positions rotate q and k but keep their lengths, so this holds with them too. Where several
 query heads share a key head, k shrinks by the smallest of their factors and each q by what then remains, so that every head
 gets exactly its own factor.
 

@@ -12,7 +12,7 @@ have reached, and whether one of them could not read its data. Then all raise th
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -280,27 +280,27 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode.
 
-    Processes take batches in turn. None: broken off, since `interrupt` was wanted in some process. Raises, in all processes,
-    the UserError of one that could not read its batches.
+    Processes take batches round-robin. None: broken off, since `interrupt` was wanted in some process. Raises, in all
+    processes, the UserError of one that could not read its batches.
     """
     model.eval()
     local, is_interrupted = [0.0, 0.0, 0.0], False
-    turns = _turns(itertools.islice(batches, max_batches), runtime.world_size)
+    rest = itertools.islice(batches, max_batches)
     while True:
-        turn, error = None, None
+        some: list[MicroBatch] = []  # one for each process; at the end fewer
+        error = None
         try:
-            turn = next(turns, None)
+            some = list(itertools.islice(rest, runtime.world_size))
         except UserError as failure:
             error = failure
         stops = interrupt is not None and interrupt.wanted
-        failed, is_over, is_interrupted = map(bool, runtime.all_max(error is not None, turn is None, stops))
+        failed, is_over, is_interrupted = map(bool, runtime.all_max(error is not None, not some, stops))
         if failed:
             raise runtime.first_error(error)
         if is_over or is_interrupted:
             break
-        assert turn is not None
-        has_one = runtime.rank < len(turn)
-        batch = turn[runtime.rank if has_one else 0]  # all call the model together, or none
+        has_one = runtime.rank < len(some)
+        batch = some[runtime.rank if has_one else 0]  # all call the model together, or none
         with runtime.autocast():
             output = model(**batch.to(runtime.device).inputs(), masked_only=True, count_correct=True)
         if has_one:
@@ -313,10 +313,3 @@ def evaluate(
     if not num_targets:
         return {}
     return {"loss": total / num_targets, "accuracy": num_correct / num_targets, "num_targets": int(num_targets)}
-
-
-def _turns(batches: Iterable[MicroBatch], count: int) -> Iterator[list[MicroBatch]]:
-    """`count` batches at a time, the last time fewer."""
-    rest = iter(batches)
-    while turn := list(itertools.islice(rest, count)):
-        yield turn
