@@ -19,10 +19,9 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 def choose_engine(
     requested: str, world_size: int, wants_deepspeed: bool, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). `environment` is what the launcher set;
-    `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
+    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run.
 
-    Raises ConfigError for what cannot run.
+    `environment` is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
     """
     launched = {"fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true", "deepspeed": wants_deepspeed}
     asked = [engine for engine, is_launched in launched.items() if is_launched]
@@ -90,8 +89,7 @@ def choose_attention(
     packages: Mapping[str, str] = MappingProxyType({}),
     capability: tuple[int, int] = MIN_CAPABILITY,
 ) -> tuple[Kernel, str]:
-    """(kernel of unpadded batches; why). `packages`: those of the two that are
-    installed, each with what keeps it from being imported ("" where nothing does).
+    """(kernel of unpadded batches; why). `packages` as `machine.find_kernels` finds them.
 
     A request that cannot be honoured falls back to SDPA, which computes the same, and the reason says what would help.
     """

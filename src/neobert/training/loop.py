@@ -65,9 +65,7 @@ class StepResult:
 
 @dataclass
 class TrainState:
-    """How far a run has come, the same in all processes. All of it is saved but the last two, `position` with the data;
-    nothing else has to be.
-    """
+    """How far a run has come, the same in all processes. All but the last two is saved; `position` is, with the data."""
 
     step: int = 0
     epoch: int = 0  # that all shards of all processes have reached
@@ -150,8 +148,7 @@ def train(
     """Train until `max_steps` (None: the end of the data), or `state.stop_reason`. Hooks run after every step, in order, and
     once more when the data has ended.
 
-    Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite. `state` is then that
-    of the last whole step.
+    Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite, after the last step.
     """
     model.train()
     first_step = state.step
