@@ -93,36 +93,29 @@ def choose_attention(
 
     A request that cannot be honoured falls back to SDPA, which computes the same, and the reason says what would help.
     """
-    needs_cuda = "flash_attn_varlen needs CUDA; " if requested == "flash_attn_varlen" else ""
-    no, found = "flash_attn_varlen falls back to sdpa: ", f"{capability[0]}.{capability[1]}"
+    if device_type == "cpu":
+        why = "flash_attn_varlen needs CUDA; " if requested == "flash_attn_varlen" else ""
+        return "sdpa", f"{why}on the CPU every document is attended to by itself, and padding is left out"
+    if requested == "sdpa":
+        return "sdpa", "torch's scaled_dot_product_attention; packed documents one by one"
+    found, varlen, flash = f"{capability[0]}.{capability[1]}", packages.get("torch_varlen"), packages.get("flash_attn")
     one_call = "documents of any length in one call, by {}; padding is left out"
-    no_dropout = "torch's own kernel has no dropout (pip install 'neobert[flash]', or model.dropout_prob: 0)"
-    varlen, flash = packages.get("torch_varlen"), packages.get("flash_attn")
-    decisions: tuple[tuple[bool, Kernel, str], ...] = (  # the first whose condition holds
-        (
-            device_type == "cpu",
-            "sdpa",
-            f"{needs_cuda}on the CPU every document is attended to by itself, and padding is left out",
-        ),
-        (requested == "sdpa", "sdpa", "torch's scaled_dot_product_attention; packed documents one by one"),
-        (dtype is None, "sdpa", f"{no}it computes in bfloat16 (set trainer.mixed_precision: bf16)"),
-        (
-            capability < MIN_CAPABILITY,
-            "sdpa",
-            f"{no}it needs a GPU of compute capability 8.0 or newer; this one has {found}",
-        ),
-        (
-            head_width % 8 > 0 or head_width > 256,
-            "sdpa",
-            f"{no}a head is {head_width} wide, and it takes multiples of 8 up to 256",
-        ),
-        (varlen == "" and not dropout, "torch_varlen", one_call.format("torch's own kernel")),
-        (flash == "", "flash_attn", one_call.format("the flash-attn package")),
-        (flash is not None, "sdpa", f"{no}flash-attn is installed and cannot be imported ({flash})"),
-        (varlen == "", "sdpa", f"{no}{no_dropout}"),
-        (True, "sdpa", f"{no}no kernel is installed (pip install 'neobert[flash]', or torch 2.10 or newer)"),
-    )
-    return next((kernel, why) for holds, kernel, why in decisions if holds)
+    obstacles: dict[str, object] = {
+        "it computes in bfloat16 (set trainer.mixed_precision: bf16)": dtype is None,
+        f"it needs a GPU of compute capability 8.0 or newer; this one has {found}": capability < MIN_CAPABILITY,
+        f"a head is {head_width} wide, and it takes multiples of 8 up to 256": head_width % 8 or head_width > 256,
+    }
+    if not any(obstacles.values()):
+        if varlen == "" and not dropout:
+            return "torch_varlen", one_call.format("torch's own kernel")
+        if flash == "":
+            return "flash_attn", one_call.format("the flash-attn package")
+    obstacles |= {
+        f"flash-attn is installed and cannot be imported ({flash})": flash,
+        "torch's own kernel has no dropout (pip install 'neobert[flash]', or model.dropout_prob: 0)": varlen == "",
+        "no kernel is installed (pip install 'neobert[flash]', or torch 2.10 or newer)": True,
+    }
+    return "sdpa", "flash_attn_varlen falls back to sdpa: " + next(why for why, holds in obstacles.items() if holds)
 
 
 def choose_kernels(
