@@ -11,8 +11,15 @@ from neobert.data.batch import Batch
 from neobert.errors import ConfigError
 from neobert.model.attention import Layout
 from neobert.model.layers import Attention
-from neobert.optim.qk_clip import QKClipSettings, clip_factors, group_documents, largest_logits
-from neobert.optim.qk_clip_hooks import QKClip, _real_documents, clip_metrics
+from neobert.optim.qk_clip import (
+    QKClip,
+    QKClipSettings,
+    _real_documents,
+    clip_factors,
+    clip_metrics,
+    group_documents,
+    largest_logits,
+)
 
 HEADS, WIDTH = 4, 8
 OUTLIERS = {0: {1: 3.0}, 2: {0: 2.0, 3: 4.0}}  # block -> head -> factor of its rows of q and k
