@@ -29,8 +29,7 @@ from neobert.errors import CheckpointError, ConfigError, DataError
 from neobert.export.huggingface import write_transformers
 from neobert.export.source import load_source
 from neobert.inference.embed import load_embedder
-from neobert.inference.sentence_settings import read_sentence_settings
-from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
+from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.tasks.mteb import task as mteb_task
 from neobert.tasks.mteb.local import KINDS, build_task, find_local_tasks

@@ -29,8 +29,7 @@ from neobert.errors import UserError
 from neobert.export.sample import HARD, MESSAGE
 from neobert.export.source import Source
 from neobert.inference.embed import Embedder
-from neobert.inference.sentence_settings import SentenceSettings
-from neobert.inference.sentence_transformers import Embedding
+from neobert.inference.sentence_transformers import Embedding, SentenceSettings
 from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")

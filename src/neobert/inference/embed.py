@@ -23,7 +23,7 @@ from neobert.data.layout import RowLayout
 from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
-from neobert.inference.sentence_settings import MODULES, SentenceSettings, read_sentence_settings
+from neobert.inference.sentence_transformers import MODULES, SentenceSettings, read_sentence_settings
 from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
 from neobert.model.hf_encoder import longest_input
 from neobert.model.unpadding import Pooling
