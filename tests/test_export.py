@@ -30,7 +30,7 @@ from neobert.export.importing import import_model
 from neobert.export.source import load_source
 from neobert.export.write import Wanted, export_model
 from neobert.inference.embed import load_embedder
-from neobert.inference.fill_mask import fill_masks
+from neobert.inference.masked_lm import fill_masks
 from neobert.inference.sentence_transformers import Embedding
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
