@@ -34,7 +34,7 @@ from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.tasks.mteb import task as mteb_task
 from neobert.tasks.mteb.local import KINDS, build_task, find_local_tasks
 from neobert.tasks.mteb.model import weights_identity
-from neobert.tasks.mteb.table import Score, averages
+from neobert.tasks.mteb.task import Score, averages
 from neobert.training.runtime import Runtime
 
 WORDS = ("peace", "war", "trade", "law", "land", "money", "ships", "rivers")

@@ -140,6 +140,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
         )
     (_, encoder), (_, pooling), *rest = modules
     normalize = kinds[-1] == "Normalize"
+    head = [_read_head(*one) for one in (rest[:-1] if normalize else rest)]
     fields = _read(pooling / "config.json")
     return SentenceSettings(
         folder=folder,
@@ -147,7 +148,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
         pooling=_read_pooling(folder, fields),
         normalize=normalize,
         include_prompt=fields.get("include_prompt", True),
-        head=nn.Sequential(*(_read_head(*one) for one in (rest[:-1] if normalize else rest))).eval(),
+        head=nn.Sequential(*head).eval(),
         **_read_transformer(encoder),
         **_read_prompts(folder / PROMPTS),
     )
