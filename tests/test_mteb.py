@@ -26,8 +26,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, DataError
-from neobert.export.huggingface import write_transformers
 from neobert.export.source import load_source
+from neobert.export.write import write_transformers
 from neobert.inference.embed import load_embedder
 from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model.embedding import NeoBERTForEmbedding
@@ -76,7 +76,7 @@ def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("model")
     source = load_source(str(write_checkpoint(root / "run", tiny_model())))
     (root / "out").mkdir()
-    write_transformers(source, root / "out", {})
+    write_transformers(source, root / "out")
     write_sentence_transformers(root / "out", 32, Embedding("cls", prompts={"query": "query: "}))
     return root / "out"
 
