@@ -473,7 +473,7 @@ def test_tokens_have_the_splits_they_have(tmp_path, tokenizer):
 
 
 def test_pseudo_perplexity_reads_the_slice(tmp_path, tokenizer):
-    from neobert.inference.pseudo_perplexity import read_pieces
+    from neobert.inference.masked_lm import read_pieces
 
     (tmp_path / "a.txt").write_text("".join(f"word {n}\n" for n in range(20)))
     for split, count in (("train[:3]", 3), ("train[15:]", 5), ("train", 20)):

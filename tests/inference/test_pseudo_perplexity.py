@@ -16,7 +16,7 @@ from neobert.cli import evaluate as cli_evaluate
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.splits import find_splits
 from neobert.errors import DataError, UserError
-from neobert.inference.pseudo_perplexity import format_result, pseudo_perplexity, read_pieces
+from neobert.inference.masked_lm import pseudo_perplexity, read_pieces
 from neobert.training.runtime import Runtime
 
 
@@ -76,8 +76,8 @@ def test_texts_become_pieces(tokenizer, tmp_path):
     with pytest.raises(DataError, match="a piece of 600 tokens, but the model takes 510"):
         pseudo_perplexity(tiny_model(), tokenizer, make_pieces([600]))
     told = []
-    result = pseudo_perplexity(tiny_model(), tokenizer, pieces, tell=told.append)
-    assert (sum(told), "1 to 16" in format_result(result, 2)) == (26, True)
+    result = pseudo_perplexity(tiny_model(), tokenizer, pieces, progress=told.append)
+    assert (sum(told), "1 to 16" in str(result)) == (26, True)
 
 
 def test_the_command(tmp_path):

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.checkpoints.format import write_text
+from neobert.checkpoints.format import write_json, write_text
 
 PHASES = ("data", "compute", "optimizer", "evaluate", "save")
 
@@ -127,3 +127,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
+    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that says where they are."""
+    table, data = folder / f"{name}.md", folder / f"{name}.json"
+    write_json(data, summary)
+    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
+    return f"table       {table}, {data}"

@@ -248,7 +248,7 @@ def build_evaluation(
 
     def measure() -> dict[str, float] | None:
         values, losses = {}, 0.0
-        for rows, suffix in zip(splits, glue_metrics.suffixes(task), strict=True):
+        for rows, suffix in zip(splits, glue_metrics.SUFFIXES, strict=False):
             logits, loss = predict_logits(model, task.num_labels, rows, data.collator, size, runtime, interrupt)
             assert rows.labels is not None
             values |= {f"{k}{suffix}": v for k, v in glue_metrics.measure(task, logits, rows.labels).items()}
@@ -269,8 +269,8 @@ def build_evaluation(
 def check_best_metric(config: Config, task: GlueTask) -> None:
     """Raises ConfigError where `metric_for_best_model` is none of the task's."""
     name = (config.trainer.metric_for_best_model or "score").removeprefix("eval_")
-    metrics = dict.fromkeys([*task.metrics, *(["accuracy"] if task.labels else [])])
-    known = ["loss", "score", *(f"{m}{suffix}" for suffix in glue_metrics.suffixes(task) for m in metrics)]
+    suffixes, metrics = glue_metrics.SUFFIXES[: len(task.evaluation)], glue_metrics.metric_names(task)
+    known = ["loss", "score", *(f"{metric}{suffix}" for suffix in suffixes for metric in metrics)]
     if name not in known:
         problem = f"{task.name} has no metric {name!r}; there are: {', '.join(known)}"
         raise ConfigError(Problem("trainer.metric_for_best_model", problem))
