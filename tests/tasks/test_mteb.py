@@ -164,7 +164,7 @@ def test_computed_where_and_as_the_configuration_says(exported, tmp_path):
         assert ("arithmetic" in asked.settings) == has_amx
     assert plain.embedder.runtime.device.type == "cpu"
     assert "arithmetic" not in plain.settings
-    half = load_embedder(str(exported), runtime=Runtime(torch.device("cpu"), torch.bfloat16))
+    half = load_embedder(str(exported), runtime=Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
     texts = [text(n) for n in range(5)]
     difference = np.abs(half.encode(texts) - plain.embedder.encode(texts)).max()
     assert 0 < difference < 0.05

@@ -24,8 +24,8 @@ from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
 from neobert.inference.sentence_transformers import MODULES, SentenceSettings, read_sentence_settings
-from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
-from neobert.model.hf_encoder import longest_input
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
 from neobert.model.unpadding import Pooling
 from neobert.training.runtime import Runtime, build_runtime
 
@@ -44,7 +44,7 @@ class Embedder:
     hf_tokenizer: Any
     max_length: int
     settings: SentenceSettings
-    runtime: Runtime = Runtime(torch.device("cpu"), None)  # noqa: RUF009 - frozen
+    runtime: Runtime = Runtime(device=torch.device("cpu"))  # noqa: RUF009 - frozen
     batch_tokens: int | None = None
 
     @property

@@ -16,7 +16,7 @@ from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.inference.embed import EmbeddingModel
-from neobert.model.embedding import HFEncoderForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding
 from neobert.optim.schedule import Schedule
 from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
 from neobert.tasks.contrastive.evaluation import build_evaluation, check_evaluators, find_sets, mean_metrics
