@@ -132,20 +132,6 @@ class Console:
         else:
             print(text, flush=True)
 
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
-
-
-def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
-    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that says where they are."""
-    table, data = folder / f"{name}.md", folder / f"{name}.json"
-    write_json(data, summary)
-    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
-    return f"table       {table}, {data}"
-
     def step(self, loss: float | None, tokens_per_second: float | None) -> None:
         """Move the bar by one step."""
         if self._bar is not None:
@@ -225,3 +211,17 @@ def wandb_run_id(folder: Path, keep: bool) -> str:
     identifier = secrets.token_hex(4)
     write_text(path, json.dumps({"id": identifier}) + "\n")
     return identifier
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
+    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that says where they are."""
+    table, data = folder / f"{name}.md", folder / f"{name}.json"
+    write_json(data, summary)
+    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
+    return f"table       {table}, {data}"
