@@ -2,34 +2,16 @@
 
 No generator is kept: every token's random number is a hash of its row's key and its place in the row, so a replayed or
 resumed row is masked exactly as before, on any number of ranks. All rows of a batch are hashed at once (about 10 ns per
-token). The hash is splitmix64 (Steele, Lea, Flood 2014), which passes BigCrush as a counter-based generator.
+token).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from neobert.data.hashing import GOLDEN, hash_keys, mix
+
 IGNORED = -100
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: uint64 -> uint64, every output bit depends on every input bit."""
-    x = x ^ (x >> np.uint64(30))
-    x *= np.uint64(0xBF58476D1CE4E5B9)  # in place: a third of the time goes to temporaries
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
-
-
-def hash_key(*parts: int | np.ndarray) -> np.ndarray:
-    """64-bit keys from several integers (or arrays of them, broadcast); their order matters. Shape (1,) for integers."""
-    key = np.zeros(1, dtype=np.uint64)
-    for part in parts:
-        number = part.astype(np.uint64) if isinstance(part, np.ndarray) else np.uint64(int(part) % 2**64)
-        key = mix(key * _GOLDEN + number + _GOLDEN)
-    return key
 
 
 @dataclass(frozen=True)
@@ -69,8 +51,8 @@ class Masker:
         Each token that is not special is selected with the probability of its row; of the selected, 80 % become [MASK],
         10 % a random token, 10 % stay (arXiv 1810.04805), or all become [MASK] with `mask_all`.
         """
-        keys_B = hash_key(self.seed, epochs_B, rows_B)
-        places_T = np.arange(1, ids_BT.shape[1] + 1, dtype=np.uint64) * _GOLDEN
+        keys_B = hash_keys(self.seed, epochs_B, rows_B)
+        places_T = np.arange(1, ids_BT.shape[1] + 1, dtype=np.uint64) * GOLDEN
         bits = mix(keys_B[:, None] + places_T[None, :])
         # 32 bits choose whether a token is selected, 16 what becomes of it, and a second hash the random replacement.
         threshold_B = np.round(self.rate(rows_B) * 2**32).astype(np.uint64) << np.uint64(32)

@@ -3,9 +3,6 @@
 Both readers have the same shape: `read()` gives the next block of documents, an empty list at the end of an epoch;
 `next_epoch()` starts the next one; `state_dict()` is the position behind the last block, as plain JSON. Data ranks take
 every `world`-th document.
-
-The order of a corpus is a keyed permutation that is computed, not stored (a Feistel network, Luby and Rackoff 1988, with
-cycle walking): position i of epoch e is known without the ones before it, for 10^9 documents as for ten.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,36 +17,13 @@ from neobert.data.files.documents import Files, Position, SkippedRows, read_text
 from neobert.data.files.rows import Raw, Unusable
 from neobert.data.files.splits import fingerprint
 from neobert.data.files.token_store import TokenStore
-from neobert.data.mlm.masking import hash_key, mix
+from neobert.data.hashing import hash_key, permute
 from neobert.data.tokenizer import Ids
+from neobert.ranks import Ranks
 
 BLOCK_DOCUMENTS = 256
 FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
 BLOCK_CHARACTERS = 1_000_000
-
-
-def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The keyed permutation of range(size), at `indices`. int64 -> int64."""
-    half = max(1, (int(size - 1).bit_length() + 1) // 2)
-    mask = np.uint64(2**half - 1)
-    keys = hash_key(key, np.arange(4))
-    out = indices.astype(np.uint64)
-    walking = np.ones(len(out), dtype=bool)
-    while walking.any():  # the network permutes a power of four; walk until back inside `size`
-        left, right = out[walking] >> np.uint64(half), out[walking] & mask
-        for round_key in keys:
-            left, right = right, left ^ (mix(right + round_key) & mask)
-        out[walking] = (left << np.uint64(half)) | right
-        walking &= out >= size
-    return out.astype(np.int64)
-
-
-@dataclass
-class Rank:
-    """Which of `world` equal readers this is."""
-
-    index: int = 0
-    world: int = 1
 
 
 @dataclass
@@ -58,7 +32,7 @@ class CorpusReader:
 
     corpus: Corpus
     seed: int | None
-    rank: Rank = field(default_factory=Rank)
+    ranks: Ranks = field(default_factory=Ranks)
     skips: SkippedRows = field(default_factory=SkippedRows)
     epoch: int = 0
     position: int = 0  # documents of this epoch that all ranks together have passed
@@ -81,13 +55,13 @@ class CorpusReader:
 
     def _fetch(self) -> list[Any]:
         count = FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS
-        end = min(len(self.corpus), self.position + count * self.rank.world)
-        places = np.arange(self.position + self.rank.index, end, self.rank.world)
+        end = min(len(self.corpus), self.position + count * self.ranks.world_size)
+        places = np.arange(self.position + self.ranks.rank, end, self.ranks.world_size)
         self.position = end
         if not len(places):
             return []
         if self.seed is not None:
-            places = permute(places, len(self.corpus), int(hash_key(self.seed, self.epoch)[0]))
+            places = permute(places, len(self.corpus), hash_key(self.seed, self.epoch))
         return self.corpus.fetch(places)
 
     def next_epoch(self) -> None:
@@ -95,7 +69,7 @@ class CorpusReader:
 
     def again(self) -> "CorpusReader":
         """The same reader at its beginning."""
-        return CorpusReader(self.corpus, self.seed, self.rank, SkippedRows(self.skips.refuse))
+        return CorpusReader(self.corpus, self.seed, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "skips": self.skips.state_dict()}
@@ -110,7 +84,7 @@ class StreamReader:
     """Blocks of documents in the order of the files. Documents of other ranks are passed over without parsing them."""
 
     files: Files
-    rank: Rank = field(default_factory=Rank)
+    ranks: Ranks = field(default_factory=Ranks)
     skips: SkippedRows = field(default_factory=SkippedRows)
     epoch: int = 0
     num_read: int = 0  # documents of this epoch passed by this reader, of all ranks
@@ -130,7 +104,7 @@ class StreamReader:
         num_characters = 0
         for row, begin, behind in self._rows:
             self.position = behind
-            is_mine = self.num_read % self.rank.world == self.rank.index
+            is_mine = self.num_read % self.ranks.world_size == self.ranks.rank
             self.num_read += 1
             if not is_mine:
                 continue
@@ -149,7 +123,7 @@ class StreamReader:
 
     def again(self) -> "StreamReader":
         """The same reader at its beginning."""
-        return StreamReader(self.files, self.rank, SkippedRows(self.skips.refuse))
+        return StreamReader(self.files, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
         place = {"file": self.position.file, "offset": self.position.offset}
@@ -174,7 +148,7 @@ class RememberedReader:
 
     def __post_init__(self) -> None:
         self._behind = self.inner.state_dict()  # what is remembered
-        self.rank, self.skips = self.inner.rank, self.inner.skips
+        self.ranks, self.skips = self.inner.ranks, self.inner.skips
 
     @property
     def fingerprint(self) -> str:
@@ -224,7 +198,7 @@ class Subset:
         cut = max(1, round(size * share))
         places = np.arange(cut, size) if complement else np.arange(cut)
         self.corpus = corpus
-        self.indices = np.sort(permute(places, size, int(hash_key(seed, 0x5411)[0])))
+        self.indices = np.sort(permute(places, size, hash_key(seed, 0x5411)))
         self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
         self.is_tokenized = corpus.is_tokenized
 

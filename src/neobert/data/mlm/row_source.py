@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from neobert.data.files.documents import SkippedRows
-from neobert.data.mlm.masking import hash_key
+from neobert.data.hashing import hash_keys
 from neobert.data.mlm.packing import OnePerRow, Packer, Row, Segmenter, TruncationStats
 from neobert.data.mlm.readers import Reader, StreamReader
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
@@ -40,7 +40,7 @@ class ShuffleBuffer:
         if self.size <= 1:
             return pieces
         numbers = np.arange(self.num_seen + 1, self.num_seen + 1 + len(pieces))
-        slots = (hash_key(self.seed, epoch, numbers) % np.uint64(self.size)).tolist()
+        slots = (hash_keys(self.seed, epoch, numbers) % np.uint64(self.size)).tolist()
         self.num_seen += len(pieces)
         out = []
         for piece, slot in zip(pieces, slots, strict=True):
@@ -54,7 +54,7 @@ class ShuffleBuffer:
 
     def drain(self, epoch: int) -> list[Ids]:
         """All pieces, shuffled: an epoch ends with every document handed out."""
-        order = np.argsort(hash_key(self.seed, epoch, -1, np.arange(len(self.pieces))), kind="stable")
+        order = np.argsort(hash_keys(self.seed, epoch, -1, np.arange(len(self.pieces))), kind="stable")
         out = [self.pieces[number] for number in order]
         self.pieces, self.num_seen = [], 0
         return out
@@ -187,11 +187,11 @@ class RowSource:
             return
         of = f" ({self.name})" if self.name else ""
         why = why_empty(self.reader.skips, self.cut.num_empty)
-        rank = self.reader.rank
-        if not found and rank.world > 1:
+        ranks = self.reader.ranks
+        if not found and ranks.world_size > 1:
             raise DataError(
-                f"reader {rank.index + 1} of {rank.world} of the corpus{of} is empty{why}: documents are dealt to as many "
-                "readers as there are processes (or dataset.lanes); use fewer, or add text"
+                f"reader {ranks.rank + 1} of {ranks.world_size} of the corpus{of} is empty{why}: documents are dealt to as "
+                "many readers as there are processes (or dataset.lanes); use fewer, or add text"
             )
         if not found:
             raise DataError(f"the corpus{of} is empty: no document has any text{why}")

@@ -10,13 +10,11 @@ from typing import Literal
 
 import numpy as np
 
-from neobert.data.mlm.masking import hash_key
+from neobert.data.hashing import GOLDEN, hash_keys
 from neobert.data.mlm.packing import Row
 from neobert.data.mlm.row_source import RowSource, SourceState
 
 Exhausted = Literal["repeat", "drop", "stop"]
-
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Shard:
 
 def choose_sources(indices: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
     """The source number of every row index, in proportion to `weights`."""
-    places = indices.astype(np.uint64) * np.uint64(_GOLDEN) + hash_key(seed, 0x313)
+    places = indices.astype(np.uint64) * GOLDEN + hash_keys(seed, 0x313)
     ends = np.cumsum(weights) / np.sum(weights)
     last = int(np.flatnonzero(weights)[-1])
     return np.minimum(np.searchsorted(ends, places / 2.0**64, side="right"), last)

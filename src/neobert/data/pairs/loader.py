@@ -21,9 +21,9 @@ import torch
 from neobert.data.files.corpus import Corpus
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.rows import Unusable
+from neobert.data.hashing import hash_key, hash_keys, permute
 from neobert.data.layout import RowLayout, Share
-from neobert.data.mlm.masking import hash_key
-from neobert.data.mlm.readers import FETCH_TEXTS, permute
+from neobert.data.mlm.readers import FETCH_TEXTS
 from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.mlm.shards import choose_sources
 from neobert.data.mlm.state import require_same
@@ -101,7 +101,7 @@ class PairSource:
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            rows[chosen] = permute(offsets[chosen], len(table), int(hash_key(self.seed, int(epoch))[0]))
+            rows[chosen] = permute(offsets[chosen], len(table), hash_key(self.seed, int(epoch)))
         keys, positives = table.keys[rows], table.positives[rows]
         if table.is_labelled:
             positives = table.anchors[self._partners(rows, epochs)]
@@ -121,7 +121,7 @@ class PairSource:
         begins, sizes = self.begins[classes], self.sizes[classes]
         own = np.empty(len(self.table), dtype=np.int64)
         own[self.members] = np.arange(len(self.table))
-        steps = 1 + (hash_key(self.seed, epochs, rows) % (sizes - 1).astype(np.uint64)).astype(np.int64)
+        steps = 1 + (hash_keys(self.seed, epochs, rows) % (sizes - 1).astype(np.uint64)).astype(np.int64)
         return self.members[begins + (own[rows] - begins + steps) % sizes]
 
     def _ids(self, numbers: np.ndarray) -> list[Ids]:
@@ -178,7 +178,7 @@ class TextSource:
         """The next documents; None for one that is not used."""
         epoch, offset = divmod(self.position, len(self.corpus))
         places = np.arange(offset, min(offset + FETCH_TEXTS, len(self.corpus)))
-        found = self.corpus.fetch(permute(places, len(self.corpus), int(hash_key(self.seed, epoch)[0])))
+        found = self.corpus.fetch(permute(places, len(self.corpus), hash_key(self.seed, epoch)))
         for text in found:
             if isinstance(text, Unusable):
                 self.skips.add(text)

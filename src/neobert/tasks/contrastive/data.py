@@ -12,8 +12,8 @@ from neobert.data.files.corpus import open_corpus
 from neobert.data.files.documents import Files, SkippedRows
 from neobert.data.files.hub import hub_files
 from neobert.data.files.splits import EVAL_NAMES, find_splits, fingerprint, local_splits, parse_slice
+from neobert.data.hashing import hash_key
 from neobert.data.layout import RowLayout, Share
-from neobert.data.mlm.masking import hash_key
 from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.pairs.columns import PAIR_SETS, Roles
 from neobert.data.pairs.loader import PairLoader, PairSource, Source, TextSource
@@ -180,7 +180,7 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, 
     split, begin, end = choose_split(place, dataset.train_split, usual, f"{place.key}.train_split")
     wanted = dataset.columns or ({"text": dataset.text_column} if dataset.text_column else {})
     roles = roles_of(place.splits[split], wanted, f"{place.key}.columns")
-    seed = int(hash_key(config.seed, number)[0])
+    seed = hash_key(config.seed, number)
     if roles.kind == "texts":
         return _open_texts(config, hf_tokenizer, place, roles, weight, seed)
     skips = SkippedRows(dataset.bad_rows == "refuse")

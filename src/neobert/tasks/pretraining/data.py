@@ -13,10 +13,11 @@ from neobert.data.files.tokenize_corpus import cores
 from neobert.data.mlm.masking import Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
 from neobert.data.mlm.pipeline import Loader, Pipeline, shards_of
-from neobert.data.mlm.readers import Rank, Reader, RememberedReader
+from neobert.data.mlm.readers import Reader, RememberedReader
 from neobert.data.mlm.row_source import RowSource, ShuffleBuffer, Workers
 from neobert.data.mlm.shards import Shard
 from neobert.data.tokenizer import TextTokenizer
+from neobert.ranks import Ranks
 from neobert.tasks.pretraining.sources import (
     Source,
     build_eval_reader,
@@ -45,7 +46,7 @@ class PretrainingData:
 def build_data(
     config: Config,
     tokenizer: TextTokenizer,
-    rank: Rank,
+    ranks: Ranks,
     output_dir: Path,
     on_cuda: bool,
     main_first: Callable[[Callable[[], list[Source]]], list[Source]] = lambda function: function(),
@@ -58,11 +59,11 @@ def build_data(
     notes = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         notes.append("dataset.pin_memory is for CUDA; this run has none")
-    pipeline = _training_pipeline(config, tokenizer, sources, rank)
+    pipeline = _training_pipeline(config, tokenizer, sources, ranks)
     loader = Loader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
 
     def count_left() -> int:
-        counting = _training_pipeline(config, tokenizer, sources, rank)
+        counting = _training_pipeline(config, tokenizer, sources, ranks)
         counting.restore(loader.position)
         return counting.count_batches()
 
@@ -83,10 +84,10 @@ def _num_epochs(config: Config) -> int | None:
     return 1 if config.dataset.mixture and config.dataset.mixture_exhausted != "repeat" else None
 
 
-def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[Source], rank: Rank) -> Pipeline:
+def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[Source], ranks: Ranks) -> Pipeline:
     """Documents to masked batches of a rank."""
     dataset, packed = config.dataset, config.datacollator.pack_sequences
-    num_shards = dataset.lanes or rank.world
+    num_shards = dataset.lanes or ranks.world_size
     batch_size = config.trainer.per_device_train_batch_size
     is_text = not all(source.is_tokenized for source in sources)
     workers = Workers(
@@ -104,7 +105,7 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[S
                 _row_source(
                     config,
                     workers,
-                    build_reader(config, source.train, Rank(number, num_shards)),
+                    build_reader(config, source.train, Ranks(number, num_shards)),
                     _num_epochs(config),
                     min_rows,
                     source,
@@ -115,9 +116,11 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[S
             dataset.mixture_exhausted,
             config.seed,
         )
-        for number in shards_of(rank.index, rank.world, num_shards)
+        for number in shards_of(ranks.rank, ranks.world_size, num_shards)
     ]
-    num_rows = max(0, config.trainer.max_steps) * config.trainer.gradient_accumulation_steps * batch_size * rank.world
+    num_rows = (
+        max(0, config.trainer.max_steps) * config.trainer.gradient_accumulation_steps * batch_size * ranks.world_size
+    )
     return Pipeline(
         shards,
         workers,

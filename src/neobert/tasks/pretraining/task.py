@@ -13,10 +13,10 @@ from neobert.config.load import Loaded, dump_config
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.mlm.pipeline import build_steps
-from neobert.data.mlm.readers import Rank
 from neobert.data.tokenizer import save_tokenizer, text_tokenizer
 from neobert.errors import DataError, print_notes
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+from neobert.ranks import Ranks
 from neobert.tasks.encoder import checkpoint_config, prepare_model
 from neobert.tasks.pretraining.data import PretrainingData, build_data
 from neobert.tasks.pretraining.initial_weights import begin
@@ -104,7 +104,7 @@ def build_run_data(config: Config, tokenizer: Any, runtime: Runtime, folder: Any
     return build_data(
         config,
         tokenizer,
-        Rank(runtime.rank, runtime.world_size),
+        Ranks(runtime.rank, runtime.world_size),
         folder,
         runtime.device.type == "cuda",
         main_first=runtime.main_first,
