@@ -7,16 +7,16 @@ import pytest
 import torch
 from conftest import TEXT
 
-from neobert.data.batch import Collator
+from neobert.data.batch import RowLayout
 from neobert.data.files.corpus import open_corpus
 from neobert.data.files.splits import find_splits, fingerprint
 from neobert.data.files.tokenize_corpus import open_tokenized
-from neobert.data.mlm.masking import Masker
+from neobert.data.hashing import choose_sources
+from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Loader, Pipeline, shards_of
+from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
 from neobert.data.mlm.readers import CorpusReader, Pieces, StreamReader
-from neobert.data.mlm.row_source import RowSource, ShuffleBuffer, Workers
-from neobert.data.mlm.shards import Shard, choose_sources
+from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.mlm.state import join_positions
 from neobert.errors import CheckpointError, DataError
 from neobert.ranks import Ranks
@@ -71,11 +71,11 @@ def make_loader(
 
     owned = range(rank.rank, lanes, rank.world_size)
     weights = [2.0, 1.0][:sources]
-    return Loader(
+    return PipelineLoader(
         Pipeline(
             [Shard(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
             workers,
-            Collator(masker, tokenizer.pad_id, packed, LENGTH),
+            Collator(masker, RowLayout(tokenizer.pad_id, packed, LENGTH)),
             batch_size=4,
             seed=3,
         )
@@ -140,8 +140,8 @@ def test_no_document_is_read_twice_nor_lost(kind, store, tokenizer):
         batches = take(first, position)
         second.load_state_dict(*first.state_dict())
         batches += list(second)
-        cut = second._snapshot.shards[0].sources[0].cut
-        assert cut.num_documents == len(Pieces(store, LENGTH - 2) if kind == "tokens" else store)
+        cut = second.position["shards"][0]["sources"][0]["cut"]
+        assert cut["num_documents"] == len(Pieces(store, LENGTH - 2) if kind == "tokens" else store)
         assert tokens_of(batches) == tokens_of([store])
         first.close()
         second.close()
@@ -211,7 +211,9 @@ def test_ranks_read_disjoint_documents_and_count_their_batches(kind, packed, tmp
     batches = [list(loader) for loader in loaders]
     assert [len(one) for one in batches] == counts
     assert tokens_of([batch for one in batches for batch in one]) == tokens_of([store])
-    assert sum(loader._snapshot.shards[0].sources[0].cut.num_documents for loader in loaders) == len(lines)
+    assert sum(
+        loader.position["shards"][n]["sources"][0]["cut"]["num_documents"] for n, loader in enumerate(loaders)
+    ) == len(lines)
 
 
 def test_lanes_of_one_rank_end_together(tmp_path, store, tokenizer):
@@ -262,7 +264,7 @@ def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer)
         for loader in loaders:
             loader.close()
     with pytest.raises(CheckpointError, match="dealt to 4 shards, which 3 processes cannot share equally"):
-        shards_of(0, 3, 4)
+        shards_of(Ranks(0, 3), 4)
     with pytest.raises(CheckpointError, match="dealt to 4 shards when the checkpoint was written, and 3 processes"):
         make_loader(kind, store, tokenizer, rank=Ranks(0, 3), lanes=3).load_state_dict(*saved)
     take(two[0], 1)

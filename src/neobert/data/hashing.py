@@ -1,7 +1,7 @@
 """Keyed hashes and permutations: randomness as a function of (seed, index), so that nothing has to be stored to resume.
 
 The hash is splitmix64 (Steele, Lea, Flood 2014), which passes BigCrush as a counter-based generator. The permutation is a
-Feistel network (Luby and Rackoff 1988) with cycle walking: the order of 10^9 documents is computed, never stored.
+Feistel network (Luby and Rackoff 1988) with cycle walking: position i of 10^9 documents is known without the ones before it.
 """
 
 import numpy as np
@@ -47,3 +47,15 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
         out[walking] = (left << np.uint64(half)) | right
         walking &= out >= size
     return out.astype(np.int64)
+
+
+def choose_sources(indices: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
+    """The source number of every row index, in proportion to `weights`.
+
+    It is the one in whose share of the unit interval `frac(offset + index * golden ratio)` falls (Weyl's sequence: any run of n
+    rows is within about log(n) / n of the weights, also every 2nd or 8th row, which is what a data rank sees).
+    """
+    points = indices.astype(np.uint64) * GOLDEN + hash_keys(seed, 0x313)
+    ends = np.cumsum(weights) / np.sum(weights)
+    last = int(np.flatnonzero(weights)[-1])
+    return np.minimum(np.searchsorted(ends, points / 2.0**64, side="right"), last)

@@ -1,7 +1,7 @@
 """The order of documents: readers that hand out blocks and know their position.
 
 Both readers have the same shape: `read()` gives the next block of documents, an empty list at the end of an epoch;
-`next_epoch()` starts the next one; `state_dict()` is the position behind the last block, as plain JSON. Data ranks take
+`next_epoch()` starts the next one; `state_dict()` is the position after the last block, as plain JSON. Data ranks take
 every `world`-th document.
 """
 
@@ -56,13 +56,13 @@ class CorpusReader:
     def _fetch(self) -> list[Any]:
         count = FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS
         end = min(len(self.corpus), self.position + count * self.ranks.world_size)
-        places = np.arange(self.position + self.ranks.rank, end, self.ranks.world_size)
+        indices = np.arange(self.position + self.ranks.rank, end, self.ranks.world_size)
         self.position = end
-        if not len(places):
+        if not len(indices):
             return []
         if self.seed is not None:
-            places = permute(places, len(self.corpus), hash_key(self.seed, self.epoch))
-        return self.corpus.fetch(places)
+            indices = permute(indices, len(self.corpus), hash_key(self.seed, self.epoch))
+        return self.corpus.fetch(indices)
 
     def next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
@@ -102,8 +102,8 @@ class StreamReader:
             self._rows = stream(self.files, self.position, self.files.stop)
         block: list[str] = []
         num_characters = 0
-        for row, begin, behind in self._rows:
-            self.position = behind
+        for row, begin, after in self._rows:
+            self.position = after
             is_mine = self.num_read % self.ranks.world_size == self.ranks.rank
             self.num_read += 1
             if not is_mine:
@@ -126,8 +126,8 @@ class StreamReader:
         return StreamReader(self.files, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
-        place = {"file": self.position.file, "offset": self.position.offset}
-        return {"epoch": self.epoch, "num_read": self.num_read, **place, "skips": self.skips.state_dict()}
+        counts = {"epoch": self.epoch, "num_read": self.num_read}
+        return {**counts, **self.position._asdict(), "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.num_read = state["epoch"], state["num_read"]
@@ -144,10 +144,10 @@ class RememberedReader:
     limit: int = 50_000_000
     blocks: list[list[Ids]] = field(default_factory=list)
     num_tokens: int = 0
-    place: int = 0  # of the next block that is remembered
+    next_block: int = 0  # of those that are remembered
 
     def __post_init__(self) -> None:
-        self._behind = self.inner.state_dict()  # what is remembered
+        self._after = self.inner.state_dict()  # what is remembered
         self.ranks, self.skips = self.inner.ranks, self.inner.skips
 
     @property
@@ -159,16 +159,16 @@ class RememberedReader:
         return self.inner.epoch
 
     def read(self) -> list[Any]:
-        if self.place < len(self.blocks):
-            self.place += 1
-            return self.blocks[self.place - 1]
+        if self.next_block < len(self.blocks):
+            self.next_block += 1
+            return self.blocks[self.next_block - 1]
         block: list[Any] = self.inner.read()
         block = self.encode(block) if block and isinstance(block[0], str) else block
-        if block and self.num_tokens < self.limit and self.place == len(self.blocks):
+        if block and self.num_tokens < self.limit and self.next_block == len(self.blocks):
             self.blocks.append(block)
-            self.place += 1
+            self.next_block += 1
             self.num_tokens += sum(map(len, block))
-            self._behind = self.inner.state_dict()
+            self._after = self.inner.state_dict()
         return block
 
     def next_epoch(self) -> None:
@@ -176,8 +176,8 @@ class RememberedReader:
 
     def again(self) -> "RememberedReader":
         """At the beginning again, with what is remembered."""
-        self.inner.load_state_dict(self._behind)
-        self.place = 0
+        self.inner.load_state_dict(self._after)
+        self.next_block = 0
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,9 +196,9 @@ class Subset:
     def __init__(self, corpus: Corpus, share: float, seed: int, complement: bool):
         size = len(corpus)
         cut = max(1, round(size * share))
-        places = np.arange(cut, size) if complement else np.arange(cut)
+        drawn = np.arange(cut, size) if complement else np.arange(cut)
         self.corpus = corpus
-        self.indices = np.sort(permute(places, size, hash_key(seed, 0x5411)))
+        self.indices = np.sort(permute(drawn, size, hash_key(seed, 0x5411)))
         self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
         self.is_tokenized = corpus.is_tokenized
 

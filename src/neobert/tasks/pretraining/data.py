@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neobert.config.schema import Config
-from neobert.data.batch import Batch, Collator
+from neobert.data.batch import Batch, RowLayout
 from neobert.data.files.corpus import Corpus
 from neobert.data.files.documents import Files
 from neobert.data.files.tokenize_corpus import cores
-from neobert.data.mlm.masking import Masker
+from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Loader, Pipeline, shards_of
+from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
 from neobert.data.mlm.readers import Reader, RememberedReader
-from neobert.data.mlm.row_source import RowSource, ShuffleBuffer, Workers
-from neobert.data.mlm.shards import Shard
+from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer
 from neobert.ranks import Ranks
 from neobert.tasks.pretraining.sources import (
@@ -36,7 +35,7 @@ EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses comp
 class PretrainingData:
     """The training loader, evaluation batches (a new pass at each call) if any, and lines for the summary."""
 
-    train: Loader
+    train: PipelineLoader
     evaluation: Callable[[], Iterator[Batch]] | None
     count_left: Callable[[], int]  # microbatches from where `train` stands to the end of its data, by reading it
     row_length: int  # tokens, padding included, at most
@@ -60,11 +59,11 @@ def build_data(
     if config.dataset.pin_memory and not on_cuda:
         notes.append("dataset.pin_memory is for CUDA; this run has none")
     pipeline = _training_pipeline(config, tokenizer, sources, ranks)
-    loader = Loader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
+    loader = PipelineLoader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
 
     def count_left() -> int:
         counting = _training_pipeline(config, tokenizer, sources, ranks)
-        counting.restore(loader.position)
+        counting.load_state_dict(loader.position)
         return counting.count_batches()
 
     notes[0] += f"; {_describe_workers(pipeline, sources)}"
@@ -72,7 +71,7 @@ def build_data(
         loader,
         _evaluation_pass(config, tokenizer, sources),
         count_left,
-        pipeline.collator.row_length or piece_length(config),
+        pipeline.collator.layout.row_length or piece_length(config),
         [*notes, _describe_rows(config), _describe_evaluation([source.evaluation for source in sources])],
     )
 
@@ -116,7 +115,7 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[S
             dataset.mixture_exhausted,
             config.seed,
         )
-        for number in shards_of(ranks.rank, ranks.world_size, num_shards)
+        for number in shards_of(ranks, num_shards)
     ]
     num_rows = (
         max(0, config.trainer.max_steps) * config.trainer.gradient_accumulation_steps * batch_size * ranks.world_size
@@ -171,7 +170,7 @@ def _evaluation_pass(
             build_collator(config, tokenizer, EVAL_SEED, None),
             config.trainer.per_device_eval_batch_size,
         )
-        with closing(Loader(pipeline)) as loader:
+        with closing(PipelineLoader(pipeline)) as loader:
             yield from loader
 
     return batches
@@ -193,7 +192,7 @@ def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows
     to_full_length = packed or config.tokenizer.padding == "max_length"
     length = (row_length(config) if packed else piece_length(config)) if to_full_length else None
     multiple = None if packed else datacollator.pad_to_multiple_of
-    return Collator(masker, tokenizer.pad_id, packed, length, multiple or 1)
+    return Collator(masker, RowLayout(tokenizer.pad_id, packed, length, multiple or 1))
 
 
 # --- words for the summary -----------

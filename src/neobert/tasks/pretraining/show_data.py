@@ -10,10 +10,9 @@ import numpy as np
 
 from neobert.checkpoints.initial_weights import load_named_tokenizer
 from neobert.config.schema import Config
-from neobert.data.batch import Batch
+from neobert.data.batch import IGNORED, Batch
 from neobert.data.files.documents import Files, SkippedRows
 from neobert.data.files.splits import num_bytes
-from neobert.data.mlm.masking import IGNORED
 from neobert.data.mlm.packing import Segmenter, TruncationStats
 from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.tokenizer import TextTokenizer, text_tokenizer
