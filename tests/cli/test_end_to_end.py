@@ -106,7 +106,7 @@ def test_pipelines_open_a_checkpoint(run, tmp_path):
 
     from neobert.checkpoints.load import load_pretrained
     from neobert.inference.embed import load_embedder
-    from neobert.inference.fill_mask import fill_masks
+    from neobert.inference.masked_lm import fill_masks
 
     folder, text = find_checkpoint(str(run[0])), "The Congress of the [MASK] States."
     theirs = [one["token_str"] for one in pipeline("fill-mask", model=str(folder))(text, top_k=60)]

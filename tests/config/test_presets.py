@@ -9,8 +9,8 @@ from helpers.checkpoints import largest_difference, padded_rows
 from helpers.runs import TOKENIZER
 from neobert.checkpoints.format import list_steps
 from neobert.config.load import load_config
-from neobert.export.huggingface import write_transformers
 from neobert.export.source import load_source
+from neobert.export.write import write_transformers
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.metrics import read_metrics
 
@@ -176,7 +176,7 @@ def check_export(run, folder):
     """transformers loads what was trained, without our code, and computes the same."""
     source = load_source(str(run))
     folder.mkdir()
-    write_transformers(source, folder, {})
+    write_transformers(source, folder)
     theirs = AutoModelForMaskedLM.from_pretrained(folder).eval()
     assert type(theirs).__name__ == "EuroBertForMaskedLM"
     ids, mask = padded_rows((1, 7, 64, 200))

@@ -11,8 +11,10 @@ from helpers.corpora import TEXTS, files_at, write
 from neobert.data.files.corpus import open_corpus
 from neobert.data.files.documents import SkippedRows, read_text, stream
 from neobert.data.files.splits import column_names, count_rows, find_splits, fingerprint, hold_out_head, num_bytes
-from neobert.data.mlm.readers import CorpusReader, Rank, RememberedReader, StreamReader, Subset, permute
+from neobert.data.hashing import permute
+from neobert.data.mlm.readers import CorpusReader, RememberedReader, StreamReader, Subset
 from neobert.errors import DataError
+from neobert.ranks import Ranks
 
 KINDS = ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "json", "json lines", "csv", "csv.gz",
          "parquet", "saved"]  # fmt: skip
@@ -254,7 +256,7 @@ def test_ranks_read_each_document_once(tmp_path, kind, world):
     seen = []
     for rank in range(world):
         reader = (
-            StreamReader(files, Rank(rank, world)) if kind == "stream" else CorpusReader(corpus, 5, Rank(rank, world))
+            StreamReader(files, Ranks(rank, world)) if kind == "stream" else CorpusReader(corpus, 5, Ranks(rank, world))
         )
         while block := reader.read():
             seen += block

@@ -23,12 +23,11 @@ from helpers.models import VARIANTS
 from neobert.checkpoints.convert import convert
 from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
-from neobert.export.huggingface import write_transformers
 from neobert.export.importing import import_model
 from neobert.export.source import load_source
-from neobert.export.write import Wanted, export_model
+from neobert.export.write import Wanted, export_model, write_transformers
 from neobert.inference.embed import load_embedder
-from neobert.inference.fill_mask import fill_masks
+from neobert.inference.masked_lm import fill_masks
 from neobert.inference.sentence_transformers import Embedding
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
@@ -76,7 +75,7 @@ def test_every_variant_in_transformers(variant, tmp_path):
     model = tiny_model(**variant)
     source = load_source(str(write_checkpoint(tmp_path / "run", model)))
     (tmp_path / "out").mkdir()
-    write_transformers(source, tmp_path / "out", {})
+    write_transformers(source, tmp_path / "out")
     is_native = variant == {"rope": True, "rms_norm": True, "hidden_act": "swiglu"}
     assert source.is_native == is_native == (not list((tmp_path / "out").glob("*.py")))
     trust = {} if is_native else {"trust_remote_code": True}
@@ -156,7 +155,7 @@ def test_classifiers_there_and_back(variant, tmp_path):
     if not variant:
         import_model(str(out), tmp_path / "in", say=quiet)
         (tmp_path / "again").mkdir()
-        write_transformers(load_source(str(tmp_path / "in")), tmp_path / "again", {})
+        write_transformers(load_source(str(tmp_path / "in")), tmp_path / "again")
         for name in ("model.safetensors", "config.json", "tokenizer.json"):
             assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
 

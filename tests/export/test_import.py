@@ -17,9 +17,9 @@ from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.config.load import load_config
 from neobert.data.labelled.tasks import TASKS
 from neobert.errors import CheckpointError, ConfigError, UserError
-from neobert.export.huggingface import write_transformers
 from neobert.export.importing import import_model
 from neobert.export.source import load_source
+from neobert.export.write import write_transformers
 from neobert.tasks.glue.model import build_classifier
 from neobert.tasks.glue.task import settle
 from neobert.tasks.pretraining import task as pretraining
@@ -85,7 +85,7 @@ def test_eurobert_becomes_a_start(tmp_path):
     assert difference[mask.bool()].abs().max() <= 1e-5
     assert (start.architecture.hidden_size, start.state["step"], start.state["imported_from"]) == (32, 0, "euro")
     (tmp_path / "out").mkdir()
-    write_transformers(load_source(str(tmp_path / "in")), tmp_path / "out", {})
+    write_transformers(load_source(str(tmp_path / "in")), tmp_path / "out")
     again = EuroBertForMaskedLM.from_pretrained(tmp_path / "out")
     assert torch.equal(again.lm_head.weight, theirs.lm_head.weight)
     with pytest.raises(UserError, match="is a checkpoint already"):
@@ -194,7 +194,7 @@ def test_pretraining_goes_on(variant, small, tmp_path, capsys):
     run = write_checkpoint(tmp_path / "run", tiny_model(**variant))
     exported = tmp_path / "exported"
     exported.mkdir()
-    write_transformers(load_source(str(run)), exported, {})
+    write_transformers(load_source(str(run)), exported)
     losses = go_on(small, run, tmp_path / "a")
     assert "with a fresh optimizer" in capsys.readouterr().out
     assert go_on(small, exported, tmp_path / "b") == losses

@@ -12,11 +12,11 @@ from helpers.checkpoints import OWN_CODE, tiny_model, write_checkpoint
 from helpers.commands import run_neobert
 from helpers.runs import TEXT
 from neobert.checkpoints.layouts import eurobert_config, is_eurobert, to_eurobert
-from neobert.cli import evaluate as cli_evaluate
+from neobert.cli import models as cli_models
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.splits import find_splits
 from neobert.errors import DataError, UserError
-from neobert.inference.pseudo_perplexity import format_result, pseudo_perplexity, read_pieces
+from neobert.inference.masked_lm import pseudo_perplexity, read_pieces
 from neobert.training.runtime import Runtime
 
 
@@ -61,7 +61,8 @@ def test_equals_one_mask_at_a_time(variant, tokenizer):
         assert result.total.pseudo_perplexity == pytest.approx(total, rel=1e-4)
         assert {bound: tally.num_pieces for bound, tally in result.buckets.items()} == {16: 4, 32: 1, 64: 2}
         assert sum(tally.num_tokens for tally in result.buckets.values()) == result.total.num_tokens == 99
-    half = pseudo_perplexity(model, tokenizer, pieces, autocast=Runtime(torch.device("cpu"), torch.bfloat16).autocast)
+    half = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16)
+    half = pseudo_perplexity(model, tokenizer, pieces, autocast=half.autocast)
     assert half.total.log_likelihood != results[0].total.log_likelihood
     assert half.total.log_likelihood == pytest.approx(sum(expected), rel=0.05)
 
@@ -76,8 +77,8 @@ def test_texts_become_pieces(tokenizer, tmp_path):
     with pytest.raises(DataError, match="a piece of 600 tokens, but the model takes 510"):
         pseudo_perplexity(tiny_model(), tokenizer, make_pieces([600]))
     told = []
-    result = pseudo_perplexity(tiny_model(), tokenizer, pieces, tell=told.append)
-    assert (sum(told), "1 to 16" in format_result(result, 2)) == (26, True)
+    result = pseudo_perplexity(tiny_model(), tokenizer, pieces, progress=told.append)
+    assert (sum(told), "1 to 16" in str(result)) == (26, True)
 
 
 def test_the_command(tmp_path):
@@ -96,6 +97,6 @@ def test_the_command(tmp_path):
     assert again.returncode == 0, again.stderr
     assert json.loads(output.read_text())["pseudo_perplexity"] == pytest.approx(found["pseudo_perplexity"], rel=0.05)
     with pytest.raises(UserError, match="nothing at '.*absent.txt'"):
-        cli_evaluate.pseudo_perplexity(str(run), str(tmp_path / "absent.txt"))
+        cli_models.pseudo_perplexity(str(run), str(tmp_path / "absent.txt"))
     with pytest.raises(UserError, match="--max-length: 5000, but the model takes 512 tokens"):
-        cli_evaluate.pseudo_perplexity(str(run), str(TEXT), max_length=5000)
+        cli_models.pseudo_perplexity(str(run), str(TEXT), max_length=5000)

@@ -35,7 +35,7 @@ STEPS = {
 def allocated(step):
     """The most bytes that are allocated at a time during the second step, weights and optimizer included."""
     dtype = torch.bfloat16 if step.in_bfloat16 else None
-    runtime = Runtime(torch.device("cpu"), dtype, world_size=step.world_size, engine=step.engine)
+    runtime = Runtime(device=torch.device("cpu"), dtype=dtype, world_size=step.world_size, engine=step.engine)
     config = NeoBERTConfig(
         hidden_size=step.width, num_hidden_layers=step.num_layers, num_attention_heads=step.num_heads,
         intermediate_size=step.intermediate_size, vocab_size=step.vocab_size, max_position_embeddings=512,

@@ -188,7 +188,7 @@ def test_variable_length_arguments():
 # --- torch.compile -----------
 
 
-CPU = Runtime(torch.device("cpu"), None)
+CPU = Runtime(device=torch.device("cpu"))
 
 
 def batch_of(*rows):

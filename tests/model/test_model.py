@@ -228,7 +228,7 @@ def test_pooling_equals_a_loop(pooling):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_filler_changes_nothing(variant, monkeypatch):
+def test_padding_tokens_change_nothing(variant, monkeypatch):
     """In bfloat16 on the CPU a batch is filled up to a size that recurs; no document, loss, vector or gradient sees it."""
     model, (ids, labels, lengths) = build(**variant), packed_batch()
     ids, labels, lengths = ids[:, :-3], labels[:, :-3], lengths[:-2]

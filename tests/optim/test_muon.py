@@ -9,9 +9,8 @@ from transformers import EuroBertForMaskedLM
 from helpers.models import build as build_model
 from neobert.checkpoints.layouts import FUSED, eurobert_config, to_eurobert
 from neobert.errors import UserError
-from neobert.optim.build import MuonSettings, build_optimizer
-from neobert.optim.groups import parameter_groups
-from neobert.optim.muon import SCALE, Muon
+from neobert.optim.build import OptimizerSettings, build_optimizer, parameter_groups
+from neobert.optim.muon import SCALE, Muon, MuonSettings
 from neobert.optim.orthogonalize import orthogonalize_, quintics
 
 PARTS = {name: len(parts) for name, parts in FUSED.items()}
@@ -105,7 +104,8 @@ def test_equals_torchs_muon(shape, nesterov):
     start = torch.randn(shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     group = {"params": [ours], "param_names": ["w"], "parts": [1], "algorithm": "muon", "weight_decay": 0.1}
-    a = Muon([group], lr=0.01, momentum=0.9, nesterov=nesterov, method="newton_schulz", dtype=torch.bfloat16)
+    settings = MuonSettings(momentum=0.9, nesterov=nesterov, method="newton_schulz", dtype=torch.bfloat16)
+    a = Muon([group], lr=0.01, settings=settings)
     b = torch.optim.Muon(
         [theirs], lr=0.02, weight_decay=0.05, momentum=0.9, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
     )
@@ -124,7 +124,7 @@ def test_size_of_an_update(shape):
     """Root mean square 0.4 lr, whatever the size of gradient and matrix; weight decay beside it."""
     weight = torch.nn.Parameter(torch.randn(shape))
     group = {"params": [weight], "param_names": ["w"], "parts": [1], "algorithm": "muon", "weight_decay": 0.5}
-    optimizer = Muon([group], lr=0.01, num_steps=12, dtype=torch.float32)
+    optimizer = Muon([group], lr=0.01, settings=MuonSettings(num_steps=12, dtype=torch.float32))
     before, weight.grad = weight.detach().clone(), 1e-6 * torch.randn(shape)
     optimizer.step()
     update = weight.detach() - before * (1 - 0.01 * 0.5)
@@ -140,11 +140,9 @@ def test_fused_matrices_are_updated_as_the_separate_ones_of_eurobert():
         )
     )
     theirs.load_state_dict(to_eurobert(ours.state_dict()))
-    optimizers = [
-        build_optimizer("muonclip", model.named_parameters(), lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8,
-                        muon=MuonSettings(dtype=torch.float32, weight_decay=0.1), fused=PARTS)
-        for model in (ours, theirs)
-    ]  # fmt: skip
+    muon = MuonSettings(dtype=torch.float32, weight_decay=0.1)
+    settings = OptimizerSettings("muonclip", lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), muon=muon)
+    optimizers = [build_optimizer(model.named_parameters(), settings, PARTS) for model in (ours, theirs)]
     for seed in range(3):
         torch.manual_seed(seed)
         gradients = {name: torch.randn_like(p) for name, p in ours.named_parameters()}
@@ -160,16 +158,8 @@ def test_fused_matrices_are_updated_as_the_separate_ones_of_eurobert():
 
 def muonclip(model, **settings):
     muon = MuonSettings(dtype=torch.float32, **settings)
-    return build_optimizer(
-        "muonclip",
-        model.named_parameters(),
-        lr=0.01,
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-        eps=1e-8,
-        muon=muon,
-        fused=PARTS,
-    )
+    settings = OptimizerSettings("muonclip", lr=0.01, betas=(0.9, 0.99), muon=muon)
+    return build_optimizer(model.named_parameters(), settings, PARTS)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

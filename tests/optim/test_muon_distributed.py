@@ -12,10 +12,10 @@ from helpers.commands import spawn
 from helpers.models import LENGTHS, PAD, build, packed_batch, planted
 from neobert.checkpoints.layouts import FUSED
 from neobert.errors import UserError
-from neobert.optim.build import MuonSettings, build_optimizer, load_optimizer_state, optimizer_state
-from neobert.optim.ownership import Placement, distribute, owners, split_rows
-from neobert.optim.qk_clip import QKClipSettings
-from neobert.optim.qk_clip_hooks import QKClip
+from neobert.optim.build import OptimizerSettings, build_optimizer, load_optimizer_state, optimizer_state
+from neobert.optim.muon import MuonSettings
+from neobert.optim.qk_clip import QKClip, QKClipSettings
+from neobert.optim.sharding import Placement, distribute, owners, split_rows
 
 STEPS, RANKS = 20, 2
 SETTINGS = QKClipSettings(threshold=3.0, alpha=0.4, interval=2)
@@ -35,16 +35,8 @@ def batch_of(step, rank=None):
 def optimizer_of(model, **settings):
     muon = MuonSettings(dtype=torch.float32, weight_decay=0.01, **settings)
     fused = {ours: len(parts) for ours, parts in FUSED.items()}
-    return build_optimizer(
-        "muonclip",
-        model.named_parameters(),
-        lr=2e-3,
-        weight_decay=0.01,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        muon=muon,
-        fused=fused,
-    )
+    adamw = {"lr": 2e-3, "weight_decay": 0.01, "betas": (0.9, 0.95)}
+    return build_optimizer(model.named_parameters(), OptimizerSettings("muonclip", **adamw, muon=muon), fused)
 
 
 def train(model, wrapped, rank=None, resume_at=None):

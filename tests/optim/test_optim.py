@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from neobert.optim.build import build_optimizer, load_optimizer_state, optimizer_state
-from neobert.optim.groups import GroupRule, parameter_groups
-from neobert.optim.schedule import Schedule, build_schedule, lr_scale
+from neobert.optim.build import (
+    GroupRule,
+    OptimizerSettings,
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+)
+from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
 
 
 def parameters():
@@ -91,7 +97,7 @@ def test_empty_groups():
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
 def test_equals_torch(name, kind):
     ours, theirs = parameters(), parameters()
-    a = build_optimizer(name, ours, lr=0.1, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    a = build_optimizer(ours, OptimizerSettings(name, lr=0.1, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6))
     b = [
         kind([p], lr=0.1, weight_decay=0.1 if i in (1, 3) else 0, betas=(0.8, 0.9), eps=1e-6)
         for i, (_, p) in enumerate(theirs)
@@ -139,7 +145,7 @@ def test_foreign_state_is_refused():
 
 
 def fresh(name, named):
-    return build_optimizer(name, named, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+    return build_optimizer(named, OptimizerSettings(name, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99)))
 
 
 def closed_form(schedule, step):
@@ -174,8 +180,8 @@ def test_schedules_equal_their_closed_forms(name, floor, warmup, end):
 
 
 def build(name="cosine", num_steps=200, **changed):
-    keys = {"warmup_steps": 5, "warmup_percent": None, "total_steps": None, "decay_steps": None, "decay_percent": None}
-    return build_schedule(name, num_steps, **{**keys, "final_lr_ratio": 0.1, "num_cycles": 0.5, **changed})
+    keys = {"warmup_steps": 5, "final_lr_ratio": 0.1, **changed}
+    return build_schedule(ScheduleSettings(name, **keys), num_steps)
 
 
 def test_percentages_win_over_steps():

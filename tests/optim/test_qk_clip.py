@@ -11,8 +11,15 @@ from neobert.data.batch import Batch
 from neobert.errors import ConfigError
 from neobert.model.attention import Layout
 from neobert.model.layers import Attention
-from neobert.optim.qk_clip import QKClipSettings, clip_factors, group_documents, largest_logits
-from neobert.optim.qk_clip_hooks import QKClip, _real_documents, clip_metrics
+from neobert.optim.qk_clip import (
+    QKClip,
+    QKClipSettings,
+    _real_documents,
+    clip_factors,
+    clip_metrics,
+    group_documents,
+    largest_logits,
+)
 
 
 def rotations(positions, width):

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.commands import spawn
 from helpers.pairs import made_pairs, made_scores, run_contrastive, three_sources, write_rows
-from neobert.model.contrastive_loss import alignment, uniformity
-from neobert.model.embedding import ContrastiveLoss, ContrastiveSettings, NeoBERTForEmbedding, group_by_length
+from neobert.model.embedding import ContrastiveLoss, ContrastiveSettings, NeoBERTForEmbedding, alignment, uniformity
+from neobert.model.hf_encoder import group_by_length
 from neobert.model.modeling_neobert import NeoBERTConfig
 from neobert.training.metrics import read_metrics
 

@@ -16,7 +16,7 @@ from neobert.data.labelled.loader import in_order
 from neobert.errors import UserError
 from neobert.tasks.glue import suite as glue_suite
 from neobert.tasks.glue import task as glue
-from neobert.tasks.glue.table import summarize, to_markdown, to_terminal
+from neobert.tasks.glue.suite import summarize, to_markdown, to_terminal
 
 DROPOUT = ["model.dropout_prob=0.1", "trainer.num_train_epochs=2"]
 
@@ -206,7 +206,7 @@ def test_the_table_says_mean_spread_seeds_and_neighbours():
         "values": [0.5, 0.6, 0.7],
     }
     assert summary["average"]["values"] == pytest.approx([0.65, 0.7, 0.8])
-    markdown = to_markdown(summary)
+    markdown = "\n".join(to_markdown(summary))
     assert (
         "| RTE | accuracy | 60.00 ± 10.00 | accuracy 60.00 ± 10.00 | 50.00 60.00 70.00 | 78.2 | 78.7 | 91.3 | 87.4 |"
         in markdown

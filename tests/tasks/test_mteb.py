@@ -24,16 +24,15 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, DataError
-from neobert.export.huggingface import write_transformers
 from neobert.export.source import load_source
+from neobert.export.write import write_transformers
 from neobert.inference.embed import load_embedder
-from neobert.inference.sentence_settings import read_sentence_settings
-from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
+from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.tasks.mteb import task as mteb_task
 from neobert.tasks.mteb.local import KINDS, build_task, find_local_tasks
 from neobert.tasks.mteb.model import weights_identity
-from neobert.tasks.mteb.table import Score, averages
+from neobert.tasks.mteb.task import Score, averages
 from neobert.training.runtime import Runtime
 
 WORDS = ("peace", "war", "trade", "law", "land", "money", "ships", "rivers")
@@ -75,7 +74,7 @@ def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("model")
     source = load_source(str(write_checkpoint(root / "run", tiny_model())))
     (root / "out").mkdir()
-    write_transformers(source, root / "out", {})
+    write_transformers(source, root / "out")
     write_sentence_transformers(root / "out", 32, Embedding("cls", prompts={"query": "query: "}))
     return root / "out"
 
@@ -165,7 +164,7 @@ def test_computed_where_and_as_the_configuration_says(exported, tmp_path):
         assert ("arithmetic" in asked.settings) == has_amx
     assert plain.embedder.runtime.device.type == "cpu"
     assert "arithmetic" not in plain.settings
-    half = load_embedder(str(exported), runtime=Runtime(torch.device("cpu"), torch.bfloat16))
+    half = load_embedder(str(exported), runtime=Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
     texts = [text(n) for n in range(5)]
     difference = np.abs(half.encode(texts) - plain.embedder.encode(texts)).max()
     assert 0 < difference < 0.05

@@ -8,7 +8,8 @@ from helpers.runs import TINY
 from neobert.config.load import load_config
 from neobert.errors import ConfigError
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification
-from neobert.optim.build import MuonSettings, build_optimizer
+from neobert.optim.build import OptimizerSettings, build_optimizer
+from neobert.optim.muon import MuonSettings
 from neobert.tasks.encoder import build_model
 from neobert.training.optimizer import build_clip, build_run_optimizer
 
@@ -87,7 +88,8 @@ def test_every_matrix_of_the_encoder_is_muons():
     assert {name: n for name, n in parts.items() if name} == {
         "attention.qkv.weight": 3, "attention.out.weight": 1, "ffn.gate_up.weight": 2, "ffn.down.weight": 1,
     }  # fmt: skip
-    assert (muon["momentum"], muon["nesterov"], muon["weight_decay"], optimizer.num_steps) == (0.9, True, 0.2, 7)
+    settings = optimizer.settings
+    assert (settings.momentum, settings.nesterov, muon["weight_decay"], settings.num_steps) == (0.9, True, 0.2, 7)
     rest = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
     assert rest["lm_head.weight"] == 0.01
     assert rest["model.embed_tokens.weight"] == rest["model.norm.weight"] == 0
@@ -118,9 +120,8 @@ def test_fused_matrices_of_modernbert():
         for piece, grad in zip(separate[name], weight.grad.chunk(count), strict=True):
             piece.grad = grad.clone()
     alone = [(f"layers.0.{name}.{n}", p) for name, pieces in separate.items() for n, p in enumerate(pieces)]
-    other = build_optimizer(
-        "muonclip", alone, lr=0.1, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, muon=MuonSettings(dtype=torch.float32)
-    )
+    muon = MuonSettings(dtype=torch.float32)
+    other = build_optimizer(alone, OptimizerSettings("muonclip", lr=0.1, betas=(0.9, 0.99), muon=muon))
     optimizer.step()
     other.step()
     for name, weight in weights.items():

@@ -28,13 +28,13 @@ from neobert.checkpoints.retention import clean_leftovers, prune
 from neobert.data.batch import Batch
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import CheckpointError, UserError
-from neobert.optim.build import build_optimizer
+from neobert.optim.build import OptimizerSettings, build_optimizer
 from neobert.training.background import Saver
 from neobert.training.loop import Interrupt, StepSettings, TrainState, Window, train, train_step
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import Runtime
 
-RUNTIME = Runtime(torch.device("cpu"), None)
+RUNTIME = Runtime(device=torch.device("cpu"))
 SETTINGS = StepSettings(seed=0, lr=lambda step: 0.01)
 
 
@@ -55,7 +55,7 @@ def window(micro):
 
 
 def optimizer_of(model):
-    return build_optimizer("adamw", model.named_parameters(), lr=0.01, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
+    return build_optimizer(model.named_parameters(), OptimizerSettings("adamw", lr=0.01, betas=(0.9, 0.99)))
 
 
 def test_accumulation_is_exact():
