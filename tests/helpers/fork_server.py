@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pickle
+import pkgutil
 import random
 import resource
 import runpy
@@ -26,14 +27,7 @@ import sys
 import threading
 import traceback
 
-PRELOADED = (
-    "neobert.cli.main",
-    "neobert.tasks.pretraining.task",
-    "neobert.tasks.glue.task",
-    "neobert.tasks.contrastive.task",
-    "neobert.tasks.mteb.task",
-    "neobert.export.write",
-    "neobert.insight.report",
+LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.tokenization_bert",
@@ -151,8 +145,12 @@ def main():
     import torch
 
     torch.set_num_threads(1)
-    for name in PRELOADED:
-        importlib.import_module(name)
+    import neobert
+
+    ours = (module.name for module in pkgutil.walk_packages(neobert.__path__, "neobert."))
+    for name in (*LIBRARIES, *(name for name in ours if not name.endswith("__main__"))):
+        with contextlib.suppress(ImportError):  # an optional library
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a child need not copy what was imported
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes the socket
