@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from neobert.checkpoints.load import Model
 from neobert.errors import UserError
-from neobert.model.attention import Layout
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.model.unpadding import UnpaddedBatch
 
@@ -34,12 +33,8 @@ class PaddedModel(nn.Module):
         self.inner, self.output = model, output
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        mask_BT = attention_mask.bool()
-        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
-        layout = Layout(mask_BT=mask_BT)
-        flat = UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
-        model = self.inner
-        hidden_ND = model.model.encode(flat)
+        mask_BT, model = attention_mask.bool(), self.inner
+        hidden_ND = model.model.encode(UnpaddedBatch.padded(input_ids, mask_BT))
         if self.output == "last_hidden_state":
             return hidden_ND.view(*input_ids.shape, -1)
         if isinstance(model, NeoBERTForMaskedLM):
