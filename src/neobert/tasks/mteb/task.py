@@ -13,7 +13,6 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from neobert.checkpoints.hf import model_folder
 from neobert.config.load import Loaded
 from neobert.config.reference import is_set
 from neobert.config.schema import Config
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
+from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, print_notes
 from neobert.inference.embed import Embedder, load_embedder
 from neobert.training.choices import describe_arithmetic
 from neobert.training.metrics import markdown_table, write_table
@@ -68,8 +67,7 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 
     Returns the exit code: 2 when a task could not run. Raises UserError for what can be seen before the first task.
     """
-    if find_spec("mteb") is None:
-        raise UserError("task: mteb needs the mteb library: pip install 'neobert[mteb]'")
+    check_installed("task: mteb needs the mteb library", "mteb", "mteb")
     config = loaded.config
     print_notes(loaded.warnings)
     from neobert.tasks.mteb.tasks import check_prompts, choose_tasks
@@ -159,7 +157,7 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
 
     identity = weights_identity(subject.embedder.settings.folder)
     meta = build_meta(subject.name, identity, subject.settings, subject.embedder)
-    encoder = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"])
+    encoder: Any = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"])
     cache = ResultCache(output)
     scores: list[Score] = []
     not_run: list[dict[str, str]] = []
