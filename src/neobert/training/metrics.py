@@ -119,6 +119,20 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
+    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that names both files."""
+    table, data = folder / f"{name}.md", folder / f"{name}.json"
+    write_json(data, summary)
+    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
+    return f"table       {table}, {data}"
+
+
 def duration(seconds: float) -> str:
     """`3 s`, `4 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
@@ -127,17 +141,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
-
-
-def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
-    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that says where they are."""
-    table, data = folder / f"{name}.md", folder / f"{name}.json"
-    write_json(data, summary)
-    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
-    return f"table       {table}, {data}"

@@ -109,17 +109,14 @@ def load_subject(config: Config, model: str | None) -> Subject:
         raise CheckpointError(f"{folder}: similarity_fn_name {found.similarity!r} is not computed by MTEB's encoders")
     arithmetic = describe_arithmetic(runtime.dtype, runtime.device.type, runtime.tf32)
     # What most models have at its default is left out, so that results of earlier versions are found again.
-    unusual = {
-        "similarity": found.similarity != "cosine" and found.similarity,
-        "default_prompt": found.default_prompt,
-        "arithmetic": arithmetic != "float32" and arithmetic,
-    }
+    usual = {"similarity": "cosine", "default_prompt": "", "arithmetic": "float32"}
+    own = {"similarity": found.similarity, "default_prompt": found.default_prompt, "arithmetic": arithmetic}
     settings = {
         "pooling": "mean" if chosen == "avg" else chosen,
         "normalize": found.normalize is not False,
         "max_length": embedder.max_length,
         "prompts": {**found.prompts, **config.mteb_prompts},
-        **{name: value for name, value in unusual.items() if value},
+        **{name: value for name, value in own.items() if value != usual[name]},
     }
     return Subject(_name(model, folder), folder, embedder, settings)
 
@@ -244,7 +241,7 @@ def to_markdown(summary: dict[str, Any]) -> list[str]:
     prompts = [(one["name"], *prompt) for one in summary["tasks"] for prompt in one["prompts"].items()]
     return [
         f"# MTEB: {summary['model']}", "", f"Revision {summary['revision']}, mteb {summary['mteb']}.", "",
-        *markdown_table(head, rows), "", *(f"- {line}" for line in _not_run(summary)), "",
+        markdown_table(head, rows), "", *(f"- {line}" for line in _not_run(summary)), "",
         f"Settings: {_listed(summary['settings'])}", "",
         *(f"- prompt of {name}, {kind}: `{text}`" for name, kind, text in prompts),
     ]  # fmt: skip
