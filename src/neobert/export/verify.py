@@ -29,7 +29,8 @@ from neobert.errors import UserError
 from neobert.export.source import HFEncoderModel, Source
 from neobert.inference.embed import Embedder
 from neobert.inference.sentence_transformers import Embedding, SentenceSettings
-from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 65, 128, 200, 256, 333, 511, 512)

@@ -17,15 +17,15 @@ import torch
 from neobert.checkpoints.format import STATE, find_checkpoint, sync, verify_checkpoint
 from neobert.checkpoints.hf import load_encoder
 from neobert.checkpoints.load import check_fit, load_model_config, place_model, read_model_config, read_weights
+from neobert.data.batch import RowLayout
 from neobert.data.files.rows import is_utf8, place, usable_records
 from neobert.data.files.splits import find_column, local_splits
-from neobert.data.layout import RowLayout
 from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
 from neobert.inference.sentence_transformers import MODULES, SentenceSettings, read_sentence_settings
-from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
-from neobert.model.hf_encoder import longest_input
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
 from neobert.model.unpadding import Pooling
 from neobert.training.runtime import Runtime, build_runtime
 
@@ -44,7 +44,7 @@ class Embedder:
     hf_tokenizer: Any
     max_length: int
     settings: SentenceSettings
-    runtime: Runtime = Runtime(torch.device("cpu"), None)  # noqa: RUF009 - frozen
+    runtime: Runtime = Runtime(device=torch.device("cpu"))  # noqa: RUF009 - frozen
     batch_tokens: int | None = None
 
     @property
@@ -103,19 +103,15 @@ def embed_ids(
     inner, kind = getattr(model, "module", model), runtime.device.type
     width = inner.config.hidden_size
     pads = kind != "cpu" and isinstance(inner, NeoBERTForEmbedding) and inner.model.attention_kernel == "sdpa"
-    layout = RowLayout(pad_id, packed=not pads, row_length=None, multiple=1)
+    layout = RowLayout(pad_id, packed=not pads)
     batches = list(batches_by_length([len(row) for row in ids], batch_tokens or BATCH_TOKENS[kind]))
     vectors = np.zeros((len(ids), width), dtype=np.float32)
     for first in range(0, len(batches), runtime.world_size):
         number = first + runtime.rank
         chosen = batches[min(number, len(batches) - 1)]
-        rows = [ids[i] for i in chosen]
-        mask, lengths = layout.boundaries(rows)
-        inputs = {"input_ids": layout.arrange(rows, pad_id).to(runtime.device), "document_lengths": lengths}
-        if mask is not None:
-            inputs["attention_mask"] = mask.to(runtime.device)
+        batch = layout.batch([ids[i] for i in chosen]).to(runtime.device)
         with runtime.autocast():
-            found = model(**inputs).embeddings.float().cpu().numpy()
+            found = model(**batch.inputs()).embeddings.float().cpu().numpy()
         if number < len(batches):
             vectors[chosen] = found
             progress(len(chosen))
