@@ -1,8 +1,7 @@
 """A model as an ONNX graph with any batch size and length, through torch's own exporter.
 
 Inputs are `input_ids` and `attention_mask`, B x T int64; the output is what `output` names. All variants go one way: our
-model on padded rows (`Layout.mask_BT`), as on CUDA with SDPA, where no shape depends on
-the data but B and T.
+model on padded rows (`Layout.mask_BT`), as on CUDA with SDPA, where no shape depends on the data but B and T.
 """
 
 import contextlib
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neobert.checkpoints.load import Model
-from neobert.errors import UserError
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.model.unpadding import UnpaddedBatch
 
@@ -47,16 +45,6 @@ class PaddedModel(nn.Module):
         else:
             pooled_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
         return model.classifier(F.gelu(model.dense(pooled_BD)))
-
-
-def check_onnx() -> None:
-    """Raises UserError when the exporter is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--onnx needs {error.name}: pip install 'neobert[onnx]'") from None
 
 
 def write_onnx(model: Model, path: Path, output: Output) -> None:

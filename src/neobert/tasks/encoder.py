@@ -10,8 +10,8 @@ from neobert.checkpoints import layouts
 from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.hf import load_encoder as load_whole_encoder
 from neobert.checkpoints.load import check_fit
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
+from neobert.data.batch import RowLayout
 from neobert.data.tokenizer import fit_vocabulary, special_ids
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
@@ -48,7 +48,7 @@ def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]
         notes.append(
             f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
         )
-    if is_set("model.pad_token_id", config) and config.model.pad_token_id != hf_tokenizer.pad_token_id:
+    if config.is_set("model.pad_token_id") and config.model.pad_token_id != hf_tokenizer.pad_token_id:
         notes.append(
             f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
         )
@@ -139,3 +139,9 @@ def load_hf_encoder(name: str) -> Any:
         return load_whole_encoder(name)
     except CheckpointError as error:
         raise ConfigError(Problem("model.name", str(error))) from None
+
+
+def row_layout(config: Config, pad_id: int, longest: int) -> RowLayout:
+    """How texts of at most `longest` tokens become tensors."""
+    collator, is_padded = config.datacollator, config.tokenizer.padding == "max_length"
+    return RowLayout(pad_id, collator.pack_sequences, longest if is_padded else None, collator.pad_to_multiple_of or 1)

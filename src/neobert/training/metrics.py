@@ -9,7 +9,7 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.checkpoints.format import write_text
+from neobert.checkpoints.format import write_json, write_text
 from neobert.errors import ConfigError, Problem, UserError, disk_error, first_line
 
 PHASES = ("data", "compute", "optimizer", "evaluate", "save")
@@ -138,6 +138,20 @@ class Console:
 def perplexity(loss: float) -> float:
     """e^loss, infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
+    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that names both files."""
+    table, data = folder / f"{name}.md", folder / f"{name}.json"
+    write_json(data, summary)
+    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
+    return f"table       {table}, {data}"
 
 
 def duration(seconds: float) -> str:

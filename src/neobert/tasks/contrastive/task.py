@@ -12,12 +12,12 @@ from neobert.checkpoints.initial_weights import (
 )
 from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.inference.embed import EmbeddingModel
 from neobert.model.hf_encoder import HFEncoderForEmbedding
 from neobert.optim.schedule import Schedule
+from neobert.ranks import Ranks
 from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
 from neobert.tasks.contrastive.evaluation import build_evaluation, check_evaluators, find_sets, mean_metrics
 from neobert.tasks.contrastive.model import build_model, build_storage
@@ -51,7 +51,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
     check_length(config, start, "dataset.max_seq_length", longest_text(config))
     if config.debug:
         print(show_config(config, loaded.origins))
-    data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime.rank, runtime.world_size))
+    data = runtime.main_first(lambda: build_data(config, hf_tokenizer, Ranks(runtime.rank, runtime.world_size)))
     sets = find_sets(config, data)
     if sets:
         check_evaluators()
@@ -77,7 +77,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
     print_summary(facts, [*notes, *opened.told, *warnings, *data.notes, *advice(config, data)], folder)
     return Job(
         config, runtime, model, optimizer, schedule, data.train,
-        fetch=lambda: [next(data.train) for _ in range(accumulation)],
+        fetch=partial(data.train.next_step, accumulation),
         size=size,
         length=length,
         measure=build_evaluation(config, wrapped, hf_tokenizer, sets, runtime, interrupt),
@@ -93,7 +93,7 @@ def settle(config: Config, start: InitialWeights, tokenizer_keys: dict[str, Any]
     """The configuration with what follows from the weights filled in, as it is saved: it loads to the same run."""
     found = architecture_keys(config, start)
     dataset, longest = config.dataset, found.get("max_position_embeddings", config.model.max_position_embeddings)
-    if not is_set("dataset.max_seq_length", config) and start.hub is None:
+    if not config.is_set("dataset.max_seq_length") and start.hub is None:
         dataset = dataset.model_copy(update={"max_seq_length": min(dataset.max_seq_length, longest)})
     return config.model_copy(
         update={
