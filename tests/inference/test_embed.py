@@ -174,9 +174,7 @@ def test_batches_dealt_over_processes_are_the_same(encoders):
     from neobert.inference.embed import embed_ids
 
     def part(rank, world):
-        return embed_ids(
-            embedder.model, ids, 32, 0, Recording(torch.device("cpu"), None, rank=rank, world_size=world), 16
-        )
+        return embed_ids(embedder.model, ids, 0, Recording(rank, world, device=torch.device("cpu")), 16)
 
     whole = part(0, 1)
     halves = [part(rank, 2) for rank in (0, 1)]

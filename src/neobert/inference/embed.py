@@ -79,8 +79,8 @@ class Embedder:
     @torch.no_grad()
     def encode_ids(self, ids: list[Ids], normalize: bool | None, progress: Progress) -> np.ndarray:
         """The same as `encode` for what `tokenize` gave."""
-        pad_id, width = self.hf_tokenizer.pad_token_id, self.model.config.hidden_size
-        vectors = embed_ids(self.model, ids, width, pad_id, self.runtime, self.batch_tokens, progress)
+        pad_id = self.hf_tokenizer.pad_token_id
+        vectors = embed_ids(self.model, ids, pad_id, self.runtime, self.batch_tokens, progress)
         vectors = self.settings.head(torch.from_numpy(vectors)).numpy()
         wanted = self.settings.normalize is not False if normalize is None else normalize
         return unit_rows(vectors) if wanted else vectors
@@ -90,18 +90,18 @@ class Embedder:
 def embed_ids(
     model: Any,
     ids: list[Ids],
-    width: int,
     pad_id: int,
     runtime: Runtime,
     batch_tokens: int | None = None,
     progress: Progress = lambda n: None,
 ) -> np.ndarray:
-    """n x D. `model` gives `.embeddings` of a batch. Texts are packed; padded to the longest where SDPA runs on a GPU.
+    """n x D. `model`, wrapped or not, gives `.embeddings` of a batch. Texts are packed; padded where SDPA runs on a GPU.
 
     The processes of `runtime` take batches in turn, and all get all vectors. Each computes as many batches as the others, as
     engines that split the model need every process in a forward pass.
     """
     inner, kind = getattr(model, "module", model), runtime.device.type
+    width = inner.config.hidden_size
     pads = kind != "cpu" and isinstance(inner, NeoBERTForEmbedding) and inner.model.attention_kernel == "sdpa"
     layout = RowLayout(pad_id, packed=not pads)
     batches = list(batches_by_length([len(row) for row in ids], batch_tokens or BATCH_TOKENS[kind]))
