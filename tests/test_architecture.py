@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src/neobert"
+SOURCE = Path(__file__).parents[1] / "src/neobert"
 FILES = sorted(SOURCE.rglob("*.py"))
 MAY_IMPORT = {
     "config": set(),

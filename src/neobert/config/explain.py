@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from neobert.config.legacy import LEGACY, nearest_key
+from neobert.config.legacy import ABSENT, LEGACY, look, nearest_key
 from neobert.config.reference import KeyInfo, known_keys, value_of
 from neobert.config.rules import RULES
 from neobert.config.schema import Config
@@ -90,6 +90,12 @@ def diff_configs(a: Config, b: Config) -> list[str]:
         if one != other and dotted not in ("config_path", "optimizer.muon_config"):
             lines.append(f"{dotted}: {plain_json(one)} -> {plain_json(other)}")
     return lines
+
+
+def changed_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a saved configuration, as YAML gives it, that are not at their defaults, by dotted name."""
+    found = {dotted: look(values, dotted) for dotted in known_keys()}
+    return {dotted: value for dotted, value in found.items() if value not in (ABSENT, known_keys()[dotted].default)}
 
 
 def _value_or_none(config: Config, dotted: str) -> Any:

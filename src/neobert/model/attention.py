@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bucket_attention import GRANULARITY, BucketAttention, Buckets
+from .bucket_attention import GRANULARITY, BucketAttention, Buckets, rotate_pairs
 
 Kernel = Literal["sdpa", "flash_attn", "torch_varlen"]
 CPU_CALL = 256  # tokens of an SDPA call on the CPU that holds several documents: more leave the cache
@@ -64,10 +64,7 @@ class FusedRotary(torch.autograd.Function):
         cos, sin = (table[:, None].to(qkv_N3HK.dtype) for table in (cos_N1K, sin_N1K))
         out_N3HK = torch.empty_like(qkv_N3HK)
         out_N3HK[:, 2] = qkv_N3HK[:, 2]
-        first, second = qkv_N3HK[:, :2].chunk(2, dim=-1)
-        to_first, to_second = out_N3HK[:, :2].chunk(2, dim=-1)
-        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+        rotate_pairs(qkv_N3HK[:, :2], out_N3HK[:, :2], cos, sin)
         return out_N3HK
 
     @staticmethod

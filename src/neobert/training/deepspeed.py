@@ -131,7 +131,7 @@ def is_scattered(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
-def held_piece(parameter: Any) -> Tensor:
+def local_piece(parameter: Any) -> Tensor:
     """The elements of a scattered parameter that are in this process, without padding; one dimension."""
     piece = parameter.ds_tensor
     rank = torch.distributed.get_rank()
