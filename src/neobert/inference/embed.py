@@ -3,7 +3,6 @@
 Shapes: n texts, D width.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.checkpoints.format import STATE, find_checkpoint, sync, verify_checkpoint
+from neobert.checkpoints.format import STATE, find_checkpoint, verify_checkpoint
 from neobert.checkpoints.hf import load_encoder
 from neobert.checkpoints.load import check_fit, load_model_config, place_model, read_model_config, read_weights
 from neobert.data.batch import RowLayout
@@ -23,6 +22,7 @@ from neobert.data.files.splits import find_column, local_splits
 from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
+from neobert.files import whole_file
 from neobert.inference.sentence_transformers import MODULES, SentenceSettings, read_sentence_settings
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
@@ -259,15 +259,10 @@ def embed_file(
                 ahead = pool.submit(tokenize_block)
                 yield found[0], embedder.encode_ids(found[1], normalize, progress)
 
-    scratch = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(output) as scratch:
         count = writers[output.suffix](scratch, embed_blocks(), embedder.width)
         if not count:
             raise DataError(f"{path}: no text in it")
-        sync(scratch)
-        os.replace(scratch, output)
-    finally:
-        scratch.unlink(missing_ok=True)
     return count, embedder.width
 
 

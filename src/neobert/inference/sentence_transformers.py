@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from neobert.checkpoints.format import write_json
 from neobert.checkpoints.load import EMBEDDING, HF_ENCODER, read_model_config
 from neobert.errors import CheckpointError, UserError, first_line
+from neobert.files import write_json
 from neobert.model.unpadding import Pooling
 
 MODULES = "modules.json"
