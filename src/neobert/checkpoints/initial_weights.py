@@ -10,6 +10,7 @@ from typing import Any
 
 from neobert.checkpoints.format import STATE, WEIGHTS, find_checkpoint, list_steps, verify_checkpoint
 from neobert.checkpoints.load import HF_ENCODER, load_model_config
+from neobert.checkpoints.locate import read_model_config
 from neobert.config.load import load_config
 from neobert.config.ready import asked_weights, missing_tokenizer, missing_weights
 from neobert.config.reference import is_set
@@ -107,12 +108,9 @@ def find_folder(config: Config) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises CheckpointError."""
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder / 'config.json'}: missing or not JSON; this is no folder of a model") from None
-    if not isinstance(found, dict) or not ({"neobert", HF_ENCODER} & set(found)):
+    """The config.json of a checkpoint of ours. Raises CheckpointError."""
+    found = read_model_config(folder)
+    if not ({"neobert", HF_ENCODER} & set(found)):
         raise CheckpointError(
             f"{folder}: not one of our checkpoints; to start from an encoder of transformers set model.from_hub: true and "
             f"model.name: {folder}"

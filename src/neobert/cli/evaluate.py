@@ -91,7 +91,8 @@ def pseudo_perplexity(
 
 def _load_on_runtime(checkpoint: str, bf16: bool) -> tuple[Any, Any, Any]:
     """(masked language model, tokenizer, the runtime on whose device it is). Raises CheckpointError."""
-    from neobert.checkpoints.load import load_pretrained, place_model
+    from neobert.checkpoints.load import load_pretrained
+    from neobert.inference.embed import place_model
     from neobert.training.runtime import build_runtime
 
     model, hf_tokenizer = load_pretrained(checkpoint)

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.checkpoints.format import STATE, find_checkpoint, verify_checkpoint
-from neobert.checkpoints.hf import load_encoder
-from neobert.checkpoints.load import check_fit, load_model_config, place_model, read_model_config, read_weights
+from neobert.checkpoints.load import check_fit, load_hf_encoder, load_model_config, read_weights
+from neobert.checkpoints.locate import find_encoder, read_model_config
 from neobert.data.batch import RowLayout
 from neobert.data.files.rows import is_utf8, place, usable_records
 from neobert.data.files.splits import find_column, local_splits
@@ -24,10 +23,13 @@ from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
 from neobert.files import sync
-from neobert.inference.sentence_transformers import MODULES, SentenceSettings, read_sentence_settings
+from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.model.unpadding import Pooling
+from neobert.training.choices import choose_attention
+from neobert.training.machine import find_kernels, gpu_capability
 from neobert.training.runtime import Runtime, build_runtime
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # 2,048 stay in the cache of a CPU core
@@ -154,11 +156,7 @@ def load_embedder(
     `pooling` and `max_length` default: as the folder says, else the mean and what the tokenizer is for; `runtime`: float32,
     on the GPU where there is one. Raises CheckpointError.
     """
-    folder = Path(source)
-    is_model = (folder / "config.json").is_file() or (folder / MODULES).is_file()
-    if not is_model or (folder / STATE).is_file():
-        folder = find_checkpoint(source)
-        verify_checkpoint(folder)
+    folder = find_encoder(source)
     found = read_sentence_settings(folder)
     tokenizer = load_tokenizer("", str(tokenizer_folder(found.encoder)))
     if found.lower_case:
@@ -167,7 +165,7 @@ def load_embedder(
     if "neobert" in read_model_config(found.encoder):
         model: EmbeddingModel = _load_ours(found.encoder, settings)
     else:
-        model = HFEncoderForEmbedding(load_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
+        model = HFEncoderForEmbedding(load_hf_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
     longest = longest_input(model)
     if max_length is not None and longest is not None and max_length > longest:
         raise CheckpointError(f"{folder}: texts of {max_length} tokens were asked for, but the model takes {longest}")
@@ -184,6 +182,21 @@ def _load_ours(folder: Path, settings: ContrastiveSettings) -> NeoBERTForEmbeddi
     check_fit(folder, weights, model.state_dict())
     model.load_state_dict(weights)
     return model
+
+
+def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
+    """Bring a model to the device of `runtime`, to compute and not to train; ours with attention that needs no padding."""
+    if isinstance(model, NeoBERTForMaskedLM | NeoBERTForEmbedding):
+        config = model.config
+        model.model.attention_kernel, _ = choose_attention(
+            "flash_attn_varlen",
+            runtime.device.type,
+            dtype=runtime.dtype,
+            head_width=config.hidden_size // config.num_attention_heads,
+            packages=find_kernels(),
+            capability=gpu_capability(runtime.device),
+        )
+    model.to(runtime.device).eval()
 
 
 def _lower_case(tokenizer: Any) -> None:

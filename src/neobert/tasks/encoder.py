@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from neobert.checkpoints import layouts
+from neobert.checkpoints import layouts, load
 from neobert.checkpoints.format import Tensors
-from neobert.checkpoints.hf import load_encoder as load_whole_encoder
-from neobert.checkpoints.load import check_fit
 from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
@@ -117,7 +115,7 @@ def load_encoder(folder: Path, model: nn.Module, weights: Tensors, with_dense: b
     kinds = ("model.", "dense.") if with_dense else ("model.",)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}
     used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
-    check_fit(folder, used, own)
+    load.check_fit(folder, used, own)
     model.load_state_dict(used, strict=False)
     left = sorted({name.split(".")[0] for name in weights if name not in used})
     new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
@@ -137,7 +135,7 @@ def hf_encoder_dropout(name: str) -> dict[str, float]:
 def load_hf_encoder(name: str) -> Any:
     """Any encoder of `AutoModel`. Raises ConfigError when it cannot be loaded, or not whole."""
     try:
-        return load_whole_encoder(name)
+        return load.load_hf_encoder(name)
     except CheckpointError as error:
         raise ConfigError(Problem("model.name", str(error))) from None
 

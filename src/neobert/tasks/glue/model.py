@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from neobert.checkpoints.format import Tensors, load_weights, verify_checkpoint
-from neobert.checkpoints.initial_weights import InitialWeights, check_encoder_length, read_config
+from neobert.checkpoints.initial_weights import InitialWeights, check_encoder_length, glue_task
 from neobert.checkpoints.layouts import is_eurobert, to_eurobert
-from neobert.checkpoints.load import HF_ENCODER, check_fit, load_model_config, load_model_weights, read_weights
+from neobert.checkpoints.load import HF_ENCODER, check_fit, load_model, load_model_weights, read_weights
 from neobert.config.schema import Config
 from neobert.data.labelled.tasks import TASKS, GlueTask
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_folder
@@ -135,21 +135,10 @@ def _hf_encoder_storage(
     return Storage(content, load, lambda folder: save_tokenizer(hf_tokenizer, folder))
 
 
-def load_finetuned(folder: Path, config: Config) -> tuple[Classifier, Any, GlueTask]:
+def load_finetuned(folder: Path) -> tuple[Classifier, Any, GlueTask]:
     """(model in evaluation mode, tokenizer, task) of a GLUE checkpoint. Raises CheckpointError."""
     verify_checkpoint(folder)
-    found = read_config(folder)
-    head = found.get("neobert", found.get(HF_ENCODER, {}))
-    if "glue_task" not in head:
+    name, model = glue_task(folder), load_model(folder)
+    if name is None or not isinstance(model, Classifier):
         raise CheckpointError(f"{folder}: not a checkpoint of a GLUE task")
-    task = TASKS[head["glue_task"]]
-    if HF_ENCODER in found:
-        from transformers import AutoConfig, AutoModel
-
-        encoder = AutoModel.from_config(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-        model: Classifier = _head_on(encoder, task, head["pooling"], head["classifier_dropout"], config)
-    else:
-        model = NeoBERTForSequenceClassification(load_model_config(folder))
-    tokenizer = load_tokenizer("", str(tokenizer_folder(folder)))
-    build_storage(config, model, task, tokenizer).load(folder)
-    return model.eval(), tokenizer, task
+    return model, load_tokenizer("", str(tokenizer_folder(folder))), TASKS[name]

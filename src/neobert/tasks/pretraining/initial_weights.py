@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from neobert.checkpoints.convert import convert
-from neobert.checkpoints.hf import model_folder
 from neobert.checkpoints.initial_weights import (
     ARCHITECTURE,
     check_named_tokenizer,
     contradictions,
     load_named_tokenizer,
 )
+from neobert.checkpoints.locate import download_model
 from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.tokenizer import tokenizer_folder
@@ -78,7 +78,7 @@ def begin(config: Config, resumed: Path | None) -> Begin:
 
 def _named(name: str) -> Path:
     try:
-        return model_folder(name)
+        return download_model(name)
     except CheckpointError as error:
         raise ConfigError(Problem("model.name", str(error))) from None
 
