@@ -28,7 +28,7 @@ PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]  # o
 def find_model(path: str) -> Path:
     """The folder of a model of ours: a checkpoint or an export. Raises CheckpointError saying what is there instead."""
     folder = Path(path)
-    if (folder / STATE).is_file() or not folder.is_dir() or _holds_steps(folder):
+    if (folder / STATE).is_file() or not folder.is_dir() or holds_steps(folder):
         return find_verified(path)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing == [WEIGHTS] and (folder / PICKLE).is_file():
@@ -48,7 +48,7 @@ def find_model(path: str) -> Path:
 def find_any_model(path: str) -> Path:
     """As `find_model`, and a folder whose weights are in several files, which models of other libraries may be."""
     folder = Path(path)
-    if (folder / STATE).is_file() or _holds_steps(folder) or not (folder / INDEX).is_file():
+    if (folder / STATE).is_file() or holds_steps(folder) or not (folder / INDEX).is_file():
         return find_model(path)
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: not a model: it has no {CONFIG}")
@@ -70,7 +70,8 @@ def find_verified(path: str) -> Path:
     return folder
 
 
-def _holds_steps(folder: Path) -> bool:
+def holds_steps(folder: Path) -> bool:
+    """Whether a folder is that of a run, or its `checkpoints/`."""
     return bool(list_steps(folder) or list_steps(folder / "checkpoints"))
 
 
