@@ -84,13 +84,14 @@ def pseudo_perplexity(
     """
     from tqdm import tqdm
 
-    from neobert.checkpoints.load import load_pretrained, place_model
+    from neobert.checkpoints.load import load_pretrained
     from neobert.data.files.documents import SkippedRows
     from neobert.data.mlm.row_source import describe_skips
     from neobert.data.tokenizer import text_tokenizer
     from neobert.files import write_json
     from neobert.inference import masked_lm
-    from neobert.inference.embed import check_new_file
+    from neobert.inference.embed import place_model
+    from neobert.inference.embed_file import check_new_file
     from neobert.training.runtime import build_runtime
 
     if output is not None:
@@ -192,7 +193,8 @@ def embed(
     """
     from tqdm import tqdm
 
-    from neobert.inference.embed import check_new_file, embed_file, load_embedder
+    from neobert.inference.embed import load_embedder
+    from neobert.inference.embed_file import check_new_file, embed_file
     from neobert.training.runtime import build_runtime
 
     check_new_file(output, force)

@@ -46,7 +46,7 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
     checkpoint = run_folder / "checkpoints" / str(result["step"])
     if not (checkpoint / STATE).is_file():
         raise CheckpointError(f"{checkpoint}: the run kept no checkpoint of its result (trainer.save_model: false?)")
-    model, hf_tokenizer, task = load_finetuned(checkpoint, config)
+    model, hf_tokenizer, task = load_finetuned(checkpoint)
     trainer, glue, source = config.trainer, config.glue, glue_source(config)
     model.to(runtime.device)
     layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)
