@@ -17,8 +17,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from helpers.commands import run_neobert, start_neobert
 from helpers.runs import TEXT, TINY, TOKENIZER
-from neobert.checkpoints.format import checksum, find_checkpoint, list_steps, write_json
+from neobert.checkpoints.format import checksum, find_checkpoint, list_steps
 from neobert.config.load import load_config
+from neobert.files import write_json
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.loop import Interrupt
 from neobert.training.metrics import read_metrics

@@ -21,11 +21,11 @@ from helpers.checkpoints import LENGTHS, OWN_CODE, largest_difference, padded_ro
 from helpers.commands import run_neobert, start_neobert
 from helpers.models import VARIANTS
 from neobert.checkpoints.convert import convert
-from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
 from neobert.export.importing import import_model
 from neobert.export.source import load_source
 from neobert.export.write import Wanted, export_model, write_transformers
+from neobert.files import write_json
 from neobert.inference.embed import load_embedder
 from neobert.inference.masked_lm import fill_masks
 from neobert.inference.sentence_transformers import Embedding

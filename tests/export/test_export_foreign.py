@@ -70,11 +70,11 @@ def classifier(kind, root, *words):
 @pytest.mark.parametrize(("kind", "pooling"), [("electra", "cls"), ("deberta-v2", "cls"), ("eurobert", "mean")])
 def test_classifiers_leave_whole(kind, pooling, tmp_path):
     """transformers' own class gives the logits of the classifier that was trained, of texts and of pairs."""
-    step, config = classifier(kind, tmp_path, f"glue.pooling={pooling}")
+    step, _ = classifier(kind, tmp_path, f"glue.pooling={pooling}")
     checks = {check.what: check for check in export_model(str(step), tmp_path / "out", Wanted(), log=lambda text: None)}
     assert set(checks) == {"hidden", "logits", "pairs"}
     assert all(check.difference <= 1e-5 for check in checks.values())
-    trained, _, _ = load_finetuned(step, config)
+    trained, _, _ = load_finetuned(step)
     loaded, found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(found[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

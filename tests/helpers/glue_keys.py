@@ -139,7 +139,7 @@ def from_transformers(train, small):
     root, words = base_of(small)
     words = [*words, "model.from_hub=true", f"model.name={foreign_model(root / 'bert')}"]
     finished, _ = run_glue(*words)
-    model, _, _ = load_finetuned(finished.folder / "checkpoints/3", load_glue(*words).config)
+    model, _, _ = load_finetuned(finished.folder / "checkpoints/3")
     return isinstance(model, HFEncoderForSequenceClassification)
 
 

@@ -233,7 +233,7 @@ def test_transformers_loads_the_result(pooling, pretrained, local, tmp_path):
     finished, _ = run_glue(*words, f"glue.pooling={pooling}", f"trainer.output_dir={tmp_path}")
     folder = finished.folder / "checkpoints/3"
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    ours, tokenizer, task = load_finetuned(folder, load_glue(*words).config)
+    ours, tokenizer, task = load_finetuned(folder)
     inputs = tokenizer(["the congress met"] * 2, ["to speak", "of peace and war"], padding=True, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with torch.no_grad():

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from neobert.checkpoints.format import STATE, WEIGHTS, list_steps
+from neobert.checkpoints.format import STATE, WEIGHTS
 from neobert.checkpoints.layouts import (
     FUSED,
     Tensors,
@@ -28,15 +28,8 @@ from neobert.checkpoints.layouts import (
     is_eurobert,
     to_eurobert,
 )
-from neobert.checkpoints.load import (
-    CONFIG,
-    Model,
-    build_model,
-    check_fit,
-    find_model,
-    read_model_config,
-    read_weights,
-)
+from neobert.checkpoints.load import Model, build_model, check_fit, check_tokenizer, load_model_weights
+from neobert.checkpoints.locate import CONFIG, INDEX, find_any_model, read_model_config
 from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids, tokenizer_folder
 from neobert.errors import CheckpointError, first_line
 from neobert.model.embedding import NeoBERTForEmbedding
@@ -44,7 +37,6 @@ from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 
 Kind = Literal["checkpoint", "export", "eurobert", "published"]
-INDEX = f"{WEIGHTS}.index.json"
 
 
 @dataclass(frozen=True)
@@ -70,14 +62,12 @@ def convert(source: str, tokenizer: str | None = None) -> Converted:
 
     Raises CheckpointError saying what is missing, what contradicts what, or which layouts are read.
     """
-    folder = _find_folder(source)
+    folder = find_any_model(source)
     fields = read_model_config(folder)
     hf_tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
     if "neobert" in fields:
         model = build_model(folder, fields)
-        weights = read_weights(folder, model.config)
-        check_fit(folder, weights, model.state_dict())
-        model.load_state_dict(weights)
+        load_model_weights(folder, model)
         _fit_tokenizer(folder, hf_tokenizer, model.config.vocab_size)
         kind: Kind = "checkpoint" if (folder / STATE).is_file() else "export"
         has_head = not isinstance(model, NeoBERTForEmbedding)
@@ -98,17 +88,6 @@ def convert(source: str, tokenizer: str | None = None) -> Converted:
     _fit_tokenizer(folder, hf_tokenizer, architecture.vocab_size)
     own = checkpoint_config(architecture, special_ids(hf_tokenizer), fields.get("name") or None)
     return Converted(folder, kind, fresh.float().eval(), hf_tokenizer, own, notes, has_head)
-
-
-def _find_folder(source: str) -> Path:
-    """A run's newest checkpoint, verified, or the folder itself. Raises CheckpointError."""
-    folder = Path(source)
-    is_ours = (folder / STATE).is_file() or list_steps(folder) or list_steps(folder / "checkpoints")
-    if is_ours or not folder.is_dir() or not (folder / INDEX).is_file():
-        return find_model(source)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: not a model: it has no {CONFIG}")
-    return folder
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -134,10 +113,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def _fit_tokenizer(folder: Path, tokenizer: Any, vocab_size: int) -> None:
     """Inert tokens up to the number of embeddings. Raises CheckpointError when there are too few of those."""
-    if len(tokenizer) > vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer does not fit: it has {len(tokenizer):,} tokens, the model's embeddings {vocab_size:,}"
-        )
+    check_tokenizer(folder, tokenizer, vocab_size)
     fit_vocabulary(tokenizer, vocab_size, multiple=1)
 
 

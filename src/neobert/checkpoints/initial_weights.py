@@ -1,6 +1,6 @@
-"""What a run that fine-tunes starts from: a checkpoint of ours, any encoder of `AutoModel`, or nothing. Found and checked here.
+"""The initial weights of a run that fine-tunes, found and checked: a checkpoint of ours, any encoder of `AutoModel`, or none.
 
-The keys that say so are `<task>.pretrained_*`: the same in every task.
+The keys that name them are `<task>.pretrained_*`: the same in every task.
 """
 
 import json
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, WEIGHTS, find_checkpoint, list_steps, verify_checkpoint
+from neobert.checkpoints.format import POINTERS, STATE, WEIGHTS, find_checkpoint, verify_checkpoint
 from neobert.checkpoints.load import HF_ENCODER, load_model_config
+from neobert.checkpoints.locate import holds_steps, read_model_config
 from neobert.config.load import load_config
 from neobert.config.ready import asked_weights, missing_tokenizer, missing_weights
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.model.hf_encoder import longest_input
 from neobert.model.modeling_neobert import NeoBERTConfig
 
 # What must agree where the YAML says it too; the checkpoint decides.
@@ -27,8 +27,8 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Where the first weights come from. `folder` is a checkpoint; `hub` the name of an encoder for `AutoModel`; neither:
-    random weights. `task` is the GLUE task of the checkpoint, if it is one's; `state` what it counts."""
+    """Where the first weights come from. `folder` is a checkpoint, `hub` the name of an encoder for `AutoModel`; with neither
+    they are random. `task` is the GLUE task of the checkpoint, if it was trained on one; `state` is what it counts."""
 
     folder: Path | None = None
     hub: str | None = None
@@ -43,7 +43,7 @@ class InitialWeights:
 
     @property
     def describe(self) -> str:
-        """In words, for the summary and the protocol."""
+        """The weights in words, for the summary and the protocol."""
         if self.folder is None:
             return f"{self.hub} (transformers)" if self.hub else "random"
         what = f"GLUE {self.task}" if self.task else "pretraining"
@@ -52,7 +52,7 @@ class InitialWeights:
 
     @property
     def identity(self) -> str:
-        """Tells one set of weights from another."""
+        """A text that differs between two sets of weights."""
         return str(self.state["checksum"])[:16] if self.state else self.describe
 
 
@@ -86,32 +86,27 @@ def find_folder(config: Config) -> Path | None:
     asked = asked_weights(config)
     chosen = asked.pretrained_checkpoint
     selector = str(config.pretrained_checkpoint if chosen is None else chosen)
-    is_name = selector in ("latest", "best") or selector.isdigit()
-    if not is_name:
+    if selector not in POINTERS and not selector.isdigit():
         return find_checkpoint(selector)
     if asked.pretrained_checkpoint_dir is not None:
         root = Path(asked.pretrained_checkpoint_dir)
-        return find_checkpoint(selector, root / "checkpoints" if (root / "checkpoints").is_dir() else root)
-    if asked.pretrained_model_path is not None:
-        path = Path(asked.pretrained_model_path)
-        path = path.parent if path.is_file() else path
-        if not list_steps(path) and not list_steps(path / "checkpoints") and (path / WEIGHTS).is_file():
-            return path
-        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        return find_checkpoint(selector, root)
-    if chosen is not None:
+    elif asked.pretrained_model_path is not None:
+        root = Path(asked.pretrained_model_path)
+        root = root.parent if root.is_file() else root
+        if not holds_steps(root) and (root / WEIGHTS).is_file():
+            return root
+    elif chosen is not None:
         where = f"{config.task}.pretrained_checkpoint"
         raise ConfigError(Problem(where, f"{selector} of what? set {where}_dir"))
-    return None
+    else:
+        return None
+    return find_checkpoint(selector, root / "checkpoints" if (root / "checkpoints").is_dir() else root)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises CheckpointError."""
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder / 'config.json'}: missing or not JSON; this is no folder of a model") from None
-    if not isinstance(found, dict) or not ({"neobert", HF_ENCODER} & set(found)):
+    """The config.json of a checkpoint of ours. Raises CheckpointError."""
+    found = read_model_config(folder)
+    if not ({"neobert", HF_ENCODER} & set(found)):
         raise CheckpointError(
             f"{folder}: not one of our checkpoints; to start from an encoder of transformers set model.from_hub: true and "
             f"model.name: {folder}"
@@ -130,7 +125,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 def glue_task(folder: Path) -> str | None:
     """The GLUE task that a checkpoint was fine-tuned on, or None."""
     found = read_config(folder)
-    return found.get("neobert", found.get(HF_ENCODER, {})).get("glue_task")
+    task: str | None = found.get("neobert", found.get(HF_ENCODER, {})).get("glue_task")
+    return task
 
 
 def _check_transfer(folder: Path, task: str | None, transfer: bool) -> None:
@@ -196,13 +192,6 @@ def check_length(config: Config, start: InitialWeights, dotted: str, length: int
         raise ConfigError(Problem(dotted, f"{length} is longer than the model's max_position_embeddings {longest}"))
 
 
-def check_encoder_length(encoder: Any, name: str, dotted: str, length: int) -> None:
-    """Raises ConfigError for rows that are longer than an encoder of transformers takes."""
-    longest = longest_input(encoder)
-    if longest is not None and length > longest:
-        raise ConfigError(Problem(dotted, f"{length} is longer than the {longest} tokens that {name} takes"))
-
-
 # --- the tokenizer -----------
 
 
@@ -220,7 +209,7 @@ def find_tokenizer(config: Config, start: InitialWeights) -> tuple[Any, dict[str
     """
     named = config.tokenizer
     if start.folder is not None:
-        keys = {"path": str(tokenizer_folder(start.folder))}
+        keys: dict[str, Any] = {"path": str(tokenizer_folder(start.folder))}
     elif start.hub is not None:
         keys = {"path": start.hub} if Path(start.hub).is_dir() else {"name": start.hub, "path": None}
     else:

@@ -1,25 +1,18 @@
 """A trained model and its tokenizer, from a checkpoint or from a folder that `neobert export` wrote."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import nn
 
-from neobert.checkpoints.format import (
-    STATE,
-    WEIGHTS,
-    Tensors,
-    find_checkpoint,
-    list_steps,
-    load_weights,
-    verify_checkpoint,
-)
+from neobert.checkpoints.format import WEIGHTS, Tensors, load_weights
 from neobert.checkpoints.layouts import from_eurobert, is_eurobert, mismatches
+from neobert.checkpoints.locate import CONFIG, find_model, read_model_config
 from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, first_line
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification
 from neobert.model.modeling_neobert import (
     NeoBERTConfig,
     NeoBERTForMaskedLM,
@@ -27,20 +20,12 @@ from neobert.model.modeling_neobert import (
     NeoBERTPreTrainedModel,
 )
 from neobert.optim.sharding import load_whole
-from neobert.training.choices import choose_attention
-from neobert.training.machine import find_kernels, gpu_capability
-from neobert.training.runtime import Runtime
 
-CONFIG = "config.json"
-PICKLE = "pytorch_model.bin"  # which loading may run code out of
-CONVERT = (  # which reads tensors alone
-    "convert them once, in {0}: python -c \"import torch, safetensors.torch as s; w = torch.load('pytorch_model.bin', "
-    "weights_only=True); s.save_file({{k: v.clone() for k, v in w.items()}}, 'model.safetensors', {{'format': 'pt'}})\""
-)
 EMBEDDING = "embedding"  # of our section in config.json: pooling and longest text that a model was trained with
 HF_ENCODER = "neobert_head"  # section of config.json: our head on an encoder of transformers' making
 
 Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification | NeoBERTForEmbedding
+HFEncoderModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
@@ -53,6 +38,51 @@ def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
         )
     load_model_weights(folder, model)
     return model.eval(), load_model_tokenizer(folder, model.config.vocab_size)
+
+
+def load_model(folder: Path) -> Model | HFEncoderModel:
+    """The model in a folder of ours, whatever its head, in float32 and evaluation mode. Raises CheckpointError."""
+    fields = read_model_config(folder)
+    if HF_ENCODER in fields:
+        return _load_hf_model(folder, fields[HF_ENCODER]).float().eval()
+    model = build_model(folder, fields)
+    load_model_weights(folder, model)
+    return model.float().eval()
+
+
+def _load_hf_model(folder: Path, head: dict[str, Any]) -> HFEncoderModel:
+    """The model of a checkpoint whose encoder is one of transformers' making. `head` is our section of its config.json."""
+    encoder = load_hf_encoder(str(folder))
+    if "glue_task" not in head:
+        settings = ContrastiveSettings(pooling=head[EMBEDDING]["pooling"])
+        return HFEncoderForEmbedding(encoder, settings, encoder.config.pad_token_id or 0)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # as it was trained
+    pooling = "bos" if head["pooling"] == "cls" else head["pooling"]
+    model = HFEncoderForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
+    weights = model.from_checkpoint(load_weights(folder))
+    check_fit(folder, weights, model.state_dict())
+    model.load_state_dict(weights)
+    return model
+
+
+def load_hf_encoder(name: str) -> Any:
+    """Any encoder of `AutoModel`, in float32. Raises CheckpointError when it cannot be loaded, or not whole."""
+    from transformers import AutoModel
+
+    try:
+        encoder, found = AutoModel.from_pretrained(
+            name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{name!r} cannot be loaded: {first_line(error)}") from None
+    if getattr(encoder.config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{name!r} is an encoder with a decoder; an encoder alone is needed")
+    missing = sorted(key for key in found["missing_keys"] if "pooler." not in key)
+    if missing or found["mismatched_keys"]:
+        listed = [*missing, *map(str, found["mismatched_keys"])]
+        raise CheckpointError(f"{name!r}: {len(listed)} tensors were not loaded: {', '.join(listed[:3])}")
+    return encoder
 
 
 def build_model(folder: Path, fields: dict[str, Any]) -> Model:
@@ -69,41 +99,22 @@ def build_model(folder: Path, fields: dict[str, Any]) -> Model:
     except CheckpointError:
         raise
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder / 'config.json'}: describes no model: {reason}") from None
-
-
-def find_model(path: str) -> Path:
-    """The folder of a model: a whole checkpoint, verified, or an exported folder. Raises CheckpointError."""
-    folder = Path(path)
-    is_run = bool(list_steps(folder) or list_steps(folder / "checkpoints"))
-    if is_run or (folder / STATE).is_file() or not folder.is_dir():
-        folder = find_checkpoint(path)
-        verify_checkpoint(folder)
-        return folder
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing == [WEIGHTS] and (folder / PICKLE).is_file():
-        raise CheckpointError(
-            f"{folder}: its weights are in {PICKLE}, and only safetensors are read; {CONVERT.format(folder)}"
-        )
-    if missing:
-        raise CheckpointError(
-            f"{folder}: neither a checkpoint nor an exported model: it has no {STATE}, no {' and no '.join(missing)}; "
-            "expected a run's output folder, <output_dir>/checkpoints/<step>, or what `neobert export` wrote"
-        )
-    if (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder}: half a checkpoint: it has no {STATE}, which is written last")
-    return folder
+        raise CheckpointError(f"{folder / CONFIG}: describes no model: {first_line(error)}") from None
 
 
 def load_model_tokenizer(folder: Path, vocab_size: int) -> Any:
     """The tokenizer of a model's folder. Raises CheckpointError when it has ids that the model does not have."""
     tokenizer = load_tokenizer("", str(tokenizer_folder(folder)))
+    check_tokenizer(folder, tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_tokenizer(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    """Raises CheckpointError when a tokenizer has more tokens than the model has embeddings."""
     if len(tokenizer) > vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer does not fit: it has {len(tokenizer):,} tokens, the model's embeddings {vocab_size:,}"
         )
-    return tokenizer
 
 
 def load_model_weights(folder: Path, model: NeoBERTPreTrainedModel) -> None:
@@ -131,17 +142,6 @@ def check_fit(folder: Path, weights: Tensors, own: Tensors) -> None:
         raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises CheckpointError."""
-    try:
-        fields = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder / CONFIG}: missing or not JSON; this is no folder of a model") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{folder / CONFIG}: not a JSON object; this is no folder of a model")
-    return fields
-
-
 def load_model_config(folder: Path) -> NeoBERTConfig:
     """The architecture in a checkpoint's config.json. Raises CheckpointError."""
     fields = read_model_config(folder).get("neobert")
@@ -149,18 +149,3 @@ def load_model_config(folder: Path) -> NeoBERTConfig:
         raise CheckpointError(f"{folder / CONFIG}: no `neobert` section; this is not one of our models")
     known = {*NeoBERTConfig.__annotations__, "num_labels"}
     return NeoBERTConfig(**{name: value for name, value in fields.items() if name in known})
-
-
-def place_model(model: nn.Module, runtime: Runtime) -> None:
-    """Bring a model to the device of `runtime`, to compute and not to train; ours with attention that needs no padding."""
-    if isinstance(model, NeoBERTForMaskedLM | NeoBERTForEmbedding):
-        config = model.config
-        model.model.attention_kernel, _ = choose_attention(
-            "flash_attn_varlen",
-            runtime.device.type,
-            dtype=runtime.dtype,
-            head_width=config.hidden_size // config.num_attention_heads,
-            packages=find_kernels(),
-            capability=gpu_capability(runtime.device),
-        )
-    model.to(runtime.device).eval()

@@ -1,6 +1,5 @@
 """The commands about trained models: fill-mask, embed, similarity, mteb, pseudo-perplexity, export, import."""
 
-import json
 import os
 import sys
 from glob import has_magic
@@ -85,13 +84,14 @@ def pseudo_perplexity(
     """
     from tqdm import tqdm
 
-    from neobert.checkpoints.format import write_text_atomic
-    from neobert.checkpoints.load import load_pretrained, place_model
+    from neobert.checkpoints.load import load_pretrained
     from neobert.data.files.documents import SkippedRows
     from neobert.data.mlm.row_source import describe_skips
     from neobert.data.tokenizer import text_tokenizer
+    from neobert.files import write_json
     from neobert.inference import masked_lm
-    from neobert.inference.embed import check_new_file
+    from neobert.inference.embed import place_model
+    from neobert.inference.embed_file import check_new_file
     from neobert.training.runtime import build_runtime
 
     if output is not None:
@@ -112,7 +112,7 @@ def pseudo_perplexity(
     print_notes(filter(None, [describe_skips(skips.counts)]))
     print(f"{result}\n{num_texts:,} texts; perplexities are of tokens of this tokenizer")
     if output is not None:
-        write_text_atomic(output, json.dumps({"texts": num_texts, **result.as_json()}, indent=2))
+        write_json(output, {"texts": num_texts, **result.as_json()})
 
 
 def _find_files(source: str, text_column: str | None, split: str | None) -> Any:
@@ -193,7 +193,8 @@ def embed(
     """
     from tqdm import tqdm
 
-    from neobert.inference.embed import check_new_file, embed_file, load_embedder
+    from neobert.inference.embed import load_embedder
+    from neobert.inference.embed_file import check_new_file, embed_file
     from neobert.training.runtime import build_runtime
 
     check_new_file(output, force)

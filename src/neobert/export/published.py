@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neobert.checkpoints.convert import published_architecture, read_tensors
-from neobert.checkpoints.load import read_model_config
+from neobert.checkpoints.locate import read_model_config
 
 
 def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

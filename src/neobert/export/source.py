@@ -7,28 +7,16 @@ from typing import Any
 
 import yaml
 
-from neobert.checkpoints.format import STATE, load_weights, verify_checkpoint
-from neobert.checkpoints.hf import load_encoder
+from neobert.checkpoints.format import STATE, verify_checkpoint
 from neobert.checkpoints.layouts import is_eurobert
-from neobert.checkpoints.load import (
-    EMBEDDING,
-    HF_ENCODER,
-    Model,
-    build_model,
-    check_fit,
-    find_model,
-    load_model_tokenizer,
-    load_model_weights,
-    read_model_config,
-)
+from neobert.checkpoints.load import HFEncoderModel, Model, load_model, load_model_tokenizer
+from neobert.checkpoints.locate import find_model, read_model_config
 from neobert.errors import CheckpointError
 from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
-from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification, longest_input
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
 
-HFEncoderModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding
-POOLING = {"cls": "bos"}  # of a classifier: ours -> transformers' names
 LONGEST = 512  # tokens of a text for a model that nothing limits
 
 
@@ -94,30 +82,10 @@ def load_source(path: str) -> Source:
     """The model at `path`: a run's folder, a checkpoint, or an export. Raises CheckpointError."""
     folder = find_model(path)
     fields = read_model_config(folder)
-    if HF_ENCODER in fields:
-        model: Model | HFEncoderModel = _load_hf_encoder(folder, fields[HF_ENCODER])
-    else:
-        model = build_model(folder, fields)
-        load_model_weights(folder, model)
+    model = load_model(folder)
     tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
     if not (folder / STATE).is_file():
-        return Source(folder, fields, model.float().eval(), tokenizer)
+        return Source(folder, fields, model, tokenizer)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
-    return Source(folder, fields, model.float().eval(), tokenizer, run, verify_checkpoint(folder), config)
-
-
-def _load_hf_encoder(folder: Path, head: dict[str, Any]) -> HFEncoderModel:
-    """The model of a checkpoint whose encoder is one of transformers' making. Raises CheckpointError."""
-    encoder = load_encoder(str(folder))
-    if "glue_task" not in head:
-        settings = ContrastiveSettings(pooling=head[EMBEDDING]["pooling"])
-        return HFEncoderForEmbedding(encoder, settings, encoder.config.pad_token_id or 0)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # as it was trained
-    pooling = POOLING.get(head["pooling"], head["pooling"])
-    model = HFEncoderForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
-    weights = model.from_checkpoint(load_weights(folder))
-    check_fit(folder, weights, model.state_dict())
-    model.load_state_dict(weights)
-    return model
+    return Source(folder, fields, model, tokenizer, run, verify_checkpoint(folder), config)

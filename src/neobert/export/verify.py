@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from neobert.checkpoints.load import Model
+from neobert.checkpoints.load import HFEncoderModel, Model
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import UserError
-from neobert.export.source import HFEncoderModel, Source
+from neobert.export.source import Source
 from neobert.inference.embed import Embedder
 from neobert.inference.sentence_transformers import Embedding, SentenceSettings
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding

@@ -23,17 +23,17 @@ from typing import Any
 from safetensors.torch import save_file
 
 from neobert import __version__
-from neobert.checkpoints.format import WEIGHTS, write_json
+from neobert.checkpoints.format import WEIGHTS
 from neobert.checkpoints.layouts import to_eurobert
 from neobert.checkpoints.load import EMBEDDING
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError, check_installed
 from neobert.export import verify
-from neobert.export.atomic import check_target, whole_folder
 from neobert.export.card import write_card
 from neobert.export.hf_encoder import hf_encoder_config, hf_encoder_tensors
 from neobert.export.onnx import ONNX, Output, write_onnx
 from neobert.export.source import Source, load_source
+from neobert.files import check_target, whole_folder, write_json
 from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.model import modeling_neobert
 

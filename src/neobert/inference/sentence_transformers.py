@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from neobert.checkpoints.format import write_json
-from neobert.checkpoints.load import EMBEDDING, HF_ENCODER, read_model_config
+from neobert.checkpoints.load import EMBEDDING, HF_ENCODER
+from neobert.checkpoints.locate import MODULES, read_model_config
 from neobert.errors import CheckpointError, UserError, first_line
+from neobert.files import write_json
 from neobert.model.unpadding import Pooling
 
-MODULES = "modules.json"
 TRANSFORMER, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
 MODES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max"}
 OLDER_MODES = {

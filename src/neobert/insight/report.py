@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from neobert.checkpoints.format import write_text
 from neobert.config.explain import changed_keys
 from neobert.errors import DataError
+from neobert.files import write_text
 from neobert.training.metrics import PHASES, duration, read_metrics
 
 PAGE = """<!doctype html>

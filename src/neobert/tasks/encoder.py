@@ -1,19 +1,13 @@
 """The model of a run: its first weights, and the kernels and compilation that the machine allows."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from neobert.checkpoints import layouts
-from neobert.checkpoints.format import Tensors
-from neobert.checkpoints.hf import load_encoder as load_whole_encoder
-from neobert.checkpoints.load import check_fit
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
 from neobert.data.tokenizer import fit_vocabulary, special_ids
-from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
@@ -105,40 +99,12 @@ def prepare_model(
     }
 
 
-# --- first weights -----------
-
-
-def load_encoder(folder: Path, model: nn.Module, weights: Tensors, with_dense: bool = False) -> str:
-    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded.
-
-    Raises CheckpointError listing what does not fit.
-    """
-    kinds = ("model.", "dense.") if with_dense else ("model.",)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}
-    used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
-    check_fit(folder, used, own)
-    model.load_state_dict(used, strict=False)
-    left = sorted({name.split(".")[0] for name in weights if name not in used})
-    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
-    unused = f"; not used: {', '.join(left)}" if left else ""
-    fresh = f"; new: {', '.join(new)}" if new else ""
-    return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}{fresh}{unused}"
-
-
 def hf_encoder_dropout(name: str) -> dict[str, float]:
     """The dropout that an encoder of `AutoModel` brings along, by the names of its configuration."""
     from transformers import AutoConfig
 
     fields = AutoConfig.from_pretrained(name).to_dict()
     return {key: value for key, value in fields.items() if "dropout" in key and isinstance(value, int | float)}
-
-
-def load_hf_encoder(name: str) -> Any:
-    """Any encoder of `AutoModel`. Raises ConfigError when it cannot be loaded, or not whole."""
-    try:
-        return load_whole_encoder(name)
-    except CheckpointError as error:
-        raise ConfigError(Problem("model.name", str(error))) from None
 
 
 def row_layout(config: Config, pad_id: int, longest: int) -> RowLayout:

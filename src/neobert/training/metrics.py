@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.checkpoints.format import write_json, write_text
 from neobert.errors import ConfigError, Problem, UserError, disk_error, first_line
+from neobert.files import write_json, write_text
 
 PHASES = ("data", "compute", "optimizer", "evaluate", "save")
 INSTALL = "pip install 'neobert[trackers]'"

@@ -17,13 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content, Tensors, list_steps, verify_checkpoint, write_text_atomic
+from neobert.checkpoints.format import Content, Tensors, list_steps, verify_checkpoint
 from neobert.config.deepspeed import read_zero
 from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
 from neobert.config.schema import Config, known_keys
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
+from neobert.files import write_text
 from neobert.optim.build import local_parts, optimizer_state
 from neobert.optim.qk_clip import QKClip
 from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
@@ -264,7 +265,7 @@ class Job:
             return False
         with self.runtime.open_weights(self.wrapped):
             self.storage.load(root / str(best))
-        self.runtime.on_main(lambda: write_text_atomic(root / "latest", str(best)))
+        self.runtime.on_main(lambda: write_text(root / "latest", f"{best}\n"))
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
         evaluation.run(state, loaded=best)
         return True

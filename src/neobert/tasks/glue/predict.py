@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from neobert.checkpoints.format import STATE, write_text
+from neobert.checkpoints.format import STATE
 from neobert.config.schema import Config
 from neobert.data.labelled.tasks import TASKS, GlueTask, has_split
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import CheckpointError, DataError, UserError
+from neobert.files import write_text
 from neobert.tasks.encoder import row_layout
 from neobert.tasks.glue.data import Shared, encode_split, glue_source
 from neobert.tasks.glue.metrics import predictions
@@ -45,7 +46,7 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
     checkpoint = run_folder / "checkpoints" / str(result["step"])
     if not (checkpoint / STATE).is_file():
         raise CheckpointError(f"{checkpoint}: the run kept no checkpoint of its result (trainer.save_model: false?)")
-    model, hf_tokenizer, task = load_finetuned(checkpoint, config)
+    model, hf_tokenizer, task = load_finetuned(checkpoint)
     trainer, glue, source = config.trainer, config.glue, glue_source(config)
     model.to(runtime.device)
     layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)

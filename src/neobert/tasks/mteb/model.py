@@ -16,6 +16,7 @@ from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from tqdm import tqdm
 
+from neobert.files import sha256
 from neobert.inference.embed import Embedder
 
 
@@ -86,10 +87,6 @@ def build_meta(name: str, identity: str, settings: dict[str, Any], embedder: Emb
 
 def weights_identity(folder: Path) -> str:
     """A hash of the model's tensors, those of its modules too."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*/model.safetensors")]
-    ):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*/model.safetensors")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in files)).hexdigest()

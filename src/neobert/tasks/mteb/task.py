@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.checkpoints.format import STATE, find_checkpoint
-from neobert.checkpoints.hf import model_folder
+from neobert.checkpoints.locate import download_model
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, print_notes
@@ -94,7 +94,7 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 
 def load_subject(config: Config, model: str | None) -> Subject:
     """The model, ready to embed. Raises CheckpointError."""
-    folder = model_folder(model) if model is not None else _own_checkpoint(config)
+    folder = download_model(model) if model is not None else _own_checkpoint(config)
     pooling = config.mteb_pooling if config.is_set("mteb_pooling") else None
     length = config.tokenizer.max_length if config.is_set("tokenizer.max_length") else None
     size = config.mteb_batch_size * TOKENS_OF_A_TEXT if config.is_set("mteb_batch_size") else None
@@ -117,7 +117,7 @@ def load_subject(config: Config, model: str | None) -> Subject:
         "prompts": {**found.prompts, **config.mteb_prompts},
         **{name: value for name, value in own.items() if value != usual[name]},
     }
-    return Subject(_name(model, folder), folder, embedder, settings)
+    return Subject(_name(model, found.folder), folder, embedder, settings)
 
 
 def _own_checkpoint(config: Config) -> Path:
@@ -132,7 +132,6 @@ def _name(model: str | None, folder: Path) -> str:
     """`org/name` of the hub as it is; of a folder `local/<run>-<step>` or `local/<folder>`."""
     if model is not None and not Path(model).exists():
         return model
-    folder = find_checkpoint(str(folder)) if not (folder / "config.json").is_file() else folder
     full = folder.resolve()
     if (full / STATE).is_file() and full.parent.name == "checkpoints":
         return f"local/{full.parent.parent.name}-{full.name}"

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from neobert.checkpoints.convert import convert
-from neobert.checkpoints.hf import model_folder
 from neobert.checkpoints.initial_weights import (
     ARCHITECTURE,
     check_named_tokenizer,
     contradictions,
     load_named_tokenizer,
 )
+from neobert.checkpoints.locate import download_model
 from neobert.config.schema import Config
 from neobert.data.tokenizer import tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
@@ -22,9 +22,9 @@ from neobert.tasks.encoder import build_model, build_vocabulary, with_vocab_size
 
 
 @dataclass(frozen=True)
-class Begin:
-    """Configuration (with what follows from the weights filled in), tokenizer, size of the vocabulary, what to tell the user;
-    the first weights, where they are not drawn."""
+class InitialModel:
+    """What pretraining starts with: the configuration with what follows from the weights filled in, the tokenizer, the size of
+    the vocabulary, messages for the user, and `model` where its weights are not drawn."""
 
     config: Config
     hf_tokenizer: Any
@@ -47,7 +47,7 @@ class Begin:
         return Path(name).name if name is not None and self.model is not None else name
 
 
-def begin(config: Config, resumed: Path | None) -> Begin:
+def begin(config: Config, resumed: Path | None) -> InitialModel:
     """What the configuration names to start from, or the checkpoint that the run goes on from, which has all that is needed.
 
     Raises ConfigError, DataError or CheckpointError.
@@ -55,7 +55,7 @@ def begin(config: Config, resumed: Path | None) -> Begin:
     if not config.model.from_hub:
         hf_tokenizer = load_named_tokenizer(config)
         size, notes = build_vocabulary(config, hf_tokenizer)
-        return Begin(with_vocab_size(config, size), hf_tokenizer, size, notes)
+        return InitialModel(with_vocab_size(config, size), hf_tokenizer, size, notes)
     folder = resumed or _named(config.model.name or "")
     found = convert(str(folder))
     if not isinstance(found.model, NeoBERTForMaskedLM):
@@ -66,18 +66,18 @@ def begin(config: Config, resumed: Path | None) -> Begin:
     _apply_settable(config, architecture)
     if problems := contradictions(config, folder, architecture):
         raise ConfigError(*problems)
-    config = _settle(config, architecture, found.folder)
+    config = _fill_in(config, architecture, found.folder)
     _check_rows(config)
     model = NeoBERTForMaskedLM(architecture)  # again, for the dropout and the positions that the YAML sets
     model.load_state_dict(found.model.state_dict())
     notes = [f"continuing from {found.folder} ({found.kind}) with a fresh optimizer", *found.notes]
     config = with_vocab_size(config, architecture.vocab_size)
-    return Begin(config, found.tokenizer, architecture.vocab_size, [] if resumed else notes, model)
+    return InitialModel(config, found.tokenizer, architecture.vocab_size, [] if resumed else notes, model)
 
 
 def _named(name: str) -> Path:
     try:
-        return model_folder(name)
+        return download_model(name)
     except CheckpointError as error:
         raise ConfigError(Problem("model.name", str(error))) from None
 
@@ -90,7 +90,7 @@ def _apply_settable(config: Config, architecture: NeoBERTConfig) -> None:
         architecture.dropout_prob = config.model.dropout_prob
 
 
-def _settle(config: Config, architecture: NeoBERTConfig, folder: Path) -> Config:
+def _fill_in(config: Config, architecture: NeoBERTConfig, folder: Path) -> Config:
     """The configuration with architecture and tokenizer of the weights, as it is saved: it loads to the same run."""
     values = {name: getattr(architecture, name) for name in (*ARCHITECTURE, "dropout_prob")}
     tokenizer = {"path": str(tokenizer_folder(folder))}

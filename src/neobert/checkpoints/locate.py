@@ -1,0 +1,95 @@
+"""From what a user names to the folder of a model.
+
+| named | folder |
+|---|---|
+| a run's output folder, its `checkpoints/`, a step in it | a checkpoint, verified (`format.find_checkpoint`) |
+| another folder with config.json and weights | itself: an export, or a model of another library |
+| a repository of the hub | its folder in the hub's cache, after downloading it |
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from neobert.checkpoints.format import STATE, WEIGHTS, find_checkpoint, list_steps, verify_checkpoint
+from neobert.errors import CheckpointError, first_line
+from neobert.files import read_json
+
+CONFIG, MODULES = "config.json", "modules.json"  # the latter of sentence-transformers
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
+PICKLE = "pytorch_model.bin"  # which loading may run code out of
+CONVERT = (  # which reads tensors alone
+    "convert them once, in {0}: python -c \"import torch, safetensors.torch as s; w = torch.load('pytorch_model.bin', "
+    "weights_only=True); s.save_file({{k: v.clone() for k, v in w.items()}}, 'model.safetensors', {{'format': 'pt'}})\""
+)
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]  # of files that are downloaded
+
+
+def find_model(path: str) -> Path:
+    """The folder of a model of ours: a checkpoint or an export. Raises CheckpointError saying what is there instead."""
+    folder = Path(path)
+    if (folder / STATE).is_file() or not folder.is_dir() or holds_steps(folder):
+        return find_verified(path)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing == [WEIGHTS] and (folder / PICKLE).is_file():
+        raise CheckpointError(
+            f"{folder}: its weights are in {PICKLE}, and only safetensors are read; {CONVERT.format(folder)}"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{folder}: neither a checkpoint nor an exported model: it has no {STATE}, no {' and no '.join(missing)}; "
+            "expected a run's output folder, <output_dir>/checkpoints/<step>, or what `neobert export` wrote"
+        )
+    if (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder}: half a checkpoint: it has no {STATE}, which is written last")
+    return folder
+
+
+def find_any_model(path: str) -> Path:
+    """As `find_model`, and a folder whose weights are in several files, which models of other libraries may be."""
+    folder = Path(path)
+    if (folder / STATE).is_file() or holds_steps(folder) or not (folder / INDEX).is_file():
+        return find_model(path)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: not a model: it has no {CONFIG}")
+    return folder
+
+
+def find_encoder(path: str) -> Path:
+    """A checkpoint, or a folder that `AutoModel` or sentence-transformers may load. Raises CheckpointError."""
+    folder = Path(path)
+    if not (folder / STATE).is_file() and any((folder / name).is_file() for name in (CONFIG, MODULES)):
+        return folder
+    return find_verified(path)
+
+
+def find_verified(path: str) -> Path:
+    """The folder of a checkpoint, after comparing its checksums. Raises CheckpointError."""
+    folder = find_checkpoint(path)
+    verify_checkpoint(folder)
+    return folder
+
+
+def holds_steps(folder: Path) -> bool:
+    """Whether a folder is that of a run, or its `checkpoints/`."""
+    return bool(list_steps(folder) or list_steps(folder / "checkpoints"))
+
+
+def download_model(name: str) -> Path:
+    """The folder that `name` is, or that of a repository of the hub. Raises CheckpointError, also when offline."""
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+        why = "this machine is offline (HF_HUB_OFFLINE)" if offline else first_line(error)
+        raise CheckpointError(f"{name!r} is no folder, and it cannot be had from the hub: {why}") from None
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises CheckpointError."""
+    return read_json(folder / CONFIG, CheckpointError, "; this is no folder of a model")
