@@ -100,9 +100,10 @@ def read_losses(folder):
 
 
 def main(target):
+    from neobert.inference.fill_mask import fill_masks
+
     from neobert.config.load import load_config
     from neobert.inference.embed import load_embedder
-    from neobert.inference.fill_mask import fill_masks
     from neobert.tasks import contrastive, glue, glue_predict, pretraining
 
     shutil.rmtree(target, ignore_errors=True)
