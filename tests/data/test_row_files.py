@@ -304,7 +304,7 @@ def test_more_files_than_may_be_open(kind, tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_command_raises_the_limit_of_open_files():
-    script = "import resource\nfrom neobert.cli import main as cli\ntry: cli.main()\n"
+    script = "import resource\nfrom neobert.cli.main import main\ntry: main()\n"
     script += "except SystemExit: print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     command = ["bash", "-c", f"ulimit -Sn 256; exec {sys.executable} -c '{script}' --help"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -490,7 +490,7 @@ def test_why_there_is_no_text_is_said(tmp_path):
     cases = (
         ("latin.txt", "dataset.pre_tokenize=false", "2 rows passed over: 2 not UTF-8, first at"),
         ("latin.txt", "dataset.pre_tokenize=true", "no document in it (2 rows passed over: 2 not UTF-8)"),
-        ("two.txt", "dataset.lanes=3", "reader 3 of 3 of the corpus is empty: documents are dealt"),
+        ("two.txt", "dataset.num_shards=3", "reader 3 of 3 of the corpus is empty: documents are dealt"),
     )
     for name, word, expected in cases:
         words = [*TINY, f"trainer.output_dir={tmp_path / 'out'}", f"dataset.path={tmp_path / name}", word]

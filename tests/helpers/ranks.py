@@ -15,7 +15,8 @@ STEPS, HALF = 20, 10
 
 BASE = [
     *TINY, f"trainer.max_steps={STEPS}", f"trainer.save_steps={HALF}", "trainer.eval_steps=8", "trainer.eval_max_batches=3",
-    "datacollator.pack_sequences=true", "dataset.lanes=2", "trainer.gradient_clipping=0.5", "trainer.log_weight_norms=true",
+    "datacollator.pack_sequences=true", "dataset.num_shards=2", "trainer.gradient_clipping=0.5",
+    "trainer.log_weight_norms=true",
 ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def worker(rank, root):
         num_open.append([len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")])
     (root / f"open{rank}.json").write_text(json.dumps(num_open))
     with pytest.raises(UserError, match="cannot share equally"):
-        run(root / "three lanes", "dataset.lanes=3")
+        run(root / "three lanes", "dataset.num_shards=3")
     run_folder.SHARED_SECONDS = 0.5
     os.makedirs(root / f"machine{rank}")
     os.chdir(root / f"machine{rank}")
@@ -69,7 +69,7 @@ def root(tmp_path_factory):
         run(root / name, alone, *words)
     spawn(worker, (root,), 2)
     for source in ("ddp", "fsdp2", "fsdp2 muon"):
-        words = [alone, "dataset.lanes=null", *(MUON if "muon" in source else [])]
+        words = [alone, "dataset.num_shards=null", *(MUON if "muon" in source else [])]
         resume(root, f"{source} to one", source, *words)
     return root
 

@@ -19,7 +19,7 @@ from neobert import __version__
 from neobert.checkpoints.convert import Converted, convert
 from neobert.checkpoints.format import Content, save_checkpoint
 from neobert.checkpoints.retention import strip_checkpoint
-from neobert.config.schema import ModelConfig
+from neobert.config.sections import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError
 from neobert.export.published import published_outputs

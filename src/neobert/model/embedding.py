@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
-from .modeling_neobert import NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
+from .modeling_neobert import LossOutput, NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
 from .unpadding import Lengths, Pooling
 
 OBSERVED = 512  # pairs of a batch that alignment and uniformity are computed of
@@ -33,15 +32,6 @@ class ContrastiveSettings:
     pooling: Pooling = "avg"
 
 
-@dataclass
-class EmbeddingOutput(ModelOutput):
-    """`embeddings` n x D, not normalised; with keys `loss_sum` and `num_correct` over this process's anchors."""
-
-    embeddings: Tensor | None = None
-    loss_sum: Tensor | None = None
-    num_correct: Tensor | None = None
-
-
 class ContrastiveLoss(nn.Module):
     """From embeddings and keys to the loss. The vectors of the last batch in training are kept, for `observe`."""
 
@@ -50,10 +40,10 @@ class ContrastiveLoss(nn.Module):
         self.settings = settings
         self._last_pairs: tuple[Tensor, Tensor] | None = None  # anchors and positives, at most `OBSERVED` of each
 
-    def output(self, embeddings_nD: Tensor, keys: dict[str, Any] | None) -> EmbeddingOutput:
+    def output(self, embeddings_nD: Tensor, keys: dict[str, Any] | None) -> LossOutput:
         """What a model returns for these embeddings: the loss is in it where there are `keys`, the arguments of `forward`."""
         loss_sum, num_correct = (None, None) if keys is None else self(embeddings_nD, **keys)
-        return EmbeddingOutput(embeddings=embeddings_nD, loss_sum=loss_sum, num_correct=num_correct)
+        return LossOutput(embeddings=embeddings_nD, loss_sum=loss_sum, num_correct=num_correct)
 
     def forward(
         self,
@@ -126,7 +116,7 @@ class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
         document_lengths: Lengths | None = None,
         keys: dict[str, Any] | None = None,
         **_: Any,
-    ) -> EmbeddingOutput:
+    ) -> LossOutput:
         """Embeddings of all texts; with `keys` (the arguments of `ContrastiveLoss`) also their loss."""
         pooling = self.contrastive.settings.pooling
         return self.contrastive.output(self.model.embed(input_ids, attention_mask, document_lengths, pooling), keys)

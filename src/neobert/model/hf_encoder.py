@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embedding import ContrastiveLoss, ContrastiveSettings, EmbeddingOutput
-from .modeling_neobert import ClassifierLossOutput, classifier_output
+from .embedding import ContrastiveLoss, ContrastiveSettings
+from .modeling_neobert import LossOutput, classifier_output
 from .unpadding import Lengths, check_not_empty, host_lengths, pool_rows
 
 Tensors = dict[str, Tensor]
@@ -44,7 +44,7 @@ class HFEncoderForSequenceClassification(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **_: Any,
-    ) -> ClassifierLossOutput:
+    ) -> LossOutput:
         """Logits B x num_labels in float32. `labels` B: class ids, or numbers where there is one label."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -88,7 +88,7 @@ class HFEncoderForEmbedding(nn.Module):
         document_lengths: Lengths | None = None,
         keys: dict[str, Any] | None = None,
         **_: Any,
-    ) -> EmbeddingOutput:
+    ) -> LossOutput:
         """As `NeoBERTForEmbedding.forward`."""
         if document_lengths is None:
             assert attention_mask is not None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from .attention import Kernel, Rotary
 from .bucket_attention import FINE_GRANULARITY
@@ -58,29 +58,28 @@ class NeoBERTConfig(PreTrainedConfig):
 
 
 @dataclass
-class MaskedLMLossOutput(MaskedLMOutput):
-    """`loss` is the mean over targets; `loss_sum` their sum; both float32 scalars. `num_correct` is an int64 scalar."""
+class LossOutput(ModelOutput):
+    """What heads return. `loss` is the mean over the targets, `loss_sum` the sum, both float32 scalars; `num_correct` is an
+    int64 scalar, 0 for a regression. `embeddings` n x D are not normalised.
+    """
 
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
+    embeddings: Tensor | None = None
     loss_sum: Tensor | None = None
     num_correct: Tensor | None = None
 
 
-@dataclass
-class ClassifierLossOutput(SequenceClassifierOutput):
-    """`loss` is the mean over rows; `loss_sum` their sum. `num_correct` is an int64 scalar, 0 for a regression."""
-
-    loss_sum: Tensor | None = None
-    num_correct: Tensor | None = None
-
-
-def classifier_output(logits: Tensor, labels: Tensor | None) -> ClassifierLossOutput:
+def classifier_output(logits: Tensor, labels: Tensor | None) -> LossOutput:
     """The output for logits n x num_labels: cross-entropy with class ids n, or the squared error where there is one label.
 
     Labels of -100, or NaN, count as none.
     """
     logits = logits.float()
     if labels is None:
-        return ClassifierLossOutput(logits=logits)
+        return LossOutput(logits=logits)
     if logits.shape[1] == 1:
         known = ~labels.isnan()
         loss_sum = F.mse_loss(logits.squeeze(-1) * known, labels.nan_to_num().float(), reduction="sum")
@@ -89,7 +88,7 @@ def classifier_output(logits: Tensor, labels: Tensor | None) -> ClassifierLossOu
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         num_correct = (logits.argmax(-1) == labels).sum()
     loss = loss_sum / max(1, len(labels))
-    return ClassifierLossOutput(loss=loss, logits=logits, loss_sum=loss_sum, num_correct=num_correct)
+    return LossOutput(loss=loss, logits=logits, loss_sum=loss_sum, num_correct=num_correct)
 
 
 def new_states(config: NeoBERTConfig, extra: dict[str, Any]) -> list[Tensor] | None:
@@ -320,7 +319,7 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         masked_only: bool = False,
         count_correct: bool = False,
         **extra: Any,
-    ) -> MaskedLMLossOutput:
+    ) -> LossOutput:
         """Logits B x T x V, and with `labels` B x T (-100: no target) losses.
 
         `masked_only`, as training sets it, computes the same losses from the targets' logits alone and returns no logits.
@@ -335,12 +334,11 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
             if masked_only:
                 hidden_MD = self.model.encode(unpadded, targets_M)
                 loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
-                return MaskedLMLossOutput(loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
+                return LossOutput(loss=loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
         hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
-        output = MaskedLMLossOutput(
-            logits=unpadded.restore(logits_NV), hidden_states=None if states is None else tuple(states)
-        )
+        hidden_states = None if states is None else tuple(states)
+        output = LossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
         if labels_N is not None:
             output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
             output.loss = output.loss_sum / max(1, len(targets_M))
@@ -377,7 +375,7 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         document_lengths: Lengths | None = None,
         labels: Tensor | None = None,
         **extra: Any,
-    ) -> ClassifierLossOutput:
+    ) -> LossOutput:
         """Logits n x num_labels in float32. `labels` n: class ids, or numbers where there is one label."""
         states = new_states(self.config, extra)
         pooling: Pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling

@@ -42,9 +42,7 @@ class GroupRule:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """`adamw` (decoupled decay, arXiv 1711.05101), `adam` (decay added to the gradient), or `muonclip`: Muon on the matrices
-    of encoder layers, AdamW on the rest.
-    """
+    """`adamw` (decoupled decay, arXiv 1711.05101), `adam` (decay added to the gradient), or `muonclip` (Muon and AdamW)."""
 
     name: str
     lr: float
@@ -58,10 +56,9 @@ class OptimizerSettings:
 def build_optimizer(
     named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer, with torch's fused kernels. `fused` as in `parameter_groups`.
+    """The optimizer, with torch's fused kernels. The learning rate of a step is to be multiplied by a group's `lr_scale`.
 
-    Every group has a `lr_scale`, by which the learning rate of a step is to be multiplied. Raises ValueError as
-    `parameter_groups` and `Muon` do.
+    `fused` as in `parameter_groups`. Raises ValueError as `parameter_groups` and `Muon` do.
     """
     is_muon = settings.name == "muonclip"
     groups = parameter_groups(
@@ -78,16 +75,6 @@ def build_optimizer(
 
 
 # --- groups -----------
-
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices that are not embeddings."""
-    return parameter.ndim >= 2 and "embed" not in name
-
-
-def is_encoder_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes it: a matrix of a numbered layer that is not an embedding."""
-    return parameter.ndim == 2 and "embed" not in name and _IN_LAYER.search(name) is not None
 
 
 def parameter_groups(
@@ -132,15 +119,15 @@ def parameter_groups(
 def _settings(
     name: str, parameter: nn.Parameter, rule: GroupRule, weight_decay: float, muon_decay: float | None
 ) -> dict[str, Any]:
-    algorithm = rule.algorithm
+    algorithm, decay, is_embedding = rule.algorithm, rule.weight_decay, "embed" in name
     if algorithm is None:
-        algorithm = "muon" if muon_decay is not None and is_encoder_matrix(name, parameter) else "adamw"
+        is_encoder_matrix = parameter.ndim == 2 and not is_embedding and _IN_LAYER.search(name) is not None
+        algorithm = "muon" if muon_decay is not None and is_encoder_matrix else "adamw"
     elif algorithm == "muon" and parameter.ndim != 2:
         raise ValueError(f"pattern {rule.pattern!r} gives {name} to muon, which takes matrices only")
-    decay = rule.weight_decay
     if decay is None:
         decay = muon_decay if algorithm == "muon" and muon_decay is not None else weight_decay
-        decay = decay if decays(name, parameter) else 0.0
+        decay = decay if parameter.ndim >= 2 and not is_embedding else 0.0
     return {"algorithm": algorithm, "weight_decay": decay, "lr_scale": rule.lr_scale}
 
 
@@ -164,8 +151,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
-    """What this process has to save of optimizer state, copied to the CPU, and the first row of each part: its shards; of
-    state that all processes have, everything in the main one.
+    """What this process has to save of optimizer state, copied to the CPU, and the first row of each shard. What all have is
+    saved by the main one.
     """
     parts, first_rows = {}, {}
     for path, tensor in state.items():

@@ -66,9 +66,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update everything that has a gradient. With `detect_anomalies`, raises UserError on every rank, before the first
-        write, when a gradient is not finite.
-        """
+        """Update what has a gradient. With `detect_anomalies`, raises UserError on every rank, first, if one is not finite."""
         if self.settings.detect_anomalies:
             self._check_finite()
         for group in self.param_groups:

@@ -5,7 +5,7 @@ width, L attention blocks.
 
 After a step, where S is the largest logit q.k / sqrt(K) of a head in the whole global batch and S exceeds the threshold tau,
 the rows of q are multiplied by (tau/S)^alpha and those of k by (tau/S)^(1 - alpha), which brings that logit to tau
-(Kimi K2, arXiv 2507.20534). Rotary positions turn q and k but keep their lengths, so this holds with them too. Where several
+(Kimi K2, arXiv 2507.20534). Rotary positions rotate q and k but keep their lengths, so this holds with them too. Where several
 query heads share a key head, k shrinks by the smallest of their factors and each q by what then remains, so that every head
 gets exactly its own factor.
 
@@ -113,8 +113,7 @@ def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.devic
 def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], chunk_size: int) -> Tensor:
     """Largest q.k / sqrt(K) of each head (H, float32) over pairs within documents of `group_documents`; -inf without any.
 
-    Products are of full float32 precision on every device. At most H x `chunk_size` x (longest document) logits exist at a
-    time.
+    Products have full float32 precision. At most H x `chunk_size` x (longest document) logits exist at a time.
     """
     num_heads, width = q_NHK.shape[1:]
     q_NHK, k_NGK = q_NHK.detach().float(), k_NGK.detach().float()
@@ -151,10 +150,7 @@ def clip_factors(maxima_H: Tensor, threshold: float, alpha: float, num_key_heads
 
 @torch.no_grad()
 def scale_rows_(weight: Tensor, factors_R: Tensor, start: int = 0) -> None:
-    """Multiply the rows of a matrix (or the entries of a bias) from `start` on by a factor each; the others stay.
-
-    Of a DTensor every rank scales the rows that it holds.
-    """
+    """Multiply rows of a matrix, or entries of a bias, from `start` on by a factor each; every rank scales those it holds."""
     rows = torch.ones(weight.shape[0], dtype=torch.float64, device=factors_R.device)
     rows[start : start + len(factors_R)] = factors_R
     scale = rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.ndim - 1))
@@ -247,9 +243,7 @@ class Documents:
 def _real_documents(
     ids_BT: Tensor, inputs: Mapping[str, Any], pad_id: int | None
 ) -> tuple[Tensor | None, Sequence[int]]:
-    """Positions (None: all) and lengths of what is not padding: of an `attention_mask` B x T, or of packed
-    `document_lengths`.
-    """
+    """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`."""
     mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
     if packed is not None:
         lengths = host_lengths(packed)
@@ -269,8 +263,7 @@ def _real_documents(
 class QKClip:
     """Watches a model's attention blocks and clips them. `prepare` comes before each forward pass, `apply` after the update.
 
-    `pad_id` marks padding in packed rows; `mapping` names separate projections. Raises ConfigError for a mapping that does not
-    fit the model.
+    `pad_id` marks padding in packed rows; `mapping` names separate projections. Raises ConfigError where it does not fit.
     """
 
     def __init__(
@@ -383,9 +376,7 @@ class QKClip:
 
     @torch.no_grad()
     def see(self, block: nn.Module, q_NHK: Tensor, k_NGK: Tensor, rotary: Rotary | None) -> None:
-        """Raise the maxima of a block by the logits of q and k: of all B*T tokens, or of the real ones, as our model leaves
-        out the padding of padded rows on a CPU.
-        """
+        """Raise the maxima of a block by the logits of q and k, of all B*T tokens or of those that are not padding."""
         documents, heads = self._documents, self._heads[block]
         assert documents is not None
         with torch.autocast(q_NHK.device.type, enabled=False):

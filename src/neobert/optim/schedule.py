@@ -21,9 +21,7 @@ class Schedule:
 
 
 def lr_scale(step: float, schedule: Schedule) -> float:
-    """Ratio of the peak learning rate for the update number `step` (the first is 0; between two where a resumed run has steps
-    of another size).
-    """
+    """Ratio of the peak learning rate for update `step` (the first is 0; fractions where a run had steps of another size)."""
     if step < schedule.warmup_steps:
         return (step + 1) / (schedule.warmup_steps + 1)
     if schedule.name == "constant":
@@ -50,9 +48,7 @@ def _height(step: float, schedule: Schedule) -> float:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """What is asked of a schedule: the keys of the YAML's `scheduler` section. Percentages are of `total_steps` (None: of the
-    run) and win over absolute steps.
-    """
+    """The YAML's `scheduler` section. Percentages are of `total_steps` (None: of the run) and win over absolute steps."""
 
     name: Shape
     warmup_steps: int = 0
@@ -67,10 +63,9 @@ class ScheduleSettings:
 
 
 def build_schedule(s: ScheduleSettings, num_steps: int) -> Schedule:
-    """The schedule of a run of `num_steps`.
+    """The schedule of a run of `num_steps`, which may end before its warmup does.
 
-    A warmup longer than the run is allowed: the rate then never gets to its peak. Raises ValueError when a decay that was
-    asked for ends before the warmup does.
+    Raises ValueError when a decay that was asked for ends before the warmup does.
     """
     total = s.total_steps or num_steps
     warmup = round(total * s.warmup_percent / 100) if s.warmup_percent is not None else s.warmup_steps

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from neobert.checkpoints import layouts
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
 from neobert.data.tokenizer import fit_vocabulary, special_ids
@@ -43,7 +42,7 @@ def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]
         notes.append(
             f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
         )
-    if is_set("model.pad_token_id", config) and config.model.pad_token_id != hf_tokenizer.pad_token_id:
+    if config.is_set("model.pad_token_id") and config.model.pad_token_id != hf_tokenizer.pad_token_id:
         notes.append(
             f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
         )

@@ -53,18 +53,18 @@ class Stopwatch:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, written at once. What lies behind `step`, where the run starts, is cut off."""
+    """metrics.jsonl: one JSON object a line, written at once. Records after `step`, where the run starts, are removed."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.is_file():
-            kept = [row for row in read_metrics(path) if row.get("step", 0) <= step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Raises OSError when the disk is full."""
-        rest = (json.dumps(row) + "\n").encode()
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record. Raises OSError when the disk is full."""
+        rest = (json.dumps(record) + "\n").encode()
         while rest:
             rest = rest[self._file.write(rest) :]
 
@@ -73,30 +73,31 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    rows = []
+    """The records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    records = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             break
-    return rows
+    return records
 
 
 class Sinks:
-    """Where rows of metrics go: metrics.jsonl, and every tracker."""
+    """Where metrics go: metrics.jsonl, and every tracker."""
 
     def __init__(self, file: MetricsFile, trackers: list[Any]):
         self.file, self.trackers = file, trackers
         self.failure: UserError | None = None  # of a write; all processes of a run end together on it
 
-    def write(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl; trackers get its numbers as `<kind>/<name>` at its step."""
-        numbers = {f"{row['kind']}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl; trackers get its numbers as `<kind>/<name>` at its step."""
+        kind, step = record["kind"], record["step"]
+        numbers = {f"{kind}/{name}": value for name, value in record.items() if isinstance(value, int | float)}
         try:
-            self.file.write(row)
+            self.file.write(record)
             for tracker in self.trackers:
-                tracker.log(numbers, step=row["step"])
+                tracker.log(numbers, step=step)
         except OSError as error:
             self.failure = disk_error(error, self.file.path) or UserError(f"{self.file.path}: {first_line(error)}")
 
@@ -110,38 +111,28 @@ class Console:
     """Lines on stdout; on a terminal also a progress bar on stderr, below them."""
 
     def __init__(self, num_steps: int, start: int, show_bar: bool):
-        self._bar = None
-        if show_bar and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=num_steps,
-                initial=start,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.05,
-                leave=False,
-                file=sys.stderr,
-            )
+        shape: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "leave": False}
+        # `disable` None: a bar on a terminal only
+        self._bar = tqdm(total=num_steps, initial=start, file=sys.stderr, disable=None if show_bar else True, **shape)
 
     @property
     def has_bar(self) -> bool:
-        return self._bar is not None
+        return not self._bar.disable
 
     def line(self, text: str) -> None:
-        if self._bar is not None:
+        if self.has_bar:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
 
     def step(self, loss: float | None, tokens_per_second: float | None) -> None:
         """Move the bar by one step."""
-        if self._bar is not None:
-            if loss is not None and tokens_per_second is not None:
-                self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-            self._bar.update()
+        if loss is not None and tokens_per_second is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.update()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def perplexity(loss: float) -> float:

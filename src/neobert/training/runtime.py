@@ -100,9 +100,7 @@ class Runtime(Ranks):
         return model
 
     def wrap_deepspeed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """The model as it is to be called and the optimizer as it is to be stepped: DeepSpeed takes both over, others leave
-        what `distribute` gave as it is.
-        """
+        """The model to call and the optimizer to step: DeepSpeed's, or with other engines what `distribute` gave."""
         if self.engine != "deepspeed":
             return model, optimizer
         return zero.initialize(model, optimizer, self.zero_options, self.device.type, self.dtype)
@@ -192,9 +190,7 @@ class Runtime(Ranks):
         return replace(self, rank=0, world_size=1, engine="plain", cpu_group=None, owns_group=False, zero_options={})
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns in the main process, in all of them. A UserError is raised in all of them, and
-        a disk that is full is one.
-        """
+        """What `function` returns in the main process, in all of them; so is a UserError raised, or one of a full disk."""
         if self.world_size == 1:
             return function()
         result, error = None, None
@@ -291,10 +287,9 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
 
 
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
-    """Euclidean norm of all together, whole tensors or shards; every process has to ask. `all_split`: all are parts.
+    """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask.
 
-    Norms of rows, which most engines do not split, are summed in float64, so that the result does not depend on who holds
-    which rows.
+    Norms of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.
     """
     whole: list[Tensor] = []
     split: list[Tensor] = []

@@ -7,8 +7,8 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from neobert.config.data_sections import DatasetConfig
 from neobert.config.schema import Config
+from neobert.config.sections import DatasetConfig
 from neobert.data.files.corpus import Corpus, open_corpus
 from neobert.data.files.documents import Files, SkippedRows
 from neobert.data.files.hub import find_hub_splits
