@@ -1,6 +1,6 @@
 """Models in other layouts as ours: config, tensors and tokenizer of a folder, whoever wrote it.
 
-| layout | told by | what is converted |
+| layout | recognised by | what is converted |
 |---|---|---|
 | checkpoint, export | `neobert` section in config.json | nothing |
 | eurobert | model_type eurobert | names; grouped key and value heads are repeated; a tied decoder is written out |
@@ -41,7 +41,7 @@ Kind = Literal["checkpoint", "export", "eurobert", "published"]
 
 @dataclass(frozen=True)
 class Converted:
-    """A model as ours. `fields` is the config.json of its checkpoint; `notes` say what is not as it was."""
+    """A model as ours. `fields` is the config.json of its checkpoint; `notes` are messages: what is not as it was."""
 
     folder: Path
     kind: Kind

@@ -8,7 +8,7 @@
         model.safetensors  config.json  tokenizer.json ...    enough for evaluation, fine-tuning, export; transformers loads it
         config.yaml                                    what produced it
         optimizer/rank00000.safetensors                resume only
-        data_rank00000.json  data_rank00000.safetensors    resume only: position behind the last batch used
+        data_rank00000.json  data_rank00000.safetensors    resume only: position after the last batch used
         state.json                                     written last: counters, format version, checksums of all the rest
 
 A checkpoint is written to `.<step>.tmp`, flushed to disk, and renamed: a folder whose name is a number is whole. Loading
@@ -264,11 +264,11 @@ def load_optimizer(folder: Path, rows_of: Callable[[str], slice | None] = lambda
                 if part.get_shape():
                     wanted = rows_of(path) or slice(0, None)
                     stop = None if wanted.stop is None else max(0, wanted.stop - first)
-                    held = part[max(0, wanted.start - first) : stop]
+                    local = part[max(0, wanted.start - first) : stop]
                 else:
-                    held = tensors.get_tensor(path)
-                parts.setdefault(path, []).append((first, held))
-    whole = {path: [held for _, held in sorted(some, key=lambda one: one[0])] for path, some in parts.items()}
+                    local = tensors.get_tensor(path)
+                parts.setdefault(path, []).append((first, local))
+    whole = {path: [part for _, part in sorted(some, key=lambda one: one[0])] for path, some in parts.items()}
     return {path: torch.cat(some) if some[0].ndim and len(some) > 1 else some[0] for path, some in whole.items()}
 
 
