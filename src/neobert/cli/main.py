@@ -24,6 +24,7 @@ from neobert.cli import glue as cli_glue
 from neobert.cli.options import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, start_processes
 from neobert.cli.options import layers as _layers
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
+from neobert.ranks import launched_ranks
 
 app = typer.Typer(
     name="neobert",
@@ -336,7 +337,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _complain(message: str) -> NoReturn:
     """Print what is wrong and exit. What all processes find wrong, the main one says; it is given the time to."""
-    number = int(os.environ.get("RANK", "0"))
+    number = launched_ranks().rank
     if number:
         time.sleep(3)
     for line in message.splitlines():

@@ -110,10 +110,10 @@ def prepare_model(config: Config, model: Model | HFModel, runtime: Runtime) -> d
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
         which = shapes[trainer.torch_compile_dynamic]
         compiled = f"{trainer.torch_compile_backend}, {which}; the first steps take longer"
-    if kind == "cpu":
-        attention = "buckets of documents" if uses_buckets(dtype or torch.float32) else "sdpa"
+    in_buckets = kind == "cpu" and uses_buckets(dtype or torch.float32)
+    on_cpu = "buckets of documents" if in_buckets else "sdpa"
     return {
-        "attention": f"{attention}: {attention_why}",
+        "attention": f"{on_cpu if kind == 'cpu' else attention}: {attention_why}",
         "kernels": f"{kernels}: {kernels_why}",
         "compiled": compiled,
     }

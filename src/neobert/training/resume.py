@@ -6,7 +6,7 @@ a number of processes changes by itself is kept: the rows of a step stay as many
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from neobert.data.mlm.state import join_positions
 from neobert.errors import CheckpointError
 from neobert.optim.build import load_optimizer_state, local_parts, optimizer_state
 from neobert.optim.sharding import from_rows, local_rows
-from neobert.training.loop import MicroBatch, TrainState
+from neobert.training.loop import TrainState
 from neobert.training.run_folder import OpenRun, enter_run
 from neobert.training.runtime import Runtime, load_partition, own_partition, total_norm
 
@@ -33,7 +33,7 @@ class Batches(Protocol):
     @property
     def position(self) -> Any: ...
 
-    def next_step(self, accumulation: int) -> Sequence[MicroBatch]: ...
+    def next_step(self, accumulation: int, /) -> list[Any]: ...  # of MicroBatch
 
     def state_dict(self, position: Any = None, /) -> tuple[dict[str, Any], dict[str, Any]]: ...
 

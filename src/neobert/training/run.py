@@ -32,7 +32,7 @@ from neobert.training.hooks import (
     finish_evaluation,
     step_hooks,
 )
-from neobert.training.loop import Interrupt, MicroBatch, StepResult, StepSettings, TrainState, train
+from neobert.training.loop import Interrupt, StepResult, StepSettings, TrainState, train
 from neobert.training.metrics import Console
 from neobert.training.optimizer import (
     build_clip,
@@ -106,7 +106,7 @@ class Parts:
     evaluation: Callable[[nn.Module], Evaluation] | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
-    empty_batch: Callable[[], MicroBatch] | None = None  # where the data of processes ends at different steps
+    empty_batch: Callable[[], Any] | None = None  # where the data of processes ends at different steps
     ends_with_data: bool = False  # whatever the number of steps
     set_num_rows: Callable[[int], None] = lambda num_rows: None  # gets the rows of the whole run before it begins
     facts: dict[str, Any] = field(default_factory=dict)  # lines of the summary, before those of all runs

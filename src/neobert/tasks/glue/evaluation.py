@@ -51,7 +51,7 @@ def build_evaluation(context: Context, task: GlueTask, data: GlueData, model: nn
     splits = [rows.first(None if most is None else most * size) for rows in data.evaluation]
 
     def measure() -> dict[str, float] | None:
-        values, losses = {}, 0.0
+        values, losses = dict[str, float](), 0.0
         for rows, suffix in zip(splits, glue_metrics.SUFFIXES, strict=False):
             logits, loss = predict_logits(model, task.num_labels, rows, data.layout, size, runtime, interrupt)
             assert rows.labels is not None
