@@ -31,9 +31,9 @@ os.environ |= {
 from neobert.checkpoints.format import list_steps, verify_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError
+from neobert.ranks import end_with_launcher
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.launch import Launch, launch
-from neobert.training.launched import end_with_launcher
 
 STEPS, PATIENCE_SECONDS = 36, 30.0
 WORDS = [

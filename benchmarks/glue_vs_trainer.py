@@ -68,11 +68,11 @@ def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
     from neobert.ranks import Ranks
     from neobert.tasks.glue.data import build_data
     from neobert.tasks.glue.model import build_classifier
-    from neobert.tasks.glue.task import settle
+    from neobert.tasks.glue.task import fill_in
 
     loaded, task = configuration(args, name, seed, "unused"), TASKS[name]
     start = find_initial_weights(loaded.config)
-    config = settle(loaded.config, task, start, {})
+    config = fill_in(loaded.config, task, start)
     model, _ = build_classifier(config, task, start, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     loader = build_data(config, task, hf_tokenizer, Ranks()).train
     loader.close()

@@ -27,9 +27,9 @@ import yaml
 
 from neobert.checkpoints.format import list_steps
 from neobert.config.load import load_config
+from neobert.ranks import end_with_launcher
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.launch import Launch, launch
-from neobert.training.launched import end_with_launcher
 
 WORDS = [
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.intermediate_size=48",

@@ -1,6 +1,6 @@
 """`python -m neobert`: the same as the `neobert` command."""
 
-from neobert.training.launched import end_with_launcher
+from neobert.ranks import end_with_launcher
 
 end_with_launcher()
 

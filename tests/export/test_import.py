@@ -21,7 +21,7 @@ from neobert.export.importing import import_model
 from neobert.export.source import load_source
 from neobert.export.write import write_transformers
 from neobert.tasks.glue.model import build_classifier
-from neobert.tasks.glue.task import settle
+from neobert.tasks.glue.task import fill_in
 from neobert.tasks.pretraining import task as pretraining
 
 EUROBERT = {
@@ -77,7 +77,7 @@ def test_eurobert_becomes_a_start(tmp_path):
     words = ["glue.task_name=rte", f"glue.pretrained_checkpoint_dir={tmp_path / 'in'}"]
     config = load_config([], words, "glue").config
     start = find_initial_weights(config)
-    settled = settle(config, TASKS["rte"], start, {})
+    settled = fill_in(config, TASKS["rte"], start)
     classifier, _ = build_classifier(settled, TASKS["rte"], start, 8192, 0)
     ids, mask = padded_rows()
     with torch.no_grad():

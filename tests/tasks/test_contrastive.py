@@ -30,13 +30,13 @@ from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, UserError
 from neobert.ranks import Ranks
 from neobert.tasks.contrastive.data import build_data
-from neobert.tasks.contrastive.task import settle
+from neobert.tasks.contrastive.task import fill_in
 
 
 def data_of(*words, rank=0, world=1):
     """The data of a run that is not started."""
     loaded = load_contrastive(*words)
-    config = settle(loaded.config, InitialWeights(), {})
+    config = fill_in(loaded.config, InitialWeights())
     return build_data(config, load_tokenizer("", config.tokenizer.path), Ranks(rank, world))
 
 

@@ -30,7 +30,7 @@ from neobert.data.batch import Batch
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import CheckpointError, UserError
 from neobert.optim.build import OptimizerSettings, build_optimizer
-from neobert.training.background import Saver
+from neobert.training.hooks import Saver
 from neobert.training.loop import Interrupt, StepSettings, TrainState, Window, train, train_step
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import Runtime

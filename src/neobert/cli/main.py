@@ -20,6 +20,7 @@ import typer
 from neobert.cli import data, models
 from neobert.cli.options import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, layers, start_processes
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
+from neobert.ranks import launched_ranks
 
 if TYPE_CHECKING:
     from neobert.config.load import Loaded
@@ -357,7 +358,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _fail(message: str) -> NoReturn:
     """Print what is wrong and exit. What all processes find wrong, the main one says; it is given the time to."""
-    number = int(os.environ.get("RANK", "0"))
+    number = launched_ranks().rank
     if number:
         time.sleep(3)
     for line in message.splitlines():

@@ -1,15 +1,21 @@
 """The model of a run: its first weights, and the kernels and compilation that the machine allows."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from neobert.checkpoints import layouts
+from neobert.checkpoints.initial_weights import InitialWeights, find_initial_weights, find_tokenizer
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
 from neobert.data.tokenizer import fit_vocabulary, special_ids
+from neobert.errors import ConfigError, Problem
 from neobert.model.attention import uses_buckets
 from neobert.model.embedding import NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.training.choices import choose_attention, choose_kernels
 from neobert.training.machine import compile_blocks, find_kernels, gpu_capability
@@ -53,7 +59,7 @@ def with_vocab_size(config: Config, size: int) -> Config:
     """`tokenizer.vocab_size`, where it is set, as it is in this run."""
     if config.tokenizer.vocab_size is None:
         return config
-    return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"vocab_size": size})})
+    return with_keys(config, tokenizer={"vocab_size": size})
 
 
 def checkpoint_config(architecture: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
@@ -61,42 +67,93 @@ def checkpoint_config(architecture: NeoBERTConfig, hf_tokenizer: Any, name: str 
     return layouts.checkpoint_config(architecture, special_ids(hf_tokenizer), name)
 
 
-def prepare_model(
-    config: Config,
-    model: NeoBERTForMaskedLM | NeoBERTForSequenceClassification | NeoBERTForEmbedding,
-    runtime: Runtime,
-) -> dict[str, str]:
-    """Choose kernels and compile; returns what runs and why, for the summary. Raises ConfigError."""
-    kind, trainer = runtime.device.type, config.trainer
+Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification | NeoBERTForEmbedding
+HFModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding
+
+
+def blocks_of(model: Model | HFModel) -> Iterable[nn.Module]:
+    """The blocks of our own encoder, which FSDP2 splits one by one; one of transformers is split as a whole."""
+    return () if isinstance(model, HFModel) else model.model.layers
+
+
+def prepare_model(config: Config, model: Model | HFModel, runtime: Runtime) -> dict[str, str]:
+    """Choose kernels and compile; returns what runs and why, for the summary.
+
+    Raises ConfigError, also for what is not done with an encoder of transformers.
+    """
+    if isinstance(model, HFModel):
+        refuse_own_keys(config, model)
+        return {"attention": f"transformers' {model.config._attn_implementation}", "kernels": "transformers'"}
+    kind, trainer, dtype = runtime.device.type, config.trainer, runtime.dtype
     packages = find_kernels() if kind == "cuda" else {}
     attention, attention_why = choose_attention(
         config.model.attn_backend,
         kind,
-        dtype=runtime.dtype,
+        dtype=dtype,
         dropout=config.model.dropout_prob,
         head_width=config.model.hidden_size // config.model.num_attention_heads,
         packages=packages,
         capability=gpu_capability(runtime.device),
     )
-    kernels, kernels_why = choose_kernels(
-        config.model.kernel_backend, kind, packages.get("liger"), trainer.torch_compile
-    )
+    liger = packages.get("liger")
+    kernels, kernels_why = choose_kernels(config.model.kernel_backend, kind, liger, trainer.torch_compile)
     model.model.attention_kernel = attention
     model.choose_kernels(kernels)
     compiled = "no"
     if trainer.torch_compile:
         compile_blocks(model.model, kind, trainer.torch_compile_backend, trainer.torch_compile_dynamic)
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
-        compiled = (
-            f"{trainer.torch_compile_backend}, {shapes[trainer.torch_compile_dynamic]}; the first steps take longer"
-        )
-    if kind == "cpu":
-        attention = "buckets of documents" if uses_buckets(runtime.dtype or torch.float32) else "sdpa"
+        which = shapes[trainer.torch_compile_dynamic]
+        compiled = f"{trainer.torch_compile_backend}, {which}; the first steps take longer"
+    in_buckets = kind == "cpu" and uses_buckets(dtype or torch.float32)
+    on_cpu = "buckets of documents" if in_buckets else "sdpa"
     return {
-        "attention": f"{attention}: {attention_why}",
+        "attention": f"{on_cpu if kind == 'cpu' else attention}: {attention_why}",
         "kernels": f"{kernels}: {kernels_why}",
         "compiled": compiled,
     }
+
+
+def refuse_own_keys(config: Config, model: HFModel) -> None:
+    """Raises ConfigError for keys that are for our own encoder only."""
+    packs = config.datacollator.pack_sequences and isinstance(model, HFEncoderForSequenceClassification)
+    for dotted, is_asked in (
+        ("trainer.torch_compile", config.trainer.torch_compile),
+        ("datacollator.pack_sequences", packs),
+    ):
+        if is_asked:
+            raise ConfigError(Problem(dotted, "is for our own encoder; leave it out with model.from_hub"))
+
+
+# --- what fine-tuning starts with -----------
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """The configuration with what the weights decide filled in, the weights and their tokenizer, and messages."""
+
+    config: Config
+    start: InitialWeights
+    hf_tokenizer: Any
+    vocab_size: int
+    messages: list[str]
+
+
+def begin_fine_tuning(config: Config, fill_in: Callable[[Config, InitialWeights], Config]) -> FineTuning:
+    """Find weights and tokenizer; `fill_in` is the task's. Raises ConfigError and CheckpointError."""
+    start = find_initial_weights(config)
+    hf_tokenizer, keys = find_tokenizer(config, start)
+    config = with_keys(fill_in(config, start), tokenizer=keys)
+    vocab_size, messages = len(hf_tokenizer), list[str]()
+    if start.folder is None and start.hub is None:
+        vocab_size, messages = build_vocabulary(config, hf_tokenizer)
+    return FineTuning(config, start, hf_tokenizer, vocab_size, messages)
+
+
+def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with keys of its sections replaced."""
+    update = {name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()}
+    return config.model_copy(update=update)
 
 
 def hf_encoder_dropout(name: str) -> dict[str, float]:

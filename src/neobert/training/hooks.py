@@ -1,38 +1,56 @@
-"""What happens between steps: logging, evaluation, checkpoints. Plain functions made from what they need."""
+"""What happens between steps: logging, evaluation, checkpoints.
 
+Checkpoints are written while training goes on. The loop makes a copy of what one holds, which takes as long as copying it in
+memory takes; a thread writes it, in each process, and the threads talk to each other over a connection of their own. One is
+written at a time: the next one waits. The price is memory for one more copy of weights and optimizer state, on the CPU.
+"""
+
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content
+from neobert.checkpoints.format import Content, ProcessGroup, save_checkpoint
 from neobert.checkpoints.retention import prune
 from neobert.config.sections import TrainerConfig
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, Problem, UserError, first_line, print_notes
 from neobert.files import write_text
 from neobert.optim.qk_clip import clip_metrics
-from neobert.training.background import Saver
 from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
 from neobert.training.metrics import Console, Sinks, Stopwatch, duration
-from neobert.training.runtime import Runtime, total_norm
+from neobert.training.resume import weight_norm
+from neobert.training.runtime import Runtime
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
-LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # said on the console where they are known
+LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # printed where they are known
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run reports: its metrics and trackers, the console, and the times that both print."""
+
+    metrics: Sinks
+    console: Console
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def close(self) -> None:
+        self.console.close()
+        self.metrics.close()
 
 
 @dataclass
 class Log:
-    """Sums of the steps since the last line, and the line. What it says of the loss is summed in the state, which is saved;
-    times are those of this process.
+    """Sums of the steps since the last line, and the line. The loss is summed in the state, which is saved; times are those of
+    this process.
     """
 
     trainer: TrainerConfig
     model: nn.Module
-    metrics: Sinks
-    console: Console
-    stopwatch: Stopwatch
+    out: Outputs
     max_steps: int
     debug: bool
     more: Callable[[], dict[str, float]] = dict
@@ -52,11 +70,11 @@ class Log:
         if self.window and (is_due or self.debug):
             self._write(state)
         if result is not None:
-            self.console.step(result.loss, self.last_rate)
+            self.out.console.step(result.loss, self.last_rate)
 
     def _write(self, state: TrainState) -> None:
         (window, self.window), (sums, state.logged) = (self.window, []), (state.logged, {})
-        seconds = self.stopwatch.lap()
+        seconds = self.out.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
         loss = sums["loss"] / max(1, sums["targets"])
         self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
@@ -79,29 +97,25 @@ class Log:
             row["accuracy"] = sums["correct"] / max(1, sums["targets"])
         row |= self.more()
         row |= clip_metrics([one.clip for one in window if one.clip is not None])
-        self.metrics.write(row)
-        if not self.console.has_bar or self.debug:
+        self.out.metrics.write(row)
+        if not self.out.console.has_bar or self.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)
             extras = "".join(f"  {name} {row[name]:.3f}" for name in LOGGED if name in row)
             if row.get("qk_clipped_heads"):
                 extras += f"  largest logit {row['qk_max_logit']:.1f}, {row['qk_clipped_heads']} heads clipped"
-            self.console.line(
+            self.out.console.line(
                 f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
                 f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
             )
 
 
-@torch.no_grad()
-def weight_norm(model: nn.Module) -> float:
-    """Euclidean norm of all weights."""
-    return float(total_norm(model.parameters()))
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation: `run` gives its values, `headline` says them in a line, `default` names the one that counts."""
+    """An evaluation: `run` gives its values (None: it was broken off), `headline` is a line of them, `default` the name of the
+    one that decides which is best.
+    """
 
-    run: Callable[[], dict[str, float] | None]  # None: it was broken off
+    run: Callable[[], dict[str, float] | None]
     headline: Callable[[dict[str, float]], str]
     default: str
 
@@ -111,11 +125,9 @@ class Evaluate:
     """Runs the evaluation when it is due, keeps track of the best, and asks for a stop when it no longer improves."""
 
     trainer: TrainerConfig
-    measure: Evaluation
+    evaluation: Evaluation
     runtime: Runtime
-    metrics: Sinks
-    console: Console
-    stopwatch: Stopwatch
+    out: Outputs
     interrupt: Interrupt
     last_step: int = -1
     improved: bool = False
@@ -132,8 +144,8 @@ class Evaluate:
         """
         self.last_step = step = state.step if loaded is None else loaded
         self.improved = False
-        with self.stopwatch.phase("evaluate"):
-            values = self.measure.run()
+        with self.out.stopwatch.phase("evaluate"):
+            values = self.evaluation.run()
         state.is_evaluation_open = values is None
         if values is None:
             self.interrupt.act(state, self.runtime)
@@ -141,14 +153,14 @@ class Evaluate:
         self.values = values
         if loaded is None:
             self._compare(state, values)
-            self.metrics.write(
+            self.out.metrics.write(
                 {"kind": "eval", "step": step, **{f"eval_{name}": value for name, value in values.items()}}
             )
         best = "  best so far" if self.improved else ""
-        self.console.line(f"evaluation at step {step:,}: {self.measure.headline(values)}{best}")
+        self.out.console.line(f"evaluation at step {step:,}: {self.evaluation.headline(values)}{best}")
 
     def _compare(self, state: TrainState, values: dict[str, float]) -> None:
-        name = (self.trainer.metric_for_best_model or self.measure.default).removeprefix("eval_")
+        name = (self.trainer.metric_for_best_model or self.evaluation.default).removeprefix("eval_")
         if name not in values:
             raise ConfigError(
                 Problem("trainer.metric_for_best_model", f"no metric {name!r}; there are: {', '.join(values)}")
@@ -180,6 +192,78 @@ def check_needs_evaluation(trainer: TrainerConfig) -> None:
 
 
 @dataclass
+class Saver:
+    """Saves below `root`, in the background or not. `num_saved` checkpoints took `write_seconds` to write."""
+
+    root: Path
+    team: ProcessGroup
+    in_background: bool = True
+    before: Callable[[], None] = lambda: None  # of every save, in the main process; may raise UserError
+    num_saved: int = 0
+    write_seconds: float = 0.0
+    _running: Future[None] | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="save"))
+
+    def submit(self, content: Content, after: Callable[[], None]) -> None:
+        """Write a checkpoint, whose tensors nobody changes any more; then the main process calls `after`. Raises what `wait`
+        raises.
+        """
+        self.wait()
+        self._running = self._thread.submit(self._save, content, after)
+        if not self.in_background:
+            self.wait()
+
+    def then(self, work: Callable[[], object]) -> None:
+        """Do something in the background, after the save that is being written; if that fails, so does this. What the disk does
+        not let it do is left undone, with a note.
+        """
+        before = self._running
+
+        def do() -> None:
+            if before is not None:
+                before.result()
+            try:
+                work()
+            except OSError as error:
+                print_notes([f"{self.root}: {first_line(error)}"])
+
+        self._running = self._thread.submit(do)
+
+    def _save(self, content: Content, after: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        save_checkpoint(self.root, content, self.team, self.before, after)
+        self.write_seconds += time.perf_counter() - start
+        self.num_saved += 1
+
+    def failure(self) -> UserError | None:
+        """The error that the last save has ended in, which `wait` raises."""
+        error = self._running.exception() if self._running is not None and self._running.done() else None
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        return error
+
+    def wait(self) -> None:
+        """Until the last save is on the disk. Raises CheckpointError when it could not be written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def describe(self, blocked_seconds: float) -> list[str]:
+        """What saving cost, for the end of a run that waited for so long."""
+        if not self.num_saved:
+            return []
+        n = self.num_saved
+        how = "in the background, " if self.in_background else ""
+        return [
+            f"saving: {self.write_seconds / n:.2f} s a checkpoint, {how}which held training for {blocked_seconds / n:.2f} s"
+        ]
+
+    def close(self) -> None:
+        """End the thread; a save that is being written is finished."""
+        self._thread.shutdown()
+
+
+@dataclass
 class Save:
     """Writes checkpoints when they are due and removes the oldest beyond the limit."""
 
@@ -205,7 +289,7 @@ class Save:
             write_text(root / "best", f"{best}\n")
 
     def prune(self, state: TrainState) -> None:
-        """Once the loss behind the newest checkpoint is known to be finite: remove the oldest beyond the limit."""
+        """Once the loss after the newest checkpoint is known to be finite: remove the oldest beyond the limit."""
         if self.has_spare and self.saver.team.rank == 0 and self.trainer.save_total_limit is not None:
             root, keep = self.saver.root, self.trainer.save_total_limit
             protected = {self.last_step, self.last_step if state.best_step is None else state.best_step}
@@ -213,47 +297,33 @@ class Save:
         self.has_spare = False
 
 
-def finish_evaluation(evaluation: Evaluate, save: Save, state: TrainState) -> None:
+def finish_evaluation(evaluate: Evaluate, save: Save, state: TrainState) -> None:
     """An evaluation that a signal broke off is made up for when the run goes on, and the checkpoint saved with its result."""
-    evaluation.run(state)
+    evaluate.run(state)
     if not state.is_evaluation_open:
         save.last_step = -1
         save.run(state)
 
 
 def step_hooks(
-    trainer: TrainerConfig, log: Log, evaluation: Evaluate | None, save: Save, max_steps: int, epoch: int
+    trainer: TrainerConfig, log: Log, evaluate: Evaluate | None, save: Save, max_steps: int, epoch: int
 ) -> list[Hook]:
     """The hooks of a run in their order: log, evaluate, save. `epoch` is the one the run starts in."""
-    edge = EpochEdge(epoch)
+    last_epoch = epoch
 
     def evaluate_and_save(state: TrainState, result: StepResult | None) -> None:
-        new_epoch, is_last = edge.crossed(state), result is None or state.step == max_steps
+        nonlocal last_epoch
+        new_epoch, last_epoch = state.epoch > last_epoch, state.epoch  # its first batch has been used
+        is_last = result is None or state.step == max_steps
         save.prune(state)
-        if evaluation is not None:
+        if evaluate is not None:
             by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
-            evaluation(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or is_last)
+            evaluate(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or is_last)
         if state.is_evaluation_open:
             return  # the run ends here, with a checkpoint
-        due = {
-            "steps": state.step % trainer.save_steps == 0,
-            "epoch": new_epoch,
-            "best": evaluation is not None and evaluation.improved,
-            "no": False,
-        }
-        keep_best = trainer.load_best_model_at_end and evaluation is not None and evaluation.improved
-        if due[trainer.save_strategy] or keep_best:
+        improved = evaluate is not None and evaluate.improved
+        due = {"steps": state.step % trainer.save_steps == 0, "epoch": new_epoch, "best": improved, "no": False}
+        if due[trainer.save_strategy] or (trainer.load_best_model_at_end and improved):
             save.run(state)
 
     return [log, evaluate_and_save]
-
-
-@dataclass
-class EpochEdge:
-    """Says once that a new epoch has begun: its first batch has been used."""
-
-    last: int
-
-    def crossed(self, state: TrainState) -> bool:
-        before, self.last = self.last, state.epoch
-        return state.epoch > before

@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.errors import ConfigError, Problem
-from neobert.training.launched import LAUNCHER
+from neobert.ranks import LAUNCHER
 
 HANDED_ON = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"
 KEY = "accelerate_config_file"

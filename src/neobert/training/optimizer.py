@@ -1,4 +1,6 @@
-"""The optimizer and the QK-clip of a run, from its configuration."""
+"""The optimizer, the QK-clip and the learning rate of a run, from its configuration."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from neobert.errors import ConfigError, Problem
 from neobert.optim.build import GroupRule, OptimizerSettings, build_optimizer
 from neobert.optim.muon import MuonSettings
 from neobert.optim.qk_clip import QKClip, QKClipSettings
+from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
 
 
 def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | None) -> torch.optim.Optimizer:
@@ -70,3 +73,31 @@ def build_clip(config: Config, model: nn.Module) -> tuple[QKClip | None, dict[st
 def muon_config(config: Config) -> MuonConfig:
     """The settings of MuonClip, defaults where there are none."""
     return config.optimizer.muon_config or MuonConfig()
+
+
+def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[str]]:
+    """The learning-rate schedule of `num_steps`, and messages. Raises ConfigError."""
+    try:
+        schedule = build_schedule(ScheduleSettings(**config.scheduler.model_dump()), num_steps)
+    except ValueError as error:
+        raise ConfigError(Problem("scheduler", str(error))) from None
+    if config.trainer.max_steps != num_steps and schedule.warmup_steps >= num_steps:
+        peak = config.optimizer.lr * lr_scale(num_steps - 1, schedule)
+        return schedule, [
+            f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
+            f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
+        ]
+    return schedule, []
+
+
+def learning_rate(config: Config, schedule: Schedule, shift: float) -> Callable[[int], float]:
+    """The learning rate as a function of the step, which `shift` more steps than the schedule's lie before."""
+    return lambda step: config.optimizer.lr * lr_scale(step - shift, schedule)
+
+
+def describe_optimizer(config: Config, schedule: Schedule, shift: float) -> str:
+    """Optimizer and learning rate in a line, in steps of the run."""
+    start, end = round(schedule.decay_start + shift), round(schedule.decay_end + shift)
+    decay = f"peak until {start:,}, " if schedule.name == "wsd" else ""
+    span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {end:,}"
+    return f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}"

@@ -1,30 +1,207 @@
-"""Continue a run from a checkpoint: on any number of processes and any engine that can hold what was saved."""
+"""Where a run stands: how many steps it has, what its checkpoints hold, and how it continues from one.
 
+The position of the data is in rows and documents, so batch size, accumulation, number of processes and engine may change. What
+a number of processes changes by itself is kept: the rows of a step stay as many, by accumulation, where that divides. A run of
+`max_steps: -1` ends with its data, whatever its steps are; the number of steps is counted for its learning rate.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import load_data, load_optimizer, load_rank_optimizer
+from neobert.checkpoints.format import Content, Tensors, load_data, load_optimizer, load_rank_optimizer
+from neobert.config.load import dump_config
 from neobert.config.schema import Config
+from neobert.config.yaml_file import read_yaml
 from neobert.data.mlm.state import join_positions
 from neobert.errors import CheckpointError
-from neobert.optim.build import load_optimizer_state
+from neobert.optim.build import load_optimizer_state, local_parts, optimizer_state
 from neobert.optim.sharding import from_rows, local_rows
-from neobert.training.length import saved_step_size
 from neobert.training.loop import TrainState
-from neobert.training.run import Batches, Storage
 from neobert.training.run_folder import OpenRun, enter_run
-from neobert.training.runtime import Runtime, load_partition
+from neobert.training.runtime import Runtime, load_partition, own_partition, total_norm
 
 
-def with_saved_shards(config: Config, folder: Path, world_size: int) -> Config:
-    """Where `dataset.num_shards` is not set, the data stays dealt to the shards that it was dealt to."""
-    shards = load_data(folder)[0].get("fingerprint", {}).get("lanes")
-    if config.dataset.num_shards is not None or shards in (None, world_size):
-        return config
-    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"num_shards": shards})})
+class Batches(Protocol):
+    """A source of microbatches whose position can be saved: `position` is that after the last one used."""
+
+    @property
+    def position(self) -> Any: ...
+
+    def next_step(self, accumulation: int, /) -> list[Any]: ...  # of MicroBatch
+
+    def state_dict(self, position: Any = None, /) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+    def load_state_dict(self, state: dict[str, Any], arrays: dict[str, Any], /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a task's model goes into a checkpoint, as whole tensors that training does not write to and config.json, and
+    comes back. `save_beside` writes the tokenizer and what else belongs to the model into the folder.
+    """
+
+    content: Callable[[], tuple[Tensors, dict[str, Any]]]
+    load: Callable[[Path], None]
+    save_beside: Callable[[Path], None]
+
+
+def checkpoint_content(
+    config: Config,
+    runtime: Runtime,
+    storage: Storage,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    counts: dict[str, Any],
+    state: TrainState,
+) -> Content:
+    """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
+
+    `counts` is what `Length.state_dict` gives. Raises CheckpointError, in all processes, for weights that are not finite:
+    there is nothing to go on from in them.
+    """
+    if not math.isfinite(weight_norm(model)):
+        raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
+    weights, model_config = storage.content()
+    partition = own_partition(optimizer)
+    whole = local_parts(optimizer_state(optimizer), runtime.is_main) if partition is None else (partition, {})
+    return Content(
+        step=state.step,
+        weights=weights,
+        model_config=model_config,
+        save_beside=storage.save_beside,
+        config_yaml=dump_config(config),
+        optimizer=whole[0],
+        first_rows=whole[1],
+        data=batches.state_dict(state.position),
+        state={
+            **state.state_dict(),
+            **counts,
+            "world_size": runtime.world_size,
+            "engine": runtime.engine,
+            "zero_stage": runtime.zero_stage,
+            "metadata": config.pretraining_metadata,
+        },
+    )
+
+
+@torch.no_grad()
+def weight_norm(model: nn.Module) -> float:
+    """Euclidean norm of all weights."""
+    return float(total_norm(model.parameters()))
+
+
+# --- how long a run is -----------
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """Rows of a step: of one microbatch in one process, and of all; `accumulation` is what the configuration says."""
+
+    rows_per_device: int
+    accumulation: int
+    num_processes: int
+    rows_per_step: int
+
+
+def step_size(config: Config, num_processes: int) -> StepSize:
+    """What the configuration asks for."""
+    rows, accumulation = config.trainer.per_device_train_batch_size, config.trainer.gradient_accumulation_steps
+    return StepSize(rows, accumulation, num_processes, rows * accumulation * num_processes)
+
+
+def saved_step_size(checkpoint: Path, saved: dict[str, Any]) -> StepSize:
+    """That of the run that wrote a checkpoint, also of versions that did not save it."""
+    if "step_size" in saved:
+        return StepSize(**saved["step_size"])
+    trainer, world = read_yaml(checkpoint / "config.yaml").values["trainer"], saved["world_size"]
+    rows, accumulation = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
+    return StepSize(rows, accumulation, world, rows * accumulation * world)
+
+
+def keep_step_size(config: Config, before: StepSize, num_processes: int) -> tuple[Config, StepSize, list[str]]:
+    """(the configuration with the accumulation that keeps the rows of a step, its step size, messages).
+
+    Kept where another number of processes would change it. What the user changed is done as asked.
+    """
+    asked = step_size(config, num_processes)
+    if asked.rows_per_step == before.rows_per_step:
+        return config, asked, []
+    in_use = before.rows_per_step // (before.rows_per_device * before.num_processes)
+    is_unchanged = asked.rows_per_device == before.rows_per_device and asked.accumulation in (
+        before.accumulation,
+        in_use,
+    )
+    accumulation, rest = divmod(before.rows_per_step, asked.rows_per_device * num_processes)
+    if not is_unchanged or rest:
+        return config, asked, [f"a step has {asked.rows_per_step} rows from here on; it had {before.rows_per_step}"]
+    trainer = config.trainer.model_copy(update={"gradient_accumulation_steps": accumulation})
+    kept = StepSize(asked.rows_per_device, asked.accumulation, num_processes, before.rows_per_step)
+    note = (
+        f"a step keeps its {before.rows_per_step} rows on {num_processes} processes instead of {before.num_processes}: "
+        f"trainer.gradient_accumulation_steps is {accumulation}"
+    )
+    return config.model_copy(update={"trainer": trainer}), kept, [note]
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of a run from its beginning, those of another size included. `shift`: by how many steps it would be further had
+    all been as they are now; the learning rate of a run that is measured in epochs follows the rows.
+    """
+
+    num_steps: int
+    shift: float = 0.0
+
+    @property
+    def schedule_steps(self) -> int:
+        """Of the learning-rate schedule."""
+        return round(self.num_steps - self.shift)
+
+    def state_dict(self, config: Config, size: StepSize) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {"step_size": asdict(size), "num_steps": self.num_steps, "num_epochs": config.trainer.num_train_epochs}
+
+
+def plan_length(
+    config: Config, size: StepSize, state: TrainState, saved: dict[str, Any], count_left: Callable[[], int]
+) -> Length:
+    """Of `max_steps`, or where that is -1 of `num_train_epochs`, whose steps `count_left` counts from where the run is; what
+    a checkpoint says of the same steps is taken from it.
+    """
+    if config.trainer.max_steps >= 0:
+        return Length(config.trainer.max_steps)
+    shift = state.step - state.num_rows / size.rows_per_step
+    known = Length(saved.get("num_steps", -1), shift)
+    if all(saved.get(name) == value for name, value in known.state_dict(config, size).items()):
+        return known
+    return Length(state.step + count_left(), shift)
+
+
+def keep_saved_size(config: Config, opened: OpenRun, world_size: int) -> tuple[Config, StepSize]:
+    """The configuration and the step of a run that goes on: with the rows of a step that its checkpoint has, where only the
+    number of processes is another, and where `dataset.num_shards` is not set with the data dealt to as many shards.
+    """
+    if opened.checkpoint is None:
+        return config, step_size(config, world_size)
+    shards = load_data(opened.checkpoint)[0].get("fingerprint", {}).get("lanes")
+    if config.dataset.num_shards is None and shards not in (None, world_size):
+        config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"num_shards": shards})})
+    before = saved_step_size(opened.checkpoint, opened.saved)
+    config, size, messages = keep_step_size(config, before, world_size)
+    opened.messages.extend(messages)
+    return config, size
+
+
+# --- continue -----------
 
 
 def continue_run(
@@ -41,7 +218,7 @@ def continue_run(
     """
     state, folder, saved = TrainState(), opened.checkpoint, opened.saved
     if folder is None:
-        opened.told.extend(runtime.on_main(lambda: enter_run(opened)))
+        opened.messages.extend(runtime.on_main(lambda: enter_run(opened)))
         return state
     check_engine(folder, saved, runtime)
     with runtime.open_weights(model):
@@ -58,8 +235,8 @@ def continue_run(
     batches.load_state_dict(*(positions[0] if len(positions) == 1 else join_positions(positions)))
     before = saved_step_size(folder, saved).rows_per_step
     state.load_state_dict({"num_rows": saved["step"] * before, **saved})
-    opened.told.extend(runtime.on_main(lambda: enter_run(opened)))
-    opened.told.append(f"resuming from {folder}: step {state.step:,}, {state.num_tokens:,} tokens seen")
+    opened.messages.extend(runtime.on_main(lambda: enter_run(opened)))
+    opened.messages.append(f"resuming from {folder}: step {state.step:,}, {state.num_tokens:,} tokens seen")
     return state
 
 

@@ -1,66 +1,77 @@
-"""What every training task shares: a run put together from its parts, its checkpoints, resuming, and signals.
+"""The recipe of a run: a task brings its parts, `run_task` does what all runs share.
 
-A task builds model, batches and evaluation, says how its model is stored, and hands all to a `Job`, which trains with the one
-loop and the one checkpoint format.
+A task's `build(context)` opens its data and builds its model, and returns `Parts`. What comes before (the configuration is
+checked, the output folder opened, so that refusals come before any work) and after (engine, optimizer, checkpoint, length,
+schedule, summary, the loop with its hooks, the end) is here, once. examples/own_task is a task in a file of its own.
 """
 
-import math
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content, Tensors, list_steps, verify_checkpoint
-from neobert.config.deepspeed import read_zero
-from neobert.config.explain import plain_json
+from neobert.checkpoints.format import list_steps, verify_checkpoint
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
-from neobert.config.schema import Config, known_keys
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
+from neobert.config.schema import Config
+from neobert.errors import CheckpointError, UserError, first_line, print_notes
 from neobert.files import write_text
-from neobert.optim.build import local_parts, optimizer_state
-from neobert.optim.qk_clip import QKClip
-from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
-from neobert.training.background import Saver
-from neobert.training.hooks import Evaluate, Evaluation, Log, Save, finish_evaluation, step_hooks, weight_norm
-from neobert.training.length import Length, StepSize
-from neobert.training.loop import Interrupt, MicroBatch, StepResult, StepSettings, TrainState, train
-from neobert.training.metrics import Console, MetricsFile, Sinks, Stopwatch, build_trackers, wandb_run_id
-from neobert.training.run_folder import OpenRun, open_run
-from neobert.training.runtime import Runtime, build_runtime, own_partition
-from neobert.training.signals import stop_signals
-from neobert.training.summary import print_end
+from neobert.training.hooks import (
+    Evaluate,
+    Evaluation,
+    Log,
+    Outputs,
+    Save,
+    Saver,
+    check_needs_evaluation,
+    finish_evaluation,
+    step_hooks,
+)
+from neobert.training.loop import Interrupt, StepResult, StepSettings, TrainState, train
+from neobert.training.metrics import Console
+from neobert.training.optimizer import (
+    build_clip,
+    build_run_optimizer,
+    build_run_schedule,
+    describe_optimizer,
+    learning_rate,
+)
+from neobert.training.process import main_prints_only, start_runtime, stop_signals
+from neobert.training.resume import (
+    Batches,
+    Length,
+    StepSize,
+    Storage,
+    checkpoint_content,
+    continue_run,
+    plan_length,
+    step_size,
+)
+from neobert.training.run_folder import OpenRun, open_run, write_run_files
+from neobert.training.runtime import Runtime
+from neobert.training.summary import build_sinks, print_configuration, print_end, print_summary
 
-
-class Batches(Protocol):
-    """A source of microbatches whose position can be saved: `position` is that behind the last one used."""
-
-    @property
-    def position(self) -> Any: ...
-
-    def state_dict(self, position: Any = None) -> tuple[dict[str, Any], dict[str, Any]]: ...
-
-    def load_state_dict(self, state: dict[str, Any], arrays: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
+__all__ = ["Batches", "Context", "Evaluation", "Finished", "Length", "Parts", "Storage", "run_task"]
 
 
 @dataclass(frozen=True)
-class Storage:
-    """How a task's model goes into a checkpoint, as whole tensors that training does not write to and config.json, and
-    comes back. `save_beside` writes the tokenizer and what else belongs to the model into the folder.
-    """
+class Context:
+    """What a task builds its parts with: the configuration as it was loaded, this process, and the folder of the run."""
 
-    content: Callable[[], tuple[Tensors, dict[str, Any]]]
-    load: Callable[[Path], None]
-    save_beside: Callable[[Path], None]
+    loaded: Loaded
+    runtime: Runtime
+    interrupt: Interrupt
+    opened: OpenRun
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
 
 
 @dataclass(frozen=True)
@@ -76,199 +87,236 @@ class Finished:
     is_main: bool = True
 
 
-@dataclass
-class Job:
-    """The parts of a run, put together; `run` trains. `fetch` gives the microbatches of a step, drawn from `batches`."""
+@dataclass(frozen=True)
+class Parts:
+    """What a task brings to a run.
+
+    `config` has what the task filled in, and is saved. `model(**batch.inputs(), **model_inputs)` gives `loss_sum` and
+    `num_correct`. `evaluation` is built for the model as it is called. Functions that return numbers for the log, or evaluate,
+    are called by all processes.
+    """
 
     config: Config
-    runtime: Runtime
-    model: Any
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    model: Any  # an nn.Module with a `config`
     batches: Batches
-    fetch: Callable[[], list[MicroBatch]]
-    size: StepSize
-    length: Length
-    measure: Evaluation | None
     storage: Storage
-    opened: OpenRun
-    state: TrainState
-    wrapped: nn.Module  # the model as it is called
-    interrupt: Interrupt
-    clip: QKClip | None = None
+    count_left: Callable[[], int] = lambda: 0  # steps from where the data stands to its end, for max_steps: -1
+    num_steps: int | None = None  # of the run, where the task decides it
+    size: StepSize | None = None  # where it is not what the configuration asks for
+    blocks: Iterable[nn.Module] = ()  # that FSDP2 splits one by one
+    evaluation: Callable[[nn.Module], Evaluation] | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
-    empty_batch: Callable[[], MicroBatch] | None = None  # where the data of processes ends at different steps
+    after_update: Callable[[], None] = lambda: None
+    empty_batch: Callable[[], Any] | None = None  # where the data of processes ends at different steps
     ends_with_data: bool = False  # whatever the number of steps
-    log_metrics: Callable[[], dict[str, float]] = (
-        dict  # what the task adds to the rows of the log; all processes call it
+    set_num_rows: Callable[[int], None] = lambda num_rows: None  # gets the rows of the whole run before it begins
+    facts: dict[str, Any] = field(default_factory=dict)  # lines of the summary, before those of all runs
+    describe_length: Callable[[int], str] = "{:,} steps".format
+    more_facts: dict[str, Any] = field(default_factory=dict)  # and after them
+    messages: list[str] = field(default_factory=list)
+    log_metrics: Callable[[], dict[str, float]] = dict  # what the task adds to the rows of the log
+    end_messages: Callable[[], list[str]] = list
+    on_finish: Callable[[Finished], None] | None = (
+        None  # in the main process, with values, of a run that came to its end
     )
-    end_notes: Callable[[], list[str]] = list
-    on_finish: Callable[[Finished], Finished] = lambda finished: finished  # of a run that came to its end
     next_command: str = ""
 
+
+def run_task(loaded: Loaded, build: Callable[[Context], Parts]) -> Finished:
+    """Run a task whose parts `build` makes; the main process alone prints. Raises UserError."""
+    check_ready(loaded)
+    interrupt = Interrupt()
+    with stop_signals(interrupt):
+        runtime = start_runtime(loaded.config)
+        with main_prints_only(runtime), open_run(loaded.config, runtime) as opened:
+            print_notes(loaded.warnings if runtime.is_main else [])
+            context = Context(loaded, runtime, interrupt, opened)
+            finished = assemble(context, build(context)).run()
+        runtime.close()
+    return finished
+
+
+def assemble(context: Context, parts: Parts) -> "Run":
+    """The run of these parts, where it begins or where its checkpoint was saved; prints the summary. Raises UserError."""
+    config, runtime, opened = parts.config, context.runtime, context.opened
+    print_configuration(config, context.loaded.origins)
+    if parts.evaluation is None:
+        check_needs_evaluation(config.trainer)
+    model = runtime.distribute(parts.model, parts.blocks)
+    optimizer = build_run_optimizer(config, parts.model, runtime.dtype)
+    clip, clip_line = build_clip(config, parts.model)
+    model, optimizer = runtime.wrap_deepspeed(model, optimizer)
+    state = continue_run(opened, runtime, parts.storage, optimizer, parts.batches, model)
+    size = parts.size or step_size(config, runtime.world_size)
+    if parts.num_steps is None:
+        length = plan_length(config, size, state, opened.saved, parts.count_left)
+    else:
+        length = Length(parts.num_steps)
+    parts.set_num_rows(state.num_rows + (length.num_steps - state.step) * size.rows_per_step)
+    schedule, warnings = build_run_schedule(config, length.schedule_steps)
+    facts = {
+        **parts.facts,
+        "run": parts.describe_length(length.num_steps),
+        "optimizer": describe_optimizer(config, schedule, length.shift),
+        **clip_line,
+        "device": runtime.describe,
+        "processes": runtime.describe_engine,
+        **parts.more_facts,
+    }
+    runtime.on_main(lambda: write_run_files(opened.folder, dump_config(config), facts))
+    print_summary(facts, [*parts.messages, *opened.messages, *warnings], opened.folder)
+    settings = StepSettings(
+        seed=config.seed,
+        lr=learning_rate(config, schedule, length.shift),
+        gradient_clipping=config.trainer.gradient_clipping,
+        after_update=parts.after_update,
+        model_inputs=parts.model_inputs,
+        clip=clip,
+        interrupt=context.interrupt,
+        empty_batch=parts.empty_batch,
+        rows_per_step=size.rows_per_step,
+    )
+    evaluation = None if parts.evaluation is None else parts.evaluation(model)
+    return Run(context, parts, model, optimizer, settings, length, length.state_dict(config, size), state, evaluation)
+
+
+@dataclass
+class Run:
+    """A run that is put together; `run` trains. `model` is as it is called; `counts` what checkpoints say of the length."""
+
+    context: Context
+    parts: Parts
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    settings: StepSettings
+    length: Length
+    counts: dict[str, Any]
+    state: TrainState
+    evaluation: Evaluation | None
+
     def run(self) -> Finished:
-        trainer, max_steps, runtime = self.config.trainer, self.length.num_steps, self.runtime
-        if trainer.early_stopping and self.state.num_evaluations_without_gain >= trainer.early_stopping:
-            self.state.stop_reason = "it had stopped early when it was saved"
+        """Train, save, go back to the best weights where that is asked for, and print where things are. Raises UserError."""
+        opened, runtime, interrupt = self.context.opened, self.context.runtime, self.context.interrupt
+        trainer, state, max_steps = self.parts.config.trainer, self.state, self.length.num_steps
+        if trainer.early_stopping and state.num_evaluations_without_gain >= trainer.early_stopping:
+            state.stop_reason = "it had stopped early when it was saved"
         self.forget_lost_best()
-        stopwatch = Stopwatch()
-        metrics = self.build_sinks()
-        console = Console(max_steps, self.state.step, runtime.is_main and not trainer.disable_tqdm)
-        log = Log(trainer, self.model, metrics, console, stopwatch, max_steps, self.config.debug, self.log_metrics)
-        opened, lock = self.opened, self.opened.lock
-        root = opened.folder / "checkpoints"
-        evaluation = None
-        if self.measure is not None:
-            evaluation = Evaluate(trainer, self.measure, runtime, metrics, console, stopwatch, self.interrupt)
-        saver = Saver(
-            root, runtime.process_group(), trainer.save_in_background, (lambda: None) if lock is None else lock.check
-        )
-        save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if opened.goes_on else -1)
-        self.interrupt.failure = lambda: metrics.failure or saver.failure()
-        self.state.position = self.batches.position
-        hooks = [self.keep_position, *step_hooks(trainer, log, evaluation, save, max_steps, self.state.epoch)]
+        sinks = build_sinks(self.parts.config, opened, runtime, state.step)
+        out = Outputs(sinks, Console(max_steps, state.step, runtime.is_main and not trainer.disable_tqdm))
+        log = Log(trainer, self.parts.model, out, max_steps, self.parts.config.debug, self.parts.log_metrics)
+        evaluate = None
+        if self.evaluation is not None:
+            evaluate = Evaluate(trainer, self.evaluation, runtime, out, interrupt)
+        save = self.build_save(out)
+        interrupt.failure = lambda: sinks.failure or save.saver.failure()
+        state.position = self.parts.batches.position
+        hooks = [self.keep_position, *step_hooks(trainer, log, evaluate, save, max_steps, state.epoch)]
+        fetch = partial(self.parts.batches.next_step, trainer.gradient_accumulation_steps)
         try:
-            self.interrupt.start()
-            if self.state.is_evaluation_open and evaluation is not None:
-                finish_evaluation(evaluation, save, self.state)
+            interrupt.start()
+            if state.is_evaluation_open and evaluate is not None:
+                finish_evaluation(evaluate, save, state)
             try:
                 train(
-                    self.wrapped, self.optimizer, self.fetch, runtime, self.step_settings(), self.state,
-                    None if self.ends_with_data else max_steps, hooks, stopwatch,
+                    self.model, self.optimizer, fetch, runtime, self.settings, state,
+                    None if self.parts.ends_with_data else max_steps, hooks, out.stopwatch,
                 )  # fmt: skip
             except (RuntimeError, OSError) as error:
-                self.end_broken_step(error, console)
-            stopped_by = int(runtime.all_max(self.interrupt.signal)[0])
-            if trainer.save_model or stopped_by:
-                save.run(self.state)
-            saver.wait()
-            if not stopped_by:
-                save.prune(self.state)
-            ended_with_best = not stopped_by and self.load_best(root, evaluation)
-            self.interrupt.act(self.state, runtime)
-            stopped_by = self.interrupt.signal
+                self.end_broken_step(error, out.console)
+            is_stopped = runtime.all_max(interrupt.signal)[0] > 0
+            if trainer.save_model or is_stopped:
+                save.run(state)
+            save.saver.wait()
+            if not is_stopped:
+                save.prune(state)
+            best = None if is_stopped or evaluate is None else self.load_best(save.saver.root, evaluate)
+            interrupt.act(state, runtime)
         except UserError as error:
-            save_whole_step(self.state, save, error)
+            save_whole_step(state, save, error)
             raise
         finally:
-            console.close()
-            metrics.close()
-            self.batches.close()
-            saver.close()
-        notes = [*self.end_notes(), *saver.describe(stopwatch.total_seconds["save"])]
-        best = self.state.best_step if ended_with_best else None
-        print_end(self.state, max_steps, opened.folder, stopwatch, save.last_step, best, notes, self.next_command)
-        step = self.state.step if best is None else best
-        values = evaluation.values if evaluation is not None and evaluation.last_step == step else {}
-        code = 128 + stopped_by if stopped_by else 0
-        finished = Finished(opened.folder, self.state, step, stopwatch.data_fraction, code, values, runtime.is_main)
-        return finished if code else self.on_finish(finished)
+            out.close()
+            self.parts.batches.close()
+            save.saver.close()
+        messages = [*self.parts.end_messages(), *save.saver.describe(out.stopwatch.total_seconds["save"])]
+        command = self.parts.next_command
+        print_end(state, max_steps, opened.folder, out.stopwatch, save.last_step, best, messages, command)
+        step = state.step if best is None else best
+        values = evaluate.values if evaluate is not None and evaluate.last_step == step else {}
+        code = 128 + interrupt.signal if interrupt.signal else 0
+        return self.finish(
+            Finished(opened.folder, state, step, out.stopwatch.data_fraction, code, values, runtime.is_main)
+        )
+
+    def build_save(self, out: Outputs) -> Save:
+        """What writes checkpoints; one of this folder that the run goes on from is not written again."""
+        config, opened, runtime = self.parts.config, self.context.opened, self.context.runtime
+        check_lock = (lambda: None) if opened.lock is None else opened.lock.check
+        root, group = opened.folder / "checkpoints", runtime.process_group()
+        saver = Saver(root, group, config.trainer.save_in_background, check_lock)
+        content = partial(
+            checkpoint_content, config, runtime, self.parts.storage, self.parts.model, self.optimizer,
+            self.parts.batches, self.counts,
+        )  # fmt: skip
+        return Save(config.trainer, saver, content, out.stopwatch, self.state.step if opened.goes_on else -1)
 
     def keep_position(self, state: TrainState, result: StepResult | None) -> None:
-        """The first hook of a step: what is saved from now on is behind it."""
-        state.position = self.batches.position
+        """The first hook of a step: what is saved from now on comes after it."""
+        state.position = self.parts.batches.position
 
     def end_broken_step(self, error: RuntimeError | OSError, console: Console) -> None:
         """A signal to all processes of a job also ends the compiler that a step waits for: that is no error of the run.
 
         Returns where the last whole step is to be saved; raises `error` where no signal had come, and SystemExit.
         """
-        number = self.interrupt.signal
+        number = self.context.interrupt.signal
         if not number:
             raise error
-        if self.state.step and self.runtime.world_size == 1:
+        if self.state.step and self.context.runtime.world_size == 1:
             console.line(f"note: step {self.state.step + 1:,} was broken off by the signal: {first_line(error)}")
             return
         what = "the last checkpoint stays" if self.state.step else "nothing had to be saved"
         console.line(f"stopped by {signal.Signals(number).name} in step {self.state.step + 1:,}; {what}")
         sys.exit(128 + number)
 
-    def step_settings(self) -> StepSettings:
-        """The numbers that every step depends on."""
-        trainer = self.config.trainer
-        return StepSettings(
-            seed=self.config.seed,
-            lr=lambda step: self.config.optimizer.lr * lr_scale(step - self.length.shift, self.schedule),
-            gradient_clipping=trainer.gradient_clipping,
-            after_update=self.model.normalize_matrices,
-            model_inputs=self.model_inputs,
-            clip=self.clip,
-            interrupt=self.interrupt,
-            empty_batch=self.empty_batch,
-            rows_per_step=self.size.rows_per_step,
-        )
-
-    def build_sinks(self) -> Sinks:
-        """metrics.jsonl and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
-        config = self.config
-        if not self.runtime.is_main:
-            return Sinks(MetricsFile(Path(os.devnull), 0), [])
-        names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
-        wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
-        if "wandb" in names:
-            Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
-            keep = self.opened.goes_on and config.wandb.resume != "never"
-            wandb["id"] = wandb_run_id(self.opened.folder, keep)
-        flat = {key: plain_json(config.value_of(key)) for key in known_keys() if "muon_config." not in key}
-        trackers = build_trackers(names, config.wandb.project, self.opened.folder / "trackers", flat, wandb)
-        return Sinks(MetricsFile(self.opened.folder / "metrics.jsonl", self.state.step), trackers)
-
-    def checkpoint_content(self, state: TrainState) -> Content:
-        """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
-
-        Raises CheckpointError, in all processes, for weights that are not finite: there is nothing to go on from in them.
-        """
-        if not math.isfinite(weight_norm(self.model)):
-            raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
-        weights, model_config = self.storage.content()
-        parts, first_rows = saved_parts(self.optimizer, self.runtime.is_main)
-        return Content(
-            step=state.step,
-            weights=weights,
-            model_config=model_config,
-            save_beside=self.storage.save_beside,
-            config_yaml=dump_config(self.config),
-            optimizer=parts,
-            first_rows=first_rows,
-            data=self.batches.state_dict(state.position),
-            state={
-                **state.state_dict(),
-                **self.length.state_dict(self.config, self.size),
-                "world_size": self.runtime.world_size,
-                "engine": self.runtime.engine,
-                "zero_stage": self.runtime.zero_stage,
-                "metadata": self.config.pretraining_metadata,
-            },
-        )
-
     def forget_lost_best(self) -> None:
         """With `load_best_model_at_end`, a best checkpoint that is not in the folder cannot be what the run ends with: the next
         evaluation begins a new search.
         """
-        root, best = self.opened.folder / "checkpoints", self.state.best_step
-        if best is None or not self.config.trainer.load_best_model_at_end:
+        root, best = self.context.opened.folder / "checkpoints", self.state.best_step
+        if best is None or not self.parts.config.trainer.load_best_model_at_end:
             return
-        if not self.runtime.on_main(lambda: best in list_steps(root)):
+        if not self.context.runtime.on_main(lambda: best in list_steps(root)):
             self.state.best_step = self.state.best_metric = None
 
-    def load_best(self, root: Path, evaluation: Evaluate | None) -> bool:
-        """`load_best_model_at_end`: go back to the weights of the best evaluation, which `latest` then means. False where they
-        are those of the last step, or cannot be had any more.
+    def load_best(self, root: Path, evaluate: Evaluate) -> int | None:
+        """`load_best_model_at_end`: go back to the weights of the best evaluation, which `latest` then means, and return their
+        step. None where they are those of the last step, or cannot be had any more.
         """
-        best, state = self.state.best_step, self.state
-        if not self.config.trainer.load_best_model_at_end or evaluation is None or best in (None, state.step):
-            return False
-        if damage := self.runtime.on_main(lambda: _damage(root / str(best))):
-            evaluation.console.line(
-                f"note: the best checkpoint is lost ({damage}): these are the weights of the last step"
-            )
-            return False
-        with self.runtime.open_weights(self.wrapped):
-            self.storage.load(root / str(best))
-        self.runtime.on_main(lambda: write_text(root / "latest", f"{best}\n"))
-        evaluation.console.line(f"loading the best checkpoint, step {best:,}")
-        evaluation.run(state, loaded=best)
-        return True
+        best, runtime, console = self.state.best_step, self.context.runtime, evaluate.out.console
+        if not self.parts.config.trainer.load_best_model_at_end or best in (None, self.state.step):
+            return None
+        if damage := runtime.on_main(lambda: _damage(root / str(best))):
+            console.line(f"note: the best checkpoint is lost ({damage}): these are the weights of the last step")
+            return None
+        with runtime.open_weights(self.model):
+            self.parts.storage.load(root / str(best))
+        runtime.on_main(lambda: write_text(root / "latest", f"{best}\n"))
+        console.line(f"loading the best checkpoint, step {best:,}")
+        evaluate.run(self.state, loaded=best)
+        return best
+
+    def finish(self, finished: Finished) -> Finished:
+        """What the task does with a run that came to its end. It gets values: where there are none, it is evaluated now."""
+        on_finish, runtime = self.parts.on_finish, self.context.runtime
+        if finished.exit_code or on_finish is None or self.evaluation is None:
+            return finished
+        values = finished.values or self.evaluation.run()
+        if values is None:
+            return replace(finished, exit_code=128 + int(runtime.all_max(self.context.interrupt.signal)[0]))
+        result = replace(finished, values=values)
+        runtime.on_main(lambda: on_finish(result))
+        return result
 
 
 def save_whole_step(state: TrainState, save: Save, error: UserError) -> None:
@@ -292,63 +340,3 @@ def _damage(checkpoint: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return ""
-
-
-def run_job(loaded: Loaded, build: Callable[[Runtime, Interrupt, OpenRun], Job]) -> Finished:
-    """Start the runtime of this process, open the output folder, build the job and run it; the main process alone prints.
-
-    Raises UserError.
-    """
-    check_ready(loaded)
-    interrupt = Interrupt()
-    with stop_signals(interrupt):
-        runtime = start_runtime(loaded.config)
-        with main_prints_only(runtime), open_run(loaded.config, runtime) as opened:
-            finished = build(runtime, interrupt, opened).run()
-        runtime.close()
-    return finished
-
-
-@contextmanager
-def main_prints_only(runtime: Runtime) -> Iterator[None]:
-    """Inside, only the main process prints."""
-    if runtime.is_main:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
-
-
-def start_runtime(config: Config) -> Runtime:
-    """Device, precision and engine of this process, as the configuration and the launcher have it. Raises ConfigError."""
-    trainer, asked = config.trainer, read_zero(config, os.environ)
-    runtime = build_runtime(
-        use_cpu=trainer.use_cpu,
-        mixed_precision=trainer.mixed_precision,
-        tf32=trainer.tf32,
-        engine=trainer.engine,
-        zero_options=None if asked is None else asked.options,
-    )
-    print_notes(asked.notes if asked is not None and runtime.is_main else [])
-    return runtime
-
-
-def saved_parts(optimizer: Any, is_main: bool) -> tuple[Tensors, dict[str, int]]:
-    """What this process has to save of the optimizer's state, and the first rows of parts."""
-    partition = own_partition(optimizer)
-    return local_parts(optimizer_state(optimizer), is_main) if partition is None else (partition, {})
-
-
-def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[str]]:
-    """The learning-rate schedule of `num_steps`, and what to tell the user of it. Raises ConfigError."""
-    try:
-        schedule = build_schedule(ScheduleSettings(**config.scheduler.model_dump()), num_steps)
-    except ValueError as error:
-        raise ConfigError(Problem("scheduler", str(error))) from None
-    if config.trainer.max_steps != num_steps and schedule.warmup_steps >= num_steps:
-        peak = config.optimizer.lr * lr_scale(num_steps - 1, schedule)
-        return schedule, [
-            f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
-            f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
-        ]
-    return schedule, []

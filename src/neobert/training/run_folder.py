@@ -33,6 +33,7 @@ from neobert.training.folder_lock import FolderLock
 from neobert.training.runtime import Runtime
 
 SHARED_SECONDS = 30.0  # in which a network file system shows a new file
+RESULT = "result.json"  # of a run that came to its end, where its task has one
 RUN_FILES = (
     "checkpoints",
     "metrics.jsonl",
@@ -41,7 +42,7 @@ RUN_FILES = (
     "environment.json",
     "trackers",
     "wandb.json",
-    "result.json",
+    RESULT,
     "submission",
 )
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
@@ -51,14 +52,14 @@ MOVING = "previous/.moving"
 @dataclass(frozen=True)
 class OpenRun:
     """The folder of a run, which this process (of several the main one) holds; the checkpoint it goes on from, verified, with
-    what that counts; what in the folder is in the way; and what to tell the user.
+    what that counts; what in the folder is in the way; and messages.
     """
 
     folder: Path
     checkpoint: Path | None
     saved: dict[str, Any]
     in_the_way: list[str]
-    told: list[str]
+    messages: list[str]
     lock: FolderLock | None = None
 
     @property
@@ -77,7 +78,7 @@ def open_run(config: Config, runtime: Runtime) -> Iterator[OpenRun]:
     trainer, locks = config.trainer, list[FolderLock]()
     folder = Path(trainer.output_dir)
     try:
-        told = runtime.on_main(lambda: _hold(folder, locks))
+        messages = runtime.on_main(lambda: _hold(folder, locks))
         if runtime.world_size > 1:
             check_shared(folder, runtime)
         checkpoint, in_the_way, more = runtime.on_main(
@@ -88,7 +89,7 @@ def open_run(config: Config, runtime: Runtime) -> Iterator[OpenRun]:
             saved = runtime.on_main(lambda: verify_checkpoint(checkpoint))
             if missing := list(resume_needs_a_position(config, has_data(checkpoint))):
                 raise ConfigError(*missing)
-        yield OpenRun(folder, checkpoint, saved, in_the_way, [*told, *more], next(iter(locks), None))
+        yield OpenRun(folder, checkpoint, saved, in_the_way, [*messages, *more], next(iter(locks), None))
     finally:
         for lock in locks:
             lock.release()
@@ -118,10 +119,10 @@ def _hold(folder: Path, locks: list[FolderLock]) -> list[str]:
 
 
 def plan_start(folder: Path, resume: str | None, overwrite: bool) -> tuple[Path | None, list[str], list[str]]:
-    """(the checkpoint to resume from or None, what in the folder is in the way, what to tell the user).
+    """(the checkpoint to resume from or None, what in the folder is in the way, messages).
 
     A run that is there is in the way of a new one, also of one that starts from another run's checkpoint: it is moved aside,
-    so that a forgotten `resume_from_checkpoint` costs nothing; with `overwrite` false it is an error. Steps behind the
+    so that a forgotten `resume_from_checkpoint` costs nothing; with `overwrite` false it is an error. Steps after the
     checkpoint are in the way of a run that goes back. Call with the folder held.
     """
     root = folder / "checkpoints"
@@ -132,12 +133,12 @@ def plan_start(folder: Path, resume: str | None, overwrite: bool) -> tuple[Path 
     except OSError as error:
         raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
     if resume is not None:
-        checkpoint, told = _resume_point(folder, resume)
+        checkpoint, messages = _resume_point(folder, resume)
         if checkpoint is None:
-            return None, [], told
+            return None, [], messages
         if _is_inside(checkpoint, folder):
             later = [step for step in list_steps(root) if step > int(checkpoint.name)]
-            return checkpoint, [f"checkpoints/{step}" for step in later], told
+            return checkpoint, [f"checkpoints/{step}" for step in later], messages
     else:
         checkpoint = None
     if not list_steps(root) and not (folder / "metrics.jsonl").exists():
@@ -167,14 +168,14 @@ def _resume_point(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 
 def enter_run(opened: OpenRun) -> list[str]:
-    """Move aside what is in the way; returns what to tell the user. Raises ConfigError where that cannot be done."""
-    folder, root, told = opened.folder, opened.folder / "checkpoints", list[str]()
+    """Move aside what is in the way; returns messages. Raises ConfigError where that cannot be done."""
+    folder, root, messages = opened.folder, opened.folder / "checkpoints", list[str]()
     try:
         if opened.in_the_way:
             to = move_aside(folder, opened.in_the_way)
             what = "later steps of this run are" if opened.goes_on else f"the run that was in {folder} is"
             hint = "" if opened.goes_on else " (to continue it instead: resume_from_checkpoint)"
-            told.append(f"{what} now in {to}{hint}")
+            messages.append(f"{what} now in {to}{hint}")
         root.mkdir(exist_ok=True)
         for path in (root / name for name in POINTERS):
             step = read_pointer(path)
@@ -182,7 +183,7 @@ def enter_run(opened: OpenRun) -> list[str]:
                 path.unlink()
     except OSError as error:
         raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
-    return told
+    return messages
 
 
 def move_aside(folder: Path, names: list[str]) -> Path:
@@ -240,7 +241,10 @@ def _probe(folder: Path) -> str:
 
 
 def write_run_files(folder: Path, config_yaml: str, facts: dict[str, Any]) -> None:
-    """config.yaml (loads to the same configuration) and environment.json (versions, machine, what was derived)."""
+    """config.yaml (loads to the same configuration) and environment.json (versions, machine, what was derived); the result of
+    an earlier end of the run is removed.
+    """
+    (folder / RESULT).unlink(missing_ok=True)
     write_text(folder / "config.yaml", config_yaml)
     environment = {
         "neobert": __version__,

@@ -1,65 +1,21 @@
-"""What a run says of itself on the console: what runs and why at the start, where things are at the end."""
+"""What a run says of itself: what runs and why at the start, metrics and trackers, where things are at the end."""
 
-import math
+import os
 from pathlib import Path
 from typing import Any
 
-from neobert.config.schema import Config
-from neobert.model.modeling_neobert import NeoBERTForMaskedLM
-from neobert.optim.schedule import Schedule
-from neobert.tasks.pretraining.data import PretrainingData
-from neobert.training.length import Length
+from neobert.config.explain import plain_json, show_config
+from neobert.config.schema import Config, known_keys
+from neobert.ranks import Ranks
 from neobert.training.loop import TrainState
-from neobert.training.metrics import Stopwatch, duration
-from neobert.training.runtime import Runtime
+from neobert.training.metrics import MetricsFile, Sinks, Stopwatch, build_trackers, duration, wandb_run_id
+from neobert.training.run_folder import OpenRun
 
 
-def describe_run(
-    config: Config,
-    model: NeoBERTForMaskedLM,
-    runtime: Runtime,
-    data: PretrainingData,
-    length: Length,
-    schedule: Schedule,
-    lines: dict[str, str],
-) -> dict[str, Any]:
-    """What runs, as it was derived from the configuration and the machine; `lines` are those of its parts."""
-    trainer, m = config.trainer, model.config
-    num_parameters = sum(p.numel() for p in model.parameters())
-    in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
-    row_length = data.row_length
-    rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
-    norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
-    kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
-    shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
-    begin, end = round(schedule.decay_start + length.shift), round(schedule.decay_end + length.shift)
-    decay = f"peak until {begin:,}, " if schedule.name == "wsd" else ""
-    span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {end:,}"
-    epochs = f"{trainer.num_train_epochs} epochs are " if trainer.max_steps < 0 else ""
-    masks = "all [MASK]" if config.datacollator.mask_all else "80/10/10"
-    return {
-        "model": f"{shape}, {kinds}",
-        "parameters": f"{num_parameters:,} ({num_parameters - in_vocabulary:,} without embeddings and decoder)",
-        "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
-        "data": data.describe,
-        "masking": f"{_rates(config)} of the tokens, {masks}",
-        "step": f"{rows} rows x {row_length} = {rows * row_length:,} tokens"
-        + (
-            f" in {trainer.gradient_accumulation_steps} microbatches" if trainer.gradient_accumulation_steps > 1 else ""
-        ),
-        "run": f"{epochs}{length.num_steps:,} steps, {length.num_steps * rows * row_length:,} tokens",
-        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}",
-        "device": runtime.describe,
-        "processes": runtime.describe_engine,
-        **lines,
-        "loss": "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions",
-        "ln(vocabulary)": f"{math.log(m.vocab_size):.3f}, the loss of a uniform guess",
-    }
-
-
-def _rates(config: Config) -> str:
-    first, last = config.datacollator.mlm_probability, config.datacollator.mlm_probability_final
-    return f"{first:.0%}" if last is None else f"{first:.0%}, linearly to {last:.0%} at the end,"
+def print_configuration(config: Config, origins: dict[str, str]) -> None:
+    """`debug: true`: all keys with their values, and where each was set."""
+    if config.debug:
+        print(show_config(config, origins))
 
 
 def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None:
@@ -110,3 +66,17 @@ def print_end(
             commands.append(f"neobert run {folder / 'config.yaml'} --trainer.resume_from_checkpoint latest")
         for number, command in enumerate(commands):
             print(f"{'' if number else 'next':<11} {command}")
+
+
+def build_sinks(config: Config, opened: OpenRun, ranks: Ranks, step: int) -> Sinks:
+    """metrics.jsonl, with its rows up to `step`, and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
+    if not ranks.is_main:
+        return Sinks(MetricsFile(Path(os.devnull), 0), [])
+    names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
+    wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
+    if "wandb" in names:
+        Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
+        wandb["id"] = wandb_run_id(opened.folder, opened.goes_on and config.wandb.resume != "never")
+    flat = {key: plain_json(config.value_of(key)) for key in known_keys() if "muon_config." not in key}
+    trackers = build_trackers(names, config.wandb.project, opened.folder / "trackers", flat, wandb)
+    return Sinks(MetricsFile(opened.folder / "metrics.jsonl", step), trackers)

@@ -18,8 +18,7 @@ from neobert.data.pairs.table import Examples, encode_texts, read_examples, role
 from neobert.errors import ConfigError, DataError, Problem, UserError
 from neobert.inference.embed import embed_ids, unit_rows
 from neobert.tasks.contrastive.data import ContrastiveData, choose_split, find_place, longest_text
-from neobert.training.hooks import Evaluation
-from neobert.training.loop import Interrupt
+from neobert.training.run import Context, Evaluation
 from neobert.training.runtime import Runtime
 
 TOP = 10
@@ -108,14 +107,13 @@ def evaluate_set(evaluator: Any, model: SentenceEncoder) -> dict[str, float]:
 
 
 def build_evaluation(
-    config: Config, model: Any, hf_tokenizer: Any, sets: dict[str, Examples], runtime: Runtime, interrupt: Interrupt
-) -> Evaluation | None:
-    """All sets, and `score`: the mean of Spearman's correlations and nDCG@10s. None where there is nothing to evaluate.
+    config: Config, hf_tokenizer: Any, sets: dict[str, Examples], context: Context, model: Any
+) -> Evaluation:
+    """All sets, and `score`: the mean of Spearman's correlations and nDCG@10s.
 
     The processes embed the texts in turn, and each evaluates all of the vectors.
     """
-    if not sets:
-        return None
+    runtime, interrupt = context.runtime, context.interrupt
     size, most = config.trainer.per_device_eval_batch_size, config.trainer.eval_max_batches
     cut = {name: _first(examples, None if most is None else most * size) for name, examples in sets.items()}
     evaluators: dict[str, Any] = {}

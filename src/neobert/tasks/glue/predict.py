@@ -13,9 +13,10 @@ from neobert.errors import CheckpointError, DataError, UserError
 from neobert.files import write_text
 from neobert.tasks.encoder import row_layout
 from neobert.tasks.glue.data import Shared, encode_split, glue_source
+from neobert.tasks.glue.evaluation import predict_logits
 from neobert.tasks.glue.metrics import predictions
 from neobert.tasks.glue.model import load_finetuned
-from neobert.tasks.glue.task import predict_logits, read_result
+from neobert.tasks.glue.task import read_result
 from neobert.training.run_folder import hold_folder
 from neobert.training.runtime import Runtime, build_runtime
 

@@ -22,10 +22,11 @@ from neobert.data.labelled.tasks import TASKS
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.tasks.glue import task as glue
 from neobert.tasks.glue.data import find_all_files
+from neobert.tasks.glue.evaluation import check_best_metric
 from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.predict import FOLDER, write_predictions
 from neobert.training.metrics import markdown_table, write_table
-from neobert.training.run import main_prints_only, start_runtime
+from neobert.training.process import main_prints_only, start_runtime
 from neobert.training.run_folder import hold_folder
 from neobert.training.runtime import Runtime
 
@@ -117,7 +118,7 @@ def check_plan(plan: list[Planned]) -> None:
     """Find at once what would stop a run hours later: metrics, files, weights. Raises UserError."""
     for one in {planned.task: planned for planned in plan}.values():
         config = one.loaded.config
-        glue.check_best_metric(config, TASKS[one.task])
+        check_best_metric(config, TASKS[one.task])
         find_all_files(config, TASKS[one.task])
         if not config.glue.transfer_from_task:
             find_initial_weights(config)
@@ -151,7 +152,7 @@ def finished_result(one: Planned, runtime: Runtime) -> dict[str, Any] | None:
         return None
     config = one.loaded.config
     start = find_initial_weights(config)
-    now = glue.protocol(glue.settle(config, TASKS[one.task], start, {}), start, runtime)
+    now = glue.protocol(glue.fill_in(config, TASKS[one.task], start), start, runtime)
     for name, value in now.items():
         if (was := result["protocol"].get(name)) != value:
             problem = f"{one.folder} was run with {name} {was}, not {value}; choose another folder, or remove that one"

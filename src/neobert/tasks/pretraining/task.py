@@ -1,6 +1,7 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,133 +10,101 @@ from torch import nn
 from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.layouts import is_eurobert, to_eurobert
 from neobert.checkpoints.load import load_model_weights
-from neobert.config.explain import show_config
-from neobert.config.load import Loaded, dump_config
+from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.tokenizer import save_tokenizer, text_tokenizer
-from neobert.errors import DataError, print_notes
+from neobert.errors import DataError
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
-from neobert.ranks import Ranks
-from neobert.tasks.encoder import checkpoint_config, prepare_model
+from neobert.tasks.encoder import blocks_of, checkpoint_config, prepare_model
 from neobert.tasks.pretraining.data import PretrainingData, build_data
 from neobert.tasks.pretraining.initial_weights import begin
-from neobert.training.hooks import Evaluation, check_needs_evaluation
-from neobert.training.length import Length, StepSize, keep_step_size, plan_length, saved_step_size, step_size
-from neobert.training.loop import Interrupt, TrainState, evaluate
+from neobert.training.loop import evaluate
 from neobert.training.metrics import perplexity
-from neobert.training.optimizer import build_clip, build_run_optimizer
-from neobert.training.resume import continue_run, with_saved_shards
-from neobert.training.run import Finished, Job, Storage, build_run_schedule, run_job
-from neobert.training.run_folder import OpenRun, write_run_files
-from neobert.training.runtime import Runtime, whole_weights
-from neobert.training.summary import describe_run, print_summary
+from neobert.training.resume import keep_saved_size
+from neobert.training.run import Context, Evaluation, Finished, Parts, Storage, run_task
+from neobert.training.runtime import whole_weights
 
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
     """Pretrain as configured; `observe` is shown every training batch. Raises UserError for what a user can repair."""
-    return run_job(loaded, lambda *parts: build_job(loaded, *parts, observe))
+    return run_task(loaded, partial(build, observe=observe))
 
 
-def build_job(
-    loaded: Loaded,
-    runtime: Runtime,
-    interrupt: Interrupt,
-    opened: OpenRun,
-    observe: Callable[[Batch, int], None] | None,
-) -> Job:
-    """The parts of a run, put together and, where asked for, brought to where a checkpoint was saved. Raises UserError."""
-    config, trainer = loaded.config, loaded.config.trainer
-    print_notes(loaded.warnings if runtime.is_main else [])
-    if config.debug:
-        print(show_config(config, loaded.origins))
-    start = begin(config, opened.checkpoint)
-    config, hf_tokenizer = start.config, start.hf_tokenizer
-    tokenizer = text_tokenizer(hf_tokenizer)
-    size = step_size(config, runtime.world_size)
-    if opened.checkpoint is not None:
-        config = with_saved_shards(config, opened.checkpoint, runtime.world_size)
-        before = saved_step_size(opened.checkpoint, opened.saved)
-        config, size, notes = keep_step_size(config, before, runtime.world_size)
-        opened.told.extend(notes)
-    data = build_run_data(config, tokenizer, runtime, opened.folder)
+def build(context: Context, observe: Callable[[Batch, int], None] | None = None) -> Parts:
+    """The parts of a pretraining run. Raises UserError."""
+    runtime, opened = context.runtime, context.opened
+    start = begin(context.config, opened.checkpoint)
+    hf_tokenizer, tokenizer = start.hf_tokenizer, text_tokenizer(start.hf_tokenizer)
+    config, size = keep_saved_size(start.config, opened, runtime.world_size)
+    trainer = config.trainer
+    on_cuda = runtime.device.type == "cuda"
+    data = build_data(config, tokenizer, runtime, opened.folder, on_cuda, main_first=runtime.main_first)
     data.train.observe = observe
-    if data.evaluation is None:
-        check_needs_evaluation(trainer)
     model = start.build_model(tokenizer.pad_id).to(runtime.device)
-    lines = prepare_model(config, model, runtime)
-    wrapped = runtime.distribute(model, model.model.layers)
-    optimizer = build_run_optimizer(config, model, runtime.dtype)
-    clip, clip_line = build_clip(config, model)
-    wrapped, optimizer = runtime.wrap_deepspeed(wrapped, optimizer)
-    storage = Storage(
-        content=lambda: checkpoint_model(model, hf_tokenizer, start.name),
-        load=lambda path: load_model_weights(path, model),
-        save_beside=lambda path: save_tokenizer(hf_tokenizer, path, has_token_types=False),
-    )
-    state = continue_run(opened, runtime, storage, optimizer, data.train, wrapped)
-    length = find_length(config, size, state, opened.saved, data, runtime)
-    schedule, warnings = build_run_schedule(config, length.schedule_steps)
-    facts = describe_run(config, model, runtime, data, length, schedule, lines | clip_line)
-    runtime.on_main(lambda: write_run_files(opened.folder, dump_config(config), facts))
-    print_summary(facts, [*start.notes, *opened.told, *warnings], opened.folder)
-    return Job(
-        config, runtime, model, optimizer, schedule, data.train,
-        fetch=partial(data.train.next_step, config.trainer.gradient_accumulation_steps),
-        empty_batch=data.train.pipeline.empty_batch,
-        size=size,
-        length=length,
-        ends_with_data=trainer.max_steps < 0,
-        measure=build_evaluation(config, wrapped, data, runtime, interrupt),
-        storage=storage,
-        opened=opened,
-        state=state,
-        wrapped=wrapped,
-        interrupt=interrupt,
-        clip=clip,
-        model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
-        end_notes=data.train.describe_used,
-        next_command='neobert fill-mask {checkpoint} "The capital of France is [MASK]."',
-    )  # fmt: skip
-
-
-def build_run_data(config: Config, tokenizer: Any, runtime: Runtime, folder: Any) -> PretrainingData:
-    """The batches of this process."""
-    return build_data(
-        config,
-        tokenizer,
-        Ranks(runtime.rank, runtime.world_size),
-        folder,
-        runtime.device.type == "cuda",
-        main_first=runtime.main_first,
-    )
-
-
-def find_length(
-    config: Config, size: StepSize, state: TrainState, saved: dict[str, Any], data: PretrainingData, runtime: Runtime
-) -> Length:
-    """How long the run is; also of the rates of masking, which follow the rows of all of it."""
+    kernels = prepare_model(config, model, runtime)
+    loss = "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions"
 
     def count_left() -> int:
-        epochs = config.trainer.num_train_epochs
-        print(f"counting the steps of {epochs} epochs, by a pass over the data", flush=True)
-        return -(-int(runtime.all_max(data.count_left())[0]) // config.trainer.gradient_accumulation_steps)
+        print(f"counting the steps of {trainer.num_train_epochs} epochs, by a pass over the data", flush=True)
+        return -(-int(runtime.all_max(data.count_left())[0]) // trainer.gradient_accumulation_steps)
 
-    length = plan_length(config, size, state, saved, count_left)
-    data.train.pipeline.set_num_rows(state.num_rows + (length.num_steps - state.step) * size.rows_per_step)
-    return length
+    rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
+    epochs = f"{trainer.num_train_epochs} epochs are " if trainer.max_steps < 0 else ""
+    return Parts(
+        config,
+        model,
+        data.train,
+        Storage(
+            content=lambda: checkpoint_model(model, hf_tokenizer, start.name),
+            load=lambda path: load_model_weights(path, model),
+            save_beside=lambda path: save_tokenizer(hf_tokenizer, path, has_token_types=False),
+        ),
+        count_left=count_left,
+        size=size,
+        blocks=blocks_of(model),
+        evaluation=None if data.evaluation is None else partial(build_evaluation, context, data.evaluation),
+        model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
+        after_update=model.normalize_matrices,
+        empty_batch=data.train.pipeline.empty_batch,
+        ends_with_data=trainer.max_steps < 0,
+        set_num_rows=data.train.pipeline.set_num_rows,
+        facts=describe(config, model, data, rows),
+        describe_length=lambda steps: f"{epochs}{steps:,} steps, {steps * rows * data.row_length:,} tokens",
+        more_facts=kernels
+        | {"loss": loss, "ln(vocabulary)": f"{math.log(model.config.vocab_size):.3f}, the loss of a uniform guess"},
+        messages=start.notes,
+        end_messages=data.train.describe_used,
+        next_command='neobert fill-mask {checkpoint} "The capital of France is [MASK]."',
+    )
 
 
-def build_evaluation(
-    config: Config, model: nn.Module, data: PretrainingData, runtime: Runtime, interrupt: Interrupt
-) -> Evaluation | None:
-    """Loss, perplexity and accuracy on the evaluation data, where there is any."""
-    batches = data.evaluation
-    if batches is None:
-        return None
+def describe(config: Config, model: NeoBERTForMaskedLM, data: PretrainingData, rows: int) -> dict[str, Any]:
+    """The lines of the summary about model, data and step; `rows` are those of a step."""
+    m, micro, masks = model.config, config.trainer.gradient_accumulation_steps, config.datacollator
+    num_parameters = sum(p.numel() for p in model.parameters())
+    in_vocabulary = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
+    norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
+    kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
+    shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
+    last = masks.mlm_probability_final
+    rates = f"{masks.mlm_probability:.0%}" + ("" if last is None else f", linearly to {last:.0%} at the end,")
+    return {
+        "model": f"{shape}, {kinds}",
+        "parameters": f"{num_parameters:,} ({num_parameters - in_vocabulary:,} without embeddings and decoder)",
+        "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
+        "data": data.describe,
+        "masking": f"{rates} of the tokens, {'all [MASK]' if masks.mask_all else '80/10/10'}",
+        "step": f"{rows} rows x {data.row_length} = {rows * data.row_length:,} tokens"
+        + (f" in {micro} microbatches" if micro > 1 else ""),
+    }
+
+
+def build_evaluation(context: Context, batches: Callable[[], Iterator[Batch]], model: nn.Module) -> Evaluation:
+    """Loss, perplexity and accuracy on the evaluation data."""
 
     def measure() -> dict[str, float] | None:
-        values = evaluate(model, batches(), runtime, config.trainer.eval_max_batches, interrupt)
+        values = evaluate(model, batches(), context.runtime, context.config.trainer.eval_max_batches, context.interrupt)
         if values is None:
             return None
         if not values:
