@@ -175,7 +175,7 @@ def test_batches_dealt_over_processes_are_the_same(encoders):
 
     def part(rank, world):
         return embed_ids(
-            embedder.model, ids, 32, 0, Recording(torch.device("cpu"), None, rank=rank, world_size=world), 16
+            embedder.model, ids, 32, 0, Recording(rank=rank, world_size=world, device=torch.device("cpu")), 16
         )
 
     whole = part(0, 1)
