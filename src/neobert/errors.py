@@ -5,6 +5,7 @@ import errno
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -59,6 +60,13 @@ def disk_error(error: OSError, name: object = None) -> UserError | None:
     if error.errno not in DISK_ERRORS:
         return None
     return UserError(f"{error.filename or name or 'cannot write'}: {DISK_ERRORS[error.errno]}")
+
+
+def check_installed(need: str, extra: str, *modules: str) -> None:
+    """Raises UserError for the first of `modules` that is not installed; `need`, with {} for its name, says for what."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise UserError(f"{need.format(module)}: pip install 'neobert[{extra}]'")
 
 
 def print_notes(notes: Iterable[str]) -> None:

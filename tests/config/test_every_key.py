@@ -5,12 +5,14 @@ import json
 import os
 import pty
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from helpers.contrastive_keys import CONTRASTIVE_ROWS
 from helpers.glue_keys import GLUE_ROWS
@@ -21,9 +23,11 @@ from neobert.config.load import load_config
 from neobert.config.schema import known_keys
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.ranks import Ranks
 from neobert.tasks.encoder import build_model
 from neobert.tasks.pretraining.data import build_data
+from neobert.training import background
 from neobert.training.choices import choose_device, describe_arithmetic
 from neobert.training.optimizer import build_clip, build_run_optimizer
 
@@ -51,6 +55,62 @@ def observed(observe, expected, *words):
         return observe(train(*small, *words)) == expected and observe(train(*small, *words[1:])) != expected
 
     return row
+
+
+def called(owner, name, describe, expected, *words):
+    """A run calls `owner.name` with arguments that come to `expected` by `describe`, and without the first word it does not."""
+
+    def row(train, small):
+        found = []
+        for some in (words, words[1:]):
+            calls, original = [], getattr(owner, name)
+
+            def note(*arguments, _calls=calls, _original=original, **named):
+                _calls.append(describe(*arguments, **named))
+                return _original(*arguments, **named)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owner, name, note)
+                train(*small, *some)
+            found.append(expected in calls)
+        return found == [True, False]
+
+    return row
+
+
+def pins(train, small):
+    """On CUDA; without it torch refuses to pin, so an attempt shows."""
+    found = []
+    for is_asked in (True, False):
+        config = load_config([], [*TINY, *small, f"dataset.pin_memory={is_asked}"]).config
+        tokenizer = text_tokenizer(load_tokenizer("", str(TOKENIZER)))
+        loader = build_data(config, tokenizer, Ranks(), Path(small[0].removeprefix("dataset.path=")).parent, True).train
+        try:
+            found.append(next(loader).input_ids.is_pinned())
+        except RuntimeError:
+            found.append(True)
+        loader.close()
+    return found == [True, False]
+
+
+def saves_before_the_next_step(train, small):
+    """A save that takes longer than a step is over before the next one begins, or not."""
+    found, save = [], background.save_checkpoint
+    for word in ("trainer.save_in_background=false", "trainer.save_in_background=true"):
+        events = []
+
+        def slowly(*arguments, _events=events):
+            time.sleep(0.3)
+            _events.append("saved")
+            return save(*arguments)
+
+        hook = register_optimizer_step_pre_hook(lambda *given, _events=events: _events.append("step"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(background, "save_checkpoint", slowly)
+            train(*small, word, "trainer.save_steps=2", "trainer.max_steps=3")
+        hook.remove()
+        found.append(events[:3])
+    return found == [["step", "step", "saved"], ["step", "step", "step"]]
 
 
 def refused(text, *words):
@@ -482,7 +542,7 @@ ROWS = {
     "dataset.eval_split": two_files("eval"),
     "dataset.validation_split": losses("dataset.validation_split=0.4"),
     "dataset.num_workers": num_threads("num_workers", 1),
-    "dataset.pin_memory": printed("dataset.pin_memory is for CUDA", "dataset.pin_memory=true"),
+    "dataset.pin_memory": pins,
     "dataset.persistent_workers": workers_restart,
     "dataset.prefetch_factor": blocks_in_flight,
     "dataset.num_proc": num_threads("num_proc", 2, *TOKENS),
@@ -529,9 +589,17 @@ ROWS = {
     "trainer.log_weight_norms": observed(
         lambda run: "weight_norm" in run.train[0], True, "trainer.log_weight_norms=true"
     ),
-    "trainer.torch_compile": printed("eager, shapes as torch decides", "trainer.torch_compile=true", COMPILE_EAGER),
-    "trainer.torch_compile_dynamic": printed(
-        "eager, any shape", "trainer.torch_compile_dynamic=true", "trainer.torch_compile=true", COMPILE_EAGER
+    "trainer.torch_compile": called(
+        torch, "compile", lambda *blocks, backend, **rest: backend, "eager", "trainer.torch_compile=true", COMPILE_EAGER
+    ),
+    "trainer.torch_compile_dynamic": called(
+        torch,
+        "compile",
+        lambda *blocks, dynamic, **rest: dynamic,
+        True,
+        "trainer.torch_compile_dynamic=true",
+        "trainer.torch_compile=true",
+        COMPILE_EAGER,
     ),
     "trainer.torch_compile_backend": refused(
         "no backend 'nonsense'", "trainer.torch_compile_backend=nonsense", "trainer.torch_compile=true"
@@ -539,7 +607,13 @@ ROWS = {
     "trainer.tf32": lambda train, small: (
         [describe_arithmetic(None, "cuda", on) for on in (True, False)] == ["float32 with TF32 products", "float32"]
     ),
-    "trainer.masked_logits_only_loss": printed("logits at all positions", "trainer.masked_logits_only_loss=false"),
+    "trainer.masked_logits_only_loss": called(
+        NeoBERTForMaskedLM,
+        "forward",
+        lambda *given, masked_only, **rest: masked_only,
+        False,
+        "trainer.masked_logits_only_loss=false",
+    ),
     "trainer.resume_from_checkpoint": resumes,
     "trainer.overwrite_output_dir": refuses_to_overwrite,
     "trainer.num_train_epochs": observed(
@@ -561,7 +635,7 @@ ROWS = {
     "trainer.deepspeed_config_file": refused(
         "absent.json: No such file", "trainer.deepspeed_config_file=absent.json", "trainer.engine=deepspeed"
     ),
-    "trainer.save_in_background": printed("s a checkpoint, which held training", "trainer.save_in_background=false"),
+    "trainer.save_in_background": saves_before_the_next_step,
     "trainer.use_cpu": lambda train, small: (
         [choose_device(use_cpu, True) for use_cpu in (True, False)] == ["cpu", "cuda"]
     ),

@@ -32,7 +32,7 @@ from neobert.data.labelled.tasks import TASKS, Source, read_split
 from neobert.data.mlm.readers import CorpusReader, StreamReader
 from neobert.data.pairs.table import read_examples, roles_of
 from neobert.errors import DataError
-from neobert.inference.embed import read_rows
+from neobert.inference.embed_file import read_rows
 from neobert.tasks.contrastive.data import find_places
 from neobert.tasks.pretraining import task as pretraining
 from neobert.tasks.pretraining.sources import find_files, open_sources

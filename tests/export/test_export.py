@@ -49,7 +49,7 @@ def quiet(text):
 
 def export(source, out, wanted=None):
     """(checks, the folder) of a verified export."""
-    return {check.what: check for check in export_model(str(source), out, wanted or Wanted(), say=quiet)}, out
+    return {check.what: check for check in export_model(str(source), out, wanted or Wanted(), log=quiet)}, out
 
 
 def whole_precision(checks):
@@ -153,7 +153,7 @@ def test_classifiers_there_and_back(variant, tmp_path):
     assert whole_precision(checks) == {"hidden", "logits", *(["onnx logits"] if variant else [])}
     assert checks["logits bfloat16"].difference <= 0.05
     if not variant:
-        import_model(str(out), tmp_path / "in", say=quiet)
+        import_model(str(out), tmp_path / "in", log=quiet)
         (tmp_path / "again").mkdir()
         write_transformers(load_source(str(tmp_path / "in")), tmp_path / "again")
         for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -187,7 +187,7 @@ def test_a_difference_is_not_kept(tmp_path):
     (step / "config.yaml").unlink()
     assert state
     with pytest.raises(UserError, match="computes something else, so it is not kept: hidden"):
-        export_model(str(step), tmp_path / "out", Wanted(), say=quiet)
+        export_model(str(step), tmp_path / "out", Wanted(), log=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old_limit[1]))
         with pytest.raises(UserError, match="out: cannot be written: "):
-            export_model(str(run), tmp_path / "out", Wanted(), say=quiet)
+            export_model(str(run), tmp_path / "out", Wanted(), log=quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
         signal.signal(signal.SIGXFSZ, old_handler)
@@ -244,7 +244,7 @@ def test_bad_input_is_one_line(tmp_path):
 
     def says(source, text):
         with pytest.raises(UserError) as caught:
-            export_model(str(source), tmp_path / "out", Wanted(), say=quiet)
+            export_model(str(source), tmp_path / "out", Wanted(), log=quiet)
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()

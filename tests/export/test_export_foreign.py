@@ -71,7 +71,7 @@ def classifier(kind, root, *words):
 def test_classifiers_leave_whole(kind, pooling, tmp_path):
     """transformers' own class gives the logits of the classifier that was trained, of texts and of pairs."""
     step, _ = classifier(kind, tmp_path, f"glue.pooling={pooling}")
-    checks = {check.what: check for check in export_model(str(step), tmp_path / "out", Wanted(), say=lambda text: None)}
+    checks = {check.what: check for check in export_model(str(step), tmp_path / "out", Wanted(), log=lambda text: None)}
     assert set(checks) == {"hidden", "logits", "pairs"}
     assert all(check.difference <= 1e-5 for check in checks.values())
     trained, _, _ = load_finetuned(step)
@@ -95,7 +95,7 @@ def test_another_head_is_refused(tmp_path):
     assert "a classifier on bert with pooling cls cannot be exported" in said.stderr
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="optimum exports those"):
-        export_model(str(step), tmp_path / "out", Wanted(onnx=True), say=lambda text: None)
+        export_model(str(step), tmp_path / "out", Wanted(onnx=True), log=lambda text: None)
 
 
 def test_embedding_models_leave_whole(tmp_path):
@@ -110,7 +110,7 @@ def test_embedding_models_leave_whole(tmp_path):
         "dataset.max_seq_length=32", "contrastive.pooling=cls", f"trainer.output_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     run = contrastive.run(load_config([], words, "contrastive")).folder
-    checks = export_model(str(run), tmp_path / "out", Wanted(), say=lambda text: None)
+    checks = export_model(str(run), tmp_path / "out", Wanted(), log=lambda text: None)
     assert {check.what for check in checks} == {"hidden", "embedding"}
     texts = ["some text", "another text"]
     vectors = load_embedder(str(run)).encode(texts)
@@ -132,7 +132,7 @@ def test_the_card_of_an_embedding_model(tmp_path):
     """Of our own encoder, with the maximum: its code gives the vectors of `embed`."""
     model = tiny_model(NeoBERTForEmbedding)
     run = write_checkpoint(tmp_path / "run", model, embedding={"pooling": "max", "max_length": 40})
-    export_model(str(run), tmp_path / "out", Wanted(), say=lambda text: None)
+    export_model(str(run), tmp_path / "out", Wanted(), log=lambda text: None)
     vectors = load_embedder(str(run)).encode(["some text", "another text"])
     assert np.abs(run_card(tmp_path) - vectors).max() <= 1e-5
 
@@ -142,23 +142,23 @@ def test_what_a_second_export_would_lose_is_named(tmp_path):
     run = write_checkpoint(
         tmp_path / "run", tiny_model(NeoBERTForEmbedding), embedding={"pooling": "cls", "max_length": 40}
     )
-    export_model(str(run), tmp_path / "first", Wanted(), say=lambda text: None)
+    export_model(str(run), tmp_path / "first", Wanted(), log=lambda text: None)
     own = tmp_path / "first/config_sentence_transformers.json"
     own.write_text(json.dumps({**json.loads(own.read_text()), "prompts": {"query": "query: "}}))
     assert load_source(str(tmp_path / "first")).sentence.prompts == {"query": "query: "}
-    export_model(str(tmp_path / "first"), tmp_path / "second", Wanted(), say=lambda text: None)
+    export_model(str(tmp_path / "first"), tmp_path / "second", Wanted(), log=lambda text: None)
     assert json.loads((tmp_path / "second/config_sentence_transformers.json").read_text())["prompts"] == {
         "query": "query: "
     }
     own.write_text(json.dumps({**json.loads(own.read_text()), "default_prompt_name": "query"}))
     with pytest.raises(CheckpointError, match="its default_prompt_name cannot be exported"):
-        export_model(str(tmp_path / "first"), tmp_path / "third", Wanted(), say=lambda text: None)
+        export_model(str(tmp_path / "first"), tmp_path / "third", Wanted(), log=lambda text: None)
 
 
 def test_weights_in_a_pickle_are_converted_as_told(tmp_path):
     """A folder with pytorch_model.bin alone: the command of the message makes a folder that loads, with the same weights."""
     run = write_checkpoint(tmp_path / "run", tiny_model())
-    export_model(str(run), tmp_path / "out", Wanted(), say=lambda text: None)
+    export_model(str(run), tmp_path / "out", Wanted(), log=lambda text: None)
     from safetensors.torch import load_file
 
     out = tmp_path / "out"

@@ -70,7 +70,7 @@ def test_eurobert_becomes_a_start(tmp_path):
     """Verified in a clean process; GLUE finds it; exported, transformers' model is the same again."""
     rope = {"rope_type": "default", "rope_theta": 500.0}
     theirs, folder = eurobert(tmp_path / "euro", num_key_value_heads=2, rope_parameters=rope)
-    checks = import_model(str(folder), tmp_path / "in", say=quiet)
+    checks = import_model(str(folder), tmp_path / "in", log=quiet)
     assert {check.what: check.absolute <= 1e-5 for check in checks} == {"hidden": True, "logits": True}
     record = json.loads((tmp_path / "in/import.json").read_text())
     assert (record["layout"], len(record["verified"])) == ("eurobert", 2)
@@ -89,7 +89,7 @@ def test_eurobert_becomes_a_start(tmp_path):
     again = EuroBertForMaskedLM.from_pretrained(tmp_path / "out")
     assert torch.equal(again.lm_head.weight, theirs.lm_head.weight)
     with pytest.raises(UserError, match="is a checkpoint already"):
-        import_model(str(tmp_path / "in"), tmp_path / "twice", say=quiet)
+        import_model(str(tmp_path / "in"), tmp_path / "twice", log=quiet)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_published(biased, tmp_path):
     """Fused heads, interleaved rotary pairs, a bias; a vocabulary that is no multiple of 64."""
     theirs, folder = published(tmp_path / "published", biased)
     shrink_tokenizer(folder, 8000)
-    checks = import_model(str(folder), tmp_path / "in", say=quiet)
+    checks = import_model(str(folder), tmp_path / "in", log=quiet)
     assert {check.what: check.difference <= 1e-5 for check in checks} == {"hidden": True, "logits": True}
     source = load_source(str(tmp_path / "in"))
     assert (source.is_native, len(source.tokenizer), source.longest) == (not biased, 8000, 512)
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line(tmp_path):
     def says(text, folder=folder, **changed):
         (folder / "config.json").write_text(json.dumps(fields | changed))
         with pytest.raises(CheckpointError) as caught:
-            import_model(str(folder), tmp_path / "in", say=quiet)
+            import_model(str(folder), tmp_path / "in", log=quiet)
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "in").exists()
@@ -169,9 +169,9 @@ def test_bad_input_is_one_line(tmp_path):
     says("no tokenizer can be loaded from it")
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="not a model: it has no config.json"):
-        import_model(str(folder), tmp_path / "in", say=quiet)
+        import_model(str(folder), tmp_path / "in", log=quiet)
     with pytest.raises(CheckpointError, match="no such folder"):
-        import_model(str(tmp_path / "absent"), tmp_path / "in", say=quiet)
+        import_model(str(tmp_path / "absent"), tmp_path / "in", log=quiet)
 
 
 # --- pretraining goes on from it -----------

@@ -8,6 +8,7 @@ number is the first argument; each has a JSON text and four file descriptors: st
 the child's process id and, when it ends, its exit status. The server ends with the process that started it.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import pickle
+import pkgutil
 import random
 import resource
 import runpy
@@ -22,17 +24,19 @@ import selectors
 import signal
 import socket
 import sys
+import threading
+import traceback
 
-PRELOADED = (
-    "neobert.cli.main",
-    "neobert.tasks.pretraining.task",
-    "neobert.tasks.glue.task",
-    "neobert.tasks.contrastive.task",
-    "neobert.tasks.mteb.task",
-    "neobert.export.write",
-    "neobert.insight.report",
+LIBRARIES = (
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.tokenization_bert",
     "transformers.models.eurobert.modeling_eurobert",
+    "torch.nn.attention.varlen",
+    "torch.utils.flop_counter",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "pyarrow.parquet",
     "pytest",
 )
 QUIET = {
@@ -113,14 +117,40 @@ def perform(request):
         function(*pickle.loads(bytes.fromhex(arguments)))
 
 
+def end(function, argument):
+    """Call a function and end as the interpreter does after it, but for freeing every object: that takes 0.3 s."""
+    try:
+        code = 0
+        function(argument)
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        if stopped.code is not None and not isinstance(stopped.code, int):
+            print(stopped.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001, as the interpreter prints it
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # waits for other threads
+    atexit._run_exitfuncs()
+    for file in (sys.stdout, sys.stderr):
+        if not file.closed:
+            file.flush()
+    os._exit(code % 256)
+
+
 def main():
     control = socket.socket(fileno=int(sys.argv[1]))
     os.environ.update(QUIET)
     import torch
 
     torch.set_num_threads(1)
-    for name in PRELOADED:
-        importlib.import_module(name)
+    import neobert
+
+    ours = (module.name for module in pkgutil.walk_packages(neobert.__path__, "neobert."))
+    for name in (*LIBRARIES, *(name for name in ours if not name.endswith("__main__"))):
+        with contextlib.suppress(ImportError):  # an optional library
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a child need not copy what was imported
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes the socket
@@ -128,7 +158,7 @@ def main():
     if child is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         become(*child)
-        perform(child[0])
+        end(perform, child[0])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, EuroBertConfig, EuroBertModel, RobertaCo
 
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, DataError, UserError
-from neobert.inference.embed import embed_file, load_embedder
+from neobert.inference.embed import load_embedder
+from neobert.inference.embed_file import embed_file
 from neobert.model.hf_encoder import longest_input
 from neobert.training.runtime import Runtime
 
@@ -174,9 +175,7 @@ def test_batches_dealt_over_processes_are_the_same(encoders):
     from neobert.inference.embed import embed_ids
 
     def part(rank, world):
-        return embed_ids(
-            embedder.model, ids, 32, 0, Recording(rank=rank, world_size=world, device=torch.device("cpu")), 16
-        )
+        return embed_ids(embedder.model, ids, 0, Recording(rank, world, device=torch.device("cpu")), 16)
 
     whole = part(0, 1)
     halves = [part(rank, 2) for rank in (0, 1)]

@@ -90,7 +90,8 @@ def pseudo_perplexity(
     from neobert.data.tokenizer import text_tokenizer
     from neobert.files import write_json
     from neobert.inference import masked_lm
-    from neobert.inference.embed import check_new_file, place_model
+    from neobert.inference.embed import place_model
+    from neobert.inference.embed_file import check_new_file
     from neobert.training.runtime import build_runtime
 
     if output is not None:
@@ -192,7 +193,8 @@ def embed(
     """
     from tqdm import tqdm
 
-    from neobert.inference.embed import check_new_file, embed_file, load_embedder
+    from neobert.inference.embed import load_embedder
+    from neobert.inference.embed_file import check_new_file, embed_file
     from neobert.training.runtime import build_runtime
 
     check_new_file(output, force)

@@ -83,7 +83,7 @@ def write_card(
         "Training curve": curve(metrics, folder),
         "Scores": scores(source, metrics),
         "Configuration": configuration(source),
-        "Verified": [VERIFIED, _table(["what", "rows", "tokens", "difference", "allowed"], verified)],
+        "Verified": [VERIFIED, markdown_table(["what", "rows", "tokens", "difference", "allowed"], verified)],
     }
     parts = [front_matter(source, embedding), f"# {name}", summary(source)]
     for title, found in sections.items():
@@ -173,7 +173,7 @@ def curve(metrics: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         for step, loss in (train[i] for i in points)
     ]
     yield f"![loss]({CURVE})"
-    yield _table(["step", "training loss", "held-out loss"], rows)
+    yield markdown_table(["step", "training loss", "held-out loss"], rows)
 
 
 def _draw(train: list[tuple[int, float]], held_out: list[tuple[int, float]], path: Path) -> None:
@@ -205,7 +205,7 @@ def scores(source: Source, metrics: list[dict[str, Any]]) -> Iterator[str]:
     found += [(f"MTEB {one['name']}", one.get("score")) for one in mteb.get("tasks", [])]
     rows += [(name, f"{100 * score:.2f}") for name, score in found if isinstance(score, float)]
     if rows:
-        yield _table(["", ""], rows)
+        yield markdown_table(["", ""], rows)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -227,7 +227,3 @@ def configuration(source: Source) -> Iterator[str]:
     if changed:
         yield "Keys that were not at their defaults:"
         yield f"```yaml\n{yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)}```"
-
-
-def _table(head: list[str], rows: Any) -> str:
-    return "\n".join(markdown_table(head, rows))

@@ -49,18 +49,18 @@ def import_model(
     trust_code: bool = False,
     tolerance: float | None = None,
     replace: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[Check]:
     """Write and verify `out`; returns what was compared. Raises UserError, and leaves nothing behind, when that fails."""
     check_target(out, RECORD, replace)
     converted = convert(path, tokenizer)
     if converted.kind == "checkpoint":
         raise UserError(f"{converted.folder}: is a checkpoint already; start from it as it is")
-    say(f"model       {converted.folder}: {describe(converted)}")
+    log(f"model       {converted.folder}: {describe(converted)}")
     for note in converted.notes:
-        say(f"note: {note}")
-    found = verify(converted, Path(tokenizer) if tokenizer else None, trust_code, say)
-    checks = judged(found, tolerance, f"{converted.folder}: what was imported", say)
+        log(f"note: {note}")
+    found = verify(converted, Path(tokenizer) if tokenizer else None, trust_code, log)
+    checks = judged(found, tolerance, f"{converted.folder}: what was imported", log)
     with whole_folder(out) as scratch:
         root = scratch / "checkpoints"
         root.mkdir()
@@ -85,7 +85,7 @@ def describe(converted: Converted) -> str:
     return f"{kind}, {config.num_hidden_layers} layers x {config.hidden_size} wide, {config.vocab_size:,} tokens"
 
 
-def verify(converted: Converted, tokenizer: Path | None, trust_code: bool, say: Callable[[str], None]) -> list[Check]:
+def verify(converted: Converted, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]) -> list[Check]:
     """Compare the source with the model that was made of it. Raises UserError where it does not load."""
     source = Source(converted.folder, converted.fields, converted.model, converted.tokenizer)
     sample = build_sample(converted.tokenizer, converted.model.config.max_position_embeddings)
@@ -95,7 +95,7 @@ def verify(converted: Converted, tokenizer: Path | None, trust_code: bool, say: 
         comparison = by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
         checks = compare(converted.folder, [comparison])
     else:
-        say("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
+        log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
         return []
     return checks
 

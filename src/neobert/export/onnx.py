@@ -1,8 +1,7 @@
 """A model as an ONNX graph with any batch size and length, through torch's own exporter.
 
 Inputs are `input_ids` and `attention_mask`, B x T int64; the output is what `output` names. All variants go one way: our
-model on padded rows (`Layout.mask_BT`), as on CUDA with SDPA, where no shape depends on
-the data but B and T.
+model on padded rows (`Layout.mask_BT`), as on CUDA with SDPA, where no shape depends on the data but B and T.
 """
 
 import contextlib
@@ -17,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neobert.checkpoints.load import Model
-from neobert.errors import UserError
-from neobert.model.attention import Layout
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.model.unpadding import UnpaddedBatch
 
@@ -34,12 +31,8 @@ class PaddedModel(nn.Module):
         self.inner, self.output = model, output
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        mask_BT = attention_mask.bool()
-        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
-        layout = Layout(mask_BT=mask_BT)
-        flat = UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
-        model = self.inner
-        hidden_ND = model.model.encode(flat)
+        mask_BT, model = attention_mask.bool(), self.inner
+        hidden_ND = model.model.encode(UnpaddedBatch.padded(input_ids, mask_BT))
         if self.output == "last_hidden_state":
             return hidden_ND.view(*input_ids.shape, -1)
         if isinstance(model, NeoBERTForMaskedLM):
@@ -52,16 +45,6 @@ class PaddedModel(nn.Module):
         else:
             pooled_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
         return model.classifier(F.gelu(model.dense(pooled_BD)))
-
-
-def check_onnx() -> None:
-    """Raises UserError when the exporter is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--onnx needs {error.name}: pip install 'neobert[onnx]'") from None
 
 
 def write_onnx(model: Model, path: Path, output: Output) -> None:

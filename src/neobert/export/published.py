@@ -1,7 +1,7 @@
 """The published NeoBERT (arXiv 2502.19587), computed plainly from its own tensors: what imports of it are verified against.
 
-Nothing is shared with our model: complex numbers turn interleaved pairs, heads are cut out of the fused projection one by one,
-attention is a softmax over one document.
+Nothing is shared with our model: complex numbers rotate interleaved pairs, heads are cut out of the fused projection one by
+one, attention is a softmax over one document.
 """
 
 from collections.abc import Iterator
@@ -25,24 +25,24 @@ def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.
         x_TD = weights["model.encoder.weight"][torch.tensor(row)]
         width = config.hidden_size // config.num_attention_heads
         angles = torch.outer(torch.arange(len(row)), 10_000.0 ** (-torch.arange(0, width, 2) / width))
-        turn = torch.polar(torch.ones_like(angles), angles)
+        rotation = torch.polar(torch.ones_like(angles), angles)
         for number in range(config.num_hidden_layers):
             part = f"model.transformer_encoder.{number}."
             layer = {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
-            x_TD = _block(x_TD, layer, turn, config.num_attention_heads, config.norm_eps)
+            x_TD = _block(x_TD, layer, rotation, config.num_attention_heads, config.norm_eps)
         x_TD = _norm(x_TD, weights["model.layer_norm.weight"], config.norm_eps)
         decoder = weights.get("decoder.weight")
         logits = None if decoder is None else F.linear(x_TD, decoder, weights.get("decoder.bias")).numpy()
         yield x_TD.numpy(), logits
 
 
-def _block(x_TD: Tensor, layer: dict[str, Tensor], turn: Tensor, num_heads: int, eps: float) -> Tensor:
+def _block(x_TD: Tensor, layer: dict[str, Tensor], rotation: Tensor, num_heads: int, eps: float) -> Tensor:
     qkv_THK3 = (_norm(x_TD, layer["attention_norm.weight"], eps) @ layer["qkv.weight"].T).view(len(x_TD), num_heads, -1)
     attended = []
     for head in range(num_heads):
         q, k, v = qkv_THK3[:, head].chunk(3, dim=-1)
         q, k = (
-            torch.view_as_real(torch.view_as_complex(z.reshape(len(z), -1, 2).contiguous()) * turn).flatten(1)
+            torch.view_as_real(torch.view_as_complex(z.reshape(len(z), -1, 2).contiguous()) * rotation).flatten(1)
             for z in (q, k)
         )
         attended.append((q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v)

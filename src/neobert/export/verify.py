@@ -293,14 +293,14 @@ def check(found: Found, what: str, expected: Outputs, lengths: list[int]) -> Che
     return replace(one, difference=float(np.nan_to_num(relative, nan=np.inf)))
 
 
-def judged(checks: list[Check], tolerance: float | None, result: str, say: Callable[[str], None]) -> list[Check]:
-    """The checks with another tolerance, where one is given, but for half precision; `say` gets a line for each.
+def judged(checks: list[Check], tolerance: float | None, result: str, log: Callable[[str], None]) -> list[Check]:
+    """The checks with another tolerance, where one is given, but for half precision; `log` gets a line for each.
 
     Raises UserError, naming `result`, for the first difference that is too large.
     """
     checks = [one if tolerance is None or one.is_half else replace(one, tolerance=tolerance) for one in checks]
     for one in checks:
-        say(f"verified    {one}" if one.is_met else f"DIFFERS     {one}")
+        log(f"verified    {one}" if one.is_met else f"DIFFERS     {one}")
     for one in checks:
         if not one.is_met and one.must_hold:
             raise UserError(f"{result} computes something else, so it is not kept: {one}")

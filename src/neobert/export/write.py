@@ -27,14 +27,14 @@ from neobert.checkpoints.format import WEIGHTS
 from neobert.checkpoints.layouts import to_eurobert
 from neobert.checkpoints.load import EMBEDDING
 from neobert.data.tokenizer import save_tokenizer
-from neobert.errors import UserError
+from neobert.errors import UserError, check_installed
 from neobert.export import verify
 from neobert.export.card import write_card
 from neobert.export.hf_encoder import hf_encoder_config, hf_encoder_tensors
-from neobert.export.onnx import ONNX, Output, check_onnx, write_onnx
+from neobert.export.onnx import ONNX, Output, write_onnx
 from neobert.export.source import Source, load_source
 from neobert.files import check_target, whole_folder, write_json
-from neobert.inference.sentence_transformers import Embedding, check_sentence_transformers, write_sentence_transformers
+from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.model import modeling_neobert
 
 RECORD = "export.json"
@@ -75,7 +75,7 @@ class Wanted:
 
 
 def export_model(
-    checkpoint: str, out: Path, wanted: Wanted, replacing: bool = False, say: Callable[[str], None] = print
+    checkpoint: str, out: Path, wanted: Wanted, replacing: bool = False, log: Callable[[str], None] = print
 ) -> list[verify.Check]:
     """Write and verify `out`; returns what was compared. `replacing` puts it in the place of an earlier export.
 
@@ -83,29 +83,30 @@ def export_model(
     """
     check_target(out, RECORD, replacing)
     if wanted.onnx:
-        check_onnx()
+        check_installed("--onnx needs {}", "onnx", "onnx", "onnxruntime", "onnxscript")
     source = load_source(checkpoint)
     if wanted.onnx and source.is_hf_encoder:
         raise UserError(f"--onnx: {source.folder} has an encoder of transformers' own; optimum exports those")
     wanted = wanted.completed(source)
     embedding = wanted.embedding
     if embedding is not None:
-        check_sentence_transformers()
-    say(f"model       {source.folder}: {describe(source)}")
+        need = "an export for sentence-transformers is verified with that library"
+        check_installed(need, "contrastive", "sentence_transformers")
+    log(f"model       {source.folder}: {describe(source)}")
     with whole_folder(out) as scratch:
         write_transformers(source, scratch, embedding)
         sample = verify.build_sample(source.tokenizer, source.positions)
         comparisons = [verify.by_transformers(source, scratch, sample, has_head=not source.is_embedder)]
         if wanted.onnx:
-            say("onnx        exporting the graph")
+            log("onnx        exporting the graph")
             write_onnx(source.model, scratch / ONNX, wanted.onnx_output)
             comparisons.append(verify.by_onnx(source, ONNX, wanted.onnx_output, sample))
         if embedding is not None:
             write_sentence_transformers(scratch, source.model.config.hidden_size, embedding)
             comparisons.append(verify.by_sentence_transformers(source, embedding))
-        say("verifying   in a process that has only the folder")
+        log("verifying   in a process that has only the folder")
         found = verify.compare(scratch, comparisons)
-        checks = verify.judged(found, wanted.tolerance, f"{source.folder}: what was exported", say)
+        checks = verify.judged(found, wanted.tolerance, f"{source.folder}: what was exported", log)
         write_json(scratch / RECORD, record(source, wanted, checks))
         write_card(source, scratch, embedding, wanted.onnx, checks, out.name)
     return checks

@@ -3,11 +3,8 @@
 Shapes: n texts, D width.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,9 @@ import torch
 from neobert.checkpoints.load import check_fit, load_hf_encoder, load_model_config, read_weights
 from neobert.checkpoints.locate import find_encoder, read_model_config
 from neobert.data.batch import RowLayout
-from neobert.data.files.rows import is_utf8, place, usable_records
-from neobert.data.files.splits import find_column, local_splits
 from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
-from neobert.errors import CheckpointError, DataError
-from neobert.files import sync
+from neobert.errors import CheckpointError
 from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
@@ -33,7 +27,6 @@ from neobert.training.machine import find_kernels, gpu_capability
 from neobert.training.runtime import Runtime, build_runtime
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # 2,048 stay in the cache of a CPU core
-TEXTS_AT_ONCE = 16_384  # of a file: sorted by length among themselves
 
 Progress = Callable[[int], object]  # called with a number of texts that are done
 EmbeddingModel = NeoBERTForEmbedding | HFEncoderForEmbedding
@@ -82,8 +75,8 @@ class Embedder:
     @torch.no_grad()
     def encode_ids(self, ids: list[Ids], normalize: bool | None, progress: Progress) -> np.ndarray:
         """The same as `encode` for what `tokenize` gave."""
-        pad_id, width = self.hf_tokenizer.pad_token_id, self.model.config.hidden_size
-        vectors = embed_ids(self.model, ids, width, pad_id, self.runtime, self.batch_tokens, progress)
+        pad_id = self.hf_tokenizer.pad_token_id
+        vectors = embed_ids(self.model, ids, pad_id, self.runtime, self.batch_tokens, progress)
         vectors = self.settings.head(torch.from_numpy(vectors)).numpy()
         wanted = self.settings.normalize is not False if normalize is None else normalize
         return unit_rows(vectors) if wanted else vectors
@@ -93,18 +86,18 @@ class Embedder:
 def embed_ids(
     model: Any,
     ids: list[Ids],
-    width: int,
     pad_id: int,
     runtime: Runtime,
     batch_tokens: int | None = None,
     progress: Progress = lambda n: None,
 ) -> np.ndarray:
-    """n x D. `model` gives `.embeddings` of a batch. Texts are packed; padded to the longest where SDPA runs on a GPU.
+    """n x D. `model`, wrapped or not, gives `.embeddings` of a batch. Texts are packed; padded where SDPA runs on a GPU.
 
     The processes of `runtime` take batches in turn, and all get all vectors. Each computes as many batches as the others, as
     engines that split the model need every process in a forward pass.
     """
     inner, kind = getattr(model, "module", model), runtime.device.type
+    width = inner.config.hidden_size
     pads = kind != "cpu" and isinstance(inner, NeoBERTForEmbedding) and inner.model.attention_kernel == "sdpa"
     layout = RowLayout(pad_id, packed=not pads)
     batches = list(batches_by_length([len(row) for row in ids], batch_tokens or BATCH_TOKENS[kind]))
@@ -206,127 +199,3 @@ def _lower_case(tokenizer: Any) -> None:
     backend = tokenizer.backend_tokenizer
     more = [backend.normalizer] if backend.normalizer is not None else []
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *more])
-
-
-# --- files -----------
-
-Row = tuple[str, Any]  # a text and its id, None where there is none
-Blocks = Iterable[tuple[list[Row], np.ndarray]]
-
-
-def read_rows(path: str, column: str | None) -> Iterator[Row]:
-    """The texts of a file's records, each with what stands in its column `id` (or `_id`).
-
-    Raises DataError naming the record that has no text: vectors keep the order of records.
-    """
-    try:
-        files = [file for split in local_splits(path).values() for file in split]
-        columns = [find_column(file, column) or "text" for file in files]
-    except DataError as error:
-        message = str(error).replace("dataset.text_column", "--column").replace("dataset.path: ", "")
-        raise DataError(message) from None
-    for file, wanted in zip(files, columns, strict=True):
-        for record, begin in usable_records(file):
-            text = record.get(wanted)
-            if not isinstance(text, str) or not is_utf8(text):
-                raise DataError(f"{place(file, begin)}: {wanted} is {text!r}, not a text")
-            yield text, record.get("id", record.get("_id"))
-
-
-def check_new_file(path: Path, force: bool) -> None:
-    """Raises DataError where a result may not be written: its folder is missing, or it is there already."""
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: no folder {path.parent}")
-    if path.exists() and not force:
-        raise DataError(f"{path}: is there already; choose another file, or --force")
-
-
-def embed_file(
-    embedder: Embedder,
-    path: str,
-    output: Path,
-    column: str | None = None,
-    normalize: bool | None = None,
-    progress: Progress = lambda n: None,
-    prompt: str | None = None,
-    force: bool = False,
-) -> tuple[int, int]:
-    """Write the vectors of a file's texts to .npy or .parquet, whole or not at all; returns (texts, width).
-
-    Raises DataError for a file that cannot be read, an output of another kind, or one that is there, unless with `force`.
-    """
-    writers = {".npy": write_npy, ".parquet": write_parquet}
-    if output.suffix not in writers:
-        raise DataError(f"{output}: not a kind of file that can be written; these can: {', '.join(writers)}")
-    check_new_file(output, force)
-    rows = read_rows(path, column)
-
-    def tokenize_block() -> tuple[list[Row], list[Ids]]:
-        block = list(islice(rows, TEXTS_AT_ONCE))
-        return block, embedder.tokenize([text for text, _ in block], prompt)
-
-    def embed_blocks() -> Blocks:
-        """Rows with their vectors, in order; the next block is tokenised while one is computed."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(tokenize_block)
-            while (found := ahead.result())[0]:
-                ahead = pool.submit(tokenize_block)
-                yield found[0], embedder.encode_ids(found[1], normalize, progress)
-
-    scratch = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        count = writers[output.suffix](scratch, embed_blocks(), embedder.width)
-        if not count:
-            raise DataError(f"{path}: no text in it")
-        sync(scratch)
-        os.replace(scratch, output)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return count, embedder.width
-
-
-def write_npy(path: Path, blocks: Blocks, width: int) -> int:
-    """float32, texts x width; the header is written again when the number of rows is known."""
-    count = 0
-    with open(path, "w+b") as file:
-        _npy_header(file, 2**62, width)
-        begin = file.tell()
-        for _, vectors in blocks:
-            file.write(vectors.astype("<f4").tobytes())
-            count += len(vectors)
-        file.seek(0)
-        _npy_header(file, count, width)
-        assert file.tell() == begin, "numpy pads headers so that the shape can grow in place"
-    return count
-
-
-def _npy_header(file: Any, count: int, width: int) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
-
-
-def write_parquet(path: Path, blocks: Blocks, width: int) -> int:
-    """The columns `id`, where the first rows have one, of their type; `text`; and `embedding`, lists of `width` float32.
-
-    Raises DataError for an id of another type.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    writer, count, kind = None, 0, None
-    for rows, vectors in blocks:
-        try:
-            ids = pa.array([identity for _, identity in rows], kind)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(f"the column id does not hold values of one type: {error}") from None
-        texts = pa.array([text for text, _ in rows], pa.string())
-        lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
-        table = pa.table({"id": ids, "text": texts, "embedding": lists})
-        if writer is None:
-            kind = ids.type
-            has_ids = not pa.types.is_null(kind)
-            writer = pq.ParquetWriter(path, table.schema if has_ids else table.schema.remove(0))
-        writer.write_table(table.select(writer.schema.names))
-        count += len(rows)
-    if writer:
-        writer.close()
-    return count

@@ -6,7 +6,6 @@ the modules that are written are those of sentence-transformers 2 to 6, which al
 
 import json
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -84,14 +83,6 @@ def parse_pooling(text: str) -> Pooling:
     if text not in get_args(Pooling):
         raise UserError(f"--pooling: must be one of {', '.join(get_args(Pooling))}, got {text!r}")
     return text  # type: ignore[return-value]
-
-
-def check_sentence_transformers() -> None:
-    """Raises UserError when the library is not installed, without which the folder could not be verified."""
-    if find_spec("sentence_transformers") is None:
-        raise UserError(
-            "an export for sentence-transformers is verified with that library: pip install 'neobert[contrastive]'"
-        )
 
 
 def write_sentence_transformers(folder: Path, width: int, embedding: Embedding) -> None:

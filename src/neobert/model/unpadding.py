@@ -120,15 +120,11 @@ def flatten(
         raise ValueError(f"a document of {max(lengths)} tokens, but max_position_embeddings is {longest}")
     if is_static:
         return UnpaddedBatch.padded(input_ids, attention_mask, dropout)
-    positions_N = _restart(torch.tensor(lengths, dtype=torch.int64), len(ids_N)).to(input_ids.device)
+    lengths_n = torch.tensor(lengths, dtype=torch.int64)
+    starts_N = (lengths_n.cumsum(0) - lengths_n).repeat_interleave(lengths_n, output_size=len(ids_N))
+    positions_N = (torch.arange(len(ids_N)) - starts_N).to(input_ids.device)  # from 0 in every document
     padding = round_up_tokens(len(ids_N), kind, compute_dtype(input_ids)) - len(ids_N)
     if padding:
         ids_N, positions_N = (torch.cat((x, x.new_zeros(padding))) for x in (ids_N, positions_N))
     layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel, padding=padding)
     return UnpaddedBatch(ids_N, positions_N, layout, input_ids.shape, kept_N)
-
-
-def _restart(lengths: Tensor, total: int) -> Tensor:
-    """Positions that count from 0 in every document: (2, 3) -> 0 1 0 1 2."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(total, device=lengths.device) - starts.repeat_interleave(lengths, output_size=total)

@@ -107,7 +107,11 @@ def parameter_groups(
         group["parts"].append(next((n for ending, n in (fused or {}).items() if name.endswith(ending)), 1))
     for number, rule in enumerate(rules):
         if number not in used:
-            raise ValueError(_why_unused(rule, [name for name, _ in trained]))
+            names = [name for name, _ in trained]
+            why = f"matches no parameter; names are like {', '.join(names[:3])}"
+            if any(fnmatchcase(name, rule.pattern) for name in names):
+                why = "acts on nothing: earlier patterns take all parameters that it matches"
+            raise ValueError(f"pattern {rule.pattern!r} {why}")
     if muon_decay is not None and not any(group["algorithm"] == "muon" for group in groups.values()):
         raise ValueError(
             "muonclip found no matrix in a numbered layer (layers.N.*); engines that hand over flattened weights (ZeRO) cannot "
@@ -129,12 +133,6 @@ def _settings(
         decay = muon_decay if algorithm == "muon" and muon_decay is not None else weight_decay
         decay = decay if parameter.ndim >= 2 and not is_embedding else 0.0
     return {"algorithm": algorithm, "weight_decay": decay, "lr_scale": rule.lr_scale}
-
-
-def _why_unused(rule: GroupRule, names: list[str]) -> str:
-    if any(fnmatchcase(name, rule.pattern) for name in names):
-        return f"pattern {rule.pattern!r} acts on nothing: earlier patterns take all parameters that it matches"
-    return f"pattern {rule.pattern!r} matches no parameter; names are like {', '.join(names[:3])}"
 
 
 # --- state -----------

@@ -30,20 +30,14 @@ def lr_scale(step: float, schedule: Schedule) -> float:
         return schedule.floor
     if schedule.name == "inverse_sqrt":
         return max(schedule.floor, math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
-    return schedule.floor + (1.0 - schedule.floor) * _height(step, schedule)
-
-
-def _height(step: float, schedule: Schedule) -> float:
-    """From 1 at the peak to 0 at the floor."""
     start = max(schedule.warmup_steps, schedule.decay_start if schedule.name == "wsd" else 0)
     progress = max(0, step - start) / max(1, schedule.decay_end - start)
-    match schedule.name:
-        case "polynomial":
-            return (1.0 - progress) ** schedule.power
-        case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * 2.0 * schedule.num_cycles * progress))
-        case _:  # linear, and the last phase of wsd
-            return 1.0 - progress
+    height = 1.0 - progress  # from 1 at the peak to 0 at the floor: linear, and the last phase of wsd
+    if schedule.name == "polynomial":
+        height = height**schedule.power
+    elif schedule.name == "cosine":
+        height = 0.5 * (1.0 + math.cos(math.pi * 2.0 * schedule.num_cycles * progress))
+    return schedule.floor + (1.0 - schedule.floor) * height
 
 
 @dataclass(frozen=True)

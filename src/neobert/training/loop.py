@@ -148,7 +148,8 @@ def train(
     """Train until `max_steps` (None: the end of the data), or `state.stop_reason`. Hooks run after every step, in order, and
     once more when the data has ended.
 
-    Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite, after the last step.
+    Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite; `state` is then
+    that of the last whole step.
     """
     model.train()
     first_step = state.step

@@ -140,6 +140,20 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
+    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that names both files."""
+    table, data = folder / f"{name}.md", folder / f"{name}.json"
+    write_json(data, summary)
+    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
+    return f"table       {table}, {data}"
+
+
 def duration(seconds: float) -> str:
     """`3 s`, `4 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
@@ -202,17 +216,3 @@ def wandb_run_id(folder: Path, keep: bool) -> str:
     identifier = secrets.token_hex(4)
     write_text(path, json.dumps({"id": identifier}) + "\n")
     return identifier
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
-
-
-def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
-    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that says where they are."""
-    table, data = folder / f"{name}.md", folder / f"{name}.json"
-    write_json(data, summary)
-    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
-    return f"table       {table}, {data}"

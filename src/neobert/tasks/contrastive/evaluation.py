@@ -119,11 +119,11 @@ def build_evaluation(
     size, most = config.trainer.per_device_eval_batch_size, config.trainer.eval_max_batches
     cut = {name: _first(examples, None if most is None else most * size) for name, examples in sets.items()}
     evaluators: dict[str, Any] = {}
-    pad_id, width = hf_tokenizer.pad_token_id, model_width(model)
+    pad_id = hf_tokenizer.pad_token_id
 
     def embed(texts: list[str]) -> np.ndarray:
         ids = encode_texts(hf_tokenizer, texts, longest_text(config), True, "evaluation")
-        return unit_rows(embed_ids(model, ids, width, pad_id, runtime))
+        return unit_rows(embed_ids(model, ids, pad_id, runtime))
 
     def measure() -> dict[str, float] | None:
         values: dict[str, float] = {}
@@ -147,11 +147,6 @@ def build_evaluation(
 def score(values: dict[str, float]) -> float:
     """The mean over sets of what counts in each."""
     return float(np.mean([value for name, value in values.items() if name.endswith(("_spearman", f"_ndcg@{TOP}"))]))
-
-
-def model_width(model: Any) -> int:
-    """D of a model, also where it is wrapped."""
-    return int(getattr(model, "module", model).config.hidden_size)
 
 
 def _first(examples: Examples, most: int | None) -> Examples:

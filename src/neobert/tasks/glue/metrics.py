@@ -1,13 +1,12 @@
 """GLUE's metrics, from scikit-learn and scipy, and the score they make up."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from neobert.data.labelled.tasks import GlueTask
-from neobert.errors import UserError
+from neobert.errors import check_installed
 
 SUFFIXES = ("", "_mm")  # after the names of metrics, by evaluation split: MNLI's are matched and mismatched
 METRICS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: (module, function, arguments)
@@ -21,9 +20,7 @@ METRICS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: (module, functi
 
 def check_metrics() -> None:
     """Raises UserError where the packages are missing, before anything is trained."""
-    for module in ("sklearn", "scipy"):
-        if find_spec(module) is None:
-            raise UserError(f"GLUE's metrics need {module}: pip install 'neobert[glue]'")
+    check_installed("GLUE's metrics need {}", "glue", "sklearn", "scipy")
 
 
 def metric_names(task: GlueTask) -> list[str]:

@@ -66,7 +66,7 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
 
 
 def write_submission(path: Path, task: GlueTask, logits: np.ndarray) -> Path:
-    """A tab-separated file of index and prediction, one line a row, in the order of the split."""
+    """A tab-separated file of index and prediction, one line an example, in the order of the split."""
     predicted = predictions(task, logits)
     if not task.labels:
         lines = [f"{value:.3f}" for value in predicted.clip(0.0, task.largest)]

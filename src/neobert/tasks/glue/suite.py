@@ -239,7 +239,7 @@ def to_markdown(summary: dict[str, Any]) -> list[str]:
         rows.append([task["title"], of, _percent(task["score"]), "; ".join(_metrics(task)), seeds, *published])
     return [
         "# GLUE, development set", "",
-        *markdown_table(["task", "metric", "score", "mean ± sd", "seeds", *PUBLISHED], rows), "",
+        markdown_table(["task", "metric", "score", "mean ± sd", "seeds", *PUBLISHED], rows), "",
         *_averages(summary), "",
         "## Protocol", "", *(f"- {line}" for line in protocol_lines(summary)), "",
         "## Published", "", *(f"- {name}: {source}" for name, (source, _) in PUBLISHED.items()), "", PUBLISHED_NOTE,

@@ -13,7 +13,6 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from neobert.checkpoints.format import STATE, find_checkpoint
 from neobert.checkpoints.locate import download_model
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
+from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, print_notes
 from neobert.inference.embed import Embedder, load_embedder
 from neobert.training.choices import describe_arithmetic
 from neobert.training.metrics import markdown_table, write_table
@@ -67,8 +66,7 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 
     Returns the exit code: 2 when a task could not run. Raises UserError for what can be seen before the first task.
     """
-    if find_spec("mteb") is None:
-        raise UserError("task: mteb needs the mteb library: pip install 'neobert[mteb]'")
+    check_installed("task: mteb needs the mteb library", "mteb", "mteb")
     config = loaded.config
     print_notes(loaded.warnings)
     from neobert.tasks.mteb.tasks import check_prompts, choose_tasks
@@ -110,17 +108,14 @@ def load_subject(config: Config, model: str | None) -> Subject:
         raise CheckpointError(f"{folder}: similarity_fn_name {found.similarity!r} is not computed by MTEB's encoders")
     arithmetic = describe_arithmetic(runtime.dtype, runtime.device.type, runtime.tf32)
     # What most models have at its default is left out, so that results of earlier versions are found again.
-    unusual = {
-        "similarity": found.similarity != "cosine" and found.similarity,
-        "default_prompt": found.default_prompt,
-        "arithmetic": arithmetic != "float32" and arithmetic,
-    }
+    usual = {"similarity": "cosine", "default_prompt": "", "arithmetic": "float32"}
+    own = {"similarity": found.similarity, "default_prompt": found.default_prompt, "arithmetic": arithmetic}
     settings = {
         "pooling": "mean" if chosen == "avg" else chosen,
         "normalize": found.normalize is not False,
         "max_length": embedder.max_length,
         "prompts": {**found.prompts, **config.mteb_prompts},
-        **{name: value for name, value in unusual.items() if value},
+        **{name: value for name, value in own.items() if value != usual[name]},
     }
     return Subject(_name(model, found.folder), folder, embedder, settings)
 
@@ -157,7 +152,7 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
 
     identity = weights_identity(subject.embedder.settings.folder)
     meta = build_meta(subject.name, identity, subject.settings, subject.embedder)
-    encoder = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"])
+    encoder: Any = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"])
     cache = ResultCache(output)
     scores: list[Score] = []
     not_run: list[dict[str, str]] = []
@@ -244,7 +239,7 @@ def to_markdown(summary: dict[str, Any]) -> list[str]:
     prompts = [(one["name"], *prompt) for one in summary["tasks"] for prompt in one["prompts"].items()]
     return [
         f"# MTEB: {summary['model']}", "", f"Revision {summary['revision']}, mteb {summary['mteb']}.", "",
-        *markdown_table(head, rows), "", *(f"- {line}" for line in _not_run(summary)), "",
+        markdown_table(head, rows), "", *(f"- {line}" for line in _not_run(summary)), "",
         f"Settings: {_listed(summary['settings'])}", "",
         *(f"- prompt of {name}, {kind}: `{text}`" for name, kind, text in prompts),
     ]  # fmt: skip

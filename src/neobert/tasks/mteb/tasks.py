@@ -12,7 +12,7 @@ from mteb.abstasks.abstask import AbsTask
 from neobert.errors import ConfigError, Problem, first_line, print_notes
 
 ENGLISH = "MTEB(eng, v1)"  # the 56 tasks of the original leaderboard, which the reference and its paper evaluate
-LOCAL = "local/"  # where the data of local tasks is said to be
+LOCAL = "local/"  # what names of the data of local tasks begin with
 TYPES = {
     "classification": "Classification",
     "clustering": "Clustering",

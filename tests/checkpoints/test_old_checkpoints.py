@@ -1,0 +1,104 @@
+"""What commit ac63e8d saved is read by this version: it goes on with the same data, and is exported and evaluated.
+
+Token ids, masks and labels are compared exactly, losses to 1e-5: the kernel of float32 attention changed since.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from neobert.inference.fill_mask import fill_masks
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from helpers.write_old_checkpoints import (
+    LAST_STEP,
+    MASKED,
+    SENTENCES,
+    STEP,
+    overrides,
+    read_losses,
+    recorded_inputs,
+    write_texts,
+)
+from neobert.checkpoints.format import find_checkpoint, verify_checkpoint
+from neobert.checkpoints.layouts import from_eurobert
+from neobert.config.load import load_config
+from neobert.export.write import Wanted, export_model
+from neobert.inference.embed import load_embedder
+from neobert.tasks.contrastive import task as contrastive
+from neobert.tasks.glue import predict
+from neobert.tasks.glue import task as glue
+from neobert.tasks.pretraining import task as pretraining
+
+OLD = Path(__file__).parents[1] / "data/ac63e8d"
+TASKS = {"pretraining": pretraining, "glue": glue, "contrastive": contrastive}
+
+
+@pytest.fixture(params=TASKS)
+def old(request, tmp_path):
+    """(task, a copy of its run's folder, words of its configuration, what the older version did next)."""
+    task = request.param
+    run = shutil.copytree(OLD / task, tmp_path / "run")
+    path = write_texts(tmp_path / "data")[task]
+    words = overrides(task, path, run / f"checkpoints/{STEP}/tokenizer", run)
+    return task, run, words, json.loads((run / "next.json").read_text())
+
+
+def state_of(optimizer):
+    """(weights, first and second moments) of every parameter of an AdamW."""
+    return [
+        tuple(tensor.detach().clone() for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+        for parameter, state in optimizer.state.items()
+    ]
+
+
+def test_it_goes_on(old):
+    """Weights and moments equal those of the files before the first step, to the bit; then the same batches and losses."""
+    task, run, words, following = old
+    folder = find_checkpoint(str(run))
+    assert verify_checkpoint(folder)["step"] == STEP
+    saved = load_file(folder / "optimizer/rank00000.safetensors")
+    weights = from_eurobert(load_file(folder / "model.safetensors"))
+    states = []
+
+    def note(optimizer, arguments, named):
+        states.append(state_of(optimizer))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        with recorded_inputs() as batches:
+            resumed = [f"trainer.max_steps={LAST_STEP}", "trainer.resume_from_checkpoint=latest"]
+            TASKS[task].run(load_config([], [*words, *resumed], task))
+    finally:
+        hook.remove()
+    names = {name.rpartition("/")[0] for name in saved if name.endswith("/exp_avg")}
+    assert len(names) == len(states[0]) >= 8
+    for name in names:
+        moments = saved[f"{name}/exp_avg"], saved[f"{name}/exp_avg_sq"]
+        assert any(all(map(torch.equal, state[1:], moments)) for state in states[0]), name
+    for name, tensor in weights.items():
+        assert any(torch.equal(state[0], tensor) for state in states[0]), name
+    assert batches == following["batches"]
+    assert read_losses(run) == pytest.approx(following["losses"], abs=1e-5)
+
+
+def test_it_is_exported_and_evaluated(old, tmp_path):
+    task, run, words, following = old
+    assert all(check.is_met for check in export_model(str(run), tmp_path / "out", Wanted(), say=lambda text: None))
+    if task == "pretraining":
+        (guesses,) = fill_masks(str(run), [MASKED], 3)
+        assert [token for token, _ in guesses.masks[0]] == following["guesses"]
+    if task == "contrastive":
+        for folder in (run, tmp_path / "out"):
+            vectors = load_embedder(str(folder)).encode(SENTENCES)
+            assert np.abs(vectors - np.array(following["vectors"])).max() < 1e-5
+    if task == "glue":
+        config = run / f"checkpoints/{STEP}/config.yaml"
+        data = next(word for word in words if word.startswith("dataset.path="))
+        predict.predict_run(load_config([str(config)], [f"trainer.output_dir={run}", data]).config)
+        (predictions,) = run.rglob("RTE.tsv")
+        assert predictions.read_text() == following["predictions"]
