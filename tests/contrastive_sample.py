@@ -38,9 +38,7 @@ def made_pairs(number=40, negatives=False):
 
 
 def made_labels(number=40, classes=4):
-    return [
-        {"text": f"report {n} speaks about {WORDS[n % classes]}", "label": n % classes} for n in range(number)
-    ]
+    return [{"text": f"report {n} speaks about {WORDS[n % classes]}", "label": n % classes} for n in range(number)]
 
 
 def made_scores(number=40):

@@ -7,7 +7,7 @@ from conftest import hub_cache, run_neobert
 
 from neobert.config.load import load_config
 from neobert.data.files.documents import Files, read_text, stream
-from neobert.data.files.hub import KNOWN, find_hub_splits
+from neobert.data.files.splits import KNOWN, find_hub_splits
 from neobert.errors import DataError
 from neobert.tasks.contrastive.data import find_places
 

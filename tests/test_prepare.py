@@ -12,9 +12,16 @@ import pytest
 from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from test_sources import files_at, write
 
-from neobert.data.files import tokenize_corpus as prepare
-from neobert.data.files.token_store import Manifest, TokenStore, verify_store, write_json, write_shard
-from neobert.data.files.tokenize_corpus import plan_shards, tokenize_files
+from neobert.data.files import token_store as prepare
+from neobert.data.files.token_store import (
+    Manifest,
+    TokenStore,
+    plan_shards,
+    tokenize_files,
+    verify_store,
+    write_json,
+    write_shard,
+)
 from neobert.data.mlm.readers import Pieces, StreamReader
 from neobert.errors import DataError
 

@@ -35,9 +35,8 @@ def tokenize(
       neobert pretrain CONFIG --dataset.path tokens --dataset.streaming false --tokenizer.path tokenizer
     """
     from neobert.data.files.splits import find_splits
-    from neobert.data.files.tokenize_corpus import cores, tokenize_files
-    from neobert.data.mlm.row_source import describe_skips
-    from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+    from neobert.data.files.token_store import tokenize_files
+    from neobert.data.tokenizer import cores, load_tokenizer, text_tokenizer
 
     share = parse_share(shard)
     files = find_splits(corpus, text_column, split, None)[0]
@@ -48,10 +47,9 @@ def tokenize(
     if manifest is None:
         print("not whole yet: the other parts are missing")
         return
-    told = describe_skips(manifest.skipped)
-    print(
-        f"whole: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens" + (f"; {told}" if told else "")
-    )
+    skipped = manifest.describe_skipped()
+    counts = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+    print(f"whole: {counts}" + (f"; {skipped}" if skipped else ""))
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -82,8 +80,7 @@ def tokenizer_train(
         raise ConfigError(
             Problem("--vocab-size", "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more")
         )
-    from neobert.data.files.tokenize_corpus import train_from_files
-    from neobert.data.mlm.row_source import describe_skips, first_skip
+    from neobert.data.tokenizer import train_from_files
 
     size, skips = train_from_files(
         files,
@@ -95,8 +92,8 @@ def tokenizer_train(
         max_length=max_length,
         kind=kind,
     )
-    told = describe_skips(skips.counts)
-    print(f"{output}: {size:,} tokens" + (f"\nnote: {told}{first_skip(skips.first)}" if told else ""))
+    note = skips.describe(form="\nnote: {}")
+    print(f"{output}: {size:,} tokens{note}")
     print(f"next: neobert pretrain CONFIG --tokenizer.path {output}")
 
 

@@ -67,7 +67,6 @@ def pseudo_perplexity(
 
     from neobert.checkpoints.format import write_text_atomic
     from neobert.data.files.documents import SkippedRows
-    from neobert.data.mlm.row_source import describe_skips
     from neobert.data.tokenizer import text_tokenizer
     from neobert.inference import pseudo_perplexity as pppl
     from neobert.inference.embed import check_new_file
@@ -84,7 +83,7 @@ def pseudo_perplexity(
     total = sum(map(len, pieces))
     with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
         result = pppl.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
-    print_notes(filter(None, [describe_skips(skips.counts)]))
+    print_notes(filter(None, [skips.describe()]))
     print(pppl.format_result(result, num_texts))
     if output is not None:
         write_text_atomic(output, json.dumps({"texts": num_texts, **result.as_json()}, indent=2))
@@ -104,8 +103,7 @@ def _load_on_runtime(checkpoint: str, bf16: bool) -> tuple[Any, Any, Any]:
 
 def _find_files(source: str, text_column: str | None, split: str | None) -> Any:
     """The files of a path, a glob or a dataset of the hub. Raises DataError."""
-    from neobert.data.files.hub import find_hub_splits
-    from neobert.data.files.splits import find_splits
+    from neobert.data.files.splits import find_hub_splits, find_splits
 
     is_name = not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and not has_magic(source)
     if is_name:

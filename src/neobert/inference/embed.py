@@ -17,7 +17,7 @@ import torch
 from neobert.checkpoints.format import STATE, find_checkpoint, verify_checkpoint
 from neobert.checkpoints.hf import load_encoder
 from neobert.checkpoints.load import check_fit, load_model_config, place_model, read_model_config, read_weights
-from neobert.data.files.rows import is_utf8, place, usable_records
+from neobert.data.files.rows import text_in, usable_records
 from neobert.data.files.splits import find_column, local_splits
 from neobert.data.layout import RowLayout
 from neobert.data.pairs.table import encode_texts
@@ -211,10 +211,7 @@ def read_rows(path: str, column: str | None) -> Iterator[Row]:
         raise DataError(told) from None
     for file, wanted in zip(files, columns, strict=True):
         for row, begin in usable_records(file):
-            text = row.get(wanted)
-            if not isinstance(text, str) or not is_utf8(text):
-                raise DataError(f"{place(file, begin)}: {wanted} is {text!r}, not a text")
-            yield text, row.get("id", row.get("_id"))
+            yield text_in(row, wanted, file, begin), row.get("id", row.get("_id"))
 
 
 def embed_file(

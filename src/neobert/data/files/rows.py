@@ -13,7 +13,7 @@ order mark; lines end at line feeds only. A path may be a URL that `fsspec` open
 
 `raw_rows` yields rows with the position after each, from any position on: plain text and tables are entered there directly, a
 compressed file is decompressed up to it (about 200 MB/s), and a .json array is parsed as a whole. Lines are yielded as bytes,
-so that a reader that wants every N-th of them need not parse the others; `parse_row` parses one. `records` yields parsed rows.
+so that a reader that wants every N-th of them need not parse the others. `records` yields parsed rows.
 A row that cannot be used is an `Unusable` with the reason; a file that cannot be read is a DataError with its name.
 """
 
@@ -38,6 +38,8 @@ TABLES = (".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
 LEAVE_IT = "leave the files as they are until the run has ended"
 HEAD_BYTES = 1024  # looked at to recognise UTF-16
+FIRST_ROWS = 20  # looked at to find the columns of a text format
+STRINGS = ("string", "large_string", "string_view")
 DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
 
 Row = dict[str, Any]
@@ -104,9 +106,8 @@ def open_binary(path: str) -> Any:
     if path.lower().endswith(".zst"):
         import pyarrow
 
-        return io.BufferedReader(
-            pyarrow.CompressedInputStream(raw, "zstd"), 2**16
-        )  # of a damaged file all but that is read
+        stream = pyarrow.CompressedInputStream(raw, "zstd")
+        return io.BufferedReader(stream, 2**16)  # of a damaged file all but that is read
     return raw
 
 
@@ -206,6 +207,16 @@ def usable_records(path: str) -> Iterator[tuple[Row, int]]:
         if isinstance(row, Unusable):
             raise DataError(f"{row.where}: {row.reason}")
         yield row, begin
+
+
+def text_in(row: Row, column: str, path: str, offset: int) -> str:
+    """The text in a column of a row that begins there; it may be empty. Raises DataError naming file and row."""
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise DataError(f"{place(path, offset)}: {column} is {text!r}, not a text")
+    if not is_utf8(text):
+        raise DataError(f"{place(path, offset)}: {column} is not UTF-8")
+    return text
 
 
 def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
@@ -340,11 +351,9 @@ def to_columns(value: Any, path: str, offset: int) -> Row | Unusable:
     """A JSON value as columns; a list of texts is anchor, positive and negatives, as in the hub's older pair files."""
     if isinstance(value, list) and len(value) > 1:
         return dict(zip(("anchor", "positive", "negatives"), (value[0], value[1], value[2:]), strict=True))
-    return (
-        value
-        if isinstance(value, dict)
-        else Unusable("expected an object with columns, or a list of texts", path, offset)
-    )
+    if isinstance(value, dict):
+        return value
+    return Unusable("expected an object with columns, or a list of texts", path, offset)
 
 
 def why_no_text(value: Any) -> str:
@@ -375,3 +384,42 @@ def place(path: str, offset: int) -> str:
             number += chunk.count(b"\n")
             offset -= len(chunk)
     return f"{path}:{number}"
+
+
+# --- columns -----------
+
+
+def first_with_columns(paths: list[str]) -> tuple[str, dict[str, bool]]:
+    """The first file that is not empty, and its columns. Raises DataError when all are empty."""
+    found = next(((path, columns) for path in paths if (columns := columns_of(path))), None)
+    if found is None:
+        raise DataError(f"{paths[0]}: empty file")
+    return found
+
+
+def columns_of(path: str) -> dict[str, bool]:
+    """The columns of a file in order, and whether there is text in each; none of an empty file. Raises DataError."""
+    with named(path):
+        layout = layout_of(path)
+        if layout == "table":
+            return {field.name: _is_string(field.type) for field in table_schema(open_table(path))}
+        if layout == "csv":
+            return dict.fromkeys(csv_header(path)[0], True)
+        rows: list[Row] = []
+        bad: Unusable | None = None
+        for row, _ in records(path):
+            if isinstance(row, Unusable):
+                bad = bad or row
+            else:
+                rows.append(row)
+            if len(rows) == FIRST_ROWS:
+                break
+    if not rows and bad is not None:
+        raise DataError(f"{bad.where}: {bad.reason}, and no row after it can be used")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: any(isinstance(row.get(name), str) for row in rows) for name in names}
+
+
+def _is_string(kind: Any) -> bool:
+    """Whether an Arrow type is text, as it is or by numbers of a dictionary."""
+    return str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind) in STRINGS

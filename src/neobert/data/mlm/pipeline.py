@@ -24,7 +24,7 @@ import numpy as np
 from neobert.data.batch import Batch, Collator
 from neobert.data.files.documents import SkippedRows
 from neobert.data.mlm.packing import Row, TruncationStats
-from neobert.data.mlm.row_source import Workers, describe_skips, first_skip
+from neobert.data.mlm.row_source import Workers
 from neobert.data.mlm.shards import Shard
 from neobert.data.mlm.state import FORMAT, Saved, Snapshot, read_snapshot, write_snapshot
 from neobert.data.tokenizer import Ids
@@ -205,8 +205,8 @@ class Loader:
                 skips.first.setdefault(reason, source.reader["skips"]["first"].get(reason, ""))
         if cut.num_cut:
             found.append(f"cut: {cut.share:.1%} of the tokens, in {cut.num_long:,} of {cut.num_documents:,} documents")
-        if told := describe_skips(skips.counts, cut.num_empty):
-            found.append(told + first_skip(skips.first))
+        if skipped := skips.describe(cut.num_empty):
+            found.append(skipped)
         return found
 
 

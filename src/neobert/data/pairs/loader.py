@@ -18,13 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from neobert.data.files.corpus import Corpus
-from neobert.data.files.documents import SkippedRows
+from neobert.data.files.documents import Corpus, SkippedRows
 from neobert.data.files.rows import Unusable
 from neobert.data.layout import RowLayout, Share
 from neobert.data.mlm.masking import hash_key
 from neobert.data.mlm.readers import FETCH_TEXTS, permute
-from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.mlm.shards import choose_sources
 from neobert.data.mlm.state import require_same
 from neobert.data.pairs.table import PairTable
@@ -290,7 +288,7 @@ class PairLoader:
     def describe_used(self) -> list[str]:
         """What was passed over in plain text so far, what was prepared ahead included."""
         found = [(source.name, source.skips) for source in self.sources if isinstance(source, TextSource)]
-        return [f"{name}: {describe_skips(s.counts)}{first_skip(s.first)}" for name, s in found if s.counts]
+        return [f"{name}: {s.describe()}" for name, s in found if s.counts]
 
     def close(self) -> None:
         """Stop the thread."""

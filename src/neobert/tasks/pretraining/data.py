@@ -7,16 +7,14 @@ from pathlib import Path
 
 from neobert.config.schema import Config
 from neobert.data.batch import Batch, Collator
-from neobert.data.files.corpus import Corpus
-from neobert.data.files.documents import Files
-from neobert.data.files.tokenize_corpus import cores
+from neobert.data.files.documents import Corpus, Files
 from neobert.data.mlm.masking import Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
 from neobert.data.mlm.pipeline import Loader, Pipeline, shards_of
 from neobert.data.mlm.readers import Rank, Reader, RememberedReader
 from neobert.data.mlm.row_source import RowSource, ShuffleBuffer, Workers
 from neobert.data.mlm.shards import Shard
-from neobert.data.tokenizer import TextTokenizer
+from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.tasks.pretraining.sources import (
     Source,
     build_eval_reader,

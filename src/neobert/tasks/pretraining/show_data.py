@@ -11,12 +11,10 @@ import numpy as np
 from neobert.checkpoints.initial_weights import load_named_tokenizer
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
-from neobert.data.files.documents import Files, SkippedRows
-from neobert.data.files.splits import num_bytes
+from neobert.data.files.documents import Files, SkippedRows, num_bytes
 from neobert.data.mlm.masking import IGNORED
 from neobert.data.mlm.packing import Segmenter, TruncationStats
 from neobert.data.mlm.readers import Rank
-from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.tokenizer import TextTokenizer, text_tokenizer
 from neobert.tasks.pretraining.data import build_data
 from neobert.tasks.pretraining.sources import Source, build_reader, long_documents, open_sources, piece_length
@@ -97,8 +95,8 @@ def _figures(source: Source, sample: Sample, longest: int) -> Iterator[str]:
         f"({len(sample.lengths):,} {what} looked at{', all of them' if sample.is_all else ''})"
     )
     yield (f"longer than a row of {longest}: {sample.cut.num_long:,}; cut: {sample.cut.share:.1%} of the tokens")
-    if told := describe_skips(sample.skips.counts, sample.cut.num_empty):
-        yield told + first_skip(sample.skips.first)
+    if skipped := sample.skips.describe(sample.cut.num_empty):
+        yield skipped
     yield from _histogram(lengths)
 
 

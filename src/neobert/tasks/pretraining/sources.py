@@ -9,16 +9,12 @@ from typing import Any
 
 from neobert.config.data_sections import DatasetConfig
 from neobert.config.schema import Config
-from neobert.data.files.corpus import Corpus, open_corpus
-from neobert.data.files.documents import Files, SkippedRows
-from neobert.data.files.hub import find_hub_splits
-from neobert.data.files.splits import find_splits, fingerprint, hold_out_head, num_bytes
-from neobert.data.files.token_store import TokenStore, is_token_store
-from neobert.data.files.tokenize_corpus import check_store, cores, open_tokenized
+from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint, num_bytes, open_corpus
+from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
+from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
 from neobert.data.mlm.packing import LongDocuments
 from neobert.data.mlm.readers import CorpusReader, Pieces, Rank, Reader, StreamReader, Subset
-from neobert.data.mlm.row_source import describe_skips
-from neobert.data.tokenizer import TextTokenizer
+from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.errors import DataError
 
 Text = Files | Corpus  # a stream, or random access
@@ -121,10 +117,8 @@ def _pre_tokenize(
         if dataset.force_redownload and is_token_store(folder / split):
             shutil.rmtree(folder / split)
         refuse = dataset.bad_rows == "refuse"
-        store, made = open_tokenized(
-            files, tokenizer, folder / split, num_proc, show_bar, dataset.load_all_from_disk, refuse
-        )
-        stores.append(store)
+        made, _ = tokenize_files(files, tokenizer, folder / split, num_proc, show_bar, refuse=refuse)
+        stores.append(TokenStore(folder / split, dataset.load_all_from_disk))
         how = how or (
             f"tokenised by {num_proc} thread{'s' if num_proc > 1 else ''} into" if made else "tokens found in"
         )
@@ -144,7 +138,7 @@ def _open_store(config: Config, dataset: DatasetConfig, tokenizer: TextTokenizer
     evaluation = TokenStore(path / "validation", in_memory) if is_token_store(path / "validation") else None
     for store in (train, evaluation):
         if store is not None:
-            check_store(store, tokenizer)
+            store.check_tokenizer(tokenizer)
     return _random_access(config, dataset, train, evaluation, _describe_store(train, "in", dataset), name)
 
 
@@ -155,7 +149,7 @@ def _random_access(config: Config, dataset: DatasetConfig, train: Any, evaluatio
             raise DataError("dataset.validation_split: one document cannot be split")
         train, evaluation = (Subset(train, dataset.validation_split, config.seed, rest) for rest in (True, False))
     if not len(train):
-        told = describe_skips(train.manifest.skipped) if isinstance(train, TokenStore) else ""
+        told = train.manifest.describe_skipped() if isinstance(train, TokenStore) else ""
         raise DataError(
             f"dataset.path: {dataset.path or dataset.name}: no document in it{f' ({told})' if told else ''}"
         )
@@ -215,7 +209,7 @@ def describe_size(files: Files) -> str:
 
 def _describe_store(store: TokenStore, how: str, dataset: DatasetConfig) -> str:
     manifest = store.manifest
-    skipped = describe_skips(manifest.skipped)
+    skipped = manifest.describe_skipped()
     return (
         f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, {how} {store.folder}{_held(dataset)}"
         + (f" ({skipped})" if skipped else "")
