@@ -92,7 +92,8 @@ def test_a_signal_to_all_processes_of_a_run(phase, tmp_path):
 
 def test_a_second_signal_ends_the_run_at_once():
     """Only when it is one more, not the same one from a launcher as well."""
-    code = "import os, signal, time; from neobert.tasks import stopping; from neobert.training.loop import Interrupt\n"
+    code = "import os, signal, time; from neobert.training import signals as stopping\n"
+    code += "from neobert.training.loop import Interrupt\n"
     code += "interrupt = Interrupt(); interrupt.start(); stopping.ONE_STOP_SECONDS = 0.2\n"
     code += "with stopping.stop_signals(interrupt):\n"
     code += "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print('noted', flush=True); time.sleep(0.3)\n"
@@ -103,7 +104,7 @@ def test_a_second_signal_ends_the_run_at_once():
 
 def test_a_signal_ends_a_process_that_waits_for_others_outside_of_python():
     """As at the start of a run on several processes, when one of them has died before it connected."""
-    code = "import datetime, torch.distributed as dist; from neobert.tasks import stopping\n"
+    code = "import datetime, torch.distributed as dist; from neobert.training import signals as stopping\n"
     code += "from neobert.training.loop import Interrupt\n"
     code += "with stopping.stop_signals(Interrupt()):\n"
     code += "    print('waiting', flush=True)\n"
@@ -136,7 +137,7 @@ def test_a_script_without_a_main_guard_trains(tmp_path):
     """`pretraining.run` from the top level of a script: no process that tokenises imports the script again."""
     words = [*TINY, "dataset.streaming=true", "dataset.num_workers=2", f"trainer.output_dir={tmp_path / 'out'}"]
     (tmp_path / "script.py").write_text(
-        "from neobert.config.load import load_config\nfrom neobert.tasks import pretraining\n"
+        "from neobert.config.load import load_config\nfrom neobert.tasks.pretraining import task as pretraining\n"
         f"open({str(tmp_path / 'imported')!r}, 'a').write('once')\npretraining.run(load_config([], {words!r}))\n"
     )
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=240)

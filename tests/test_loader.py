@@ -262,9 +262,9 @@ def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer)
         assert_equal(turns(loaders, 5), expected)
         for loader in loaders:
             loader.close()
-    with pytest.raises(CheckpointError, match="dealt to 4 lanes, which 3 processes cannot share equally"):
+    with pytest.raises(CheckpointError, match="dealt to 4 shards, which 3 processes cannot share equally"):
         shards_of(0, 3, 4)
-    with pytest.raises(CheckpointError, match="dealt to 4 lanes when the checkpoint was written, and 3 processes"):
+    with pytest.raises(CheckpointError, match="dealt to 4 shards when the checkpoint was written, and 3 processes"):
         make_loader(kind, store, tokenizer, rank=Rank(0, 3), lanes=3).load_state_dict(*saved)
     take(two[0], 1)
     (middle,) = make(1)  # in the middle of a turn: it goes on with the first lane

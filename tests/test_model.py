@@ -293,8 +293,8 @@ def test_filler_changes_nothing(variant, monkeypatch):
     filled = outcome()
     assert filled[1].shape == (len(lengths), 32)
     assert filled[0][1]["model.embed_tokens.weight"][0].abs().max() == 0  # the padding's token
-    monkeypatch.setattr(unpadded, "steady_size", lambda rows, *_: rows)
-    monkeypatch.setattr(loss, "steady_size", lambda rows, *_: rows)
+    monkeypatch.setattr(unpadded, "round_up_tokens", lambda rows, *_: rows)
+    monkeypatch.setattr(loss, "round_up_tokens", lambda rows, *_: rows)
     padding = 0
     plain = outcome()
     assert_same(filled[0], plain[0], 2e-2)

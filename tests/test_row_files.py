@@ -301,7 +301,7 @@ def test_more_files_than_may_be_open(kind, tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_command_raises_the_limit_of_open_files():
-    script = "import resource\nfrom neobert import cli\ntry: cli.main()\n"
+    script = "import resource\nfrom neobert.cli import main as cli\ntry: cli.main()\n"
     script += "except SystemExit: print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     command = ["bash", "-c", f"ulimit -Sn 256; exec {sys.executable} -c '{script}' --help"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
