@@ -10,6 +10,7 @@ from glue_sample import pretrain_tiny
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import UserError
+from neobert.ranks import Ranks
 from neobert.tasks.contrastive.data import build_data
 from neobert.tasks.contrastive.evaluation import find_sets
 from neobert.training.metrics import read_metrics
@@ -39,7 +40,7 @@ def changes_losses(*words):
 
 def data_of(*words):
     config = load_contrastive(*words).config
-    return config, build_data(config, load_tokenizer("", config.tokenizer.path), 0, 1)
+    return config, build_data(config, load_tokenizer("", config.tokenizer.path), Ranks())
 
 
 def weights_with(word):

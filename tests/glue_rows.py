@@ -100,14 +100,15 @@ def threads(train, small):
     """As many threads as asked for put batches together; that they change nothing is a law of test_glue.py."""
     from neobert.data.labelled.tasks import TASKS
     from neobert.data.tokenizer import load_tokenizer
+    from neobert.ranks import Ranks
     from neobert.tasks.glue.data import build_data
 
     _, words = base_of(small)
     counts = []
     for number in (0, 3):
         config = load_glue(*words, *RANDOM, f"glue.num_workers={number}").config
-        loader = build_data(config, TASKS["rte"], load_tokenizer("", config.tokenizer.path)).train
-        counts.append(0 if loader._pool is None else loader._pool._max_workers)
+        loader = build_data(config, TASKS["rte"], load_tokenizer("", config.tokenizer.path), Ranks()).train
+        counts.append(loader.num_threads)
         loader.close()
     return counts == [0, 3]
 

@@ -27,6 +27,7 @@ from neobert.config.schema import Config
 from neobert.data.pairs.columns import PAIR_SETS, find_roles
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, UserError
+from neobert.ranks import Ranks
 from neobert.tasks.contrastive.data import build_data
 from neobert.tasks.contrastive.task import settle
 
@@ -35,7 +36,7 @@ def data_of(*words, rank=0, world=1):
     """The data of a run that is not started."""
     loaded = load_contrastive(*words)
     config = settle(loaded.config, InitialWeights(), {})
-    return build_data(config, load_tokenizer("", config.tokenizer.path), rank, world)
+    return build_data(config, load_tokenizer("", config.tokenizer.path), Ranks(rank, world))
 
 
 def texts_of(batch):

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from neobert.checkpoints.format import find_checkpoint
 from neobert.config.load import load_config
 from neobert.config.reference import known_keys, value_of
-from neobert.data.mlm.readers import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
+from neobert.ranks import Ranks
 from neobert.tasks.encoder import build_model
 from neobert.tasks.pretraining.data import build_data
 from neobert.training.choices import choose_device, describe_arithmetic
@@ -72,7 +72,7 @@ def noted(text, *words):
 def data_of(small, *words):
     """The data of a run that is not started."""
     config = load_config([], [*TINY, *small, *words]).config
-    return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Rank(), Path("absent"), False)
+    return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Ranks(), Path("absent"), False)
 
 
 def in_state(name):

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
-from neobert.data.labelled.loader import EpochLoader, LabelCollator, Rows
+from neobert.data.batch import RowLayout
+from neobert.data.labelled.loader import EpochLoader, Rows
 from neobert.data.labelled.tasks import TASKS, Source, read_split
-from neobert.data.layout import Share
 from neobert.errors import UserError
+from neobert.ranks import Ranks
 from neobert.tasks.glue import metrics as glue_metrics
 from neobert.tasks.glue import predict as glue_predict
 from neobert.tasks.glue import task as glue
@@ -149,8 +150,8 @@ def made(number=53):
 
 
 def loader_of(rows, **changes):
-    settings = {"share": Share(0, 1, 8), "seed": 3, "group_by_length": False, "num_workers": 0} | changes
-    return EpochLoader(rows, LabelCollator(0, False, None, 1, False), fingerprint={}, **settings)
+    settings = {"ranks": Ranks(0, 1), "batch_size": 8, "seed": 3, "group_by_length": False, "num_workers": 0} | changes
+    return EpochLoader(rows, RowLayout(0), fingerprint={}, **settings)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -185,12 +186,12 @@ def test_threads_and_positions_change_nothing():
         assert (found.epoch, found.ends_epoch) == (wanted.epoch, wanted.ends_epoch)
     ahead.close(), resumed.close()
     with pytest.raises(UserError, match="batch_size was 8, now 4"):
-        loader_of(made(), share=Share(0, 1, 4)).load_state_dict(*reference.state_dict())
+        loader_of(made(), batch_size=4).load_state_dict(*reference.state_dict())
 
 
 def test_two_processes_have_the_batches_of_one():
     one = loader_of(made(49))  # the last batch has one row, and the second process none of it
-    two = [loader_of(made(49), share=Share(rank, 2, 4)) for rank in range(2)]
+    two = [loader_of(made(49), ranks=Ranks(rank, 2), batch_size=4) for rank in range(2)]
     for _ in range(2 * one.batches_per_epoch):
         whole, parts = next(one), [next(loader) for loader in two]
         assert whole.num_targets == sum(part.num_targets for part in parts)
@@ -204,8 +205,8 @@ def test_two_processes_have_the_batches_of_one():
 
 
 def test_accumulation_ends_with_the_epoch():
-    fetch = loader_of(made()).steps_of(4)
-    assert [len(fetch()) for _ in range(4)] == [4, 3, 4, 3]
+    fetch = loader_of(made()).next_step
+    assert [len(fetch(4)) for _ in range(4)] == [4, 3, 4, 3]
 
 
 def test_padded_longest_and_packed_give_one_answer(pretrained, local, tmp_path):

@@ -18,9 +18,9 @@ from uneven_sample import UNEVEN, run_noting, write_uneven
 
 from neobert.checkpoints.format import find_checkpoint, list_steps, load_weights, verify_checkpoint
 from neobert.config.load import load_config
-from neobert.data.mlm.readers import Rank
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import DataError, UserError
+from neobert.ranks import Ranks
 from neobert.tasks.contrastive import task as contrastive
 from neobert.tasks.pretraining import task as pretraining
 from neobert.tasks.pretraining.data import build_data
@@ -245,7 +245,7 @@ def test_batches_are_pinned_where_asked_for(is_asked, tmp_path):
     """On CUDA; without it torch refuses to pin, so an attempt shows."""
     config = load_config([], [*TINY, f"dataset.pin_memory={str(is_asked).lower()}"]).config
     tokenizer = text_tokenizer(load_tokenizer("", config.tokenizer.path))
-    loader = build_data(config, tokenizer, Rank(), tmp_path, on_cuda=True).train
+    loader = build_data(config, tokenizer, Ranks(), tmp_path, on_cuda=True).train
     if is_asked and not torch.cuda.is_available():
         with pytest.raises(RuntimeError):
             next(loader)

@@ -7,18 +7,19 @@ import pytest
 import torch
 from conftest import TEXT
 
-from neobert.data.batch import Collator
+from neobert.data.batch import RowLayout
 from neobert.data.files.documents import fingerprint, open_corpus
 from neobert.data.files.splits import find_splits
 from neobert.data.files.token_store import TokenStore, tokenize_files
-from neobert.data.mlm.masking import Masker
+from neobert.data.hashing import choose_sources
+from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Loader, Pipeline, shards_of
-from neobert.data.mlm.readers import CorpusReader, Pieces, Rank, StreamReader
-from neobert.data.mlm.row_source import RowSource, ShuffleBuffer, Workers
-from neobert.data.mlm.shards import Shard, choose_sources
+from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
+from neobert.data.mlm.readers import CorpusReader, Pieces, StreamReader
+from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.mlm.state import join_positions
 from neobert.errors import CheckpointError, DataError
+from neobert.ranks import Ranks
 
 LENGTH = 64
 
@@ -54,14 +55,14 @@ def make_loader(
 ):
     """A loader of the lanes of `rank`; several `sources` are the same text, drawn 2 : 1."""
     settings = {"shuffle": 50 if kind == "stream" else 0, "num_epochs": None, "exhausted": "repeat", **changed}
-    rank = rank or Rank()
-    lanes = lanes or rank.world
+    rank = rank or Ranks()
+    lanes = lanes or rank.world_size
     workers = Workers(tokenizer, num_workers, persistent=settings.get("persistent", True))
     masker = Masker(1, 0.15, False, tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
 
     def source(lane):
         return RowSource(
-            reader(kind, store, Rank(lane, lanes), path),
+            reader(kind, store, Ranks(lane, lanes), path),
             workers,
             Segmenter(LENGTH, "split", tokenizer.cls_id, tokenizer.sep_id),
             Packer(LENGTH) if packed else OnePerRow(),
@@ -70,13 +71,13 @@ def make_loader(
             min_rows=4 if sources == 1 == lanes else 1,
         )
 
-    owned = range(rank.index, lanes, rank.world)
+    owned = range(rank.rank, lanes, rank.world_size)
     weights = [2.0, 1.0][:sources]
-    return Loader(
+    return PipelineLoader(
         Pipeline(
             [Shard(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
             workers,
-            Collator(masker, tokenizer.pad_id, packed, LENGTH),
+            Collator(masker, RowLayout(tokenizer.pad_id, packed, LENGTH)),
             batch_size=4,
             seed=3,
         )
@@ -141,8 +142,8 @@ def test_no_document_is_read_twice_nor_lost(kind, store, tokenizer):
         batches = take(first, position)
         second.load_state_dict(*first.state_dict())
         batches += list(second)
-        cut = second._snapshot.shards[0].sources[0].cut
-        assert cut.num_documents == len(Pieces(store, LENGTH - 2) if kind == "tokens" else store)
+        cut = second.position["shards"][0]["sources"][0]["cut"]
+        assert cut["num_documents"] == len(Pieces(store, LENGTH - 2) if kind == "tokens" else store)
         assert tokens_of(batches) == tokens_of([store])
         first.close()
         second.close()
@@ -206,13 +207,15 @@ def test_ranks_read_disjoint_documents_and_count_their_batches(kind, packed, tmp
     for name, part in (("a", lines[:3]), ("b", lines[3:200]), ("c", lines[200:])):
         (tmp_path / f"{name}.txt").write_text("\n".join(part))
     settings = {"num_epochs": 1, "path": tmp_path, "packed": packed}
-    ranks = [Rank(number, 3) for number in range(3)]
+    ranks = [Ranks(number, 3) for number in range(3)]
     counts = [make_loader(kind, store, tokenizer, rank=rank, **settings).pipeline.count_batches() for rank in ranks]
     loaders = [make_loader(kind, store, tokenizer, rank=rank, **settings) for rank in ranks]
     batches = [list(loader) for loader in loaders]
     assert [len(one) for one in batches] == counts
     assert tokens_of([batch for one in batches for batch in one]) == tokens_of([store])
-    assert sum(loader._snapshot.shards[0].sources[0].cut.num_documents for loader in loaders) == len(lines)
+    assert sum(
+        loader.position["shards"][n]["sources"][0]["cut"]["num_documents"] for n, loader in enumerate(loaders)
+    ) == len(lines)
 
 
 def test_lanes_of_one_rank_end_together(tmp_path, store, tokenizer):
@@ -223,7 +226,7 @@ def test_lanes_of_one_rank_end_together(tmp_path, store, tokenizer):
     batches = list(both)
     assert [int((batch.attention_mask.sum(1) > 2).sum()) for batch in batches] == [4, 4, 1, 0]
     for number in range(2):
-        alone = make_loader("stream", store, tokenizer, rank=Rank(number, 2), **settings)
+        alone = make_loader("stream", store, tokenizer, rank=Ranks(number, 2), **settings)
         turns = [*alone, alone.pipeline.empty_batch()][:2]
         assert_equal(turns, batches[number::2])
         assert batches[3].num_targets == 0
@@ -247,7 +250,7 @@ def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer)
         return [batch for lane in sorted(out) for batch in out[lane]]
 
     def make(world):
-        return [make_loader(kind, store, tokenizer, rank=Rank(r, world), **settings) for r in range(world)]
+        return [make_loader(kind, store, tokenizer, rank=Ranks(r, world), **settings) for r in range(world)]
 
     four = make(4)
     turns(four, 6)
@@ -263,9 +266,9 @@ def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer)
         for loader in loaders:
             loader.close()
     with pytest.raises(CheckpointError, match="dealt to 4 shards, which 3 processes cannot share equally"):
-        shards_of(0, 3, 4)
+        shards_of(Ranks(0, 3), 4)
     with pytest.raises(CheckpointError, match="dealt to 4 shards when the checkpoint was written, and 3 processes"):
-        make_loader(kind, store, tokenizer, rank=Rank(0, 3), lanes=3).load_state_dict(*saved)
+        make_loader(kind, store, tokenizer, rank=Ranks(0, 3), lanes=3).load_state_dict(*saved)
     take(two[0], 1)
     (middle,) = make(1)  # in the middle of a turn: it goes on with the first lane
     middle.load_state_dict(*join_positions([loader.state_dict() for loader in two]))
@@ -317,7 +320,7 @@ def test_streamed_and_materialised_rows_are_the_same(store, tokenizer):
 def test_corpora_shorter_than_everything(num_documents, tmp_path, store, tokenizer):
     """Shorter than the shuffle buffer, the look-ahead and a block: an epoch is still every document once."""
     (tmp_path / "a.txt").write_text("\n".join(f"document number {n} of a few" for n in range(num_documents)))
-    loader = make_loader("stream", store, tokenizer, shuffle=1000, path=tmp_path, packed=False, lanes=2, rank=Rank(0, 1),
+    loader = make_loader("stream", store, tokenizer, shuffle=1000, path=tmp_path, packed=False, lanes=2, rank=Ranks(0, 1),
                          num_epochs=3)  # fmt: skip
     if num_documents == 1:
         with pytest.raises(DataError, match="empty"):  # one lane has nothing

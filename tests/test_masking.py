@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from neobert.data.mlm.masking import IGNORED, Masker
+from neobert.data.batch import IGNORED
+from neobert.data.mlm.masking import Masker
 
 SPECIAL = frozenset({0, 1, 2, 3, 4, 1000})  # 1000 is inert: beyond the real vocabulary
 

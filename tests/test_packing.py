@@ -55,7 +55,7 @@ def test_open_rows_are_its_state():
     pieces = documents(np.random.default_rng(0).integers(3, 60, 200))
     for piece in pieces[:100]:
         a.add(piece, 0)
-    b.restore(a.snapshot())
+    b.load_state_dict(a.state_dict())
     for piece in pieces[100:]:
         assert [[len(p) for p in row.pieces] for row in a.add(piece, 1)] == [
             [len(p) for p in row.pieces] for row in b.add(piece, 1)

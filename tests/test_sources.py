@@ -10,8 +10,10 @@ from datasets import Dataset, DatasetDict
 from neobert.data.files.documents import SkippedRows, fingerprint, num_bytes, open_corpus, read_text, stream
 from neobert.data.files.rows import columns_of
 from neobert.data.files.splits import count_rows, find_splits, hold_out_head
-from neobert.data.mlm.readers import CorpusReader, Rank, RememberedReader, StreamReader, Subset, permute
+from neobert.data.hashing import permute
+from neobert.data.mlm.readers import CorpusReader, RememberedReader, StreamReader, Subset
 from neobert.errors import DataError
+from neobert.ranks import Ranks
 
 TEXTS = [f"document {number} " + "word " * (number % 7) + "é" * (number % 3) for number in range(50)]
 KINDS = ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "json", "json lines", "csv", "csv.gz",
@@ -288,7 +290,7 @@ def test_ranks_read_each_document_once(tmp_path, kind, world):
     seen = []
     for rank in range(world):
         reader = (
-            StreamReader(files, Rank(rank, world)) if kind == "stream" else CorpusReader(corpus, 5, Rank(rank, world))
+            StreamReader(files, Ranks(rank, world)) if kind == "stream" else CorpusReader(corpus, 5, Ranks(rank, world))
         )
         while block := reader.read():
             seen += block

@@ -17,9 +17,9 @@ import torch
 from neobert.checkpoints.format import STATE, find_checkpoint, verify_checkpoint
 from neobert.checkpoints.hf import load_encoder
 from neobert.checkpoints.load import check_fit, load_model_config, place_model, read_model_config, read_weights
+from neobert.data.batch import RowLayout
 from neobert.data.files.rows import text_in, usable_records
 from neobert.data.files.splits import find_column, local_splits
-from neobert.data.layout import RowLayout
 from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
@@ -102,19 +102,15 @@ def embed_ids(
     """
     inner, kind = getattr(model, "module", model), runtime.device.type
     pads = kind != "cpu" and isinstance(inner, NeoBERTForEmbedding) and inner.model.attention_kernel == "sdpa"
-    layout = RowLayout(pad_id, packed=not pads, row_length=None, multiple=1)
+    layout = RowLayout(pad_id, packed=not pads)
     batches = list(batches_by_length([len(row) for row in ids], batch_tokens or BATCH_TOKENS[kind]))
     vectors = np.zeros((len(ids), width), dtype=np.float32)
     for first in range(0, len(batches), runtime.world_size):
         number = first + runtime.rank
         chosen = batches[min(number, len(batches) - 1)]
-        rows = [ids[i] for i in chosen]
-        mask, lengths = layout.boundaries(rows)
-        inputs = {"input_ids": layout.arrange(rows, pad_id).to(runtime.device), "document_lengths": lengths}
-        if mask is not None:
-            inputs["attention_mask"] = mask.to(runtime.device)
+        batch = layout.batch([ids[i] for i in chosen]).to(runtime.device)
         with runtime.autocast():
-            found = model(**inputs).embeddings.float().cpu().numpy()
+            found = model(**batch.inputs()).embeddings.float().cpu().numpy()
         if number < len(batches):
             vectors[chosen] = found
             tell(len(chosen))

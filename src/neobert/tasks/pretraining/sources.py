@@ -13,9 +13,10 @@ from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint
 from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
 from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
 from neobert.data.mlm.packing import LongDocuments
-from neobert.data.mlm.readers import CorpusReader, Pieces, Rank, Reader, StreamReader, Subset
+from neobert.data.mlm.readers import CorpusReader, Pieces, Reader, StreamReader, Subset
 from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.errors import DataError
+from neobert.ranks import Ranks
 
 Text = Files | Corpus  # a stream, or random access
 
@@ -161,18 +162,18 @@ def _random_access(config: Config, dataset: DatasetConfig, train: Any, evaluatio
 # --- readers -----------
 
 
-def build_reader(config: Config, text: Text, rank: Rank) -> Reader:
+def build_reader(config: Config, text: Text, ranks: Ranks) -> Reader:
     """A reader of one shard, in the order that the configuration asks for."""
     skips = SkippedRows(config.dataset.bad_rows == "refuse")
     if isinstance(text, Files):
-        return StreamReader(text, rank, skips)
-    return CorpusReader(text, config.seed if config.dataset.shuffle_buffer_size > 1 else None, rank, skips)
+        return StreamReader(text, ranks, skips)
+    return CorpusReader(text, config.seed if config.dataset.shuffle_buffer_size > 1 else None, ranks, skips)
 
 
 def build_eval_reader(config: Config, text: Text) -> CorpusReader | StreamReader:
     """A reader of evaluation text: all of it, in its own order."""
     skips = SkippedRows(config.dataset.bad_rows == "refuse")
-    return StreamReader(text, Rank(), skips) if isinstance(text, Files) else CorpusReader(text, None, Rank(), skips)
+    return StreamReader(text, Ranks(), skips) if isinstance(text, Files) else CorpusReader(text, None, Ranks(), skips)
 
 
 # --- lengths, and words for the summary -----------
