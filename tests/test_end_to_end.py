@@ -16,8 +16,9 @@ from conftest import ROOT, TEXT, TINY, TOKENIZER, run_neobert
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from neobert.checkpoints.format import checksum, find_checkpoint, list_steps, write_json
+from neobert.checkpoints.format import checksum, find_checkpoint, list_steps
 from neobert.config.load import load_config
+from neobert.files import write_json
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.loop import Interrupt
 from neobert.training.metrics import read_metrics

@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from neobert.checkpoints.convert import convert
-from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
 from neobert.export.huggingface import write_transformers
 from neobert.export.importing import import_model
 from neobert.export.source import load_source
 from neobert.export.write import Wanted, export_model
+from neobert.files import write_json
 from neobert.inference.embed import load_embedder
 from neobert.inference.fill_mask import fill_masks
 from neobert.inference.sentence_transformers import Embedding

@@ -219,7 +219,8 @@ def test_damaged_checkpoints_are_named_before_training_starts(trained, tmp_path)
 
 @pytest.mark.parametrize("name", ["../4/model.safetensors", "/etc/hostname", "..", "tokenizer/../../4/config.json"])
 def test_a_checkpoint_names_no_files_outside(name, trained, tmp_path):
-    from neobert.checkpoints.format import checksum, write_json
+    from neobert.checkpoints.format import checksum
+    from neobert.files import write_json
 
     folder = shutil.copytree(trained / "checkpoints/6", tmp_path / "6")
     state = json.loads((folder / "state.json").read_text())

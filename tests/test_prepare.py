@@ -19,11 +19,11 @@ from neobert.data.files.token_store import (
     plan_shards,
     tokenize_files,
     verify_store,
-    write_json,
     write_shard,
 )
 from neobert.data.mlm.readers import Pieces, StreamReader
 from neobert.errors import DataError
+from neobert.files import write_json
 
 
 @pytest.fixture

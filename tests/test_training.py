@@ -13,6 +13,7 @@ import torch.distributed as dist
 from conftest import TOKENIZER
 from test_model import VOCABULARY, build
 
+from neobert import files
 from neobert.checkpoints import format as checkpoint
 from neobert.checkpoints.format import (
     ALONE,
@@ -182,7 +183,7 @@ def test_a_failing_write_keeps_the_last_good_checkpoint(tmp_path):
     verify_checkpoint(find_checkpoint("latest", tmp_path))
 
 
-WRITES = ("save_file", "save_arrays", "write_json", "write_text", "sync")
+WRITES = {checkpoint: ("save_file", "save_arrays", "write_json", "write_text", "sync"), files: ("sync",)}
 
 
 class FailingWrites:
@@ -190,8 +191,9 @@ class FailingWrites:
 
     def __init__(self):
         self.left = 0
-        for name in WRITES:
-            setattr(checkpoint, name, self.wrap(getattr(checkpoint, name)))
+        for module, names in WRITES.items():
+            for name in names:
+                setattr(module, name, self.wrap(getattr(module, name)))
         os.replace = self.wrap(os.replace)
 
     def wrap(self, write):
@@ -213,17 +215,17 @@ def save_with_failures(rank, folder):
         dist.all_gather_object(values, value)
         return values
 
-    team, writes = checkpoint.ProcessGroup(rank, 2, gather), FailingWrites()
+    group, writes = checkpoint.ProcessGroup(rank, 2, gather), FailingWrites()
     for victim in (0, 1):
         root, writes.left = folder / f"checkpoints{victim}", 0
-        save_checkpoint(root, content(1), team)
+        save_checkpoint(root, content(1), group)
         new = replace(content(2), save_beside=writes.wrap(content(2).save_beside))
         number, message = 0, "start"
         while message:
             number, message = number + 1, ""
             writes.left = number if rank == victim else 0
             try:
-                save_checkpoint(root, new, team, behind=lambda: checkpoint.write_text_atomic(root / "best", "2"))  # noqa: B023
+                save_checkpoint(root, new, group, after=lambda: checkpoint.write_text(root / "best", "2\n"))  # noqa: B023
             except CheckpointError as error:
                 message = str(error)
             assert len(set(gather(message))) == 1
@@ -246,7 +248,7 @@ def save_with_failures(rank, folder):
     with pytest.raises(
         CheckpointError, match="cannot save step 3: File too large .*; the checkpoint of step 2 is intact"
     ):
-        save_checkpoint(root, big, team)
+        save_checkpoint(root, big, group)
     assert rank or not list(root.glob(".*"))
 
     def full():

@@ -17,7 +17,6 @@ verifies the checksums. JSON and safetensors only; nothing is unpickled.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,14 +31,13 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from neobert.errors import CheckpointError, UserError
+from neobert.files import as_json, replace_folder, sha256, sync, write_json, write_text
+from neobert.ranks import Ranks
 
 FORMAT = 1
 POINTERS = ("latest", "best")
 WEIGHTS, STATE = "model.safetensors", "state.json"
-REPLACED, DELETED = (
-    ".replaced.tmp",
-    ".old.tmp",
-)  # ends of hidden names: a checkpoint that another replaces, one that goes
+REPLACED = ".replaced.tmp"  # end of the hidden name of a checkpoint that another replaces
 OPTIMIZER = "optimizer/rank{:05d}.safetensors"
 DATA = "data_rank{:05d}"
 
@@ -48,15 +46,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class ProcessGroup:
-    """The processes that write a checkpoint together. `gather`: what each of them gave, in all of them."""
+class ProcessGroup(Ranks):
+    """The processes that write a checkpoint together. `gather` gives all of them what each of them passed."""
 
-    rank: int
-    world_size: int
-    gather: Callable[[Any], list[Any]]
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
 
-ALONE = ProcessGroup(0, 1, lambda value: [value])
+ALONE = ProcessGroup()
 
 
 @dataclass(frozen=True)
@@ -81,17 +77,17 @@ class Content:
 def save_checkpoint(
     root: Path,
     content: Content,
-    team: ProcessGroup = ALONE,
+    group: ProcessGroup = ALONE,
     before: Callable[[], None] = lambda: None,
-    behind: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write `<root>/<step>` atomically and point `latest` at it; all of a team together. The main process calls `before` it
-    writes, and `behind` when the checkpoint is whole.
+    """Write `<root>/<step>` atomically and point `latest` at it; all processes of a group together. The main process calls
+    `before` and `after`.
 
     Raises CheckpointError, in all of them, when the disk is full or a write fails; what was there before is then untouched.
     """
     final, scratch = root / str(content.step), root / f".{content.step}.tmp"
-    is_main, sums = team.rank == 0, dict[str, str]()
+    sums = dict[str, str]()
 
     def prepare() -> None:
         before()
@@ -99,20 +95,20 @@ def save_checkpoint(
         (scratch / "optimizer").mkdir(parents=True)
 
     def write() -> None:
-        sums.update(_write_content(scratch, content, team.rank))
+        sums.update(_write_content(scratch, content, group.rank))
 
     def publish() -> None:
         _write_state(scratch, content, sums)
-        _take_the_place(scratch, final)
-        write_text_atomic(root / "latest", str(content.step))
-        behind()
+        replace_folder(scratch, final, final.with_name(f".{final.name}{REPLACED}"))
+        write_text(root / "latest", f"{content.step}\n")
+        after()
 
-    reason = _together(team, prepare if is_main else None) or _together(team, write)
-    for part in team.gather(sums):
+    reason = _together(group, prepare if group.is_main else None) or _together(group, write)
+    for part in group.gather(sums):
         sums.update(part)
-    reason = reason or _together(team, publish if is_main else None)
+    reason = reason or _together(group, publish if group.is_main else None)
     if reason:
-        if is_main:
+        if group.is_main:
             shutil.rmtree(scratch, ignore_errors=True)
         steps = list_steps(root)
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written before"
@@ -120,7 +116,7 @@ def save_checkpoint(
     return final
 
 
-def _together(team: ProcessGroup, work: Callable[[], None] | None) -> str:
+def _together(group: ProcessGroup, work: Callable[[], None] | None) -> str:
     """Do a part of the work in every process; returns why it failed in the first in which it did, or nothing."""
     reason = ""
     try:
@@ -128,7 +124,7 @@ def _together(team: ProcessGroup, work: Callable[[], None] | None) -> str:
             work()
     except (OSError, SafetensorError, UserError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return next((one for one in team.gather(reason) if one), "")
+    return next((one for one in group.gather(reason) if one), "")
 
 
 def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
@@ -152,7 +148,7 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
     files = sorted({path for path in own if path.is_file()})
     for path in files:
         sync(path)
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def is_of_a_rank(name: str) -> bool:
@@ -167,24 +163,6 @@ def _write_state(folder: Path, content: Content, sums: dict[str, str]) -> None:
         sync(path)
 
 
-def _take_the_place(scratch: Path, final: Path) -> None:
-    """Rename `scratch` to `final`; a checkpoint of the same step steps aside, and comes back if that fails or is broken off."""
-    old = final.with_name(f".{final.name}{REPLACED}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    try:
-        os.replace(scratch, final)
-    except OSError:
-        if old.exists():
-            os.replace(old, final)
-        raise
-    try:
-        sync(final.parent)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _contiguous(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
@@ -194,29 +172,8 @@ def list_steps(root: Path) -> list[int]:
     return sorted(int(path.name) for path in root.glob("[0-9]*") if path.name.isdigit() and (path / STATE).is_file())
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a file of one line atomically."""
-    write_text(path, text + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all. Raises OSError naming it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        sync(path.parent)
-    except OSError as error:
-        error.filename = str(path)
-        scratch.unlink(missing_ok=True)
-        raise
-
-
 def read_pointer(path: Path) -> str | None:
-    """The step that `write_text_atomic` wrote; None where there is none, or something else than a step."""
+    """The step that a pointer holds; None where there is none, or something else than a step."""
     text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
     return text if text.isdigit() else None
 
@@ -263,7 +220,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing{_alternative(folder)}")
-        if _sha256(path) != wanted:
+        if sha256(path) != wanted:
             raise CheckpointError(f"{path}: damaged (its checksum differs){_alternative(folder)}")
     return state
 
@@ -331,30 +288,6 @@ def load_data(folder: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, np
     return json.loads((folder / f"{name}.json").read_text()), load_arrays(folder / f"{name}.safetensors")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline."""
-    write_text(path, as_json(value))
-
-
-def as_json(value: Any) -> str:
-    """The one way we write JSON."""
-    return json.dumps(value, indent=2) + "\n"
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def checksum(state: dict[str, Any]) -> str:
     """Of state.json itself, which holds the checksums of the other files."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

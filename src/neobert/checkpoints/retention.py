@@ -5,7 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from neobert.checkpoints.format import REPLACED, STATE, checksum, is_of_a_rank, list_steps, write_text_atomic
+from neobert.checkpoints.format import REPLACED, STATE, checksum, is_of_a_rank, list_steps
+from neobert.files import write_json
 
 DELETED = ".old.tmp"  # end of the hidden name of a checkpoint that goes
 
@@ -32,7 +33,7 @@ def strip_checkpoint(folder: Path) -> None:
     if spare:
         state["sha256"] = {name: value for name, value in state["sha256"].items() if name not in spare}
         del state["checksum"]
-        write_text_atomic(folder / STATE, json.dumps({**state, "checksum": checksum(state)}, indent=2))
+        write_json(folder / STATE, {**state, "checksum": checksum(state)})
     shutil.rmtree(folder / "optimizer", ignore_errors=True)
     for path in folder.glob("data_rank*"):
         path.unlink()

@@ -1,6 +1,5 @@
 """The commands that look at trained models: `fill-mask`, `pseudo-perplexity`, `mteb`. Registered in `cli.py`."""
 
-import json
 import os
 from glob import has_magic
 from pathlib import Path
@@ -65,9 +64,9 @@ def pseudo_perplexity(
     """
     from tqdm import tqdm
 
-    from neobert.checkpoints.format import write_text_atomic
     from neobert.data.files.documents import SkippedRows
     from neobert.data.tokenizer import text_tokenizer
+    from neobert.files import write_json
     from neobert.inference import pseudo_perplexity as pppl
     from neobert.inference.embed import check_new_file
 
@@ -86,7 +85,7 @@ def pseudo_perplexity(
     print_notes(filter(None, [skips.describe()]))
     print(pppl.format_result(result, num_texts))
     if output is not None:
-        write_text_atomic(output, json.dumps({"texts": num_texts, **result.as_json()}, indent=2))
+        write_json(output, {"texts": num_texts, **result.as_json()})
 
 
 def _load_on_runtime(checkpoint: str, bf16: bool) -> tuple[Any, Any, Any]:

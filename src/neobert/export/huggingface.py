@@ -10,12 +10,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from neobert.checkpoints.format import WEIGHTS, Tensors, write_json
+from neobert.checkpoints.format import WEIGHTS, Tensors
 from neobert.checkpoints.layouts import to_eurobert
 from neobert.checkpoints.load import EMBEDDING
 from neobert.data.tokenizer import save_tokenizer
 from neobert.export.hf_encoder import hf_encoder_config, hf_encoder_tensors
 from neobert.export.source import Source
+from neobert.files import write_json
 from neobert.model import modeling_neobert
 
 CODE = Path(modeling_neobert.__file__)

@@ -17,12 +17,11 @@ import yaml
 
 from neobert import __version__
 from neobert.checkpoints.convert import Converted, convert
-from neobert.checkpoints.format import Content, save_checkpoint, write_json
+from neobert.checkpoints.format import Content, save_checkpoint
 from neobert.checkpoints.retention import strip_checkpoint
 from neobert.config.schema import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError
-from neobert.export.atomic import check_target, whole_folder
 from neobert.export.huggingface import code_files
 from neobert.export.published import published_outputs
 from neobert.export.source import Source
@@ -37,6 +36,7 @@ from neobert.export.verify import (
     judged,
     logits,
 )
+from neobert.files import check_target, whole_folder, write_json
 from neobert.model.modeling_neobert import NeoBERTConfig
 
 RECORD = "import.json"

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert import __version__
-from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
-from neobert.export.atomic import check_target, whole_folder
 from neobert.export.card import write_card
 from neobert.export.huggingface import write_transformers
 from neobert.export.onnx import ONNX, Output, check_onnx, write_onnx
@@ -33,6 +31,7 @@ from neobert.export.verify import (
     compare,
     judged,
 )
+from neobert.files import check_target, whole_folder, write_json
 from neobert.inference.sentence_transformers import Embedding, check_sentence_transformers, write_sentence_transformers
 
 RECORD = "export.json"

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from neobert.checkpoints.format import write_json
 from neobert.errors import UserError
+from neobert.files import write_json
 
 Pooling = Literal["mean", "avg", "cls", "max"]
 MODULES = "modules.json"

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from neobert.checkpoints.format import write_text
 from neobert.errors import DataError
+from neobert.files import write_text
 from neobert.training.metrics import duration, read_metrics
 
 PAGE = """<!doctype html>

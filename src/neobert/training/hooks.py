@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content, write_text_atomic
+from neobert.checkpoints.format import Content
 from neobert.checkpoints.retention import prune
 from neobert.config.training_sections import TrainerConfig
 from neobert.errors import ConfigError, Problem
+from neobert.files import write_text
 from neobert.optim.qk_clip_hooks import clip_metrics
 from neobert.training.background import Saver
 from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
@@ -202,7 +203,7 @@ class Save:
         """When a checkpoint is whole: point at the best one."""
         root = self.saver.root
         if best is not None and (root / str(best)).is_dir():
-            write_text_atomic(root / "best", str(best))
+            write_text(root / "best", f"{best}\n")
 
     def prune(self, state: TrainState) -> None:
         """Once the loss behind the newest checkpoint is known to be finite: remove the oldest beyond the limit."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.checkpoints.format import write_text
+from neobert.files import write_text
 
 PHASES = ("data", "compute", "optimizer", "evaluate", "save")
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content, Tensors, list_steps, verify_checkpoint, write_text_atomic
+from neobert.checkpoints.format import Content, Tensors, list_steps, verify_checkpoint
 from neobert.config.deepspeed import read_zero
 from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
@@ -25,6 +25,7 @@ from neobert.config.ready import check_ready
 from neobert.config.reference import known_keys, value_of
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
+from neobert.files import write_text
 from neobert.optim.build import optimizer_state
 from neobert.optim.qk_clip_hooks import QKClip
 from neobert.optim.schedule import Schedule, build_schedule, lr_scale
@@ -264,7 +265,7 @@ class Job:
             return False
         with self.runtime.open_weights(self.wrapped):
             self.storage.load(root / str(best))
-        self.runtime.on_main(lambda: write_text_atomic(root / "latest", str(best)))
+        self.runtime.on_main(lambda: write_text(root / "latest", f"{best}\n"))
         evaluation.console.line(f"loading the best checkpoint, step {best:,}")
         evaluation.run(state, loaded=best)
         return True

@@ -23,21 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from neobert import __version__
-from neobert.checkpoints.format import (
-    POINTERS,
-    find_checkpoint,
-    has_data,
-    list_steps,
-    read_pointer,
-    sync,
-    verify_checkpoint,
-    write_json,
-    write_text,
-)
+from neobert.checkpoints.format import POINTERS, find_checkpoint, has_data, list_steps, read_pointer, verify_checkpoint
 from neobert.checkpoints.retention import clean_leftovers
 from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, print_notes
+from neobert.files import sync, write_json, write_text
 from neobert.training.folder_lock import FolderLock
 from neobert.training.runtime import Runtime
 

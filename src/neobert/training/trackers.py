@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import write_text
 from neobert.errors import ConfigError, Problem, UserError, disk_error, first_line
+from neobert.files import write_text
 from neobert.training.metrics import MetricsFile
 
 INSTALL = "pip install 'neobert[trackers]'"

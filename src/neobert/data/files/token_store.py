@@ -15,10 +15,8 @@ the same plan, whatever the number of threads. A thread takes a whole shard: it 
 killed run has finished is found by the next; several machines may each take every N-th shard.
 """
 
-import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
@@ -33,6 +31,7 @@ from neobert.data.files.documents import Files, Position, SkippedRows, blocks_of
 from neobert.data.files.rows import is_seekable_text, kind_of, layout_of, lines, num_table_rows, open_table
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
+from neobert.files import sha256, whole_file, write_json
 
 FORMAT = 2
 PLAN, MANIFEST = "plan.json", "manifest.json"
@@ -189,7 +188,7 @@ def verify_store(folder: Path, manifest: Manifest) -> None:
             raise DataError(f"{path}: damaged (its checksum differs); {AGAIN}")
     if known != seen:
         try:
-            write_json(stamp, seen)
+            write_json(stamp, seen, shared=True)
         except OSError:
             return  # a folder that cannot be written is verified every time
 
@@ -263,7 +262,7 @@ def _agree_on_plan(files: Files, tokenizer: TextTokenizer, folder: Path) -> list
             raise DataError(f"{folder}: begun by another version; delete the folder to tokenise again")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN, plan)
+        write_json(folder / PLAN, plan, shared=True)
     return [Position(*start) for start in plan["shards"]]
 
 
@@ -311,24 +310,16 @@ def write_shard(
 ) -> ShardEntry:
     """Write the documents of one shard; `skipped` is read after the last one. Raises OSError when the disk is full."""
     offsets, names = [0], (TOKENS.format(number), OFFSETS.format(number))
-    scratch = [folder / f".{name}.{os.getpid()}.tmp" for name in names]
-    try:
-        with open(scratch[0], "wb") as tokens, open(scratch[1], "wb") as ends:
+    with whole_file(folder / names[0], shared=True) as tokens, whole_file(folder / names[1], shared=True) as ends:
+        with open(tokens, "wb") as file:
             for ids in documents:
-                tokens.write(np.ascontiguousarray(ids, dtype=dtype).tobytes())
+                file.write(np.ascontiguousarray(ids, dtype=dtype).tobytes())
                 offsets.append(offsets[-1] + len(ids))
-            np.save(ends, np.array(offsets, dtype=np.uint64))
-            for file in (tokens, ends):
-                file.flush()
-                os.fsync(file.fileno())
-        sums = {name: sha256(path) for name, path in zip(names, scratch, strict=True)}
-        for name, path in zip(names, scratch, strict=True):
-            os.replace(path, folder / name)
-        entry = ShardEntry(len(offsets) - 1, offsets[-1], sums, dict(skipped))
-        write_json(folder / SHARD.format(number), asdict(entry))
-    finally:
-        for path in scratch:
-            path.unlink(missing_ok=True)
+        with open(ends, "wb") as file:
+            np.save(file, np.array(offsets, dtype=np.uint64))
+        sums = {name: sha256(path) for name, path in zip(names, (tokens, ends), strict=True)}
+    entry = ShardEntry(len(offsets) - 1, offsets[-1], sums, dict(skipped))
+    write_json(folder / SHARD.format(number), asdict(entry), shared=True)
     return entry
 
 
@@ -344,7 +335,7 @@ def _finish(folder: Path, num_shards: int) -> Manifest | None:
         raise DataError(f"{folder}: a shard-*.json in it is damaged; delete it and tokenise again") from None
     plan = _read_json(folder / PLAN)
     manifest = Manifest(plan["format"], plan["dtype"], plan["source"], plan["tokenizer"], entries)
-    write_json(folder / MANIFEST, asdict(manifest))
+    write_json(folder / MANIFEST, asdict(manifest), shared=True)
     return manifest
 
 
@@ -391,26 +382,3 @@ def _table_cuts(path: str, num_pieces: int) -> list[int]:
         groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
         return [sum(groups[:n]) for n in range(max(1, len(groups)))]
     return [num_table_rows(table) * n // num_pieces for n in range(num_pieces)]
-
-
-# --- files -----------
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON: written under another name, flushed to disk, and renamed."""
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Of a whole file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

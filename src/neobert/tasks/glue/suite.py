@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import list_steps, write_json, write_text
+from neobert.checkpoints.format import list_steps
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.checkpoints.retention import prune, strip_checkpoint
 from neobert.config.load import Loaded, load_config
 from neobert.data.labelled.tasks import TASKS
 from neobert.errors import ConfigError, Problem, print_notes
+from neobert.files import write_json, write_text
 from neobert.tasks.glue import task as glue
 from neobert.tasks.glue.data import find_all_files
 from neobert.tasks.glue.metrics import check_metrics

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import write_json
 from neobert.checkpoints.initial_weights import (
     InitialWeights,
     architecture_keys,
@@ -26,6 +25,7 @@ from neobert.data.batch import RowLayout
 from neobert.data.labelled.loader import Rows, in_order
 from neobert.data.labelled.tasks import REPOSITORY, TASKS, GlueTask
 from neobert.errors import ConfigError, Problem, print_notes
+from neobert.files import write_json
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification
 from neobert.ranks import Ranks
 from neobert.tasks.encoder import build_vocabulary, hf_encoder_dropout, prepare_model

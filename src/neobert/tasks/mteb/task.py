@@ -8,19 +8,19 @@ A run that was stopped goes on with the tasks that have no result. A revision na
 weights are not taken for these. A task whose data cannot be had is named, and the others go on.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, find_checkpoint, write_text_atomic
+from neobert.checkpoints.format import STATE, find_checkpoint
 from neobert.checkpoints.hf import model_folder
 from neobert.config.load import Loaded
 from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
+from neobert.files import write_json, write_text
 from neobert.inference.embed import Embedder, load_embedder
 from neobert.tasks.mteb.table import Score, summarize, to_markdown, to_terminal
 from neobert.training.choices import describe_arithmetic
@@ -161,8 +161,8 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
             how = "had a result" if was_there else f"{time.perf_counter() - begin:.1f} s"
             print(f"[{number}/{len(tasks)}] {name}: {100 * scores[-1].score:.2f} ({how})", flush=True)
         summary = summarize(meta.name, meta.revision, subject.settings, scores, not_run, len(tasks))
-        write_text_atomic(output / f"{file_name(subject)}.json", json.dumps(summary, indent=2))
-        write_text_atomic(output / f"{file_name(subject)}.md", to_markdown(summary))
+        write_json(output / f"{file_name(subject)}.json", summary)
+        write_text(output / f"{file_name(subject)}.md", to_markdown(summary) + "\n")
     return summary
 
 
