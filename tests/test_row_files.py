@@ -344,13 +344,13 @@ class _Unreliable(MemoryFile):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.txt.zst", "a.parquet"])
 def test_a_connection_that_breaks_off_loses_nothing(name, monkeypatch, capsys):
-    from neobert.data.files import remote
+    from neobert.data.files import opening
 
     texts = [os.urandom(40).hex() for _ in range(6000)]
     raw = joined([json.dumps({"text": text}) for text in texts] if "jsonl" in name else texts)
     content = {"gz": gzip.compress, "zst": zstd, "parquet": lambda _: parquet(pa.table({"text": texts}))}
     fsspec.register_implementation("unreliable", Unreliable, clobber=True)
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0)
+    monkeypatch.setattr(opening, "FIRST_WAIT_SECONDS", 0)
     Unreliable.failures = 0
     with fsspec.open(f"unreliable://{name}", "wb") as file:
         file.write(content.get(name.rpartition(".")[2], bytes)(raw))

@@ -177,11 +177,11 @@ def train_from_files(
     skips = SkippedRows()
     splits = [find_splits(path, text_column, None, None)[0] for path in paths]
     texts = (text for files in splits for text in texts_of(files, skips))
-    bar = tqdm(texts, desc="reading", unit=" documents", disable=not show_bar, leave=False)
-    first = next(texts := iter(bar), None)
+    shown = iter(tqdm(texts, desc="reading", unit=" documents", disable=not show_bar, leave=False))
+    first = next(shown, None)
     if first is None:
         raise DataError(f"{', '.join(paths)}: no text to train a tokenizer on{skips.describe(form=' ({})')}")
-    return train_tokenizer(chain([first], texts), **settings), skips
+    return train_tokenizer(chain([first], shown), **settings), skips
 
 
 def train_tokenizer(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from neobert.data.files.opening import kind_of, named, num_table_rows, open_table
 from neobert.data.files.rows import (
     BOM,
     HEAD_BYTES,
@@ -26,11 +27,7 @@ from neobert.data.files.rows import (
     Raw,
     Unusable,
     is_seekable_text,
-    kind_of,
     layout_of,
-    named,
-    num_table_rows,
-    open_table,
     parse_row,
     raw_rows,
     refuse_utf16,
@@ -379,6 +376,6 @@ class _CachedCorpus(_TextCorpus):
 def _cached_rows(files: Files) -> Iterator[dict[str, Any]]:
     """Each row's text, or the reason that it has none, with its position in one number."""
     for row, begin, _ in stream(files, files.start, files.stop):
-        text = read_text(files, row, begin)
-        text, reason = (None, text.reason) if isinstance(text, Unusable) else (text, None)
+        found = read_text(files, row, begin)
+        text, reason = (None, found.reason) if isinstance(found, Unusable) else (found, None)
         yield {"text": text, "reason": reason, "place": (begin.file << 40) + begin.offset}

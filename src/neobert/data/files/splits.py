@@ -17,18 +17,13 @@ from itertools import takewhile
 from pathlib import Path
 
 from neobert.data.files.documents import Files, Position, line_spans, stream
+from neobert.data.files.opening import KINDS, kind_of, named, num_table_rows, open_binary, open_table
 from neobert.data.files.rows import (
     HEAD_BYTES,
-    KINDS,
     columns_of,
     first_with_columns,
     is_seekable_text,
-    kind_of,
     layout_of,
-    named,
-    num_table_rows,
-    open_binary,
-    open_table,
     raw_rows,
     refuse_utf16,
 )

@@ -28,7 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from neobert.data.files.documents import Files, Position, SkippedRows, blocks_of, fingerprint, num_bytes, texts_of
-from neobert.data.files.rows import is_seekable_text, kind_of, layout_of, lines, num_table_rows, open_table
+from neobert.data.files.opening import kind_of, num_table_rows, open_table
+from neobert.data.files.rows import is_seekable_text, layout_of, lines
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
 from neobert.files import sha256, whole_file, write_json

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from neobert.data.files.rows import KINDS, kind_of, place, text_in, usable_records
+from neobert.data.files.opening import KINDS, kind_of
+from neobert.data.files.rows import place, text_in, usable_records
 from neobert.data.files.splits import hub_splits
 from neobert.errors import DataError
 

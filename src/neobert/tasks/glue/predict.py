@@ -11,6 +11,7 @@ from neobert.data.labelled.tasks import TASKS, GlueTask, has_split
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import CheckpointError, DataError, UserError
 from neobert.files import write_text
+from neobert.tasks.encoder import row_layout
 from neobert.tasks.glue.data import Shared, encode_split, glue_source
 from neobert.tasks.glue.metrics import predictions
 from neobert.tasks.glue.model import load_finetuned
