@@ -1,4 +1,4 @@
-"""The commands about trained models: fill-mask, embed, similarity, mteb, pseudo-perplexity, export, import."""
+"""The commands about runs and trained models: report, fill-mask, embed, similarity, mteb, pseudo-perplexity, export, import."""
 
 import json
 import os
@@ -37,6 +37,21 @@ Tolerance = Annotated[
     float | None,
     typer.Option(min=0, help="Largest difference that is allowed [1e-5; ONNX 1e-4]; it is kept with the result."),
 ]
+
+
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write [RUN/report.html].")] = None,
+) -> None:
+    """A run as one self-contained HTML page: loss, learning rate, throughput, step times.
+
+    \b
+    Example:
+      neobert report outputs/quickstart
+    """
+    from neobert.insight.report import write_report
+
+    print(write_report(run_folder, output))
 
 
 def fill_mask(

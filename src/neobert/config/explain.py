@@ -89,7 +89,7 @@ def diff_configs(a: Config, b: Config) -> list[str]:
 
 
 def starter_file(task: str) -> str:
-    """A commented YAML file for a task, with the keys that one sets first; it trains once what it says is filled in."""
+    """A commented YAML file for a task, with the keys that one sets first; it trains once what is left open is filled in."""
     lines = [f"# A starting point for task: {task}. Every key: neobert config keys", f"task: {task}"]
     section, keys = "", STARTERS[task]
     for dotted in sorted(keys, key=lambda key: "." in key):
@@ -144,7 +144,7 @@ def reference_page() -> str:
     lines += [
         "", "## Older names", "",
         "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an",
-        "older name that still is a key above gives way then, with a warning, and at its default it has no say.", "",
+        "older name that still is a key above gives way then, with a warning, and at its default it does not act.", "",
         "| older | acts as |", "|---|---|",
         *[f"| `{rule.old}` | `{rule.new}` |" for rule in LEGACY],
     ]  # fmt: skip
