@@ -167,8 +167,8 @@ def _run(command: str, task: str | None, first: Path, arguments: list[str], npro
 
 
 def _start(loaded: "Loaded", command: list[str], nproc: int | None) -> None:
-    """Check what a run needs. Where `--nproc` or a file of Accelerate ask for several processes, run `neobert <command>` in them
-    and exit as they do.
+    """Check what a run needs. Where `--nproc` or a file of Accelerate ask for several processes, run `neobert <command>` in
+    them and exit as they do.
     """
     from neobert.config.ready import check_ready
 

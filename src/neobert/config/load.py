@@ -151,8 +151,8 @@ def _where(dotted: str, layers: list[YamlFile]) -> str:
 
 
 def _problem(details: Any, layers: list[YamlFile]) -> Problem:
-    """One of pydantic's errors as a line of ours. Its location goes on inside a value: with an index and a field in an entry of a
-    list, which are named, or with a member of a union or a validator, which are not.
+    """One of pydantic's errors as a line of ours. Its location may go on inside a value: with an index and a field in an entry
+    of a list, which are named, or with a member of a union or a validator, which are not.
     """
     location = [str(part) for part in details["loc"]]
     value, kind, whole = details["input"], details["type"], ".".join(location)
