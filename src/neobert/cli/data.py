@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from neobert.cli.options import TEXT_HELP, ConfigFile, TextColumn, layers
+from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, layers
 from neobert.errors import ConfigError, Problem
 
 

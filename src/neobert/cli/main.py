@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from neobert.cli import data, models
-from neobert.cli.options import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, layers
+from neobert.cli import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, data, layers, models
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
 
 if TYPE_CHECKING:

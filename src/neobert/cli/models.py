@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from neobert.cli.options import TEXT_HELP, ConfigFile, TextColumn, layers
+from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, layers
 from neobert.errors import UserError, print_notes
 
 if TYPE_CHECKING:
