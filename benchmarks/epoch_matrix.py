@@ -49,7 +49,7 @@ def write_corpus(folder: Path) -> None:
 
 def run(root: Path, name: str, lanes: int, engine: str) -> int:
     """Train in this process, which may be one of several; returns the number of steps."""
-    words = [f"dataset.path={root / 'text'}", f"dataset.lanes={lanes}", f"trainer.engine={engine}"]
+    words = [f"dataset.path={root / 'text'}", f"dataset.num_shards={lanes}", f"trainer.engine={engine}"]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         loaded = load_config([], [*WORDS, *words, f"trainer.output_dir={root / name}"])
         return pretraining.run(loaded).state.step

@@ -34,7 +34,7 @@ from neobert.training.launched import end_with_launcher
 WORDS = [
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.intermediate_size=48",
     "model.max_position_embeddings=128", "dataset.max_seq_length=64", "dataset.num_workers=0", f"tokenizer.path={TOKENIZER}",
-    "dataset.lanes=2", "dataset.streaming=true", "dataset.shuffle_buffer_size=30", "trainer.max_steps=-1",
+    "dataset.num_shards=2", "dataset.streaming=true", "dataset.shuffle_buffer_size=30", "trainer.max_steps=-1",
     "trainer.num_train_epochs=2", "trainer.eval_steps=1000", "trainer.save_steps=3", "trainer.logging_steps=1",
     "scheduler.warmup_steps=2", "trainer.resume_from_checkpoint=latest", "trainer.use_cpu=true", "trainer.disable_tqdm=true",
 ]  # fmt: skip

@@ -8,20 +8,8 @@ from conftest import CONFIGS, TEXT, TOKENIZER, run_neobert
 
 from neobert.config.load import dump_config, load_config, parse_overrides
 from neobert.config.ready import find_missing
-from neobert.config.reference import known_keys
-from neobert.config.rules import (
-    RULES,
-    decay_percent_wins,
-    muonclip_needs_whole_matrices,
-    packed_sdpa_is_slower,
-    pad_id_follows_tokenizer,
-    path_wins_over_name,
-    resume_needs_a_position,
-    streaming_has_no_validation_split,
-    vocabulary_follows_tokenizer,
-    warmup_percent_wins,
-)
-from neobert.config.schema import Config
+from neobert.config.rules import RULES, resume_needs_a_position
+from neobert.config.schema import Config, known_keys
 from neobert.errors import ConfigError
 
 LOCAL = ["dataset.path=x"]
@@ -43,6 +31,8 @@ def test_every_key_of_the_reference(reference_keys):
         assert info.default == (
             pytest.approx(wanted["default"]) if isinstance(wanted["default"], float) else wanted["default"]
         )
+    named = {wanted["key"] for wanted in reference_keys}
+    assert all((key not in named) == info.help.endswith(" Beyond the reference.") for key, info in ours.items())
 
 
 def test_every_key_is_described():
@@ -80,24 +70,24 @@ def test_wrong_keys_rules_and_older_names_are_reported_together(tmp_path):
 
 
 NINE_RULES = {
-    "resume with streaming": ("ERROR", resume_needs_a_position, {"trainer": {"resume_from_checkpoint": "latest"}}),
-    "validation split with streaming": ("WARNING", streaming_has_no_validation_split, {"dataset": {"validation_split": 0.1}}),
-    "warmup": ("PRECEDENCE", warmup_percent_wins, {"scheduler": {"warmup_percent": 5, "warmup_steps": 9}}),
-    "decay": ("PRECEDENCE", decay_percent_wins, {"scheduler": {"decay_percent": 50, "decay_steps": 9}}),
-    "muonclip with ZeRO": ("ERROR", muonclip_needs_whole_matrices, {"optimizer": {"name": "muonclip"}}),
+    "resume with streaming": ("ERROR", "trainer.resume_from_checkpoint", {"trainer": {"resume_from_checkpoint": "latest"}}),
+    "validation split with streaming": ("WARNING", "dataset.validation_split", {"dataset": {"validation_split": 0.1}}),
+    "warmup": ("PRECEDENCE", "scheduler.warmup_percent", {"scheduler": {"warmup_percent": 5, "warmup_steps": 9}}),
+    "decay": ("PRECEDENCE", "scheduler.decay_percent", {"scheduler": {"decay_percent": 50, "decay_steps": 9}}),
+    "muonclip with ZeRO": ("ERROR", "optimizer.name", {"optimizer": {"name": "muonclip"}}),
     "packing with sdpa": (
-        "WARNING", packed_sdpa_is_slower, {"datacollator": {"pack_sequences": True}, "model": {"attn_backend": "sdpa"}},
+        "WARNING", "model.attn_backend", {"datacollator": {"pack_sequences": True}, "model": {"attn_backend": "sdpa"}},
     ),
-    "path and name": ("PRECEDENCE", path_wins_over_name, {"dataset": {"path": "x", "name": "y"}}),
-    "vocabulary": ("IMPORTANT", vocabulary_follows_tokenizer, {"model": {"vocab_size": 9000}}),
-    "padding": ("IMPORTANT", pad_id_follows_tokenizer, {"model": {"pad_token_id": 1}}),
+    "path and name": ("PRECEDENCE", "dataset.path", {"dataset": {"path": "x", "name": "y"}}),
+    "vocabulary": ("IMPORTANT", "model.vocab_size", {"model": {"vocab_size": 9000}}),
+    "padding": ("IMPORTANT", "model.pad_token_id", {"model": {"pad_token_id": 1}}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NINE_RULES)
 def test_the_rules_of_the_reference(name, tmp_path, monkeypatch):
-    kind, check, values = NINE_RULES[name]
-    if check is muonclip_needs_whole_matrices:
+    kind, key, values = NINE_RULES[name]
+    if name == "muonclip with ZeRO":
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         with pytest.raises(ConfigError, match="optimizer.name: muonclip cannot run under ZeRO stage 2"):
             load_config([], ["optimizer.name=muonclip"])
@@ -108,11 +98,35 @@ def test_the_rules_of_the_reference(name, tmp_path, monkeypatch):
             load_config([], ["optimizer.name=muonclip", f"accelerate_config_file={tmp_path / 'zero.yaml'}"])
         return
     (tmp_path / "c.yaml").write_text(json.dumps(values))
-    loaded = load_config([str(tmp_path / "c.yaml")])
-    assert [rule.kind for rule in RULES if rule.check is check] == [kind]
-    found = check(loaded.config, *([False] if check is resume_needs_a_position else []))
-    assert len(list(found)) == 1
-    assert list(check(load_config([]).config)) == []
+    config = load_config([str(tmp_path / "c.yaml")]).config
+    if name == "resume with streaming":
+        found = [(rule.kind, one.path) for rule in RULES if rule.check is resume_needs_a_position
+                 for one in resume_needs_a_position(config, has_position=False)]  # fmt: skip
+    else:
+        found = [(rule.kind, one.path) for rule in RULES for one in rule.find(config)]
+    assert found == [(kind, key)]
+    assert [one for rule in RULES for one in rule.find(load_config([]).config)] == []
+
+
+def test_keys_that_do_not_act_in_a_task_are_named(tmp_path):
+    """By themselves where others of their section act, and else once for the section; at its default a key is not named."""
+    for task, words, expected in (
+        ("glue", ["dataset.mixture_exhausted=repeat", "dataset.num_shards=2"], ["dataset.num_shards"]),
+        ("glue", ["contrastive.pooling=cls", "contrastive.loss_type=supcon"], ["contrastive.loss_type"]),
+        ("contrastive", ["datacollator.mask_all=true", "mteb_pooling=cls"], ["datacollator.mask_all", "mteb_pooling"]),
+        (
+            "mteb",
+            ["model.rope=false", "trainer.save_steps=3", "trainer.use_cpu=true"],
+            ["model.rope", "trainer.save_steps"],
+        ),
+        ("pretraining", ["glue.task_name=rte", "dataset.columns={text: a}"], ["dataset.columns", "glue.task_name"]),
+    ):
+        warnings = load_config([], words, task).warnings
+        assert [warning.partition(":")[0] for warning in warnings] == expected
+        assert all(f"has no effect in task: {task}" in warning for warning in warnings)
+        assert [", nor has the rest of" in warning for warning in warnings] == [
+            key in ("contrastive.loss_type", "model.rope", "glue.task_name") for key in expected
+        ]
 
 
 def test_files_on_the_command_line_are_layered(tmp_path):

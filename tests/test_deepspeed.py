@@ -108,7 +108,7 @@ def test_the_best_weights_are_loaded_into_pieces(root):
 @needs_deepspeed
 def test_a_single_process_is_told_why_it_does_not_resume(root):
     with pytest.raises(CheckpointError, match="saved for ZeRO 2 on 2 processes, and this run has whole matrices on 1"):
-        run(root / "zero2", f"trainer.resume_from_checkpoint={HALF}", "dataset.lanes=null")
+        run(root / "zero2", f"trainer.resume_from_checkpoint={HALF}", "dataset.num_shards=null")
 
 
 # --- what DeepSpeed is asked to do -----------

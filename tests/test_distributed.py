@@ -31,7 +31,8 @@ from neobert.training.metrics import read_metrics
 STEPS, HALF = 20, 10
 BASE = [
     *TINY, f"trainer.max_steps={STEPS}", f"trainer.save_steps={HALF}", "trainer.eval_steps=8", "trainer.eval_max_batches=3",
-    "datacollator.pack_sequences=true", "dataset.lanes=2", "trainer.gradient_clipping=0.5", "trainer.log_weight_norms=true",
+    "datacollator.pack_sequences=true", "dataset.num_shards=2", "trainer.gradient_clipping=0.5",
+    "trainer.log_weight_norms=true",
 ]  # fmt: skip
 MUON = [
     "optimizer.name=muonclip", "optimizer.muon_config.clipping_threshold=0.001", "optimizer.muon_config.clipping_interval=3",
@@ -82,7 +83,7 @@ def worker(rank, root):
         num_open.append([len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")])
     (root / f"open{rank}.json").write_text(json.dumps(num_open))
     with pytest.raises(UserError, match="cannot share equally"):
-        run(root / "three lanes", "dataset.lanes=3")
+        run(root / "three lanes", "dataset.num_shards=3")
     run_folder.SHARED_SECONDS = 0.5
     os.makedirs(root / f"machine{rank}")
     os.chdir(root / f"machine{rank}")
@@ -101,7 +102,7 @@ def root(tmp_path_factory):
         run(root / name, alone, *words)
     torch.multiprocessing.spawn(worker, (root,), nprocs=2)
     for source in ("ddp", "fsdp2", "fsdp2 muon"):
-        words = [alone, "dataset.lanes=null", *(MUON if "muon" in source else [])]
+        words = [alone, "dataset.num_shards=null", *(MUON if "muon" in source else [])]
         resume(root, f"{source} to one", source, *words)
     return root
 

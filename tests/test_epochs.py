@@ -27,16 +27,16 @@ EPOCHS, HALF = 3, 10
 EDGES = [f"trainer.num_train_epochs={EPOCHS}", "trainer.eval_strategy=epoch", "trainer.save_strategy=epoch"]
 PACKED = "datacollator.pack_sequences=true"
 BY_EPOCH = {
-    "ddp": ["dataset.lanes=2", PACKED],
+    "ddp": ["dataset.num_shards=2", PACKED],
     "fsdp2": [
         "trainer.engine=fsdp2",
-        "dataset.lanes=4",
+        "dataset.num_shards=4",
         PACKED,
         "dataset.streaming=true",
         "trainer.gradient_accumulation_steps=3",
     ],
 }
-STEPS = ["trainer.num_train_epochs=1", "dataset.lanes=2", f"trainer.save_steps={HALF}"]
+STEPS = ["trainer.num_train_epochs=1", "dataset.num_shards=2", f"trainer.save_steps={HALF}"]
 FIXED = [*TINY, "trainer.gradient_accumulation_steps=2", "trainer.save_steps=1000", "trainer.eval_steps=1000"]
 
 

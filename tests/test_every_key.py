@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from neobert.checkpoints.format import find_checkpoint
 from neobert.config.load import load_config
-from neobert.config.reference import known_keys, value_of
+from neobert.config.schema import known_keys
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.ranks import Ranks
@@ -330,7 +330,7 @@ def padded_to_the_longest(train, small):
 
 def acts_as(key, value, *words):
     """The key that a word acts as has this value."""
-    return lambda train, small: value_of(load_config([], [*small, *words]).config, key) == value
+    return lambda train, small: load_config([], [*small, *words]).config.value_of(key) == value
 
 
 def evaluates_fewer_rows(train, small):
@@ -497,7 +497,7 @@ ROWS = {
     "dataset.bad_rows": refuses_bad_rows,
     "dataset.mixture": mixes,
     "dataset.mixture_exhausted": mixture_ends,
-    "dataset.lanes": losses("dataset.lanes=2"),
+    "dataset.num_shards": losses("dataset.num_shards=2"),
     "datacollator.mlm_probability_final": losses("datacollator.mlm_probability_final=0.6"),
     "dataset.long_documents": losses("dataset.long_documents=truncate", "tokenizer.max_length=9"),
     "datacollator.mlm_probability": losses("datacollator.mlm_probability=0.4"),

@@ -13,10 +13,9 @@ from neobert.config.explain import STARTERS, diff_configs, explain_key, referenc
 from neobert.config.legacy import LEGACY
 from neobert.config.load import load_config
 from neobert.config.ready import check_ready
-from neobert.config.reference import known_keys
-from neobert.config.rules import RULES, value_of
-from neobert.config.schema import Config
-from neobert.config.training_sections import MuonConfig
+from neobert.config.rules import RULES
+from neobert.config.schema import Config, known_keys
+from neobert.config.sections import MuonConfig
 from neobert.errors import ConfigError
 
 EXAMPLES = {
@@ -31,6 +30,7 @@ EXAMPLES = {
     "dataset.tokenizer_name": ("t", "t"),
     "dataset.column": ("c", "c"),
     "dataset.path_to_disk": ("p", "p"),
+    "dataset.lanes": (2, 2),
     "tokenizer.tokenizer_name_or_path": ("t", "t"),
     "optimizer.hparams.lr": (0.25, 0.25),
     "model.flash_attention": (True, "flash_attn_varlen"),
@@ -75,7 +75,7 @@ def test_older_names_act_and_warn(old, tmp_path):
     written, expected = EXAMPLES[old]
     muon = ["optimizer.name=muonclip"] if "muon" in old else []
     loaded = load_config([write(tmp_path / "c.yaml", nested(old, written))], muon)
-    assert value_of(loaded.config, new_name(old)) == expected
+    assert loaded.config.value_of(new_name(old)) == expected
     assert (
         sum(f"{old} is an older name: {written!r} acts as {new_name(old)}" in warning for warning in loaded.warnings)
         == 1
@@ -150,7 +150,7 @@ def test_what_an_older_and_a_newer_name_come_to(old, given, tmp_path):
             load_config([file], muon)
         return
     loaded = load_config([file], muon)
-    assert value_of(loaded.config, new_name(old)) == expected
+    assert loaded.config.value_of(new_name(old)) == expected
     assert len(loaded.warnings) == num_warnings, loaded.warnings
 
 
@@ -189,10 +189,10 @@ def test_the_defaults_of_the_reference_are_valid(reference_keys, tmp_path):
     assert loaded.warnings == []
     for info in known_keys().values():
         expected = {"config_path": None, "optimizer.muon_config": MuonConfig()}.get(info.key, info.default)
-        assert value_of(loaded.config, info.key) == expected, info.key
+        assert loaded.config.value_of(info.key) == expected, info.key
     for key, value in {"trainer.save_total_limit": 5, "dataset.num_workers": 8, "dataset.path": str(tmp_path)}.items():
         loaded = load_config([file], [f"{key}={value}"])
-        assert value_of(loaded.config, key) == value
+        assert loaded.config.value_of(key) == value
         assert loaded.warnings == []
 
 
@@ -219,6 +219,8 @@ def test_explain():
         assert words in text
     assert "older     trainer.bf16" in explain_key("trainer.mixed_precision").replace("mixed_precision, ", "")
     assert "older name of trainer.output_dir" in explain_key("trainer.dir")
+    assert "tasks     contrastive" in explain_key("dataset.columns")
+    assert "tasks  " not in explain_key("seed")
     with pytest.raises(ConfigError, match="did you mean trainer.max_steps"):
         explain_key("trainer.max_step")
     for key in known_keys():
@@ -284,7 +286,7 @@ def test_every_configuration_names_the_schema():
 
 def test_rules_name_real_keys():
     for rule in RULES:
-        assert set(rule.keys) <= set(known_keys())
+        assert set(rule.all_keys) <= set(known_keys())
         assert rule.description.endswith(".")
 
 

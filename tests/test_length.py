@@ -26,7 +26,7 @@ from neobert.tasks.pretraining import task as pretraining
 from neobert.tasks.pretraining.data import build_data
 from neobert.training.metrics import read_metrics
 
-EPOCH = ["trainer.num_train_epochs=2", "dataset.lanes=2", "trainer.gradient_accumulation_steps=2"]
+EPOCH = ["trainer.num_train_epochs=2", "dataset.num_shards=2", "trainer.gradient_accumulation_steps=2"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from export_sample import OWN_CODE, tiny_model, write_checkpoint
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from neobert.checkpoints.layouts import eurobert_config, is_eurobert, to_eurobert
-from neobert.cli import evaluate as cli_evaluate
+from neobert.cli import models as cli_models
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.splits import find_splits
 from neobert.errors import DataError, UserError
@@ -95,6 +95,6 @@ def test_the_command(tmp_path):
     assert again.returncode == 0, again.stderr
     assert json.loads(output.read_text())["pseudo_perplexity"] == pytest.approx(found["pseudo_perplexity"], rel=0.05)
     with pytest.raises(UserError, match="nothing at '.*absent.txt'"):
-        cli_evaluate.pseudo_perplexity(str(run), str(tmp_path / "absent.txt"))
+        cli_models.pseudo_perplexity(str(run), str(tmp_path / "absent.txt"))
     with pytest.raises(UserError, match="--max-length: 5000, but the model takes 512 tokens"):
-        cli_evaluate.pseudo_perplexity(str(run), str(TEXT), max_length=5000)
+        cli_models.pseudo_perplexity(str(run), str(TEXT), max_length=5000)

@@ -487,7 +487,7 @@ def test_why_there_is_no_text_is_said(tmp_path):
     cases = (
         ("latin.txt", "dataset.pre_tokenize=false", "2 rows passed over: 2 not UTF-8, first at"),
         ("latin.txt", "dataset.pre_tokenize=true", "no document in it (2 rows passed over: 2 not UTF-8)"),
-        ("two.txt", "dataset.lanes=3", "reader 3 of 3 of the corpus is empty: documents are dealt"),
+        ("two.txt", "dataset.num_shards=3", "reader 3 of 3 of the corpus is empty: documents are dealt"),
     )
     for name, word, expected in cases:
         words = [*TINY, f"trainer.output_dir={tmp_path / 'out'}", f"dataset.path={tmp_path / name}", word]

@@ -29,7 +29,7 @@ def test_it_repeats_the_run_without_a_note(small, tmp_path, capsys):
     """Of older names, defaults, nulls and a call that resumes, what is left is what was set, under its present name."""
     (tmp_path / "mine.yaml").write_text(
         "trainer: {train_batch_size: 2, resume_from_checkpoint: latest, gradient_clipping: null, bf16: false}\n"
-        "dataset: {lanes: 1}\nmodel: {pad_token_id: 0}\nscheduler: {warmup_steps: 2}\n"
+        "dataset: {num_shards: 1}\nmodel: {pad_token_id: 0}\nscheduler: {warmup_steps: 2}\n"
     )
     words = [
         word for word in [*TINY, *small] if "batch_size" not in word and "warmup" not in word and "mixed" not in word
@@ -45,7 +45,7 @@ def test_it_repeats_the_run_without_a_note(small, tmp_path, capsys):
     saved = yaml.safe_load((first / "config.yaml").read_text())
     given = {word.partition("=")[0] for word in words} | {"trainer.output_dir", "task", "config_path"}
     given |= {"trainer.per_device_train_batch_size", "trainer.gradient_clipping", "trainer.mixed_precision"}
-    assert set(flat(saved)) == given | {"dataset.lanes", "model.pad_token_id", "scheduler.warmup_steps"}
+    assert set(flat(saved)) == given | {"dataset.num_shards", "model.pad_token_id", "scheduler.warmup_steps"}
     again = load_config([str(first / "config.yaml")], [f"trainer.output_dir={tmp_path / 'b'}"])
     assert again.warnings == []
     assert again.config.trainer.resume_from_checkpoint is None

@@ -12,7 +12,6 @@ from neobert.checkpoints.format import STATE, WEIGHTS, find_checkpoint, list_ste
 from neobert.checkpoints.load import HF_ENCODER, load_model_config
 from neobert.config.load import load_config
 from neobert.config.ready import asked_weights, missing_tokenizer, missing_weights
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
@@ -149,7 +148,7 @@ def contradictions(config: Config, folder: Path, found: NeoBERTConfig) -> list[P
             f"model.{name}", f"{getattr(config.model, name)}, but {folder} has {getattr(found, name)}; leave it out"
         )
         for name in ARCHITECTURE
-        if is_set(f"model.{name}", config) and getattr(config.model, name) != getattr(found, name)
+        if config.is_set(f"model.{name}") and getattr(config.model, name) != getattr(found, name)
     ]
 
 
@@ -185,7 +184,7 @@ def architecture_keys(config: Config, start: InitialWeights) -> dict[str, Any]:
     if start.architecture is None:
         return {}
     found = {name: getattr(start.architecture, name) for name in ARCHITECTURE}
-    if not is_set("model.dropout_prob", config):
+    if not config.is_set("model.dropout_prob"):
         found["dropout_prob"] = start.architecture.dropout_prob
     return found
 
@@ -235,7 +234,7 @@ def find_tokenizer(config: Config, start: InitialWeights) -> tuple[Any, dict[str
 def check_named_tokenizer(config: Config, found: Any, origin: str) -> None:
     """Raises CheckpointError when the YAML names another tokenizer than `found`, that of the weights in `origin`."""
     named = config.tokenizer
-    by_name = is_set("tokenizer.name", config) and named.name != type(named).model_fields["name"].default
+    by_name = config.is_set("tokenizer.name") and named.name != type(named).model_fields["name"].default
     if named.path is None and not by_name:
         return
     wanted = load_tokenizer(named.name, named.path)

@@ -1,4 +1,4 @@
-"""The commands about data: `tokenize`, `data`, `verify-resume`, `tokenizer train`. Registered in `cli.py`."""
+"""The commands about data: tokenize, data, verify-resume, tokenizer train."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, layers
 from neobert.errors import ConfigError, Problem
-
-TEXT_HELP = ".txt, .jsonl, .json, .csv, .tsv (.gz, .zst), .parquet or .arrow files, folders or globs."
 
 
 def tokenize(
@@ -20,7 +19,7 @@ def tokenize(
         str, typer.Option(metavar="I/N", help="Make every N-th shard from the I-th, counted from 1: for array jobs.")
     ] = "1/1",
     split: Annotated[str | None, typer.Option(help="Split, or a slice of one, as train[:10%].")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text, if there are several.")] = None,
+    text_column: TextColumn = None,
     refuse: Annotated[bool, typer.Option("--refuse-bad-rows", help="Stop at rows without usable text.")] = False,
 ) -> None:
     """Tokenise a corpus before training, into a folder that dataset.path takes.
@@ -40,8 +39,7 @@ def tokenize(
 
     share = parse_share(shard)
     files = find_splits(corpus, text_column, split, None)[0]
-    is_folder = Path(tokenizer).is_dir()
-    encoder = text_tokenizer(load_tokenizer(tokenizer, tokenizer if is_folder else None))
+    encoder = text_tokenizer(load_tokenizer(tokenizer, tokenizer if Path(tokenizer).is_dir() else None))
     made, manifest = tokenize_files(files, encoder, output, num_proc or cores(), os.isatty(2), share, refuse)
     print(f"{output}: {made} shard{'s' if made != 1 else ''} made")
     if manifest is None:
@@ -66,7 +64,7 @@ def tokenizer_train(
     vocab_size: Annotated[int, typer.Option(min=64, max=1_000_000, help="Tokens in the vocabulary.")] = 8192,
     kind: Annotated[Literal["wordpiece", "bpe"], typer.Option(help="WordPiece, or byte-level BPE.")] = "wordpiece",
     cased: Annotated[bool, typer.Option("--cased", help="Keep upper and lower case apart.")] = False,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text, if there are several.")] = None,
+    text_column: TextColumn = None,
     max_length: Annotated[int, typer.Option(min=8, help="Longest input of the model.")] = 512,
 ) -> None:
     """Train a tokenizer on your text, with the special tokens that a masked LM needs.
@@ -83,29 +81,48 @@ def tokenizer_train(
     from neobert.data.tokenizer import train_from_files
 
     size, skips = train_from_files(
-        files,
-        text_column,
-        os.isatty(2),
-        output=output,
-        vocab_size=vocab_size,
-        lowercase=not cased,
-        max_length=max_length,
+        files, text_column, os.isatty(2), output=output, vocab_size=vocab_size, lowercase=not cased, max_length=max_length,
         kind=kind,
-    )
+    )  # fmt: skip
     note = skips.describe(form="\nnote: {}")
     print(f"{output}: {size:,} tokens{note}")
     print(f"next: neobert pretrain CONFIG --tokenizer.path {output}")
 
 
-def show_data(files: list[str], overrides: list[str], rows: int, documents: int) -> None:
+def data(
+    context: typer.Context,
+    config: ConfigFile,
+    rows: Annotated[int, typer.Option(min=0, max=100, help="Rows to show.")] = 3,
+    documents: Annotated[int, typer.Option(min=1, help="Documents to look at for the figures.")] = 2000,
+) -> None:
+    """What training will see: rows with their documents and masks, lengths, fill, tokens per epoch, share cut.
+
+    \b
+    Example:
+      neobert data my.yaml --rows 5 dataset.path=corpus/
+    """
     from neobert.config.load import load_config
     from neobert.tasks.pretraining.show_data import describe_data
 
-    for line in describe_data(load_config(files, overrides, "pretraining").config, rows, documents):
+    loaded = load_config(*layers(config, context.args), "pretraining")
+    for line in describe_data(loaded.config, rows, documents):
         print(line)
 
 
-def verify_resume(files: list[str], overrides: list[str], steps: int) -> bool:
+def verify_resume(
+    context: typer.Context,
+    config: ConfigFile,
+    steps: Annotated[int, typer.Option(min=4, max=10_000, help="Steps to train.")] = 6,
+) -> None:
+    """Train a few steps, once in one go and once killed and resumed, and compare tokens, masks and losses.
+
+    Nothing is written to the output folder. Exit code 1 when something differs.
+
+    \b
+    Example:
+      neobert verify-resume my.yaml dataset.path=corpus/
+    """
     from neobert.tasks.pretraining.verify_resume import verify
 
-    return verify(files, overrides, steps)
+    if not verify(*layers(config, context.args), steps):
+        raise typer.Exit(1)

@@ -10,21 +10,20 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from neobert.cli import data as cli_data
-from neobert.cli import embed as cli_embed
-from neobert.cli import evaluate as cli_evaluate
-from neobert.cli import export as cli_export
-from neobert.cli import glue as cli_glue
-from neobert.cli.options import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, start_processes
-from neobert.cli.options import layers as _layers
+from neobert.cli import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, data, layers, models
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
 
+if TYPE_CHECKING:
+    from neobert.config.load import Loaded
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 app = typer.Typer(
     name="neobert",
     no_args_is_help=True,
@@ -42,12 +41,17 @@ app.add_typer(config_app, name="config")
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
-@app.command(context_settings=WITH_OVERRIDES, options_metavar="[--nproc N] " + OVERRIDES)
+def with_overrides(options: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Registers a command that takes a configuration file and, after it, overrides of any key."""
+    return app.command(name, context_settings=WITH_OVERRIDES, options_metavar=f"{options} {OVERRIDES}")
+
+
+@with_overrides("[--nproc N]")
 def run(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Run what the file's `task` says.
 
-    Keys can be set behind the file, as --section.key value or section.key=value; the last one wins. Further YAML files
-    directly behind the first one are laid over it.
+    Keys can be set after the file, as --section.key value or section.key=value; the last one wins. Further YAML files
+    directly after the first one are laid over it.
 
     \b
     Examples:
@@ -57,10 +61,10 @@ def run(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) 
       neobert run my.yaml --nproc 2 --trainer.engine fsdp2
       torchrun --nproc-per-node 8 --module neobert run my.yaml
     """
-    _run(config, context.args, None, nproc)
+    _run("run", None, config, context.args, nproc)
 
 
-@app.command(context_settings=WITH_OVERRIDES, options_metavar="[--nproc N] " + OVERRIDES)
+@with_overrides("[--nproc N]")
 def pretrain(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Masked-LM pretraining on your text.
 
@@ -73,10 +77,10 @@ def pretrain(context: typer.Context, config: ConfigFile, nproc: NumProcesses = N
           --tokenizer.path tokenizer/ --trainer.output_dir runs/first
       neobert pretrain my.yaml --trainer.resume_from_checkpoint latest --trainer.max_steps 20000
     """
-    _run(config, context.args, "pretraining", nproc)
+    _run("pretrain", "pretraining", config, context.args, nproc)
 
 
-@app.command(context_settings=WITH_OVERRIDES, options_metavar="[--nproc N] " + OVERRIDES)
+@with_overrides("[--nproc N]")
 def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Train sentence embeddings on your pairs, from a pretrained encoder.
 
@@ -85,10 +89,10 @@ def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses 
       neobert contrastive configs/contrastive/small.yaml --dataset.path pairs.jsonl \\
           --contrastive.pretrained_checkpoint_dir runs/first
     """
-    _run(config, context.args, "contrastive", nproc)
+    _run("contrastive", "contrastive", config, context.args, nproc)
 
 
-@app.command(context_settings=WITH_OVERRIDES, options_metavar="[OPTIONS] " + OVERRIDES)
+@with_overrides("[OPTIONS]")
 def glue(
     context: typer.Context,
     config: ConfigFile,
@@ -110,23 +114,76 @@ def glue(
       neobert glue configs/glue/small.yaml --tasks all --seeds 5 --dataset.path glue/
       neobert glue outputs/glue-small/config.yaml --predict
     """
-    code = cli_glue.run_glue(config, context.args, tasks, seeds, predict, nproc)
-    if code:
-        raise typer.Exit(code)
-
-
-def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> None:
     from neobert.config.load import load_config
+
+    files, overrides = layers(config, context.args)
+    loaded = load_config(files, overrides, "glue")
+    is_suite = tasks is not None or seeds is not None
+    names = parse_tasks(tasks or loaded.config.glue.task_name) if is_suite else []
+    if is_suite or not predict:
+        given = {"--tasks": tasks, "--seeds": seeds}
+        options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        options += ["--predict"] if predict else []
+        _start(loaded, ["glue", str(config), *context.args, *options], nproc)
+    elif nproc is not None:
+        raise ConfigError(Problem("--nproc", "one process predicts; leave it out"))
+    if is_suite:
+        from neobert.insight.report import write_report
+        from neobert.tasks.glue.suite import run_suite
+
+        raise typer.Exit(run_suite(files, overrides, names, seeds or 1, predict, write_report))
+    if predict:
+        from neobert.tasks.glue.predict import predict_run
+
+        predict_run(loaded.config)
+    else:
+        _train(loaded)
+
+
+def parse_tasks(text: str) -> list[str]:
+    """`all` or `cola,rte` -> names in the order of GLUE's table. Raises ConfigError."""
+    from neobert.data.labelled.tasks import TASKS
+
+    trained = [task.name for task in TASKS.values() if task.trains]
+    names = trained if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in trained:
+            hint = "; ax is predicted by mnli's models, with --predict" if name == "ax" else ""
+            raise ConfigError(Problem("--tasks", f"no task {name!r}; there are: all, {', '.join(trained)}{hint}"))
+    return [name for name in trained if name in names]
+
+
+def _run(command: str, task: str | None, first: Path, arguments: list[str], nproc: int | None) -> None:
+    """Run a file of `task`, or, where that is None, of whatever task it says."""
+    from neobert.config.load import load_config
+
+    loaded = load_config(*layers(first, arguments), task)
+    if loaded.config.task == "mteb":
+        models.evaluate_mteb(loaded)
+    else:
+        _start(loaded, [command, str(first), *arguments], nproc)
+        _train(loaded)
+
+
+def _start(loaded: "Loaded", command: list[str], nproc: int | None) -> None:
+    """Check what a run needs. Where `--nproc` or a file of Accelerate ask for several processes, run `neobert <command>` in
+    them and exit as they do.
+    """
     from neobert.config.ready import check_ready
 
-    loaded = load_config(*_layers(first, words), task)
-    if loaded.config.task == "mteb":
-        raise typer.Exit(cli_evaluate.run_mteb(*_layers(first, words), None))
     check_ready(loaded)
-    command = [{None: "run", "pretraining": "pretrain"}.get(task, task or ""), str(first), *words]
-    code = start_processes(loaded.config, nproc, command)
-    if code is not None:
-        raise typer.Exit(code)
+    config = loaded.config
+    if nproc is not None or config.accelerate_config_file is not None:
+        from neobert.training.launch import launch, plan_launch
+
+        plan, notes = plan_launch(config, nproc)
+        print_notes(notes)
+        if plan is not None:
+            raise typer.Exit(launch(command, plan, config.trainer.use_cpu))
+
+
+def _train(loaded: "Loaded") -> None:
+    """Train in this process, and write the report of the run."""
     from importlib import import_module
 
     from neobert.insight.report import write_report
@@ -138,22 +195,6 @@ def _run(first: Path, words: list[str], task: str | None, nproc: int | None) -> 
         raise typer.Exit(finished.exit_code)
 
 
-@app.command()
-def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write [RUN/report.html].")] = None,
-) -> None:
-    """A run as one self-contained HTML page: loss, learning rate, throughput, step times.
-
-    \b
-    Example:
-      neobert report outputs/quickstart
-    """
-    from neobert.insight.report import write_report
-
-    print(write_report(run_folder, output))
-
-
 @config_app.command("check", context_settings=WITH_OVERRIDES)
 def config_check(context: typer.Context, config: ConfigFile) -> None:
     """Check a file: all problems at once, each with its line, and what a run would not find. Takes a moment.
@@ -162,11 +203,9 @@ def config_check(context: typer.Context, config: ConfigFile) -> None:
     Example:
       neobert config check my.yaml
     """
-    from neobert.config.load import load_config
     from neobert.config.ready import check_ready
 
-    loaded = load_config(*_layers(config, context.args))
-    print_notes(loaded.warnings)
+    loaded = _load_and_warn(config, context)
     check_ready(loaded)
     print(f"{config}: ok ({loaded.config.task}, {len(loaded.origins)} keys set)")
 
@@ -180,11 +219,17 @@ def config_show(context: typer.Context, config: ConfigFile) -> None:
       neobert config show my.yaml --trainer.max_steps 100
     """
     from neobert.config.explain import show_config
+
+    loaded = _load_and_warn(config, context)
+    print(show_config(loaded.config, loaded.origins))
+
+
+def _load_and_warn(config: Path, context: typer.Context) -> "Loaded":
     from neobert.config.load import load_config
 
-    loaded = load_config(*_layers(config, context.args))
+    loaded = load_config(*layers(config, context.args))
     print_notes(loaded.warnings)
-    print(show_config(loaded.config, loaded.origins))
+    return loaded
 
 
 @config_app.command("explain")
@@ -253,80 +298,47 @@ def config_keys(
     Example:
       neobert config keys | grep warmup
     """
-    from neobert.config.reference import known_keys
+    from neobert.config.explain import plain_json
+    from neobert.config.schema import known_keys
 
     keys = known_keys().values()
     if as_json:
-        defaults = {"default": _plain}
-        print(json.dumps([info.as_json() for info in keys], indent=1, **defaults))
+        print(plain_json([info.as_json() for info in keys], indent=1))
         return
     for info in keys:
         choices = f" ({', '.join(info.choices)})" if info.choices else ""
-        print(f"{info.key}: {info.type} = {json.dumps(info.default, default=_plain)}{choices}\n    {info.help}")
+        print(f"{info.key}: {info.type} = {plain_json(info.default)}{choices}\n    {info.help}")
 
 
-def _plain(value: Any) -> Any:
-    return value.model_dump()
+COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
+    ("report", models.report, None),
+    ("data", data.data, "[--rows N] [--documents N]"),
+    ("verify-resume", data.verify_resume, "[--steps N]"),
+    ("tokenize", data.tokenize, None),
+    ("fill-mask", models.fill_mask, None),
+    ("embed", models.embed, None),
+    ("similarity", models.similarity, None),
+    ("mteb", models.mteb, "[--model PATH]"),
+    ("pseudo-perplexity", models.pseudo_perplexity, None),
+    ("export", models.export, None),
+    ("import", models.import_, None),
+)
+for name, command, options in COMMANDS:
+    (with_overrides(options, name) if options else app.command(name))(command)
+tokenizer_app.command("train")(data.tokenizer_train)
 
 
-@app.command("data", context_settings=WITH_OVERRIDES, options_metavar="[--rows N] [--documents N] " + OVERRIDES)
-def data(
-    context: typer.Context,
-    config: ConfigFile,
-    rows: Annotated[int, typer.Option(min=0, max=100, help="Rows to show.")] = 3,
-    documents: Annotated[int, typer.Option(min=1, help="Documents to look at for the figures.")] = 2000,
-) -> None:
-    """What training will see: rows with their documents and masks, lengths, fill, tokens per epoch, share cut.
-
-    \b
-    Example:
-      neobert data my.yaml --rows 5 dataset.path=corpus/
-    """
-    cli_data.show_data(*_layers(config, context.args), rows, documents)
-
-
-@app.command("verify-resume", context_settings=WITH_OVERRIDES, options_metavar="[--steps N] " + OVERRIDES)
-def verify_resume(
-    context: typer.Context,
-    config: ConfigFile,
-    steps: Annotated[int, typer.Option(min=4, max=10_000, help="Steps to train.")] = 6,
-) -> None:
-    """Train a few steps, once in one go and once killed and resumed, and compare tokens, masks and losses.
-
-    Nothing is written to the output folder. Exit code 1 when something differs.
-
-    \b
-    Example:
-      neobert verify-resume my.yaml dataset.path=corpus/
-    """
-    if not cli_data.verify_resume(*_layers(config, context.args), steps):
-        raise typer.Exit(1)
-
-
-app.command("tokenize")(cli_data.tokenize)
-app.command("fill-mask")(cli_evaluate.fill_mask)
-app.command("embed")(cli_embed.embed)
-app.command("similarity")(cli_embed.similarity)
-app.command("mteb", context_settings=WITH_OVERRIDES, options_metavar="[--model PATH] " + OVERRIDES)(cli_evaluate.mteb)
-app.command("pseudo-perplexity")(cli_evaluate.pseudo_perplexity)
-app.command("export")(cli_export.export)
-app.command("import")(cli_export.import_)
-tokenizer_app.command("train")(cli_data.tokenizer_train)
-
-
-def _quiet_libraries() -> None:
-    """Libraries that print progress and advice of their own would garble our output."""
-    for name, value in {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}.items():
-        os.environ.setdefault(name, value)
+def _prepare_process() -> None:
+    """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _allow_open_files() -> None:
-    """As many open files as the system lets a process have: a corpus may have thousands."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -334,36 +346,31 @@ def _end(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _complain(message: str) -> NoReturn:
-    """Print what is wrong and exit. What all processes find wrong, the main one says; it is given the time to."""
+def _fail(message: str) -> NoReturn:
+    """Print what is wrong and exit. The main process is given the time to print first what all processes find."""
     number = int(os.environ.get("RANK", "0"))
     if number:
         time.sleep(3)
     for line in message.splitlines():
         print(f"error: {f'process {number}: ' if number else ''}{line}", file=sys.stderr, flush=True)
-    os._exit(2) if number else sys.exit(2)
-
-
-def _has_lost_peer(error: RuntimeError) -> bool:
-    from neobert.training.runtime import is_lost_peer
-
-    return is_lost_peer(error)
+    if number:
+        os._exit(2)
+    sys.exit(2)
 
 
 def main() -> None:
     """Entry point: user errors become plain lines and exit code 2."""
-    _quiet_libraries()
-    _allow_open_files()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _end)
+    _prepare_process()
     try:
         app()
     except UserError as error:
-        _complain(str(error))
+        _fail(str(error))
     except RuntimeError as error:
-        if not _has_lost_peer(error):
+        from neobert.training.runtime import is_lost_peer
+
+        if not is_lost_peer(error):
             raise
-        _complain("the connection to another process broke off: it has ended, and its own message says why")
+        _fail("the connection to another process broke off: it has ended, and its own message says why")
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -371,7 +378,7 @@ def main() -> None:
         failed = disk_error(error)
         if failed is None:
             raise
-        _complain(str(failed))
+        _fail(str(failed))
 
 
 if __name__ == "__main__":

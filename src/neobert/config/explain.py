@@ -1,15 +1,15 @@
 """The configuration explained: one key, one file with its origins, two files compared, a starter file, the reference page."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
+from neobert.config.field import TASKS, KeyInfo
 from neobert.config.legacy import LEGACY, nearest_key
-from neobert.config.reference import KeyInfo, known_keys, value_of
 from neobert.config.rules import RULES
-from neobert.config.schema import Config
+from neobert.config.schema import Config, known_keys
 from neobert.errors import ConfigError, Problem
 
 FILL_IN: Any = object()
@@ -46,80 +46,67 @@ def explain_key(dotted: str) -> str:
         if renamed is not None:
             return f"{dotted} is an older name of {renamed.new}\n\n{explain_key(renamed.new)}"
         raise ConfigError(Problem(dotted, f"unknown key{nearest_key(dotted)}"))
-    lines = [dotted, f"  {info.help}", "", f"  type      {info.type}", f"  default   {plain_json(info.default)}"]
-    if info.choices:
-        lines.append(f"  choices   {', '.join(info.choices)}")
-    if info.bounds:
-        lines.append(f"  bounds    {info.bounds}")
-    lines.append(f"  changes   {info.effect}")
-    older = [rule.old for rule in LEGACY if rule.new == dotted]
-    if older:
-        lines.append(f"  older     {', '.join(older)}")
+    facts = {
+        "type": info.type,
+        "default": plain_json(info.default),
+        "choices": ", ".join(info.choices or []),
+        "bounds": info.bounds,
+        "changes": info.effect,
+        "tasks": "" if info.tasks == TASKS else ", ".join(info.tasks),
+        "older": ", ".join(rule.old for rule in LEGACY if rule.new == dotted),
+    }
+    lines = [dotted, f"  {info.help}", "", *(f"  {name:<9} {fact}" for name, fact in facts.items() if fact)]
     for rule in RULES:
-        if dotted in rule.keys:
-            others = ", ".join(key for key in rule.keys if key != dotted)
+        if dotted in rule.all_keys:
+            others = ", ".join(key for key in rule.all_keys if key != dotted)
             lines.append(f"  {rule.kind.lower():<9} {rule.description}" + (f" (with {others})" if others else ""))
     return "\n".join(lines)
 
 
 def show_config(config: Config, origins: Mapping[str, str]) -> str:
     """The whole configuration as YAML; keys in `origins` say where they were set."""
-    lines: list[str] = []
-    _show_section(origins, config, "", lines)
-    return "\n".join(lines)
+    return "\n".join(_section_lines(config, origins, ""))
 
 
-def _show_section(origins: Mapping[str, str], section: BaseModel, prefix: str, lines: list[str]) -> None:
+def _section_lines(section: BaseModel, origins: Mapping[str, str], prefix: str) -> Iterator[str]:
     indent = "  " * prefix.count(".")
-    older = {rule.old for rule in LEGACY}
-    for name in type(section).model_fields:
-        value, dotted = getattr(section, name), prefix + name
+    for name, value in section:
+        dotted = prefix + name
         if isinstance(value, BaseModel):
-            lines.append(f"{indent}{name}:")
-            _show_section(origins, value, f"{dotted}.", lines)
-        elif dotted not in older:
-            origin = origins.get(dotted)
-            lines.append(f"{indent}{name}: {plain_json(value)}" + (f"  # {origin}" if origin else ""))
+            yield f"{indent}{name}:"
+            yield from _section_lines(value, origins, f"{dotted}.")
+        elif all(rule.old != dotted for rule in LEGACY):
+            yield f"{indent}{name}: {plain_json(value)}" + (f"  # {origins[dotted]}" if dotted in origins else "")
 
 
 def diff_configs(a: Config, b: Config) -> list[str]:
     """`key: value in a -> value in b`, for the keys that differ."""
-    lines = []
-    for dotted in known_keys():
-        one, other = (_value_or_none(config, dotted) for config in (a, b))
-        if one != other and dotted not in ("config_path", "optimizer.muon_config"):
-            lines.append(f"{dotted}: {plain_json(one)} -> {plain_json(other)}")
-    return lines
-
-
-def _value_or_none(config: Config, dotted: str) -> Any:
-    if dotted.startswith("optimizer.muon_config.") and config.optimizer.muon_config is None:
-        return None
-    return value_of(config, dotted)
+    return [
+        f"{key}: {plain_json(a.value_of(key))} -> {plain_json(b.value_of(key))}"
+        for key in known_keys()
+        if a.value_of(key) != b.value_of(key) and key not in ("config_path", "optimizer.muon_config")
+    ]
 
 
 def starter_file(task: str) -> str:
-    """A commented YAML file for a task, with the keys that one sets first; it trains once what it says is filled in."""
+    """A commented YAML file for a task, with the keys that one sets first; it trains once what is left open is filled in."""
     lines = [f"# A starting point for task: {task}. Every key: neobert config keys", f"task: {task}"]
-    section, keys = "", list(STARTERS[task])
-    for dotted in sorted(keys, key=lambda key: (key.rpartition(".")[0] != "", keys.index(key))):
-        info, (new, _, name), value = known_keys()[dotted], dotted.rpartition("."), STARTERS[task][dotted]
+    section, keys = "", STARTERS[task]
+    for dotted in sorted(keys, key=lambda key: "." in key):
+        info, (new, _, name), value = known_keys()[dotted], dotted.rpartition("."), keys[dotted]
         if new != section:
             lines += ["", f"{new}:"]
             section = new
         indent = "  " if new else ""
+        choices = f" One of: {', '.join(info.choices)}." if info.choices else ""
         written = f"{plain_json(info.default)} # to be filled in" if value is FILL_IN else plain_json(value)
-        lines += [f"{indent}# {info.help}{_alternatives(info)}", f"{indent}{name}: {written}"]
+        lines += [f"{indent}# {info.help}{choices}", f"{indent}{name}: {written}"]
     return "\n".join(lines) + "\n"
 
 
-def _alternatives(info: KeyInfo) -> str:
-    return f" One of: {', '.join(info.choices)}." if info.choices else ""
-
-
-def plain_json(value: Any) -> str:
+def plain_json(value: Any, indent: int | None = None) -> str:
     """JSON of a value; sections become mappings."""
-    return json.dumps(value, default=lambda section: section.model_dump(), ensure_ascii=False)
+    return json.dumps(value, default=lambda section: section.model_dump(), ensure_ascii=False, indent=indent)
 
 
 SECTIONS = {
@@ -140,23 +127,24 @@ def reference_page() -> str:
     lines = [
         "# Configuration reference", "",
         "Generated from the schema by `make docs`; do not edit. One key: `neobert config explain KEY`.", "",
-        "Values come from, lowest first: the defaults below, the YAML files from left to right, the words behind them on the",
+        "Values come from, lowest first: the defaults below, the YAML files from left to right, the overrides on the",
         "command line. Unknown keys and wrong types are errors. `neobert config check FILE` reports all of them at once.", "",
     ]  # fmt: skip
     for title, wanted in SECTIONS.items():
         keys = [
             info
             for key, info in known_keys().items()
-            if any(key == w or (w[-1] in "._" and key.startswith(w)) for w in wanted)
+            if key in wanted or key.startswith(tuple(one for one in wanted if one[-1] in "._"))
         ]
         lines += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *map(_row, keys), ""]
     lines += ["## Rules between keys", "", "| type | keys | rule |", "|---|---|---|"]
-    lines += [f"| {rule.kind} | {', '.join(f'`{key}`' for key in rule.keys)} | {rule.description} |" for rule in RULES]
     lines += [
-        "",
-        "## Older names", "",
+        f"| {rule.kind} | {', '.join(f'`{key}`' for key in rule.all_keys)} | {rule.description} |" for rule in RULES
+    ]
+    lines += [
+        "", "## Older names", "",
         "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an",
-        "older name that still is a key above gives way then, with a warning, and at its default it has no say.", "",
+        "older name that still is a key above gives way then, with a warning, and at its default it does not act.", "",
         "| older | acts as |", "|---|---|",
         *[f"| `{rule.old}` | `{rule.new}` |" for rule in LEGACY],
     ]  # fmt: skip
@@ -164,8 +152,8 @@ def reference_page() -> str:
 
 
 def _row(info: KeyInfo) -> str:
+    choices = f" Choices: {', '.join(info.choices)}." if info.choices else ""
+    bounds = f" Bounds: {info.bounds}." if info.bounds and not choices else ""
+    tasks = f" Tasks: {', '.join(info.tasks)}." if info.tasks != TASKS else ""
     kind = info.type.replace("|", "\\|")
-    more = (
-        f" Choices: {', '.join(info.choices)}." if info.choices else f" Bounds: {info.bounds}." if info.bounds else ""
-    )
-    return f"| `{info.key}` | `{kind}` | `{plain_json(info.default)}` | {info.help}{more} |"
+    return f"| `{info.key}` | `{kind}` | `{plain_json(info.default)}` | {info.help}{choices}{bounds}{tasks} |"

@@ -1,25 +1,111 @@
-"""`key()`: the one place where a configuration key is described.
+"""`key()`: the one place where a configuration key is described, and `KeyInfo`, that description as data.
 
-Everything about a key stands at its field: default, bounds, choices (as a `Literal`), help, and `effect`, which names
-where a change can be seen. `neobert config keys`, the error messages and the reference page are read from here.
+Everything about a key stands at its field: default, bounds, choices (as a `Literal`), help, `effect`, which names where a
+change can be seen, and the tasks in which it acts. `neobert config keys`, messages and the reference page are read from here.
 """
 
-from typing import Any
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-_UNSET: Any = object()
+# The tasks in which a key acts.
+PRETRAINING, GLUE, CONTRASTIVE, MTEB = ("pretraining",), ("glue",), ("contrastive",), ("mteb",)
+TEXT = (*PRETRAINING, *CONTRASTIVE)  # those that read a corpus
+TRAINING = (*PRETRAINING, *GLUE, *CONTRASTIVE)
+TASKS = (*TRAINING, *MTEB)
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Section(BaseModel):
     """A mapping of the YAML: unknown keys and wrong types are refused, and nothing can be assigned afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    tasks: ClassVar[tuple[str, ...]] = TASKS  # in which the keys act that name none of their own
 
 
-def key(default: Any, help: str, effect: str, *, factory: Any = _UNSET, **bounds: Any) -> Any:
-    """A field with its default, its help in one sentence, and where its effect shows. `bounds`: ge, gt, le, lt, ..."""
-    extra: Any = {"effect": effect}
-    if factory is not _UNSET:
-        return Field(default_factory=factory, description=help, json_schema_extra=extra, **bounds)
-    return Field(default=default, description=help, json_schema_extra=extra, **bounds)
+def key(
+    default: Any, help: str, effect: str, *, tasks: tuple[str, ...] = (), beyond: bool = False,
+    factory: Any = None, **bounds: Any,
+) -> Any:  # fmt: skip
+    """A field with its default, its help in whole sentences, and where its effect shows. `tasks`: where it acts, if not in all
+    tasks of its section; `beyond`: whether the reference has no such key; `bounds`: ge, gt, le, lt, ...
+    """
+    extra: dict[str, Any] = {"effect": effect}
+    extra |= {"tasks": list(tasks)} if tasks else {}
+    start: Any = {"default_factory": factory} if factory else {"default": default}
+    note = " Beyond the reference." if beyond else ""
+    return Field(description=help + note, json_schema_extra=extra, **start, **bounds)
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """One key: dotted name, type as written in Python, JSON-able default, and what its field says of it."""
+
+    key: str
+    type: str
+    default: Any
+    section: str
+    help: str
+    choices: list[str] | None
+    bounds: str
+    effect: str
+    tasks: tuple[str, ...]
+    kinds: frozenset[Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `neobert config keys --json` prints of a key."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "kinds"}
+
+
+def describe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]:
+    """Every key of a section and of those inside it, in the order of the schema. A list of sections is one key."""
+    for name, field in section.model_fields.items():
+        alternatives = _alternatives(field.annotation)
+        inner = next((one for one in alternatives if isinstance(one, type) and issubclass(one, Section)), None)
+        if inner is None or type(None) in alternatives:
+            extra: Any = field.json_schema_extra or {}
+            choices = [typing.get_args(one) for one in alternatives if typing.get_origin(one) is typing.Literal]
+            kinds = {
+                str if typing.get_origin(one) is typing.Literal else typing.get_origin(one) or one
+                for one in alternatives
+            }
+            yield KeyInfo(
+                key=prefix + name,
+                type=_type_name(field.annotation),
+                default=field.get_default(call_default_factory=True),
+                section=prefix.rstrip(".") or "top",
+                help=field.description or "",
+                choices=list(choices[0]) if choices else None,
+                bounds=", ".join(f"{SIGNS[s]} {getattr(m, s)}" for m in field.metadata for s in SIGNS if hasattr(m, s)),
+                effect=extra.get("effect", ""),
+                tasks=tuple(extra.get("tasks", section.tasks)),
+                kinds=frozenset(kinds | ({int} if float in kinds else set())),
+            )
+        if inner is not None:
+            yield from describe_keys(inner, f"{prefix}{name}.")
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, or the one type, without `Annotated`."""
+    if hasattr(annotation, "__metadata__"):
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [inner for one in typing.get_args(annotation) for inner in _alternatives(one)]
+    return [annotation]
+
+
+def _type_name(annotation: Any) -> str:
+    names = []
+    for one in _alternatives(annotation):
+        origin, arguments = typing.get_origin(one), typing.get_args(one)
+        if origin is typing.Literal:
+            names.append("str")
+        elif origin is not None:
+            names.append(f"{origin.__name__}[{', '.join(map(_type_name, arguments))}]")
+        else:
+            names.append("None" if one is type(None) else getattr(one, "__name__", str(one)))
+    return " | ".join(names)

@@ -1,7 +1,7 @@
 """Older names of keys: one table, old path -> new path. Each acts, with a warning.
 
 Where the old and the new name are set to different values, that is an error if the old one is no longer a key. Some older names
-still are keys, with a default of their own: at that default they have no say, and beside the new name they give way, with a
+still are keys, with a default of their own: at that default they do not act, and beside the new name they give way, with a
 warning. An explicit `null` is a value like any other.
 
 Applied to every layer (a file, the overrides) by itself, before layers are merged: so a newer layer may set the new name of
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from neobert.config.reference import known_keys
+from neobert.config.schema import known_keys
 from neobert.errors import ConfigError, Problem
 
 Values = dict[str, Any]
 ABSENT: Any = object()
 ON_COMMAND_LINE = 0  # instead of a line; nobody writes a default there without meaning it
-FLOAT32 = ("no", "fp32")  # two words for one precision
+FLOAT32 = ("no", "fp32")  # two names of one precision
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ LEGACY = (
     Legacy("dataset.tokenizer_name", "tokenizer.name"),
     Legacy("dataset.column", "dataset.text_column"),
     Legacy("dataset.path_to_disk", "dataset.path"),
+    Legacy("dataset.lanes", "dataset.num_shards"),
     Legacy("tokenizer.tokenizer_name_or_path", "tokenizer.name"),
     Legacy("optimizer.hparams.*", "optimizer.*"),
     Legacy("model.flash_attention", "model.attn_backend", FLASH),
@@ -72,34 +73,27 @@ LEGACY = (
 
 
 def apply_legacy(values: Values, lines: dict[str, int], problems: list[Problem]) -> list[str]:
-    """Rename in place, in `values` and in the line numbers of a file; returns one warning per old name that says something.
+    """Rename in place, in `values` and in the line numbers of a file; returns one warning per old name that acts or gives way.
 
     Where old and new names contradict each other, `problems` gets an entry.
     """
     warnings: list[str] = []
     for rule in LEGACY:
-        if rule.old.endswith(".*"):
-            warnings += _flatten_block(values, lines, problems, rule)
-        elif (value := take(values, rule.old)) is not ABSENT:
-            warnings += _rename(values, lines, problems, rule, value)
+        written = take(values, rule.old.removesuffix(".*"))
+        if not rule.old.endswith(".*"):
+            if written is not ABSENT:
+                warnings += _rename(values, lines, problems, rule, written)
+        elif isinstance(written, dict):
+            for name, value in written.items():
+                one = Legacy(rule.old.replace("*", name), rule.new.replace("*", name))
+                warnings += _rename(values, lines, problems, one, value)
+        elif written not in (ABSENT, None):
+            problems.append(Problem(rule.old.removesuffix(".*"), f"must be a section, got {written!r}"))
     return warnings
 
 
-def _flatten_block(values: Values, lines: dict[str, int], problems: list[Problem], rule: Legacy) -> list[str]:
-    old, new = rule.old.removesuffix(".*"), rule.new.removesuffix(".*")
-    block = take(values, old)
-    if block is ABSENT or block is None:
-        return []
-    if not isinstance(block, dict):
-        problems.append(Problem(old, f"must be a section, got {block!r}"))
-        return []
-    renamed = (
-        _rename(values, lines, problems, Legacy(f"{old}.{name}", f"{new}.{name}"), one) for name, one in block.items()
-    )
-    return [warning for warnings in renamed for warning in warnings]
-
-
 def _rename(values: Values, lines: dict[str, int], problems: list[Problem], rule: Legacy, written: Any) -> list[str]:
+    """Set the new name to what is `written` under the old one; the warning about it, if there is one."""
     value, present, key = rule.convert(written), look(values, rule.new), known_keys().get(rule.old)
     is_default = key is not None and type(written) is type(key.default) and written == key.default
     if is_default and lines.get(rule.old) != ON_COMMAND_LINE:
@@ -108,16 +102,12 @@ def _rename(values: Values, lines: dict[str, int], problems: list[Problem], rule
         put(values, rule.new, value)
         if rule.old in lines:
             lines.setdefault(rule.new, lines[rule.old])
-    elif not _same(rule.convert(present), value):
+    elif (now := rule.convert(present)) != value and not (now in FLOAT32 and value in FLOAT32):
         if key is not None:
             return [f"{rule.old}: {written!r} has no effect, {rule.new}: {present!r} wins"]
         problems.append(Problem(rule.old, f"{written!r} contradicts {rule.new}: {present!r}; keep only {rule.new}"))
         return []
     return [f"{rule.old} is an older name: {written!r} acts as {rule.new}: {value!r}"]
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one == other or (one in FLOAT32 and other in FLOAT32)
 
 
 def look(values: Values, dotted: str) -> Any:

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from neobert.config.legacy import ON_COMMAND_LINE, apply_legacy, nearest_key, put
-from neobert.config.reference import known_keys
 from neobert.config.rules import check_rules
-from neobert.config.schema import Config
+from neobert.config.schema import Config, known_keys
 from neobert.config.yaml_file import YamlFile, parse_scalar, read_yaml
 from neobert.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration, what to tell its author, and where its keys were set."""
+    """A configuration, the warnings about it, and where its keys were set."""
 
     config: Config
     warnings: list[str]
@@ -35,27 +34,27 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
 
     `task`, when given, is what the command runs: a file that says otherwise is an error. Raises ConfigError.
     """
-    parsed = [*map(read_yaml, files), _override_layer(overrides or [])]
+    layers = [*map(read_yaml, files), _override_layer(overrides or [])]
     warnings: list[str] = []
     problems: list[Problem] = []
     values: dict[str, Any] = {}
-    for layer in parsed:
+    for layer in layers:
         problems += layer.problems
         warnings += apply_legacy(layer.values, layer.lines, problems)
-        _merge(values, _drop_empty_sections(layer.values))
+        _merge(values, layer.values)
     if task and values.setdefault("task", task) != task:
         problems.append(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
-    if files and "config_path" not in values:
-        values["config_path"] = str(files[-1])
-    config, wrong = _build(values, parsed)
+    if files:
+        values.setdefault("config_path", str(files[-1]))
+    config, wrong = _build(values, layers)
     problems += wrong
-    broken, notes = check_rules(config, {p.path for p in problems}) if config else ([], [])
+    broken, messages = check_rules(config, {p.path for p in problems}) if config else ([], [])
     problems += broken
     if problems or config is None:
-        raise ConfigError(*[Problem(p.path, p.message, p.where or _where(p.path, parsed)) for p in problems])
-    written = {dotted for layer in parsed for dotted in layer.lines}
-    origins = {dotted: _where(dotted, parsed) for dotted in known_keys() if dotted in written}
-    return Loaded(config, warnings + notes, origins)
+        raise ConfigError(*[Problem(p.path, p.message, p.where or _where(p.path, layers)) for p in problems])
+    written = {dotted for layer in layers for dotted in layer.lines}
+    origins = {dotted: _where(dotted, layers) for dotted in known_keys() if dotted in written}
+    return Loaded(config, warnings + messages, origins)
 
 
 def dump_config(config: Config) -> str:
@@ -64,27 +63,23 @@ def dump_config(config: Config) -> str:
     Which of its own checkpoints a run went on from belongs to the call and is left out; one of another run stays.
     """
     values = config.model_dump(exclude_unset=True)
-    if _resumes_itself(config):
-        values["trainer"].pop("resume_from_checkpoint", None)
+    selector = config.trainer.resume_from_checkpoint
+    if selector is not None:
+        is_inside = Path(config.trainer.output_dir).resolve() in Path(selector).resolve().parents
+        if is_inside or selector == "latest" or selector.isdigit():
+            del values["trainer"]["resume_from_checkpoint"]
     return yaml.safe_dump({"task": config.task, **values}, sort_keys=False, allow_unicode=True)
 
 
-def _resumes_itself(config: Config) -> bool:
-    selector = config.trainer.resume_from_checkpoint
-    if selector is None or selector == "latest" or selector.isdigit():
-        return selector is not None
-    return Path(config.trainer.output_dir).resolve() in Path(selector).resolve().parents
-
-
-def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
-    """`["--a.b", "3", "c.d=x"]` -> `[("a.b", 3), ("c.d", "x")]`. Raises ConfigError for a word that fits neither form."""
-    pairs, rest = [], list(words)
+def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """`["--a.b", "3", "c.d=x"]` -> `[("a.b", 3), ("c.d", "x")]`. Raises ConfigError for one that fits neither form."""
+    pairs, rest = [], list(arguments)
     while rest:
-        word = rest.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
+        argument = rest.pop(0)
+        name, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
-            if not word.startswith("--"):
-                raise ConfigError(Problem("", f"{word!r}: expected section.key=value or --section.key value"))
+            if not argument.startswith("--"):
+                raise ConfigError(Problem("", f"{argument!r}: expected section.key=value or --section.key value"))
             if not rest:
                 raise ConfigError(Problem(name, "no value given"))
             text = rest.pop(0)
@@ -92,16 +87,16 @@ def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _override_layer(words: list[str]) -> YamlFile:
+def _override_layer(arguments: list[str]) -> YamlFile:
     layer = YamlFile("command line", {})
-    for dotted, value in parse_overrides(words):
+    for dotted, value in parse_overrides(arguments):
         put(layer.values, dotted, value)
         layer.lines[dotted] = ON_COMMAND_LINE
     return layer
 
 
 def _override_value(name: str, text: str) -> Any:
-    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it; lists of words or
+    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it; lists of texts or
     numbers may also be written with commas alone."""
     value = parse_scalar(text)
     info = known_keys().get(name)
@@ -113,25 +108,26 @@ def _override_value(name: str, text: str) -> Any:
     return value
 
 
-def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+def _merge(into: dict[str, Any], new: dict[str, Any], is_top: bool = True) -> None:
+    """Lay one layer over another. `trainer:` with nothing below it is YAML for null; it means an empty section."""
     for name, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(name), dict):
-            _merge(into[name], value)
-        else:
+            _merge(into[name], value, is_top=False)
+        elif not (is_top and value is None and name in Config.model_fields and name not in known_keys()):
             into[name] = value
 
 
-def _build(values: dict[str, Any], parsed: list[YamlFile]) -> tuple[Config | None, list[Problem]]:
+def _build(values: dict[str, Any], layers: list[YamlFile]) -> tuple[Config | None, list[Problem]]:
     """The configuration and what is wrong with single keys. With wrong keys left out it is built all the same where that
     is possible, so that the rules between the other keys can be checked too."""
     try:
         return Config.model_validate(values), []
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
-    problems = [_problem(details, parsed) for details in found]
     rest = copy.deepcopy(values)
     for details in found:
         _remove(rest, details["loc"])
+    problems = [_problem(details, layers) for details in found]
     try:
         return Config.model_validate(rest), problems
     except ValidationError:
@@ -148,59 +144,36 @@ def _remove(values: dict[str, Any], location: tuple[int | str, ...]) -> None:
         values = inner
 
 
-def _drop_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
-    """`trainer:` with nothing below it is YAML for null; it means an empty section."""
-    sections = {name for name, info in Config.model_fields.items() if _is_section(info.annotation)}
-    return {name: value for name, value in values.items() if not (name in sections and value is None)}
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _where(dotted: str, parsed: list[YamlFile]) -> str:
+def _where(dotted: str, layers: list[YamlFile]) -> str:
     """Where a key was set last; failing that, where its section stands."""
-    layers = list(reversed(parsed))
-    exact = (one for one in layers if dotted in one.lines)
-    return next((place for one in (*exact, *layers) if (place := one.where(dotted))), "")
+    newest_first = sorted(reversed(layers), key=lambda layer: dotted not in layer.lines)
+    return next((found for layer in newest_first if (found := layer.where(dotted))), "")
 
 
-def _problem(details: Any, parsed: list[YamlFile]) -> Problem:
+def _problem(details: Any, layers: list[YamlFile]) -> Problem:
+    """One of pydantic's errors as a line of ours. Its location may go on inside a value: with an index and a field in an entry
+    of a list, which are named, or with a member of a union or a validator, which are not.
+    """
     location = [str(part) for part in details["loc"]]
-    value, kind = details["input"], details["type"]
-    dotted = ".".join(location) if kind == "extra_forbidden" else _dotted(location)
-    where = _where(dotted, parsed)
+    value, kind, whole = details["input"], details["type"], ".".join(location)
     if kind == "extra_forbidden":
-        return Problem(dotted, f"unknown key{nearest_key(dotted)}", where)
-    info = known_keys().get(dotted)
-    if info and "Source]" in info.type and len(location) > dotted.count(".") + 2:
-        info, dotted = None, ".".join(location)  # inside an entry of a list
+        return Problem(whole, f"unknown key{nearest_key(whole)}", _where(whole, layers))
+    is_in_entry = any(part.isdigit() for part in location[:-1])
+    parents = [".".join(location[:end]) for end in range(len(location), 0, -1)]
+    dotted = whole if is_in_entry else next((one for one in parents if one in known_keys()), whole)
+    where, info = _where(dotted, layers), known_keys().get(dotted)
+    if kind == "model_type":
+        return Problem(whole, "must be a section with keys", where)
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    message = details["msg"].lower().removeprefix("input ").replace("should be", "must be").replace("should", "must")
-    if info is None or kind == "model_type":
-        entry = ".".join(location)
-        return Problem(
-            entry, "must be a section with keys" if kind == "model_type" else f"{message}, got {shown}", where
-        )
-    if dotted == "trainer.eval_strategy" and value in (False, "no"):
-        without = "set trainer.eval_steps to more than the steps of the run to train without evaluations"
-        return Problem(dotted, f"must be one of {', '.join(info.choices or [])}, got {shown}; {without}", where)
-    if info.choices and (isinstance(value, str) or kind == "literal_error"):
-        near = difflib.get_close_matches(str(value), info.choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return Problem(dotted, f"must be one of {', '.join(info.choices)}, got {shown}{hint}", where)
-    if kind.endswith("_type") or kind.startswith(("is_", "int_from", "finite")):
+    if info is not None and info.choices and (isinstance(value, str) or kind == "literal_error"):
+        message = f"must be one of {', '.join(info.choices)}, got {shown}"
+        if dotted == "trainer.eval_strategy" and value in (False, "no"):
+            hint = "; set trainer.eval_steps to more than the steps of the run to train without evaluations"
+        else:
+            near = difflib.get_close_matches(str(value), info.choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+        return Problem(dotted, message + hint, where)
+    if info is not None and (kind.endswith("_type") or kind.startswith(("is_", "int_from", "finite"))):
         return Problem(dotted, f"must be {info.type}, got {shown} ({type(value).__name__})", where)
+    message = details["msg"].lower().removeprefix("input ").replace("should be", "must be").replace("should", "must")
     return Problem(dotted, f"{message}, got {shown}", where)
-
-
-def _dotted(location: list[str]) -> str:
-    """pydantic names union members, list items and validators in its locations; keep the part that is a key, or the whole
-    where it is a field of an entry of a list."""
-    keys = known_keys()
-    if len(location) > 2 and location[-2].isdigit():
-        return ".".join(location)
-    for end in range(len(location), 0, -1):
-        if ".".join(location[:end]) in keys:
-            return ".".join(location[:end])
-    return ".".join(location)

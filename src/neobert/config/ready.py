@@ -9,7 +9,6 @@ from glob import has_magic, iglob
 from pathlib import Path
 
 from neobert.config.load import Loaded
-from neobert.config.reference import is_chosen, is_set
 from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
 from neobert.errors import ConfigError, Problem
 
@@ -34,18 +33,19 @@ def check_ready(loaded: Loaded) -> None:
 def find_missing(config: Config) -> Iterator[Problem]:
     """Everything that the run of a configuration would not find."""
     if config.task == "mteb":
-        yield from _missing_evaluation(config)
+        yield from _absent("mteb_local_tasks", config.mteb_local_tasks)
+        if not (Path(config.trainer.output_dir) / "checkpoints").is_dir():
+            problem = f"{config.trainer.output_dir}: no run there; train one, name another, or a model with --model"
+            yield Problem("trainer.output_dir", problem)
         return
-    if config.task != "glue":
-        yield from _missing_text(config)
-    elif config.dataset.path:
+    if config.task == "glue":
         yield from _absent("dataset.path", config.dataset.path)
-    starts_fresh = config.task == "pretraining" or (
-        asked_weights(config).allow_random_weights and not names_weights(config)
-    )
+    else:
+        yield from _missing_text(config)
+    is_new = config.task == "pretraining" or (asked_weights(config).allow_random_weights and not names_weights(config))
     if config.task != "pretraining":
         yield from missing_weights(config)
-    if starts_fresh and not config.model.from_hub and (missing := missing_tokenizer(config)):
+    if is_new and not config.model.from_hub and (missing := missing_tokenizer(config)):
         yield missing
 
 
@@ -67,26 +67,19 @@ def missing_tokenizer(config: Config) -> Problem | None:
     if path is not None:
         problem = f"no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`"
         return None if Path(path).is_dir() else Problem("tokenizer.path", problem)
-    return None if is_set("tokenizer.name", config) else Problem("tokenizer.path", NO_TOKENIZER)
+    return None if config.is_set("tokenizer.name") else Problem("tokenizer.path", NO_TOKENIZER)
 
 
 def _missing_text(config: Config) -> Iterator[Problem]:
-    for number, entry in enumerate(config.dataset.mixture):
-        if not entry.name:
-            yield from _missing_source(f"dataset.mixture.{number}", entry.path)
     dataset = config.dataset
-    is_named = bool(dataset.name) and is_chosen("dataset.name", config)
+    is_named = bool(dataset.name) and config.is_chosen("dataset.name")
     if not dataset.path and config.task == "pretraining":  # the default dataset, unless a path is left to be filled in
-        is_named = bool(dataset.name) and (is_set("dataset.name", config) or not is_set("dataset.path", config))
+        is_named = bool(dataset.name) and (config.is_set("dataset.name") or not config.is_set("dataset.path"))
+    paths = {f"dataset.mixture.{number}": one.path for number, one in enumerate(dataset.mixture) if not one.name}
     if not dataset.mixture and not is_named:
-        yield from _missing_source("dataset", dataset.path)
-
-
-def _missing_source(section: str, path: str) -> Iterator[Problem]:
-    if path:
-        yield from _absent(f"{section}.path", path)
-    else:
-        yield Problem(f"{section}.path", NO_DATA.format(section))
+        paths["dataset"] = dataset.path
+    for section, path in paths.items():
+        yield from _absent(f"{section}.path", path) if path else [Problem(f"{section}.path", NO_DATA.format(section))]
 
 
 def missing_weights(config: Config) -> Iterator[Problem]:
@@ -96,20 +89,13 @@ def missing_weights(config: Config) -> Iterator[Problem]:
         yield Problem("glue.transfer_from_task", NO_DONOR)
     elif not (names_weights(config) or config.model.from_hub or asked.allow_random_weights):
         yield Problem(f"{config.task}.pretrained_checkpoint_dir", NO_WEIGHTS.format(config.task))
-    for name in ("pretrained_checkpoint_dir", "pretrained_model_path"):
-        if (path := getattr(asked, name)) is not None:
-            yield from _absent(f"{config.task}.{name}", path)
+    yield from _absent(f"{config.task}.pretrained_checkpoint_dir", asked.pretrained_checkpoint_dir)
+    yield from _absent(f"{config.task}.pretrained_model_path", asked.pretrained_model_path)
 
 
-def _missing_evaluation(config: Config) -> Iterator[Problem]:
-    if config.mteb_local_tasks is not None:
-        yield from _absent("mteb_local_tasks", config.mteb_local_tasks)
-    if not (Path(config.trainer.output_dir) / "checkpoints").is_dir():
-        problem = f"{config.trainer.output_dir}: no run there; train one, name another, or a model with --model"
-        yield Problem("trainer.output_dir", problem)
-
-
-def _absent(key: str, path: str) -> Iterator[Problem]:
-    is_there = "://" in path or Path(path).exists() or (has_magic(path) and next(iglob(path, recursive=True), None))
-    if not is_there:
+def _absent(key: str, path: str | None) -> Iterator[Problem]:
+    """What is wrong with a path, if it is set, not on the hub, and names nothing, be it a file, a folder or a glob."""
+    if not path or "://" in path or Path(path).exists():
+        return
+    if not has_magic(path) or next(iglob(path, recursive=True), None) is None:
         yield Problem(key, f"nothing at {path!r}")

@@ -1,8 +1,7 @@
-"""Rules between keys: one small function each, and `RULES`, the table of them.
+"""Rules between keys, and `RULES`, the table of them. A key at its default breaks no rule, whoever wrote it down.
 
-A rule looks at the configuration and yields what it finds; a key at its default says nothing, whoever wrote it down. Its
-docstring is its description in the reference page and in `neobert config explain`. ERROR stops the run; WARNING, PRECEDENCE and
-IMPORTANT are said once.
+A short rule is a row: the message it gives for each of its keys that was chosen, and the condition. A longer one is a function
+that yields what it finds. ERROR stops the run; WARNING, PRECEDENCE and IMPORTANT are printed once.
 """
 
 import os
@@ -10,20 +9,57 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.deepspeed import read_zero, zero_stage
-from neobert.config.reference import is_chosen, is_set, value_of
-from neobert.config.schema import Config
-from neobert.config.task_rules import (
-    INERT,
-    classifier_range_of_glue_wins,
-    keys_act_in_their_task,
-    labels_fit_task,
-    mteb_trains_nothing,
-    temperature_wins_over_weights,
-)
+from neobert.config.deepspeed import read_zero
+from neobert.config.schema import Config, known_keys
 from neobert.errors import Problem
 
 Found = Iterator[Problem]
+GLUE_LABELS = {"stsb": 1, "mnli": 3, "ax": 3}  # the other tasks have 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule about `keys`. `check` is a function, whose docstring describes the rule; or it is the message about those of the
+    keys that were chosen, with the configuration as `{c}`. Then `when` is the condition, `text` the description, and `others`
+    are further keys that take part.
+    """
+
+    kind: Literal["ERROR", "WARNING", "PRECEDENCE", "IMPORTANT"]
+    keys: tuple[str, ...]
+    check: Callable[[Config], Found] | str
+    when: Callable[[Config], object] = lambda c: True
+    text: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        """The keys that the rule reports, and those that take part."""
+        return self.keys + self.others
+
+    @property
+    def description(self) -> str:
+        """The sentence in the reference page and in `neobert config explain`."""
+        return self.text or " ".join((self.check.__doc__ or "").split())
+
+    def find(self, config: Config) -> Found:
+        """The problems that a configuration has with this rule."""
+        if not isinstance(self.check, str):
+            yield from self.check(config)
+        elif (chosen := [key for key in self.keys if config.is_chosen(key)]) and self.when(config):
+            yield from (Problem(key, self.check.format(c=config)) for key in chosen)
+
+
+def check_rules(config: Config, wrong: set[str]) -> tuple[list[Problem], list[str]]:
+    """(broken rules, messages of the others). Rules about keys that are `wrong` by themselves are left out."""
+    errors: list[Problem] = []
+    messages: list[str] = []
+    for rule in RULES:
+        if not wrong.intersection(rule.all_keys):
+            if rule.kind == "ERROR":
+                errors += rule.find(config)
+            else:
+                messages += map(str, rule.find(config))
+    return errors, messages
 
 
 def heads_divide_width(config: Config) -> Found:
@@ -31,161 +67,65 @@ def heads_divide_width(config: Config) -> Found:
     width, heads = config.model.hidden_size, config.model.num_attention_heads
     if width % heads:
         best = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
-        yield Problem(
-            "model.hidden_size", f"{width} is not divisible by num_attention_heads {heads}; {best} heads would fit"
-        )
+        message = f"{width} is not divisible by num_attention_heads {heads}; {best} heads would fit"
+        yield Problem("model.hidden_size", message)
     elif config.model.rope and (width // heads) % 2:
-        yield Problem(
-            "model.num_attention_heads", f"RoPE needs an even head width; {width} / {heads} = {width // heads}"
-        )
-
-
-def precision_is_supported(config: Config) -> Found:
-    """float16 needs loss scaling, which a loss that is divided by the targets of the whole step does not have."""
-    if config.trainer.mixed_precision == "fp16" and config.task in ("pretraining", "contrastive"):
-        yield Problem("trainer.mixed_precision", "fp16 overflows in pretraining and is not supported; use bf16 or no")
+        message = f"RoPE needs an even head width; {width} / {heads} = {width // heads}"
+        yield Problem("model.num_attention_heads", message)
 
 
 def rows_fit_model(config: Config) -> Found:
     """No row is longer than the positions of the model (GLUE and contrastive: those of the weights, once they are found)."""
     longest = config.model.max_position_embeddings
-    if config.task in ("glue", "contrastive"):
-        return
     lengths = {config.dataset.max_seq_length: "dataset.max_seq_length"}
     lengths.setdefault(config.row_length, "datacollator.max_length")
     for length, path in lengths.items():
-        if length > longest:
-            yield Problem(
-                path, f"{length} is longer than model.max_position_embeddings {longest}; raise that or lower this"
-            )
-
-
-def packing_keys_need_packing(config: Config) -> Found:
-    """`datacollator.max_length` describes packed rows, `pad_to_multiple_of` unpacked ones."""
-    collator = config.datacollator
-    if collator.max_length is not None and not collator.pack_sequences:
-        yield Problem(
-            "datacollator.max_length", "has no effect without pack_sequences: true; unpacked: dataset.max_seq_length"
-        )
-    if collator.pad_to_multiple_of is not None and collator.pack_sequences:
-        yield Problem("datacollator.pad_to_multiple_of", "has no effect on packed rows, which have one length")
-
-
-def pieces_fit_rows(config: Config) -> Found:
-    """A piece of a document is at most as long as the row it goes into."""
-    row = config.row_length
-    if is_chosen("tokenizer.max_length", config) and config.tokenizer.max_length > row:
-        yield Problem(
-            "tokenizer.max_length", f"{config.tokenizer.max_length} is longer than a row: pieces have {row} tokens"
-        )
-
-
-def pre_tokenize_needs_random_access(config: Config) -> Found:
-    """A stream is tokenised as it flows by; only a corpus of known size is tokenised beforehand."""
-    if config.dataset.pre_tokenize and config.dataset.streaming:
-        yield Problem("dataset.pre_tokenize", "needs dataset.streaming: false")
-
-
-def output_needs_pre_tokenize(config: Config) -> Found:
-    """`pre_tokenize_output` says where `pre_tokenize` writes."""
-    if config.dataset.pre_tokenize_output and not config.dataset.pre_tokenize:
-        yield Problem("dataset.pre_tokenize_output", "has no effect without dataset.pre_tokenize: true")
+        if length > longest and config.task not in ("glue", "contrastive"):
+            message = f"{length} is longer than model.max_position_embeddings {longest}; raise that or lower this"
+            yield Problem(path, message)
 
 
 def mixture_has_sources(config: Config) -> Found:
     """Every source of a mixture names a path or a dataset; one that repeats has no end, so `max_steps` ends the run."""
-    for number, source in enumerate(config.dataset.mixture):
+    mixture, key, exhausted = config.dataset.mixture, "dataset.mixture_exhausted", config.dataset.mixture_exhausted
+    for number, source in enumerate(mixture):
         if not source.path and not source.name:
             yield Problem("dataset.mixture", f"entry {number} has neither path nor name")
-    repeats = config.dataset.mixture_exhausted == "repeat" and config.task != "contrastive"
-    if config.dataset.mixture and config.trainer.max_steps < 0 and repeats:
-        yield Problem(
-            "dataset.mixture_exhausted",
-            "repeat has no end; set trainer.max_steps, or mixture_exhausted to drop or stop",
-        )
-    if not config.dataset.mixture and config.dataset.mixture_exhausted != "repeat":
-        yield Problem("dataset.mixture_exhausted", "has no effect without dataset.mixture")
-
-
-def eval_split_wins(config: Config) -> Found:
-    """`eval_split` names the text that is evaluated; `validation_split` then holds nothing out."""
-    dataset = config.dataset
-    named = [split for split in (dataset.eval_split, *(entry.eval_split for entry in dataset.mixture)) if split]
-    if named and dataset.validation_split is not None and not dataset.streaming:
-        yield Problem("dataset.eval_split", f"{named[0]} wins over dataset.validation_split: nothing is held out")
-
-
-def mixture_wins_over_path(config: Config) -> Found:
-    """The sources of `mixture` are read instead of `path` and `name`."""
-    if config.dataset.mixture and (config.dataset.path or is_chosen("dataset.name", config)):
-        yield Problem("dataset.mixture", "wins over dataset.path and dataset.name")
-
-
-def no_dataset_code(config: Config) -> Found:
-    """`datasets` 4 and later run no code of datasets."""
-    if config.dataset.trust_remote_code:
-        yield Problem("dataset.trust_remote_code", "no effect: the datasets library no longer runs code of a dataset")
-
-
-def log_interval_has_no_say(config: Config) -> Found:
-    """`trainer.logging_steps` says how often is logged, whatever `wandb.log_interval` says."""
-    if is_chosen("wandb.log_interval", config):
-        yield Problem("wandb.log_interval", "has no effect; trainer.logging_steps says how often is logged")
+    if mixture and config.trainer.max_steps < 0 and exhausted == "repeat" and config.task != "contrastive":
+        yield Problem(key, "repeat has no end; set trainer.max_steps, or mixture_exhausted to drop or stop")
+    if not mixture and exhausted != "repeat":
+        yield Problem(key, "has no effect without dataset.mixture")
 
 
 def names_are_names(config: Config) -> Found:
     """Trackers make folders of these names."""
-    for path in ("wandb.project", "wandb.name", "wandb.entity"):
-        name = value_of(config, path)
+    for key in ("wandb.project", "wandb.name", "wandb.entity"):
+        name = config.value_of(key)
         if isinstance(name, str) and (set(name) & set("/\\\0\n") or name in (".", "..")):
-            yield Problem(path, f"{name!r} is not a name: no slashes, no line breaks, not . or ..")
+            yield Problem(key, f"{name!r} is not a name: no slashes, no line breaks, not . or ..")
 
 
 def decay_follows_warmup(config: Config) -> Found:
     """A decay that is asked for ends after the warmup."""
-    s = config.scheduler
-    if s.warmup_percent is not None and s.decay_percent is not None and s.decay_percent <= s.warmup_percent:
-        yield Problem("scheduler.decay_percent", f"{s.decay_percent} is not after warmup_percent {s.warmup_percent}")
-
-
-def warmup_fits_run(config: Config) -> Found:
-    """A warmup that is longer than the run never gets to the peak of the learning rate."""
-    steps = config.scheduler.total_steps or config.trainer.max_steps
-    if config.scheduler.warmup_percent is None and 0 < steps <= config.scheduler.warmup_steps:
-        yield Problem(
-            "scheduler.warmup_steps",
-            f"{config.scheduler.warmup_steps:,} is not shorter than the schedule of {steps:,} steps: the rate does not get to "
-            f"{config.optimizer.lr:g}",
-        )
-
-
-def muon_config_needs_muonclip(config: Config) -> Found:
-    """Settings of an optimizer that is not used have no effect."""
-    if is_chosen("optimizer.muon_config", config) and config.optimizer.name != "muonclip":
-        yield Problem("optimizer.muon_config", f"has no effect with optimizer.name: {config.optimizer.name}")
+    decay, warmup = config.scheduler.decay_percent, config.scheduler.warmup_percent
+    if warmup is not None and decay is not None and decay <= warmup:
+        yield Problem("scheduler.decay_percent", f"{decay} is not after warmup_percent {warmup}")
 
 
 def algorithms_need_muonclip(config: Config) -> Found:
     """Only MuonClip has two algorithms to choose from."""
-    optimizer = config.optimizer
-    chosen = [group.pattern for group in optimizer.param_groups if group.algorithm is not None]
-    if chosen and optimizer.name != "muonclip":
-        yield Problem(
-            "optimizer.param_groups", f"algorithm of {chosen[0]!r} has no effect with optimizer.name: {optimizer.name}"
-        )
+    name = config.optimizer.name
+    chosen = [group.pattern for group in config.optimizer.param_groups if group.algorithm is not None]
+    if chosen and name != "muonclip":
+        yield Problem("optimizer.param_groups", f"algorithm of {chosen[0]!r} has no effect with optimizer.name: {name}")
 
 
-def schedule_keys_fit_shape(config: Config) -> Found:
-    """`power` is for `polynomial`, `wsd_decay_percent` for `wsd`."""
-    for name, shape in (("power", "polynomial"), ("wsd_decay_percent", "wsd")):
-        if is_chosen(f"scheduler.{name}", config) and config.scheduler.name != shape:
-            yield Problem(f"scheduler.{name}", f"has no effect with scheduler.name: {config.scheduler.name}")
-
-
-def best_needs_checkpoints(config: Config) -> Found:
-    """The best checkpoint can only be loaded at the end when checkpoints are saved."""
-    if config.trainer.load_best_model_at_end and config.trainer.save_strategy == "no":
-        yield Problem("trainer.load_best_model_at_end", "needs checkpoints; set save_strategy to steps, epoch or best")
+def labels_fit_task(config: Config) -> Found:
+    """A GLUE task has a fixed number of labels; 1 is regression."""
+    name, labels = config.glue.task_name, config.glue.num_labels
+    wanted = GLUE_LABELS.get(name, 2)
+    if config.task == "glue" and config.is_set("glue.num_labels") and labels != wanted:
+        yield Problem("glue.num_labels", f"{labels}, but {name} has {wanted}")
 
 
 def from_hub_needs_a_name(config: Config) -> Found:
@@ -196,18 +136,24 @@ def from_hub_needs_a_name(config: Config) -> Found:
 
 def resume_needs_a_position(config: Config, has_position: bool = True) -> Found:
     """A run resumes at the position of its data, streamed or not; a checkpoint that holds none is refused."""
-    if config.trainer.resume_from_checkpoint is not None and not has_position:
+    if config.trainer.resume_from_checkpoint is not None and not has_position:  # known once the checkpoint is found
         mode = "true" if config.dataset.streaming else "false"
-        yield Problem(
-            "trainer.resume_from_checkpoint",
+        message = (
             f"the checkpoint holds no position of the data, so the run (dataset.streaming: {mode}) could not continue where "
-            "it was; start a new run, or choose a checkpoint of this version",
+            "it was; start a new run, or choose a checkpoint of this version"
         )
+        yield Problem("trainer.resume_from_checkpoint", message)
+
+
+def zero_stage(config: Config) -> int:
+    """The stage of ZeRO that this process runs in; 0 also without DeepSpeed."""
+    zero = read_zero(config, os.environ)
+    return 0 if zero is None else zero.stage
 
 
 def muonclip_needs_whole_matrices(config: Config) -> Found:
     """DeepSpeed's ZeRO hands the optimizer flattened pieces of matrices from stage 1 on; Muon needs them whole."""
-    if config.optimizer.name == "muonclip" and (stage := zero_stage(config, os.environ)):
+    if config.optimizer.name == "muonclip" and (stage := zero_stage(config)):
         yield Problem("optimizer.name", f"muonclip cannot run under ZeRO stage {stage}; use stage 0, FSDP2, or adamw")
 
 
@@ -215,164 +161,153 @@ def zero_updates_copies(config: Config) -> Found:
     """ZeRO updates flattened copies of the weights from stage 1 on: nGPT cannot renormalise matrices. Stage 3 fetches weights
     module by module, which compiled blocks cannot do.
     """
-    stage = zero_stage(config, os.environ)
+    stage = zero_stage(config)
     if config.model.ngpt and stage:
-        yield Problem(
-            "model.ngpt", f"renormalises matrices, which ZeRO stage {stage} has in pieces; use stage 0, or FSDP2"
-        )
+        message = f"renormalises matrices, which ZeRO stage {stage} has in pieces; use stage 0, or FSDP2"
+        yield Problem("model.ngpt", message)
     if config.trainer.torch_compile and stage == 3:
-        yield Problem(
-            "trainer.torch_compile", "not under ZeRO stage 3, which fetches weights by module; use stage 2 or FSDP2"
-        )
-
-
-def deepspeed_needs_its_switch(config: Config) -> Found:
-    """`use_deepspeed: false` switches DeepSpeed off."""
-    if config.trainer.engine == "deepspeed" and not config.use_deepspeed:
-        yield Problem("trainer.engine", "deepspeed, but use_deepspeed is false; set one of them to the other's")
-
-
-def zero_file_needs_deepspeed(config: Config) -> Found:
-    """`deepspeed_config_file` acts in runs that use DeepSpeed."""
-    if config.trainer.deepspeed_config_file is not None and read_zero(config, os.environ) is None:
-        yield Problem("trainer.deepspeed_config_file", "has no effect without DeepSpeed; set trainer.engine: deepspeed")
-
-
-def streaming_has_no_validation_split(config: Config) -> Found:
-    """A stream cannot be split at random: the validation split is skipped."""
-    if config.dataset.validation_split and config.dataset.streaming:
-        yield Problem("dataset.validation_split", "skipped: a stream cannot be split at random (set streaming: false)")
+        message = "not under ZeRO stage 3, which fetches weights by module; use stage 2 or FSDP2"
+        yield Problem("trainer.torch_compile", message)
 
 
 def packed_sdpa_is_slower(config: Config) -> Found:
     """Packed rows with SDPA work; on CUDA the variable-length kernel is faster."""
-    if (
-        config.datacollator.pack_sequences
-        and config.model.attn_backend == "sdpa"
-        and is_set("model.attn_backend", config)
-    ):
+    is_asked = config.is_set("model.attn_backend") and config.model.attn_backend == "sdpa"
+    if is_asked and config.datacollator.pack_sequences:
         yield Problem("model.attn_backend", "sdpa works for packed rows; on CUDA flash_attn_varlen is faster")
 
 
-def ngpt_has_no_norms(config: Config) -> Found:
-    """nGPT keeps vectors and matrices at length 1: norms, init ranges and weight decay have nothing to act on."""
-    for path in ("model.rms_norm", "model.norm_eps", "optimizer.weight_decay"):
-        if config.model.ngpt and is_chosen(path, config):
-            yield Problem(path, "has no effect with model.ngpt, which keeps vectors and matrices at length 1")
+def pieces_fit_rows(config: Config) -> Found:
+    """A piece of a document is at most as long as the row it goes into."""
+    length, row = config.tokenizer.max_length, config.row_length
+    if config.is_chosen("tokenizer.max_length") and length > row:
+        yield Problem("tokenizer.max_length", f"{length} is longer than a row: pieces have {row} tokens")
 
 
-def compile_keys_need_compile(config: Config) -> Found:
-    """`torch_compile_backend` and `torch_compile_dynamic` say how to compile, `torch_compile` whether."""
-    for path in ("trainer.torch_compile_backend", "trainer.torch_compile_dynamic"):
-        if is_chosen(path, config) and not config.trainer.torch_compile:
-            yield Problem(path, "has no effect without trainer.torch_compile: true")
+def warmup_fits_run(config: Config) -> Found:
+    """A warmup that is longer than the run never gets to the peak of the learning rate."""
+    warmup, steps = config.scheduler.warmup_steps, config.scheduler.total_steps or config.trainer.max_steps
+    if config.scheduler.warmup_percent is None and 0 < steps <= warmup:
+        message = f"{warmup:,} is not shorter than the schedule of {steps:,} steps: the rate does not get to "
+        yield Problem("scheduler.warmup_steps", message + f"{config.optimizer.lr:g}")
 
 
-def warmup_percent_wins(config: Config) -> Found:
-    """`warmup_percent` wins over `warmup_steps`."""
-    if config.scheduler.warmup_percent is not None and is_chosen("scheduler.warmup_steps", config):
-        yield Problem("scheduler.warmup_percent", "wins over warmup_steps")
+def keys_act_in_their_task(config: Config) -> Found:
+    """A key acts in the tasks that its description names, or in all of them."""
+    by_section: dict[str, list[str]] = {}
+    acting: set[str] = set()
+    for key, info in known_keys().items():
+        section, dot, _ = key.partition(".")
+        if config.task in info.tasks:
+            acting.add(section)
+        elif config.is_chosen(key):
+            by_section.setdefault(section if dot else key, []).append(key)
+    for section, chosen in by_section.items():
+        message = f"has no effect in task: {config.task}"
+        if section in acting or section in chosen:
+            yield from (Problem(key, message) for key in chosen)
+        else:
+            yield Problem(min(chosen), f"{message}, nor has the rest of {section}")
 
 
-def decay_percent_wins(config: Config) -> Found:
-    """`decay_percent` wins over `decay_steps`."""
-    if config.scheduler.decay_percent is not None and config.scheduler.decay_steps is not None:
-        yield Problem("scheduler.decay_percent", "wins over decay_steps")
+def classifier_range_of_glue_wins(config: Config) -> Found:
+    """`glue.classifier_init_range` wins over `model.classifier_init_range`."""
+    names = ("glue.classifier_init_range", "model.classifier_init_range")
+    if all(map(config.is_set, names)) and config.glue.classifier_init_range != config.model.classifier_init_range:
+        yield Problem(names[0], f"wins over {names[1]}")
 
 
-def path_wins_over_name(config: Config) -> Found:
-    """An existing local `path` is read; the hub's `name` is the fallback."""
-    if config.dataset.path and is_chosen("dataset.name", config):
-        yield Problem("dataset.path", f"{config.dataset.path!r} wins over dataset.name {config.dataset.name!r}")
+def eval_split_wins(config: Config) -> Found:
+    """`eval_split` names the text that is evaluated; `validation_split` then holds nothing out."""
+    dataset = config.dataset
+    named = [split for split in (dataset.eval_split, *(entry.eval_split for entry in dataset.mixture)) if split]
+    if named and dataset.validation_split is not None and not dataset.streaming:
+        yield Problem("dataset.eval_split", f"{named[0]} wins over dataset.validation_split: nothing is held out")
 
 
-def vocabulary_follows_tokenizer(config: Config) -> Found:
-    """Inert tokens pad the tokenizer until its length is the model's vocabulary size, a multiple of 64."""
-    if is_chosen("tokenizer.vocab_size", config):
-        yield Problem(
-            "tokenizer.vocab_size", f"{config.tokenizer.vocab_size:,} has no effect: it follows the tokenizer"
-        )
-    if is_chosen("model.vocab_size", config):
-        yield Problem(
-            "model.vocab_size", f"{config.model.vocab_size:,} is a lower bound: the size follows the tokenizer"
-        )
-
-
-def pad_id_follows_tokenizer(config: Config) -> Found:
-    """The padding id is the tokenizer's, whatever is written here."""
-    if is_chosen("model.pad_token_id", config):
-        yield Problem("model.pad_token_id", f"{config.model.pad_token_id} is replaced by the tokenizer's padding id")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule with its type and the keys it is about."""
-
-    kind: Literal["ERROR", "WARNING", "PRECEDENCE", "IMPORTANT"]
-    check: Callable[..., Found]
-    keys: tuple[str, ...]
-
-    @property
-    def description(self) -> str:
-        return " ".join((self.check.__doc__ or "").split())
-
-
+# fmt: off
 ZERO_KEYS = ("use_deepspeed", "accelerate_config_file", "trainer.engine", "trainer.deepspeed_config_file")
+NO_EFFECT_WITH = "has no effect with optimizer.name: {c.optimizer.name}"
 RULES = (
-    Rule("ERROR", heads_divide_width, ("model.hidden_size", "model.num_attention_heads", "model.rope")),
-    Rule("ERROR", precision_is_supported, ("trainer.mixed_precision", "task")),
-    Rule("ERROR", rows_fit_model,
-         ("dataset.max_seq_length", "datacollator.max_length", "model.max_position_embeddings")),
-    Rule("ERROR", pre_tokenize_needs_random_access, ("dataset.pre_tokenize", "dataset.streaming")),
-    Rule("ERROR", mixture_has_sources,
-         ("dataset.mixture", "dataset.mixture_exhausted", "trainer.max_steps")),
-    Rule("ERROR", names_are_names, ("wandb.project", "wandb.name", "wandb.entity")),
-    Rule("ERROR", decay_follows_warmup, ("scheduler.decay_percent", "scheduler.warmup_percent")),
-    Rule("ERROR", algorithms_need_muonclip, ("optimizer.param_groups", "optimizer.name")),
-    Rule("ERROR", best_needs_checkpoints, ("trainer.load_best_model_at_end", "trainer.save_strategy")),
-    Rule("ERROR", labels_fit_task, ("glue.num_labels", "glue.task_name")),
-    Rule("ERROR", from_hub_needs_a_name, ("model.from_hub", "model.name")),
-    Rule("ERROR", resume_needs_a_position, ("trainer.resume_from_checkpoint", "dataset.streaming")),
-    Rule("ERROR", muonclip_needs_whole_matrices, ("optimizer.name", *ZERO_KEYS)),
-    Rule("ERROR", zero_updates_copies, ("model.ngpt", "trainer.torch_compile", *ZERO_KEYS)),
-    Rule("ERROR", deepspeed_needs_its_switch, ("trainer.engine", "use_deepspeed")),
-    Rule("WARNING", packing_keys_need_packing,
-         ("datacollator.max_length", "datacollator.pad_to_multiple_of", "datacollator.pack_sequences")),
-    Rule("WARNING", output_needs_pre_tokenize, ("dataset.pre_tokenize", "dataset.pre_tokenize_output")),
-    Rule("WARNING", muon_config_needs_muonclip, ("optimizer.muon_config", "optimizer.name")),
-    Rule("WARNING", log_interval_has_no_say, ("wandb.log_interval", "trainer.logging_steps")),
-    Rule("WARNING", zero_file_needs_deepspeed, ("trainer.deepspeed_config_file", "trainer.engine", "use_deepspeed")),
-    Rule("WARNING", streaming_has_no_validation_split, ("dataset.validation_split", "dataset.streaming")),
-    Rule("WARNING", packed_sdpa_is_slower, ("datacollator.pack_sequences", "model.attn_backend")),
-    Rule("WARNING", pieces_fit_rows, ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length")),
-    Rule("WARNING", schedule_keys_fit_shape, ("scheduler.power", "scheduler.wsd_decay_percent", "scheduler.name")),
-    Rule("WARNING", warmup_fits_run, ("scheduler.warmup_steps", "scheduler.total_steps", "trainer.max_steps")),
-    Rule("WARNING", compile_keys_need_compile,
-         ("trainer.torch_compile", "trainer.torch_compile_backend", "trainer.torch_compile_dynamic")),
-    Rule("PRECEDENCE", ngpt_has_no_norms,
-         ("model.ngpt", "model.rms_norm", "model.norm_eps", "optimizer.weight_decay")),
-    Rule("WARNING", keys_act_in_their_task, ("task", *dict.fromkeys(key for keys in INERT.values() for key in keys))),
-    Rule("WARNING", mteb_trains_nothing, ("task",)),
-    Rule("PRECEDENCE", temperature_wins_over_weights, ("dataset.mixture_temperature", "dataset.mixture")),
-    Rule("PRECEDENCE", classifier_range_of_glue_wins, ("glue.classifier_init_range", "model.classifier_init_range")),
-    Rule("PRECEDENCE", warmup_percent_wins, ("scheduler.warmup_percent", "scheduler.warmup_steps")),
-    Rule("PRECEDENCE", decay_percent_wins, ("scheduler.decay_percent", "scheduler.decay_steps")),
-    Rule("PRECEDENCE", path_wins_over_name, ("dataset.path", "dataset.name")),
-    Rule("PRECEDENCE", eval_split_wins, ("dataset.eval_split", "dataset.validation_split", "dataset.mixture")),
-    Rule("PRECEDENCE", mixture_wins_over_path, ("dataset.mixture", "dataset.path", "dataset.name")),
-    Rule("WARNING", no_dataset_code, ("dataset.trust_remote_code",)),
-    Rule("IMPORTANT", vocabulary_follows_tokenizer, ("model.vocab_size", "tokenizer.vocab_size")),
-    Rule("IMPORTANT", pad_id_follows_tokenizer, ("model.pad_token_id",)),
-)  # fmt: skip
-
-
-def check_rules(config: Config, wrong: set[str]) -> tuple[list[Problem], list[str]]:
-    """(broken rules, what else the user should know). Rules about keys that are `wrong` by themselves are left out."""
-    errors: list[Problem] = []
-    notes: list[str] = []
-    for rule in RULES:
-        if not wrong.intersection(rule.keys):
-            found = list(rule.check(config))
-            errors += found if rule.kind == "ERROR" else []
-            notes += [] if rule.kind == "ERROR" else map(str, found)
-    return errors, notes
+    Rule("ERROR", ("model.hidden_size", "model.num_attention_heads", "model.rope"), heads_divide_width),
+    Rule("ERROR", ("trainer.mixed_precision",), "fp16 overflows in pretraining and is not supported; use bf16 or no",
+        lambda c: c.trainer.mixed_precision == "fp16" and c.task in ("pretraining", "contrastive"),
+        "float16 needs loss scaling, which a loss that is divided by the targets of the whole step does not have.", ("task",)),
+    Rule("ERROR", ("dataset.max_seq_length", "datacollator.max_length", "model.max_position_embeddings"), rows_fit_model),
+    Rule("ERROR", ("dataset.pre_tokenize",), "needs dataset.streaming: false", lambda c: c.dataset.streaming,
+        "A stream is tokenised as it flows by; only a corpus of known size is tokenised beforehand.", ("dataset.streaming",)),
+    Rule("ERROR", ("dataset.mixture", "dataset.mixture_exhausted", "trainer.max_steps"), mixture_has_sources),
+    Rule("ERROR", ("wandb.project", "wandb.name", "wandb.entity"), names_are_names),
+    Rule("ERROR", ("scheduler.decay_percent", "scheduler.warmup_percent"), decay_follows_warmup),
+    Rule("ERROR", ("optimizer.param_groups", "optimizer.name"), algorithms_need_muonclip),
+    Rule("ERROR", ("trainer.load_best_model_at_end",), "needs checkpoints; set save_strategy to steps, epoch or best",
+        lambda c: c.trainer.save_strategy == "no",
+        "The best checkpoint can only be loaded at the end when checkpoints are saved.", ("trainer.save_strategy",)),
+    Rule("ERROR", ("glue.num_labels", "glue.task_name"), labels_fit_task),
+    Rule("ERROR", ("model.from_hub", "model.name"), from_hub_needs_a_name),
+    Rule("ERROR", ("trainer.resume_from_checkpoint", "dataset.streaming"), resume_needs_a_position),
+    Rule("ERROR", ("optimizer.name", *ZERO_KEYS), muonclip_needs_whole_matrices),
+    Rule("ERROR", ("model.ngpt", "trainer.torch_compile", *ZERO_KEYS), zero_updates_copies),
+    Rule("ERROR", ("trainer.engine",), "deepspeed, but use_deepspeed is false; set one of them to the other's",
+        lambda c: c.trainer.engine == "deepspeed" and not c.use_deepspeed,
+        "`use_deepspeed: false` switches DeepSpeed off.", ("use_deepspeed",)),
+    Rule("WARNING", ("datacollator.max_length",),
+        "has no effect without pack_sequences: true; unpacked: dataset.max_seq_length",
+        lambda c: not c.datacollator.pack_sequences, "It describes packed rows.", ("datacollator.pack_sequences",)),
+    Rule("WARNING", ("datacollator.pad_to_multiple_of",), "has no effect on packed rows, which have one length",
+        lambda c: c.datacollator.pack_sequences, "It describes unpacked rows.", ("datacollator.pack_sequences",)),
+    Rule("WARNING", ("dataset.pre_tokenize_output",), "has no effect without dataset.pre_tokenize: true",
+        lambda c: not c.dataset.pre_tokenize, "`pre_tokenize_output` says where `pre_tokenize` writes.",
+        ("dataset.pre_tokenize",)),
+    Rule("WARNING", ("optimizer.muon_config",), NO_EFFECT_WITH, lambda c: c.optimizer.name != "muonclip",
+        "Settings of an optimizer that is not used have no effect.", ("optimizer.name",)),
+    Rule("WARNING", ("wandb.log_interval",), "has no effect; trainer.logging_steps says how often is logged",
+        text="`trainer.logging_steps` says how often is logged, whatever `wandb.log_interval` says.",
+        others=("trainer.logging_steps",)),
+    Rule("WARNING", ("trainer.deepspeed_config_file",), "has no effect without DeepSpeed; set trainer.engine: deepspeed",
+        lambda c: read_zero(c, os.environ) is None, "`deepspeed_config_file` acts in runs that use DeepSpeed.",
+        ("trainer.engine", "use_deepspeed")),
+    Rule("WARNING", ("dataset.validation_split",),
+        "skipped: a stream cannot be split at random (set streaming: false)", lambda c: c.dataset.streaming,
+        "A stream cannot be split at random: the validation split is skipped.", ("dataset.streaming",)),
+    Rule("WARNING", ("datacollator.pack_sequences", "model.attn_backend"), packed_sdpa_is_slower),
+    Rule("WARNING", ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length"), pieces_fit_rows),
+    Rule("WARNING", ("scheduler.power",), "has no effect with scheduler.name: {c.scheduler.name}",
+        lambda c: c.scheduler.name != "polynomial", "`power` is for `polynomial`.", ("scheduler.name",)),
+    Rule("WARNING", ("scheduler.wsd_decay_percent",), "has no effect with scheduler.name: {c.scheduler.name}",
+        lambda c: c.scheduler.name != "wsd", "`wsd_decay_percent` is for `wsd`.", ("scheduler.name",)),
+    Rule("WARNING", ("scheduler.warmup_steps", "scheduler.total_steps", "trainer.max_steps"), warmup_fits_run),
+    Rule("WARNING", ("trainer.torch_compile_backend", "trainer.torch_compile_dynamic"),
+        "has no effect without trainer.torch_compile: true", lambda c: not c.trainer.torch_compile,
+        "They say how to compile, `torch_compile` whether.", ("trainer.torch_compile",)),
+    Rule("PRECEDENCE", ("model.rms_norm", "model.norm_eps", "optimizer.weight_decay"),
+        "has no effect with model.ngpt, which keeps vectors and matrices at length 1", lambda c: c.model.ngpt,
+        "nGPT keeps vectors and matrices at length 1: norms, init ranges and weight decay have nothing to act on.",
+        ("model.ngpt",)),
+    Rule("WARNING", ("task",), keys_act_in_their_task),
+    Rule("PRECEDENCE", ("dataset.mixture_temperature",), "wins over the weights in dataset.mixture",
+        lambda c: any(source.weight != 1 for source in c.dataset.mixture),
+        "`mixture_temperature` shares by size, whatever the weights of the mixture.", ("dataset.mixture",)),
+    Rule("PRECEDENCE", ("glue.classifier_init_range", "model.classifier_init_range"), classifier_range_of_glue_wins),
+    Rule("PRECEDENCE", ("scheduler.warmup_percent",), "wins over warmup_steps",
+        lambda c: c.is_chosen("scheduler.warmup_steps"),
+        "`warmup_percent` wins over `warmup_steps`.", ("scheduler.warmup_steps",)),
+    Rule("PRECEDENCE", ("scheduler.decay_percent",), "wins over decay_steps",
+        lambda c: c.is_chosen("scheduler.decay_steps"),
+        "`decay_percent` wins over `decay_steps`.", ("scheduler.decay_steps",)),
+    Rule("PRECEDENCE", ("dataset.path",), "{c.dataset.path!r} wins over dataset.name {c.dataset.name!r}",
+        lambda c: c.is_chosen("dataset.name"),
+        "An existing local `path` is read; the hub's `name` is the fallback.", ("dataset.name",)),
+    Rule("PRECEDENCE", ("dataset.eval_split", "dataset.validation_split", "dataset.mixture"), eval_split_wins),
+    Rule("PRECEDENCE", ("dataset.mixture",), "wins over dataset.path and dataset.name",
+        lambda c: c.dataset.path or c.is_chosen("dataset.name"),
+        "The sources of `mixture` are read instead of `path` and `name`.", ("dataset.path", "dataset.name")),
+    Rule("WARNING", ("dataset.trust_remote_code",), "no effect: the datasets library no longer runs code of a dataset",
+        text="`datasets` 4 and later run no code of datasets."),
+    Rule("IMPORTANT", ("tokenizer.vocab_size",), "{c.tokenizer.vocab_size:,} has no effect: it follows the tokenizer",
+        text="It follows the tokenizer."),
+    Rule("IMPORTANT", ("model.vocab_size",), "{c.model.vocab_size:,} is a lower bound: the size follows the tokenizer",
+        text="Inert tokens pad the tokenizer until its length is the model's vocabulary size, a multiple of 64."),
+    Rule("IMPORTANT", ("model.pad_token_id",), "{c.model.pad_token_id} is replaced by the tokenizer's padding id",
+        text="The padding id is the tokenizer's, whatever is written here."),
+)

@@ -1,130 +1,53 @@
 """The whole configuration. What a key means stands at its field; `load.py` turns YAML into a frozen `Config`."""
 
+from functools import cache
 from typing import Any, Literal
 
-from neobert.config.data_sections import DataCollatorConfig, DatasetConfig, TokenizerConfig
-from neobert.config.field import Section, key
-from neobert.config.training_sections import OptimizerConfig, SchedulerConfig, TrainerConfig, WandbConfig
+from neobert.config.field import CONTRASTIVE, GLUE, MTEB, KeyInfo, Section, describe_keys, key
+from neobert.config.sections import (
+    DataCollatorConfig,
+    DatasetConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainerConfig,
+    WandbConfig,
+)
 
 
-class ModelConfig(Section):
-    """`model`: the architecture."""
-
-    name: str | None = key(
-        None,
-        "Name of the model, kept in its config.json; with `from_hub` the folder or hub name it comes from.",
-        "config.json of a checkpoint",
-    )
-    hidden_size: int = key(
-        768, "Width of embeddings, attention and residual stream.", "shape of the model", ge=8, le=65536
-    )
-    num_hidden_layers: int = key(12, "Encoder blocks.", "shape of the model", ge=1, le=1024)
-    num_attention_heads: int = key(
-        12, "Attention heads per block; must divide `hidden_size`.", "shape of the model", ge=1, le=4096
-    )
-    intermediate_size: int = key(
-        3072,
-        "Width of the feed-forward block; SwiGLU uses two thirds of it, rounded up to a multiple of 8.",
-        "shape of the model",
-        ge=8,
-        le=2**20,
-    )
-    max_position_embeddings: int = key(
-        512, "Longest sequence the model is built for, in tokens.", "longest input", ge=8, le=2**24
-    )
-    vocab_size: int = key(
-        30522,
-        "Size of the vocabulary. Follows the tokenizer, rounded up to a multiple of 64; a larger value than that is honoured.",
-        "shape of the model; len(tokenizer)",
-        ge=8,
-        le=2**24,
-    )
-    hidden_act: Literal["swiglu", "gelu"] = key("swiglu", "Activation of the feed-forward block.", "shape of the model")
-    dropout_prob: float = key(
-        0.0, "Dropout in embeddings, attention and feed-forward output.", "training noise", ge=0, lt=1
-    )
-    norm_eps: float = key(1e-5, "Term that keeps the norms stable.", "outputs", gt=0, lt=1)
-    rms_norm: bool = key(True, "RMSNorm; `false`: LayerNorm.", "shape of the model")
-    attn_backend: Literal["sdpa", "flash_attn_varlen"] = key(
-        "sdpa",
-        "Attention kernel; `flash_attn_varlen` (the flash-attn package, or torch's own kernel) needs CUDA and "
-        "falls back with a message.",
-        "speed",
-    )
-    kernel_backend: Literal["auto", "liger", "torch"] = key(
-        "auto", "Kernels of norms, SwiGLU and loss; `auto` takes Liger on CUDA when it is installed.", "speed"
-    )
-    rope: bool = key(True, "Rotary positions; `false`: learned positions.", "shape of the model")
-    ngpt: bool = key(
-        False, "The normalised transformer (arXiv 2410.01131): no norms, all vectors of length 1.", "shape of the model"
-    )
-    base_scale: float = key(
-        1.0 / (960.0**0.5), "How large nGPT stores its learned scales: small is fast.", "updates with `ngpt`", gt=0
-    )
-    pad_token_id: int = key(0, "Id of the padding token; follows the tokenizer.", "config.json of a checkpoint", ge=0)
-    embedding_init_range: float = key(
-        0.02, "Embeddings start uniform within plus or minus this.", "initial weights", gt=0
-    )
-    decoder_init_range: float = key(0.02, "Matrices start uniform within plus or minus this.", "initial weights", gt=0)
-    classifier_init_range: float = key(
-        0.02, "Standard deviation of a classifier's first weights.", "initial weights", gt=0
-    )
-    from_hub: bool = key(
-        False,
-        "Start from the model `model.name`; its architecture and tokenizer are used. GLUE, contrastive: a folder or hub name "
-        "that `AutoModel` loads. Pretraining: a checkpoint, an export, a EuroBERT or a published NeoBERT.",
-        "initial weights",
-    )
-
-
+# Tables, laid out by hand.
+# fmt: off
 class GlueConfig(Section):
     """`glue`: fine-tuning on a GLUE task."""
 
-    task_name: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"] = key(
-        "cola", "GLUE task.", "data, head and metrics"
-    )
+    tasks = GLUE
+    task_name: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"] = key("cola",
+        "GLUE task.", "data, head and metrics")
     num_labels: int = key(2, "Number of labels; 1 is regression. Follows the task.", "an error when they differ", ge=1)
     max_seq_length: int = key(128, "Longest row, a sentence or a pair, in tokens.", "length of rows", ge=8)
-    pretrained_model_path: str | None = key(
-        None,
-        "Pretrained model: a run's folder, a checkpoint, or the config file in one. With `pretrained_checkpoint_dir` it "
-        "only says which architecture is expected there.",
-        "initial weights",
-    )
-    pretrained_checkpoint_dir: str | None = key(
-        None, "Folder that holds checkpoints, as <output_dir> or <output_dir>/checkpoints.", "initial weights"
-    )
-    pretrained_checkpoint: str | int | None = key(
-        None,
+    pretrained_model_path: str | None = key(None,
+        "Pretrained model: a run's folder, a checkpoint, or the config file in one. With `pretrained_checkpoint_dir` it only "
+        "says which architecture is expected there.", "initial weights")
+    pretrained_checkpoint_dir: str | None = key(None,
+        "Folder that holds checkpoints, as <output_dir> or <output_dir>/checkpoints.", "initial weights")
+    pretrained_checkpoint: str | int | None = key(None,
         "Which of them: `latest`, `best`, a step; or the path of one (default: top-level `pretrained_checkpoint`).",
-        "initial weights",
-    )
-    allow_random_weights: bool = key(
-        False, "Train without pretrained weights where none are named.", "an error, or not"
-    )
+        "initial weights")
+    allow_random_weights: bool = key(False, "Train without pretrained weights where none are named.", "an error, or not")
     classifier_dropout: float = key(0.1, "Dropout before the classifier.", "training noise", ge=0, lt=1)
-    classifier_init_range: float = key(
-        0.02,
+    classifier_init_range: float = key(0.02,
         "Standard deviation of the classifier's first weights; wins over `model.classifier_init_range`.",
-        "initial weights",
-        gt=0,
-    )
-    transfer_from_task: bool = key(
-        False,
+        "initial weights", gt=0)
+    transfer_from_task: bool = key(False,
         "Start from a checkpoint of another GLUE task (its encoder and hidden layer). In a suite: rte, mrpc and stsb from "
-        "mnli of the same seed.",
-        "initial weights",
-    )
+        "mnli of the same seed.", "initial weights")
     num_workers: int = key(4, "Threads that put batches together ahead.", "speed", ge=0, le=1024)
-    preprocessing_num_proc: int = key(
-        4, "Most threads for tokenising the task; one takes 20,000 rows.", "speed", ge=1, le=1024
-    )
-    pooling: Literal["cls", "mean"] = key(
-        "cls", "What the classifier sees of a row: its first token, or the mean of all.", "shape of the head"
-    )
-    group_by_length: bool = key(
-        False, "Rows of similar length come in one batch: less padding where padding costs.", "order of the data"
-    )
+    preprocessing_num_proc: int = key(4, "Most threads for tokenising the task; one takes 20,000 rows.", "speed", ge=1, le=1024)
+    pooling: Literal["cls", "mean"] = key("cls",
+        "What the classifier sees of a row: its first token, or the mean of all.", "shape of the head", beyond=True)
+    group_by_length: bool = key(False,
+        "Rows of similar length come in one batch: less padding where padding costs.", "order of the data", beyond=True)
 
 
 class EvaluationSet(Section):
@@ -141,47 +64,27 @@ class EvaluationSet(Section):
 class ContrastiveConfig(Section):
     """`contrastive`: training sentence embeddings."""
 
+    tasks = CONTRASTIVE
     temperature: float = key(0.05, "Cosine similarities are divided by this.", "loss", gt=0)
-    pooling: Literal["avg", "cls", "max"] = key(
-        "avg", "How token vectors become one: their mean, the first one, or the maximum.", "embeddings"
-    )
-    loss_type: Literal["simcse", "supcon"] = key(
-        "simcse",
-        "`simcse`: every anchor is to find its positive among all texts of the batch (InfoNCE). `supcon`: all texts with "
-        "the same label, or of the same pair, attract each other.",
-        "loss",
-    )
-    hard_negative_weight: float = key(
-        0.0,
+    pooling: Literal["avg", "cls", "max"] = key("avg",
+        "How token vectors become one: their mean, the first one, or the maximum.", "embeddings")
+    loss_type: Literal["simcse", "supcon"] = key("simcse",
+        "`simcse`: every anchor is to find its positive among all texts of the batch (InfoNCE). `supcon`: all texts with the "
+        "same label, or of the same pair, attract each other.", "loss")
+    hard_negative_weight: float = key(0.0,
         "Added to the logits of an anchor's own hard negatives: w counts them e^w times in the denominator (SimCSE).",
-        "loss",
-        ge=0,
-    )
-    min_score: float | None = key(
-        None,
-        "Of two texts with a score, those with at least this one are positive pairs (default: 80 % of the highest). Beyond "
-        "the reference.",
-        "rows used",
-    )
-    evaluation: list[EvaluationSet] = key(
-        None,
+        "loss", ge=0)
+    min_score: float | None = key(None,
+        "Of two texts with a score, those with at least this one are positive pairs (default: 80 % of the highest).",
+        "rows used", beyond=True)
+    evaluation: list[EvaluationSet] = key(None,
         "Sets to evaluate on, besides held-out rows of the sources: a list of {path or name, config, split, columns, label}. "
-        "Scores give Spearman's correlation, pairs MRR@10 and nDCG@10. Beyond the reference.",
-        "metrics",
-        factory=list,
-    )
-    pretrained_checkpoint_dir: str | None = key(
-        None, "As `glue.pretrained_checkpoint_dir`. Beyond the reference.", "initial weights"
-    )
-    pretrained_model_path: str | None = key(
-        None, "As `glue.pretrained_model_path`. Beyond the reference.", "initial weights"
-    )
-    pretrained_checkpoint: str | int | None = key(
-        None, "As `glue.pretrained_checkpoint`. Beyond the reference.", "initial weights"
-    )
-    allow_random_weights: bool = key(
-        False, "Train without pretrained weights where none are named. Beyond the reference.", "an error, or not"
-    )
+        "Scores give Spearman's correlation, pairs MRR@10 and nDCG@10.", "metrics", factory=list, beyond=True)
+    pretrained_checkpoint_dir: str | None = key(None, "As `glue.pretrained_checkpoint_dir`.", "initial weights", beyond=True)
+    pretrained_model_path: str | None = key(None, "As `glue.pretrained_model_path`.", "initial weights", beyond=True)
+    pretrained_checkpoint: str | int | None = key(None, "As `glue.pretrained_checkpoint`.", "initial weights", beyond=True)
+    allow_random_weights: bool = key(False,
+        "Train without pretrained weights where none are named.", "an error, or not", beyond=True)
 
 
 class Config(Section):
@@ -198,36 +101,24 @@ class Config(Section):
     wandb: WandbConfig = key(None, "The Weights & Biases tracker.", "", factory=WandbConfig)
     glue: GlueConfig = key(None, "Fine-tuning on a GLUE task.", "", factory=GlueConfig)
     contrastive: ContrastiveConfig = key(None, "Training sentence embeddings.", "", factory=ContrastiveConfig)
-    pretrained_checkpoint: str = key(
-        "latest", "Checkpoint that a downstream task starts from: `latest`, `best`, or a step.", "initial weights"
-    )
-    mteb_task_type: str = key(
-        "all",
+    pretrained_checkpoint: str = key("latest",
+        "Checkpoint that a downstream task starts from: `latest`, `best`, or a step.",
+        "initial weights", tasks=("glue", "contrastive", "mteb"))
+    mteb_task_type: str = key("all",
         "Which MTEB tasks to run: `all` (the 56 English tasks, or all of `mteb_local_tasks`), classification, clustering, "
         "pair_classification, reranking, retrieval, sts, summarization; names of tasks, separated by commas; or a benchmark.",
-        "results",
-        min_length=1,
-    )
-    mteb_batch_size: int = key(
-        32,
+        "results", min_length=1, tasks=MTEB)
+    mteb_batch_size: int = key(32,
         "Texts of 128 tokens that are computed at a time: of longer ones fewer, of shorter ones more; where it is not set, by "
-        "device.",
-        "speed",
-        ge=1,
-    )
-    mteb_pooling: Literal["mean", "avg", "cls", "max"] = key(
-        "mean", "How token vectors become one; where it is not set, as the model was trained.", "results"
-    )
-    mteb_overwrite_results: bool = key(False, "Run tasks again that have results.", "results")
-    mteb_prompts: dict[str, str] = key(
-        None,
+        "device.", "speed", ge=1, tasks=MTEB)
+    mteb_pooling: Literal["mean", "avg", "cls", "max"] = key("mean",
+        "How token vectors become one; where it is not set, as the model was trained.", "results", tasks=MTEB)
+    mteb_overwrite_results: bool = key(False, "Run tasks again that have results.", "results", tasks=MTEB)
+    mteb_prompts: dict[str, str] = key(None,
         "Prompts, put in front of texts: by `query` or `document`, type of task (as STS), or task (as STS12, or STS12-query).",
-        "results",
-        factory=dict,
-    )
-    mteb_local_tasks: str | None = key(
-        None, "Folder of tasks of your own, as jsonl; `mteb_task_type` then chooses among these.", "results"
-    )
+        "results", factory=dict, tasks=MTEB, beyond=True)
+    mteb_local_tasks: str | None = key(None,
+        "Folder of tasks of your own, as jsonl; `mteb_task_type` then chooses among these.", "results", tasks=MTEB, beyond=True)
     seed: int = key(0, "Seed of weights, order, masks and dropout.", "all that is random", ge=0, lt=2**63)
     debug: bool = key(False, "Print more: the resolved configuration, versions, and every step.", "the console")
     use_deepspeed: bool = key(True, "Use DeepSpeed when launched by it.", "the engine")
@@ -240,3 +131,28 @@ class Config(Section):
         """Tokens of a row of pretraining."""
         packed = self.datacollator.max_length if self.datacollator.pack_sequences else None
         return packed or self.dataset.max_seq_length
+
+    def value_of(self, dotted: str) -> Any:
+        """The value of a key; None below a section that is not there."""
+        value: Any = self
+        for part in dotted.split("."):
+            value = getattr(value, part, None)
+        return value
+
+    def is_set(self, dotted: str) -> bool:
+        """Whether a key was given a value, be it its default, in a file, on the command line, or by the run itself."""
+        section, _, name = dotted.rpartition(".")
+        inner = self.value_of(section) if section else self
+        return isinstance(inner, Section) and name in inner.model_fields_set
+
+    def is_chosen(self, dotted: str) -> bool:
+        """Whether a key was given another value than its default."""
+        value = self.value_of(dotted)
+        default = type(value)() if isinstance(value, Section) else known_keys()[dotted].default
+        return self.is_set(dotted) and bool(value != default)
+
+
+@cache
+def known_keys() -> dict[str, KeyInfo]:
+    """Every key of the configuration in the order of the schema, by dotted name."""
+    return {info.key: info for info in describe_keys(Config)}

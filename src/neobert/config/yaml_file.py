@@ -48,7 +48,7 @@ class YamlFile:
 
 
 def parse_scalar(text: str) -> Any:
-    """The value that YAML reads in `text`, as on the command line: `3`, `true`, `[a, b]`, `null`, words."""
+    """The value that YAML reads in `text`, as on the command line: `3`, `true`, `[a, b]`, `null`, text."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -57,44 +57,32 @@ def parse_scalar(text: str) -> Any:
 
 def read_yaml(path: str | Path) -> YamlFile:
     """Read one mapping from a file. Raises ConfigError naming file and line for anything that is not one."""
-    name = str(path)
+    layer = YamlFile(str(path), {})
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        if node is None:
+            return layer
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(Problem("", f"{path}: expected sections such as `trainer:`, found a single value"))
+        _count_values(node, {})
+        _record_lines(node, "", layer)
+        layer.values.update(_Loader("").construct_document(node))
+        return layer
+    except ConfigError:
+        raise
     except FileNotFoundError:
-        raise ConfigError(Problem("", f"{name}: no such file")) from None
+        problem = ": no such file"
     except OSError as error:
-        raise ConfigError(Problem("", f"{name}: cannot be read: {error.strerror}")) from None
+        problem = f": cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        raise ConfigError(Problem("", f"{name}: not UTF-8 text (byte {error.start})")) from None
-    return parse_yaml(text, name)
-
-
-def parse_yaml(text: str, name: str) -> YamlFile:
-    """The mapping in `text`; `name` is used in messages."""
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            parsed = YamlFile(name, {})
-            if node is None:
-                return parsed
-            if not isinstance(node, yaml.MappingNode):
-                raise ConfigError(Problem("", f"{name}: expected sections such as `trainer:`, found a single value"))
-            _count_values(node, {})
-            _record_lines(node, "", parsed)
-            parsed.values = loader.construct_document(node)
-            return parsed
-        finally:
-            loader.dispose()
+        problem = f": not UTF-8 text (byte {error.start})"
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(Problem("", f"{name}{line}: not valid YAML: {reason}")) from None
+        problem = f"{line}: not valid YAML: {reason or str(error).splitlines()[0]}"
     except (RecursionError, ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(Problem("", f"{name}: not a usable YAML document: {error}")) from None
+        problem = f": not a usable YAML document: {error}"
+    raise ConfigError(Problem("", f"{path}{problem}"))
 
 
 def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
@@ -104,9 +92,9 @@ def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
+    if known.get(id(node)) == 0:
+        raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
     if id(node) in known:
-        if not known[id(node)]:
-            raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
         return known[id(node)]
     known[id(node)] = 0
     inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -118,18 +106,16 @@ def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
     return count
 
 
-def _record_lines(node: yaml.MappingNode, prefix: str, parsed: YamlFile) -> None:
+def _record_lines(node: yaml.MappingNode, prefix: str, layer: YamlFile) -> None:
     for key_node, value_node in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-            raise ConfigError(Problem(prefix.rstrip("."), "keys must be words", f"{parsed.path}:{line}"))
+            raise ConfigError(Problem(prefix.rstrip("."), "keys must be words", f"{layer.path}:{line}"))
         dotted = prefix + key_node.value
-        if dotted in parsed.lines:
-            first = parsed.lines[dotted]
-            where = f"{parsed.path}:{line}"
-            parsed.problems.append(Problem(dotted, f"written twice, first on line {first}", where))
-        parsed.lines[dotted] = line
+        if first := layer.lines.get(dotted):
+            layer.problems.append(Problem(dotted, f"written twice, first on line {first}", f"{layer.path}:{line}"))
+        layer.lines[dotted] = line
         if isinstance(value_node, yaml.MappingNode):
-            _record_lines(value_node, dotted + ".", parsed)
+            _record_lines(value_node, dotted + ".", layer)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from neobert.config.reference import known_keys
+from neobert.config.schema import known_keys
 from neobert.export.source import Source
 from neobert.export.verify import Check
 from neobert.inference.sentence_transformers import Embedding

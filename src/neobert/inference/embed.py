@@ -55,7 +55,7 @@ class Embedder:
         self,
         texts: list[str],
         normalize: bool | None = None,
-        tell: Callable[[int], None] = lambda n: None,
+        tell: Callable[[int], object] = lambda n: None,
         prompt: str | None = None,
     ) -> np.ndarray:
         """One vector per text, float32, n x D; `tell` is told of every text that is done.
@@ -76,7 +76,7 @@ class Embedder:
         return encode_texts(self.hf_tokenizer, [prompt + text for text in texts], self.max_length, True, "texts")
 
     @torch.no_grad()
-    def encode_ids(self, ids: list[Ids], normalize: bool | None, tell: Callable[[int], None]) -> np.ndarray:
+    def encode_ids(self, ids: list[Ids], normalize: bool | None, tell: Callable[[int], object]) -> np.ndarray:
         """As `encode`, of what `tokenize` gave."""
         pad_id, width = self.hf_tokenizer.pad_token_id, self.model.config.hidden_size
         vectors = embed_ids(self.model, ids, width, pad_id, self.runtime, self.batch_tokens, tell)
@@ -93,7 +93,7 @@ def embed_ids(
     pad_id: int,
     runtime: Runtime,
     batch_tokens: int | None = None,
-    tell: Callable[[int], None] = lambda n: None,
+    tell: Callable[[int], object] = lambda n: None,
 ) -> np.ndarray:
     """n x D. `model` gives `.embeddings` of a batch. Texts are packed; padded to the longest where SDPA runs on a GPU.
 
@@ -216,7 +216,7 @@ def embed_file(
     output: Path,
     column: str | None = None,
     normalize: bool | None = None,
-    tell: Callable[[int], None] = lambda n: None,
+    tell: Callable[[int], object] = lambda n: None,
     prompt: str | None = None,
     force: bool = False,
 ) -> tuple[int, int]:
@@ -254,7 +254,7 @@ def _blocks(
     embedder: Embedder,
     rows: Iterator[Row],
     normalize: bool | None,
-    tell: Callable[[int], None],
+    tell: Callable[[int], object],
     prompt: str | None,
 ) -> Iterator[tuple[list[Row], np.ndarray]]:
     """Rows with their vectors, in order; the next block is tokenised while one is computed."""

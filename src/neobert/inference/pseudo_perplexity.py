@@ -112,7 +112,7 @@ def pseudo_perplexity(
     tokenizer: TextTokenizer,
     pieces: list[Ids],
     batch_tokens: int | None = None,
-    tell: Callable[[int], None] = lambda n: None,
+    tell: Callable[[int], object] = lambda n: None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Result:
     """Of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`; `tell` is told how many tokens

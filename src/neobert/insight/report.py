@@ -167,10 +167,11 @@ def _facts(environment: dict[str, Any]) -> str:
 
 
 def _changed_keys(path: Path) -> str:
-    from neobert.config.legacy import ABSENT, look
-    from neobert.config.reference import known_keys
+    from neobert.config.legacy import ABSENT, apply_legacy, look
+    from neobert.config.schema import known_keys
 
     values = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    apply_legacy(values, {}, [])
     left_out = ("config_path", "optimizer.muon_config")
     found = {key: look(values, key) for key in known_keys() if key not in left_out}
     changed = {key: value for key, value in found.items() if value not in (ABSENT, known_keys()[key].default)}

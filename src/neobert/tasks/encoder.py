@@ -10,7 +10,6 @@ from neobert.checkpoints import layouts
 from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.hf import load_encoder as load_whole_encoder
 from neobert.checkpoints.load import check_fit
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
 from neobert.data.tokenizer import fit_vocabulary, special_ids
@@ -49,7 +48,7 @@ def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]
         notes.append(
             f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
         )
-    if is_set("model.pad_token_id", config) and config.model.pad_token_id != hf_tokenizer.pad_token_id:
+    if config.is_set("model.pad_token_id") and config.model.pad_token_id != hf_tokenizer.pad_token_id:
         notes.append(
             f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
         )

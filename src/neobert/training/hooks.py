@@ -9,7 +9,7 @@ from torch import nn
 
 from neobert.checkpoints.format import Content
 from neobert.checkpoints.retention import prune
-from neobert.config.training_sections import TrainerConfig
+from neobert.config.sections import TrainerConfig
 from neobert.errors import ConfigError, Problem
 from neobert.files import write_text
 from neobert.optim.qk_clip_hooks import clip_metrics

@@ -5,7 +5,7 @@ from torch import nn
 
 from neobert.checkpoints.layouts import fused_parts
 from neobert.config.schema import Config
-from neobert.config.training_sections import MuonConfig
+from neobert.config.sections import MuonConfig
 from neobert.errors import ConfigError, Problem
 from neobert.optim.build import MuonSettings, build_optimizer
 from neobert.optim.groups import GroupRule

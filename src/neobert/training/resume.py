@@ -19,11 +19,11 @@ from neobert.training.runtime import Runtime, as_part_of, load_partition, local_
 
 
 def with_saved_shards(config: Config, folder: Path, world_size: int) -> Config:
-    """Where `dataset.lanes` is not set, the data stays dealt to the shards that it was dealt to."""
+    """Where `dataset.num_shards` is not set, the data stays dealt to the shards that it was dealt to."""
     shards = load_data(folder)[0].get("fingerprint", {}).get("lanes")
-    if config.dataset.lanes is not None or shards in (None, world_size):
+    if config.dataset.num_shards is not None or shards in (None, world_size):
         return config
-    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"lanes": shards})})
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"num_shards": shards})})
 
 
 def continue_run(

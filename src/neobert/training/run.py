@@ -22,8 +22,7 @@ from neobert.config.deepspeed import read_zero
 from neobert.config.explain import plain_json
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
-from neobert.config.reference import known_keys, value_of
-from neobert.config.schema import Config
+from neobert.config.schema import Config, known_keys
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
 from neobert.files import write_text
 from neobert.optim.build import optimizer_state
@@ -209,7 +208,7 @@ class Job:
             Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
             keep = self.opened.goes_on and config.wandb.resume != "never"
             wandb["id"] = wandb_run_id(self.opened.folder, keep)
-        flat = {key: plain_json(value_of(config, key)) for key in known_keys() if "muon_config." not in key}
+        flat = {key: plain_json(config.value_of(key)) for key in known_keys() if "muon_config." not in key}
         trackers = build_trackers(names, config.wandb.project, self.opened.folder / "trackers", flat, wandb)
         return Sinks(MetricsFile(self.opened.folder / "metrics.jsonl", self.state.step), trackers)
 

@@ -179,7 +179,7 @@ class RowSource:
         if not found and ranks.world_size > 1:
             raise DataError(
                 f"reader {ranks.rank + 1} of {ranks.world_size} of the corpus{of} is empty{why}: documents are dealt to as "
-                "many readers as there are processes (or dataset.lanes); use fewer, or add text"
+                "many readers as there are processes (or dataset.num_shards); use fewer, or add text"
             )
         if not found:
             raise DataError(f"the corpus{of} is empty: no document has any text{why}")

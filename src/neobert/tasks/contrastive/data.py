@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neobert.config.data_sections import DatasetConfig
 from neobert.config.schema import Config
+from neobert.config.sections import DatasetConfig
 from neobert.data.files.documents import Files, SkippedRows, fingerprint, open_corpus
 from neobert.data.files.splits import (
     choose_split,

@@ -12,7 +12,6 @@ from neobert.checkpoints.initial_weights import (
 )
 from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.inference.embed import EmbeddingModel
@@ -94,7 +93,7 @@ def settle(config: Config, start: InitialWeights, tokenizer_keys: dict[str, Any]
     """The configuration with what follows from the weights filled in, as it is saved: it loads to the same run."""
     found = architecture_keys(config, start)
     dataset, longest = config.dataset, found.get("max_position_embeddings", config.model.max_position_embeddings)
-    if not is_set("dataset.max_seq_length", config) and start.hub is None:
+    if not config.is_set("dataset.max_seq_length") and start.hub is None:
         dataset = dataset.model_copy(update={"max_seq_length": min(dataset.max_seq_length, longest)})
     return config.model_copy(
         update={

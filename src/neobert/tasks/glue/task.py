@@ -19,7 +19,6 @@ from neobert.checkpoints.initial_weights import (
 )
 from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
 from neobert.data.labelled.loader import Rows, in_order
@@ -113,10 +112,10 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
 def settle(config: Config, task: GlueTask, start: InitialWeights, tokenizer_keys: dict[str, Any]) -> Config:
     """The configuration with what follows from task and weights filled in, as it is saved: it loads to the same run."""
     glue, model = config.glue, config.model
-    from_model = is_set("model.classifier_init_range", config) and not is_set("glue.classifier_init_range", config)
+    from_model = config.is_set("model.classifier_init_range") and not config.is_set("glue.classifier_init_range")
     init_range = model.classifier_init_range if from_model else glue.classifier_init_range
     changed = {"classifier_init_range": init_range, **architecture_keys(config, start)}
-    name = config.dataset.name if is_set("dataset.name", config) else REPOSITORY
+    name = config.dataset.name if config.is_set("dataset.name") else REPOSITORY
     return config.model_copy(
         update={
             "glue": glue.model_copy(update={"classifier_init_range": init_range}),

@@ -17,7 +17,6 @@ from typing import Any
 from neobert.checkpoints.format import STATE, find_checkpoint
 from neobert.checkpoints.hf import model_folder
 from neobert.config.load import Loaded
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.files import write_json, write_text
@@ -78,9 +77,9 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 def load_subject(config: Config, model: str | None) -> Subject:
     """The model, ready to embed. Raises CheckpointError."""
     folder = model_folder(model) if model is not None else _own_checkpoint(config)
-    pooling = config.mteb_pooling if is_set("mteb_pooling", config) else None
-    length = config.tokenizer.max_length if is_set("tokenizer.max_length", config) else None
-    size = config.mteb_batch_size * TOKENS_OF_A_TEXT if is_set("mteb_batch_size", config) else None
+    pooling = config.mteb_pooling if config.is_set("mteb_pooling") else None
+    length = config.tokenizer.max_length if config.is_set("tokenizer.max_length") else None
+    size = config.mteb_batch_size * TOKENS_OF_A_TEXT if config.is_set("mteb_batch_size") else None
     asked = config.trainer
     runtime = build_runtime(
         use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32, trains=False

@@ -82,7 +82,7 @@ def _num_epochs(config: Config) -> int | None:
 def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource], ranks: Ranks) -> Pipeline:
     """Documents to masked batches of a rank."""
     dataset, packed = config.dataset, config.datacollator.pack_sequences
-    num_shards = dataset.lanes or ranks.world_size
+    num_shards = dataset.num_shards or ranks.world_size
     batch_size = config.trainer.per_device_train_batch_size
     is_text = not all(source.is_tokenized for source in sources)
     workers = Workers(

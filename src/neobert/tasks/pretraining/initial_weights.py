@@ -14,7 +14,6 @@ from neobert.checkpoints.initial_weights import (
     contradictions,
     load_named_tokenizer,
 )
-from neobert.config.reference import is_set
 from neobert.config.schema import Config
 from neobert.data.tokenizer import tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
@@ -85,9 +84,9 @@ def _named(name: str) -> Path:
 
 def _apply_settable(config: Config, architecture: NeoBERTConfig) -> None:
     """What the YAML may set anew: dropout, and with RoPE, which has no parameters for positions, the longest input."""
-    if architecture.rope and is_set("model.max_position_embeddings", config):
+    if architecture.rope and config.is_set("model.max_position_embeddings"):
         architecture.max_position_embeddings = config.model.max_position_embeddings
-    if is_set("model.dropout_prob", config):
+    if config.is_set("model.dropout_prob"):
         architecture.dropout_prob = config.model.dropout_prob
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
 
-from neobert.config.data_sections import DatasetConfig
 from neobert.config.schema import Config
+from neobert.config.sections import DatasetConfig
 from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint, num_bytes, open_corpus
 from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
 from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
