@@ -1,5 +1,5 @@
 """What a user can get wrong. Each of these prints as plain lines and ends the command with exit code 2;
-any other exception is a bug of ours and keeps its traceback. Notes say what a user should know of a run that goes on."""
+any other exception is a bug of ours and keeps its traceback. Notes are for a run that goes on."""
 
 import errno
 import sys
@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line: the system's reason, the first line of its message, or its name."""
+    """An exception in one line: the system's reason, the first line of its message, or its name."""
     reason = getattr(error, "strerror", None) or str(error)
     return next(iter(str(reason).strip().splitlines()), type(error).__name__)
 
@@ -35,8 +35,8 @@ class Problem:
     where: str = ""
 
     def __str__(self) -> str:
-        place = f" ({self.where})" if self.where else ""
-        return f"{self.path}: {self.message}{place}" if self.path else f"{self.message}{place}"
+        where = f" ({self.where})" if self.where else ""
+        return f"{self.path}: {self.message}{where}" if self.path else f"{self.message}{where}"
 
 
 class ConfigError(UserError):

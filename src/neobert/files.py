@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +31,12 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place at the end, flushed to the disk. Raises OSError naming `path`."""
-    scratch = path.with_name(f".{path.name}.tmp")
+def whole_file(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place at the end, flushed to the disk. Raises OSError naming `path`.
+
+    With `shared` other processes and machines may write the same file meanwhile.
+    """
+    scratch = path.with_name(f".{path.name}.{f'{platform.node()}-{os.getpid()}.' if shared else ''}tmp")
     try:
         yield scratch
         sync(scratch)
@@ -46,15 +50,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, shared: bool = False) -> None:
     """Write a text file atomically. Raises OSError naming it."""
-    with whole_file(path) as scratch:
+    with whole_file(path, shared) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, shared: bool = False) -> None:
     """Write indented JSON with a final newline, atomically."""
-    write_text(path, as_json(value))
+    write_text(path, as_json(value), shared)
 
 
 def as_json(value: Any) -> str:

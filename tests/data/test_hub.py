@@ -8,7 +8,7 @@ from helpers.commands import run_neobert
 from helpers.runs import hub_cache
 from neobert.config.load import load_config
 from neobert.data.files.documents import Files, read_text, stream
-from neobert.data.files.hub import KNOWN, find_hub_splits
+from neobert.data.files.splits import KNOWN, find_hub_splits
 from neobert.errors import DataError
 from neobert.tasks.contrastive.data import find_places
 

@@ -8,9 +8,9 @@ import torch
 
 from helpers.runs import TEXT
 from neobert.data.batch import RowLayout
-from neobert.data.files.corpus import open_corpus
-from neobert.data.files.splits import find_splits, fingerprint
-from neobert.data.files.tokenize_corpus import open_tokenized
+from neobert.data.files.documents import fingerprint, open_corpus
+from neobert.data.files.splits import find_splits
+from neobert.data.files.token_store import TokenStore, tokenize_files
 from neobert.data.hashing import choose_sources
 from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
@@ -27,7 +27,9 @@ LENGTH = 64
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tokenizer):
     files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
-    return open_tokenized(files, tokenizer, tmp_path_factory.mktemp("store") / "tokens", 1, False, False, False)[0]
+    folder = tmp_path_factory.mktemp("store") / "tokens"
+    tokenize_files(files, tokenizer, folder, 1, False)
+    return TokenStore(folder)
 
 
 def reader(kind, store, rank, path=TEXT / "validation.txt"):
@@ -359,11 +361,11 @@ def test_a_token_store_fits_one_tokenizer(tmp_path, store, tokenizer):
     from dataclasses import replace
 
     files, _ = find_splits(str(TEXT / "validation.txt"), None, None, None)
-    settings = {"num_proc": 1, "show_bar": False, "in_memory": False, "refuse": False}
+    settings = {"num_proc": 1, "show_bar": False}
     with pytest.raises(DataError, match="another tokenizer"):
-        open_tokenized(
+        tokenize_files(
             files, replace(tokenizer, json=tokenizer.json.replace("president", "presidant")), store.folder, **settings
         )
     other, _ = find_splits(str(TEXT / "train.txt"), None, None, None)
     with pytest.raises(DataError, match="another text"):
-        open_tokenized(other, tokenizer, store.folder, **settings)
+        tokenize_files(other, tokenizer, store.folder, **settings)

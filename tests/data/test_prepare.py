@@ -11,11 +11,18 @@ import pytest
 from helpers.commands import run_neobert, start_neobert
 from helpers.corpora import files_at, write
 from helpers.runs import TEXT, TINY, TOKENIZER
-from neobert.data.files import tokenize_corpus as prepare
-from neobert.data.files.token_store import Manifest, TokenStore, verify_store, write_json, write_shard
-from neobert.data.files.tokenize_corpus import plan_shards, tokenize_files
+from neobert.data.files import token_store as prepare
+from neobert.data.files.token_store import (
+    Manifest,
+    TokenStore,
+    plan_shards,
+    tokenize_files,
+    verify_store,
+    write_shard,
+)
 from neobert.data.mlm.readers import Pieces, StreamReader
 from neobert.errors import DataError
+from neobert.files import write_json
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from helpers.corpora import TEXTS, files_at, write
-from neobert.data.files.corpus import open_corpus
-from neobert.data.files.documents import SkippedRows, read_text, stream
-from neobert.data.files.splits import column_names, count_rows, find_splits, fingerprint, hold_out_head, num_bytes
+from neobert.data.files.documents import SkippedRows, fingerprint, num_bytes, open_corpus, read_text, stream
+from neobert.data.files.rows import columns_of
+from neobert.data.files.splits import count_rows, find_splits, hold_out_head
 from neobert.data.hashing import permute
 from neobert.data.mlm.readers import CorpusReader, RememberedReader, StreamReader, Subset
 from neobert.errors import DataError
@@ -220,7 +220,7 @@ def test_columns_are_listed(tmp_path):
     for kind in ("jsonl", "csv", "parquet", "json"):
         folder = write(tmp_path / kind, kind)
         path = next(str(path) for path in folder.iterdir())
-        assert {"text", "body"} & set(column_names(path, strings_only=False))
+        assert {"text", "body"} & set(columns_of(path))
         with pytest.raises(DataError, match=r"dataset.text_column: no column 'absent' in .* there are: "):
             files_at(folder, "absent")
 

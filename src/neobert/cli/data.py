@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from neobert.cli.options import TEXT_HELP, ConfigFile, TextColumn, layers
+from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, layers
 from neobert.errors import ConfigError, Problem
 
 
@@ -34,9 +34,8 @@ def tokenize(
       neobert pretrain CONFIG --dataset.path tokens --dataset.streaming false --tokenizer.path tokenizer
     """
     from neobert.data.files.splits import find_splits
-    from neobert.data.files.tokenize_corpus import cores, tokenize_files
-    from neobert.data.mlm.row_source import describe_skips
-    from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+    from neobert.data.files.token_store import tokenize_files
+    from neobert.data.tokenizer import cores, load_tokenizer, text_tokenizer
 
     share = parse_share(shard)
     files = find_splits(corpus, text_column, split, None)[0]
@@ -46,8 +45,9 @@ def tokenize(
     if manifest is None:
         print("not whole yet: the other parts are missing")
         return
-    counted = f"whole: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
-    print("; ".join(filter(None, [counted, describe_skips(manifest.skipped)])))
+    skipped = manifest.describe_skipped()
+    counts = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+    print(f"whole: {counts}" + (f"; {skipped}" if skipped else ""))
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -74,18 +74,18 @@ def tokenizer_train(
       neobert tokenizer train corpus/*.txt -o tokenizer --vocab-size 16384
       neobert tokenizer train corpus/ -o tokenizer --kind bpe --cased
     """
-    if kind == "bpe" and vocab_size < 262:
-        problem = "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more"
-        raise ConfigError(Problem("--vocab-size", problem))
-    from neobert.data.files.tokenize_corpus import train_from_files
-    from neobert.data.mlm.row_source import describe_skips, first_skip
+    if kind == "bpe" and vocab_size < 261 + 1:
+        raise ConfigError(
+            Problem("--vocab-size", "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more")
+        )
+    from neobert.data.tokenizer import train_from_files
 
     size, skips = train_from_files(
         files, text_column, os.isatty(2), output=output, vocab_size=vocab_size, lowercase=not cased, max_length=max_length,
         kind=kind,
     )  # fmt: skip
-    skipped = describe_skips(skips.counts)
-    print(f"{output}: {size:,} tokens" + (f"\nnote: {skipped}{first_skip(skips.first)}" if skipped else ""))
+    note = skips.describe(form="\nnote: {}")
+    print(f"{output}: {size:,} tokens{note}")
     print(f"next: neobert pretrain CONFIG --tokenizer.path {output}")
 
 

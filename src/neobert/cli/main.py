@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from neobert.cli import data, models
-from neobert.cli.options import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, layers, start_processes
+from neobert.cli import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, data, layers, models
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
 from neobert.ranks import launched_ranks
 
@@ -168,13 +167,20 @@ def _run(command: str, task: str | None, first: Path, arguments: list[str], npro
 
 
 def _start(loaded: "Loaded", command: list[str], nproc: int | None) -> None:
-    """Check what a run needs; where several processes are asked for, run `neobert <command>` in them and exit as they do."""
+    """Check what a run needs. Where `--nproc` or a file of Accelerate ask for several processes, run `neobert <command>` in
+    them and exit as they do.
+    """
     from neobert.config.ready import check_ready
 
     check_ready(loaded)
-    code = start_processes(loaded.config, nproc, command)
-    if code is not None:
-        raise typer.Exit(code)
+    config = loaded.config
+    if nproc is not None or config.accelerate_config_file is not None:
+        from neobert.training.launch import launch, plan_launch
+
+        plan, notes = plan_launch(config, nproc)
+        print_notes(notes)
+        if plan is not None:
+            raise typer.Exit(launch(command, plan, config.trainer.use_cpu))
 
 
 def _train(loaded: "Loaded") -> None:
@@ -188,22 +194,6 @@ def _train(loaded: "Loaded") -> None:
         write_report(finished.folder)
     if finished.exit_code:
         raise typer.Exit(finished.exit_code)
-
-
-@app.command()
-def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write [RUN/report.html].")] = None,
-) -> None:
-    """A run as one self-contained HTML page: loss, learning rate, throughput, step times.
-
-    \b
-    Example:
-      neobert report outputs/quickstart
-    """
-    from neobert.insight.report import write_report
-
-    print(write_report(run_folder, output))
 
 
 @config_app.command("check", context_settings=WITH_OVERRIDES)
@@ -322,6 +312,7 @@ def config_keys(
 
 
 COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
+    ("report", models.report, None),
     ("data", data.data, "[--rows N] [--documents N]"),
     ("verify-resume", data.verify_resume, "[--steps N]"),
     ("tokenize", data.tokenize, None),
@@ -357,7 +348,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """Print what is wrong and exit. What all processes find wrong, the main one says; it is given the time to."""
+    """Print what is wrong and exit. The main process is given the time to print first what all processes find."""
     number = launched_ranks().rank
     if number:
         time.sleep(3)

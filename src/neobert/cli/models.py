@@ -1,4 +1,4 @@
-"""The commands about trained models: fill-mask, embed, similarity, mteb, pseudo-perplexity, export, import."""
+"""The commands about runs and trained models: report, fill-mask, embed, similarity, mteb, pseudo-perplexity, export, import."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from neobert.cli.options import TEXT_HELP, ConfigFile, TextColumn, layers
+from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, layers
 from neobert.errors import UserError, print_notes
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ Tolerance = Annotated[
     float | None,
     typer.Option(min=0, help="Largest difference that is allowed [1e-5; ONNX 1e-4]; it is kept with the result."),
 ]
+
+
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write [RUN/report.html].")] = None,
+) -> None:
+    """A run as one self-contained HTML page: loss, learning rate, throughput, step times.
+
+    \b
+    Example:
+      neobert report outputs/quickstart
+    """
+    from neobert.insight.report import write_report
+
+    print(write_report(run_folder, output))
 
 
 def fill_mask(
@@ -86,7 +101,6 @@ def pseudo_perplexity(
 
     from neobert.checkpoints.load import load_pretrained
     from neobert.data.files.documents import SkippedRows
-    from neobert.data.mlm.row_source import describe_skips
     from neobert.data.tokenizer import text_tokenizer
     from neobert.files import write_json
     from neobert.inference import masked_lm
@@ -109,7 +123,7 @@ def pseudo_perplexity(
     total = sum(map(len, pieces))
     with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
         result = masked_lm.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
-    print_notes(filter(None, [describe_skips(skips.counts)]))
+    print_notes(filter(None, [skips.describe()]))
     print(f"{result}\n{num_texts:,} texts; perplexities are of tokens of this tokenizer")
     if output is not None:
         write_json(output, {"texts": num_texts, **result.as_json()})
@@ -117,8 +131,7 @@ def pseudo_perplexity(
 
 def _find_files(source: str, text_column: str | None, split: str | None) -> Any:
     """The files of a path, a glob or a dataset of the hub. Raises DataError."""
-    from neobert.data.files.hub import find_hub_splits
-    from neobert.data.files.splits import find_splits
+    from neobert.data.files.splits import find_hub_splits, find_splits
 
     is_name = not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and not has_magic(source)
     if is_name:

@@ -1,14 +1,14 @@
 """What a run asks of DeepSpeed: a stage of ZeRO and options of its own, from its JSON, a file of Accelerate, or a launcher.
 
-DeepSpeed's file says how states are split and sent. What it says of batch sizes, precision, clipping, optimizer and schedule is
-in our own keys; such values are not used, and a note says so. What we have not built (offloading) is refused.
+DeepSpeed's file says how states are split and sent. What it says of batch sizes, precision, clipping, optimizer and schedule
+stands in our own keys; such values are not used, and a message says so. What we have not built (offloading) is refused.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
@@ -46,35 +46,26 @@ class Zero:
 
     @property
     def stage(self) -> int:
+        """0: DDP; from 1 on optimizer states, from 2 on gradients too, with 3 weights too, are split over processes."""
         return int(self.options["zero_optimization"]["stage"])
 
 
 def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     """What DeepSpeed is to do in this run; None where it is not asked for. Raises ConfigError."""
-    accelerate = _accelerate_section(config)
+    section = _accelerate_section(config)
     launched = environment.get("ACCELERATE_USE_DEEPSPEED") == "true" or STAGE in environment
-    launched = launched or environment.keys() >= LAUNCHER
-    if not config.use_deepspeed or not (config.trainer.engine == "deepspeed" or launched or accelerate is not None):
+    launched = launched or environment.keys() >= LAUNCHER or config.trainer.engine == "deepspeed"
+    if not config.use_deepspeed or (section is None and not launched):
         return None
-    section = accelerate or {}
+    section = section or {}
     for name in ("offload_optimizer_device", "offload_param_device"):
         if str(section.get(name, "none")) != "none":
             raise ConfigError(Problem("accelerate_config_file", f"{name}: offloading is not part of this version"))
-    file = (
-        config.trainer.deepspeed_config_file
-        or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        or section.get("deepspeed_config_file")
-    )
-    if file:
+    named = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or section.get("deepspeed_config_file")
+    if file := config.trainer.deepspeed_config_file or named:
         return _read_file(str(file))
     stage = str(environment.get(STAGE, section.get("zero_stage", DEFAULT_STAGE)))
-    return Zero(_with_stage({}, stage, "accelerate_config_file"))
-
-
-def zero_stage(config: Config, environment: Mapping[str, str]) -> int:
-    """The stage of ZeRO; 0 also without DeepSpeed."""
-    zero = read_zero(config, environment)
-    return 0 if zero is None else zero.stage
+    return Zero({"zero_optimization": _with_stage({}, stage, "accelerate_config_file")})
 
 
 def _accelerate_section(config: Config) -> dict[str, Any] | None:
@@ -89,26 +80,30 @@ def _accelerate_section(config: Config) -> dict[str, Any] | None:
 
 
 def _read_file(path: str) -> Zero:
+    """DeepSpeed's own JSON. Raises ConfigError for what is not one, and for options that are not supported."""
+
+    def refuse(problem: str) -> NoReturn:
+        raise ConfigError(Problem(KEY, f"{path}: {problem}")) from None
+
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(Problem(KEY, f"{path}: {error.strerror}")) from None
+        refuse(str(error.strerror))
     except ValueError as error:
-        raise ConfigError(Problem(KEY, f"{path}: not JSON: {error}")) from None
+        refuse(f"not JSON: {error}")
     if not isinstance(values, dict):
-        raise ConfigError(Problem(KEY, f"{path}: must be a mapping"))
+        refuse("must be a mapping")
     if unknown := sorted(values.keys() - TAKEN - OURS.keys()):
-        raise ConfigError(Problem(KEY, f"{path}: {unknown[0]}: not supported; there are: {', '.join(sorted(TAKEN))}"))
-    notes = [f"{path}: {name} is not used; {OURS[name]} is" for name in OURS if _says_something(values.get(name))]
+        refuse(f"{unknown[0]}: not supported; there are: {', '.join(sorted(TAKEN))}")
     zero = values.get("zero_optimization", {"stage": 0})
     if not isinstance(zero, dict):
-        raise ConfigError(Problem(KEY, f"{path}: zero_optimization must be a mapping, got {zero!r}"))
-    for name in OFFLOAD:
-        if _says_something(zero.get(name)):
-            raise ConfigError(Problem(KEY, f"{path}: {name}: offloading is not part of this version"))
+        refuse(f"zero_optimization must be a mapping, got {zero!r}")
+    if offloaded := [name for name in OFFLOAD if _says_something(zero.get(name))]:
+        refuse(f"{offloaded[0]}: offloading is not part of this version")
+    notes = [f"{path}: {name} is not used; {OURS[name]} is" for name in OURS if _says_something(values.get(name))]
     kept = {name: value for name, value in zero.items() if value != AUTO and name not in OFFLOAD}
     taken = {name: value for name, value in values.items() if name in TAKEN and value != AUTO}
-    return Zero(_with_stage({**taken, "zero_optimization": kept}, str(kept.get("stage", 0)), f"{KEY}: {path}"), notes)
+    return Zero({**taken, "zero_optimization": _with_stage(kept, str(kept.get("stage", 0)), f"{KEY}: {path}")}, notes)
 
 
 def _says_something(value: Any) -> bool:
@@ -118,7 +113,7 @@ def _says_something(value: Any) -> bool:
     return value not in (None, AUTO)
 
 
-def _with_stage(options: dict[str, Any], stage: str, where: str) -> dict[str, Any]:
+def _with_stage(zero: dict[str, Any], stage: str, where: str) -> dict[str, Any]:
     if stage not in ("0", "1", "2", "3"):
         raise ConfigError(Problem(where, f"the stage of ZeRO is 0, 1, 2 or 3, got {stage!r}"))
-    return {**options, "zero_optimization": {**options.get("zero_optimization", {}), "stage": int(stage)}}
+    return {**zero, "stage": int(stage)}

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from neobert.config.field import TASKS, KeyInfo
-from neobert.config.legacy import ABSENT, LEGACY, look, nearest_key
+from neobert.config.legacy import ABSENT, LEGACY, apply_legacy, look, nearest_key
 from neobert.config.rules import RULES
 from neobert.config.schema import Config, known_keys
 from neobert.errors import ConfigError, Problem
@@ -90,12 +90,13 @@ def diff_configs(a: Config, b: Config) -> list[str]:
 
 def changed_keys(values: dict[str, Any]) -> dict[str, Any]:
     """The keys of a saved configuration, as YAML gives it, that are not at their defaults, by dotted name."""
+    apply_legacy(values, {}, [])
     found = {dotted: look(values, dotted) for dotted in known_keys()}
     return {dotted: value for dotted, value in found.items() if value not in (ABSENT, known_keys()[dotted].default)}
 
 
 def starter_file(task: str) -> str:
-    """A commented YAML file for a task, with the keys that one sets first; it trains once what it says is filled in."""
+    """A commented YAML file for a task, with the keys that one sets first; it trains once what is left open is filled in."""
     lines = [f"# A starting point for task: {task}. Every key: neobert config keys", f"task: {task}"]
     section, keys = "", STARTERS[task]
     for dotted in sorted(keys, key=lambda key: "." in key):
@@ -150,7 +151,7 @@ def reference_page() -> str:
     lines += [
         "", "## Older names", "",
         "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an",
-        "older name that still is a key above gives way then, with a warning, and at its default it has no say.", "",
+        "older name that still is a key above gives way then, with a warning, and at its default it does not act.", "",
         "| older | acts as |", "|---|---|",
         *[f"| `{rule.old}` | `{rule.new}` |" for rule in LEGACY],
     ]  # fmt: skip

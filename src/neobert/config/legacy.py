@@ -1,7 +1,7 @@
 """Older names of keys: one table, old path -> new path. Each acts, with a warning.
 
 Where the old and the new name are set to different values, that is an error if the old one is no longer a key. Some older names
-still are keys, with a default of their own: at that default they have no say, and beside the new name they give way, with a
+still are keys, with a default of their own: at that default they do not act, and beside the new name they give way, with a
 warning. An explicit `null` is a value like any other.
 
 Applied to every layer (a file, the overrides) by itself, before layers are merged: so a newer layer may set the new name of
@@ -19,7 +19,7 @@ from neobert.errors import ConfigError, Problem
 Values = dict[str, Any]
 ABSENT: Any = object()
 ON_COMMAND_LINE = 0  # instead of a line; nobody writes a default there without meaning it
-FLOAT32 = ("no", "fp32")  # two words for one precision
+FLOAT32 = ("no", "fp32")  # two names of one precision
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ LEGACY = (
 
 
 def apply_legacy(values: Values, lines: dict[str, int], problems: list[Problem]) -> list[str]:
-    """Rename in place, in `values` and in the line numbers of a file; returns one warning per old name that says something.
+    """Rename in place, in `values` and in the line numbers of a file; returns one warning per old name that acts or gives way.
 
     Where old and new names contradict each other, `problems` gets an entry.
     """

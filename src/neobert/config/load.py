@@ -22,7 +22,7 @@ from neobert.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration, what to tell its author, and where its keys were set."""
+    """A configuration, the warnings about it, and where its keys were set."""
 
     config: Config
     warnings: list[str]
@@ -96,7 +96,7 @@ def _override_layer(arguments: list[str]) -> YamlFile:
 
 
 def _override_value(name: str, text: str) -> Any:
-    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it; lists of words or
+    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it; lists of texts or
     numbers may also be written with commas alone."""
     value = parse_scalar(text)
     info = known_keys().get(name)
@@ -151,8 +151,8 @@ def _where(dotted: str, layers: list[YamlFile]) -> str:
 
 
 def _problem(details: Any, layers: list[YamlFile]) -> Problem:
-    """One of pydantic's errors in our words. Its location goes on inside a value: with an index and a field in an entry of a
-    list, which are named, or with a member of a union or a validator, which are not.
+    """One of pydantic's errors as a line of ours. Its location may go on inside a value: with an index and a field in an entry
+    of a list, which are named, or with a member of a union or a validator, which are not.
     """
     location = [str(part) for part in details["loc"]]
     value, kind, whole = details["input"], details["type"], ".".join(location)

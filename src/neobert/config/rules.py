@@ -1,7 +1,7 @@
-"""Rules between keys, and `RULES`, the table of them. A key at its default says nothing, whoever wrote it down.
+"""Rules between keys, and `RULES`, the table of them. A key at its default breaks no rule, whoever wrote it down.
 
 A short rule is a row: the message it gives for each of its keys that was chosen, and the condition. A longer one is a function
-that yields what it finds. ERROR stops the run; WARNING, PRECEDENCE and IMPORTANT are said once.
+that yields what it finds. ERROR stops the run; WARNING, PRECEDENCE and IMPORTANT are printed once.
 """
 
 import os
@@ -38,11 +38,11 @@ class Rule:
 
     @property
     def description(self) -> str:
-        """What the reference page and `neobert config explain` say."""
+        """The sentence in the reference page and in `neobert config explain`."""
         return self.text or " ".join((self.check.__doc__ or "").split())
 
     def find(self, config: Config) -> Found:
-        """What the rule has to say of a configuration."""
+        """The problems that a configuration has with this rule."""
         if not isinstance(self.check, str):
             yield from self.check(config)
         elif (chosen := [key for key in self.keys if config.is_chosen(key)]) and self.when(config):
@@ -50,7 +50,7 @@ class Rule:
 
 
 def check_rules(config: Config, wrong: set[str]) -> tuple[list[Problem], list[str]]:
-    """(broken rules, what else the user should know). Rules about keys that are `wrong` by themselves are left out."""
+    """(broken rules, messages of the others). Rules about keys that are `wrong` by themselves are left out."""
     errors: list[Problem] = []
     messages: list[str] = []
     for rule in RULES:

@@ -48,7 +48,7 @@ class YamlFile:
 
 
 def parse_scalar(text: str) -> Any:
-    """The value that YAML reads in `text`, as on the command line: `3`, `true`, `[a, b]`, `null`, words."""
+    """The value that YAML reads in `text`, as on the command line: `3`, `true`, `[a, b]`, `null`, text."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError):

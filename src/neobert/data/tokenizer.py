@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from neobert.errors import DataError
+from neobert.data.files.documents import SkippedRows, texts_of
+from neobert.data.files.splits import find_splits
+from neobert.errors import DataError, first_line
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -115,9 +118,8 @@ def load_tokenizer(name: str, path: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        where = "tokenizer.path" if path else "tokenizer.name"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{where}: {source!r} cannot be loaded: {reason}") from None
+        key = "tokenizer.path" if path else "tokenizer.name"
+        raise DataError(f"{key}: {source!r} cannot be loaded: {first_line(error)}") from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise DataError(
@@ -163,18 +165,31 @@ def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     )
 
 
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def train_from_files(
+    paths: list[str], text_column: str | None, show_bar: bool, **settings: Any
+) -> tuple[int, SkippedRows]:
+    """`train_tokenizer` on files, folders or globs. Returns the size and what was passed over. Raises DataError."""
+    skips = SkippedRows()
+    splits = [find_splits(path, text_column, None, None)[0] for path in paths]
+    texts = (text for files in splits for text in texts_of(files, skips))
+    shown = iter(tqdm(texts, desc="reading", unit=" documents", disable=not show_bar, leave=False))
+    first = next(shown, None)
+    if first is None:
+        raise DataError(f"{', '.join(paths)}: no text to train a tokenizer on{skips.describe(form=' ({})')}")
+    return train_tokenizer(chain([first], shown), **settings), skips
+
+
 def train_tokenizer(
     texts: Iterable[str], output: str | Path, vocab_size: int, lowercase: bool, max_length: int, kind: str = "wordpiece"
 ) -> int:
-    """Train a `wordpiece` or byte-level `bpe` tokenizer and save it as a Hugging Face folder. Returns its size.
-
-    Raises DataError when there is no text.
-    """
-    first = next(iter_texts := iter(texts), None)
-    if first is None:
-        raise DataError("no text to train a tokenizer on")
+    """Train a `wordpiece` or byte-level `bpe` tokenizer and save it as a Hugging Face folder. Returns its size."""
     train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}[kind]
-    fast = train(chain([first], iter_texts), vocab_size, lowercase, max_length)
+    fast = train(texts, vocab_size, lowercase, max_length)
     save_tokenizer(fast, output)
     return len(fast)
 

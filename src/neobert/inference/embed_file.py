@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from neobert.data.files.rows import is_utf8, place, usable_records
+from neobert.data.files.rows import text_in, usable_records
 from neobert.data.files.splits import find_column, local_splits
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
@@ -34,10 +34,7 @@ def read_rows(path: str, column: str | None) -> Iterator[Row]:
         raise DataError(message) from None
     for file, wanted in zip(files, columns, strict=True):
         for record, begin in usable_records(file):
-            text = record.get(wanted)
-            if not isinstance(text, str) or not is_utf8(text):
-                raise DataError(f"{place(file, begin)}: {wanted} is {text!r}, not a text")
-            yield text, record.get("id", record.get("_id"))
+            yield text_in(record, wanted, file, begin), record.get("id", record.get("_id"))
 
 
 def check_new_file(path: Path, force: bool) -> None:

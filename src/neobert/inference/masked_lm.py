@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from neobert.checkpoints.load import load_pretrained
 from neobert.data.files.documents import Files, SkippedRows, read_text, stream
 from neobert.data.files.rows import Unusable
-from neobert.data.mlm.row_source import why_empty
 from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
 from neobert.errors import DataError, UserError
 from neobert.inference.embed import batches_by_length
@@ -151,7 +150,7 @@ def read_pieces(
         for ids in tokenizer.encode(block):
             pieces += [ids[begin : begin + longest] for begin in range(0, len(ids), longest)]
     if not pieces:
-        raise DataError(f"{', '.join(files.paths[:3])}: no text in it{why_empty(skips)}")
+        raise DataError(f"{', '.join(files.paths[:3])}: no text in it{skips.describe(form=' ({})')}")
     return pieces, num_texts
 
 

@@ -1,15 +1,44 @@
-"""Documents of files as a stream: raw rows with the position after each, so that a resumed run seeks instead of re-reading, and
-so that a data rank can pass over the documents of other ranks without parsing them; `read_text` makes text of a row.
+"""Documents of files: as a stream with a position, and by number.
 
-What a row is in each kind of file, and what its position is, stands in `row_files`.
+`stream` yields raw rows with the position after each, so that a resumed run seeks instead of re-reading, and so that a rank can
+pass over the documents of other ranks without parsing them; `read_text` makes text of a row. `rows` says what a row is in each
+kind of file, and what its offset is.
+
+`open_corpus` gives random access, which allows a new order of the whole corpus in every epoch. Lines of plain text are found by
+an index of their offsets (16 bytes a line, one scan at about 1 GB/s); tables are memory-mapped; what has no such access
+(compressed files, .csv, .json arrays) is written once as a table below `dataset.cache_dir`, or read into memory.
 """
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
-from neobert.data.files.rows import Raw, Unusable, parse_row, raw_rows, why_no_text
+import numpy as np
+
+from neobert.data.files.opening import kind_of, named, num_table_rows, open_table
+from neobert.data.files.rows import (
+    BOM,
+    HEAD_BYTES,
+    LEAVE_IT,
+    Raw,
+    Unusable,
+    is_seekable_text,
+    layout_of,
+    parse_row,
+    raw_rows,
+    refuse_utf16,
+    why_no_text,
+)
 from neobert.errors import DataError
+
+BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 256, 1_000_000  # a block ends with the document that reaches one of them
+MAX_OPEN_FILES = 256  # of a corpus of lines, at a time
+WHOLE_HASH_BYTES = 2**28  # corpora up to this size are fingerprinted whole, larger ones by samples
+SAMPLE_BYTES, NUM_SAMPLES = 65536, 16
 
 
 class Position(NamedTuple):
@@ -36,6 +65,18 @@ class SkippedRows:
         if row.reason not in self.counts:
             self.first[row.reason] = row.where
         self.counts[row.reason] = self.counts.get(row.reason, 0) + 1
+
+    def describe(self, num_empty: int = 0, form: str = "{}") -> str:
+        """`3 rows passed over: 2 no text, 1 not UTF-8, first at file:line`, put into `form`; empty when there are none.
+
+        `num_empty` counts documents that have text but no token.
+        """
+        counts = {**self.counts, **({"no token": num_empty} if num_empty else {})}
+        if not counts:
+            return ""
+        total, reasons = sum(counts.values()), ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        where = f", first at {next(iter(self.first.values()))}" if self.first else ""
+        return form.format(f"{total:,} row{'s' if total != 1 else ''} passed over: {reasons}{where}")
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return {"counts": dict(self.counts), "first": dict(self.first)}
@@ -82,3 +123,259 @@ def read_text(files: Files, raw: Raw, begin: Position) -> str | Unusable:
     text: Any = row.get(files.column or "text")
     reason = why_no_text(text)
     return Unusable(reason, path, begin.offset) if reason else text
+
+
+def texts_of(files: Files, skips: SkippedRows) -> Iterator[str]:
+    """All texts in order; rows without text are counted in `skips`. Raises DataError."""
+    for row, begin, _ in stream(files, files.start, files.stop):
+        text = read_text(files, row, begin)
+        if isinstance(text, Unusable):
+            skips.add(text)
+        else:
+            yield text
+
+
+def blocks_of(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts by as many as are tokenised together."""
+    block: list[str] = []
+    num_characters = 0
+    for text in texts:
+        block.append(text)
+        num_characters += len(text)
+        if len(block) == BLOCK_DOCUMENTS or num_characters >= BLOCK_CHARACTERS:
+            yield block
+            block, num_characters = [], 0
+    if block:
+        yield block
+
+
+# --- what is in the files -----------
+
+
+def num_bytes(files: Files) -> int:
+    """Size on disk; 0 for files of the hub that are read from there."""
+    return sum(entry.stat().st_size for entry in _local_files(files))
+
+
+def fingerprint(files: Files) -> str:
+    """Hash of names, sizes and content: all of it up to 256 MB, beyond that the ends and 16 samples in between of each file.
+
+    URLs of the hub name a revision, which is a hash already.
+    """
+    digest = hashlib.sha256(repr((files.column, files.rows)).encode())
+    digest.update("".join(path for path in files.paths if "://" in path).encode())
+    whole = num_bytes(files) <= WHOLE_HASH_BYTES
+    for entry in _local_files(files):
+        size = entry.stat().st_size
+        digest.update(f"{entry.name}:{size}".encode())
+        with named(str(entry)), open(entry, "rb") as file:
+            if whole or size <= SAMPLE_BYTES * NUM_SAMPLES:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for number in range(NUM_SAMPLES + 1):
+                file.seek((size - SAMPLE_BYTES) * number // NUM_SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _local_files(files: Files) -> Iterator[Path]:
+    for path in (Path(path) for path in files.paths if "://" not in path):
+        yield from sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
+
+
+# --- random access -----------
+
+
+class Corpus(Protocol):
+    """Documents by number. `fingerprint` changes when their content or order does."""
+
+    fingerprint: str
+    is_tokenized: bool
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: np.ndarray) -> list[Any]:
+        """Documents (text, token ids, or `Unusable`) in the order asked for."""
+        ...
+
+
+def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_dir: str | None = None) -> Corpus:
+    """Random access to the rows of `files`; `in_memory` reads them all at once."""
+    if in_memory:
+        return _TextsInMemory(files, fingerprint)
+    if all(layout_of(path) == "table" and kind_of(path) != ".arrow" for path in files.paths):
+        corpus: Corpus = _TableCorpus(files, fingerprint, cache_dir)
+    elif all(is_seekable_text(path) for path in files.paths):
+        corpus = _LineCorpus(files, fingerprint)
+    else:
+        return _CachedCorpus(files, fingerprint, cache_dir)
+    first, last = files.rows
+    last = len(corpus) if last is None else min(last, len(corpus))
+    return corpus if (first, last) == (0, len(corpus)) else Span(corpus, first, last)
+
+
+class _TextCorpus:
+    """What corpora of text share."""
+
+    is_tokenized = False
+
+    def __init__(self, files: Files, fingerprint: str):
+        self.files, self.fingerprint = files, fingerprint
+
+
+class Span:
+    """Rows `first` to `last` (excluded) of a corpus."""
+
+    def __init__(self, corpus: Corpus, first: int, last: int):
+        self.corpus, self.first, self.size = corpus, min(first, last), max(0, last - first)
+        self.fingerprint, self.is_tokenized = corpus.fingerprint, corpus.is_tokenized
+
+    def __len__(self) -> int:
+        return self.size
+
+    def fetch(self, indices: np.ndarray) -> list[Any]:
+        return self.corpus.fetch(indices + self.first)
+
+
+class _TextsInMemory(_TextCorpus):
+    def __init__(self, files: Files, fingerprint: str):
+        super().__init__(files, fingerprint)
+        self.texts = [read_text(files, row, begin) for row, begin, _ in stream(files, files.start, files.stop)]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
+        return [self.texts[i] for i in indices]
+
+
+class _LineCorpus(_TextCorpus):
+    """Lines of files, found by an index of where they begin and end."""
+
+    def __init__(self, files: Files, fingerprint: str):
+        super().__init__(files, fingerprint)
+        self.spans = [line_spans(path) for path in files.paths]
+        self.inodes = [os.stat(path).st_ino for path in files.paths]
+        self.first = np.cumsum([0, *map(len, self.spans)])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
+        return [self._text(int(index)) for index in indices]
+
+    def _text(self, index: int) -> str | Unusable:
+        number = int(np.searchsorted(self.first, index, side="right")) - 1
+        begin, end = self.spans[number][index - self.first[number]].tolist()
+        path = self.files.paths[number]
+        with named(path):
+            line = os.pread(_open_file(path, self.inodes[number]).descriptor, end - begin, begin)
+        if len(line) < end - begin:
+            raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
+        return read_text(self.files, line if begin else line.removeprefix(BOM), Position(number, begin))
+
+
+class _OpenFile:
+    """A descriptor that is closed when it is forgotten."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(MAX_OPEN_FILES)
+def _open_file(path: str, inode: int) -> _OpenFile:
+    """The file that was indexed. Raises DataError when another one has its name now."""
+    file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    if os.fstat(file.descriptor).st_ino != inode:
+        raise DataError(f"{path}: was replaced while it was read; {LEAVE_IT}")
+    return file
+
+
+def line_spans(path: str, chunk: int = 2**26) -> np.ndarray:
+    """Begin and end of every line of a file that is not white space: int64, lines x 2. Scans by chunks, so a file may exceed
+    memory. Raises DataError for UTF-16.
+    """
+    with named(path):
+        raw = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.zeros(0, np.uint8)
+    refuse_utf16(raw[:HEAD_BYTES].tobytes(), path)
+    starts = range(0, len(raw), chunk)
+    ends = [np.flatnonzero(raw[start : start + chunk] == ord("\n")) + start + 1 for start in starts]
+    found = np.concatenate([np.zeros(0, np.int64), *ends])
+    if len(raw) and (not len(found) or found[-1] != len(raw)):
+        found = np.append(found, len(raw))
+    spans = np.stack([np.concatenate([np.zeros(1, np.int64), found[:-1]])[: len(found)], found], axis=1)
+    space = raw[spans[:, 0]] <= ord(" ") if len(spans) else np.zeros(0, bool)  # only these can be blank
+    blank = [line for line in np.flatnonzero(space) if raw[slice(*spans[line])].tobytes().isspace()]
+    return np.delete(spans, blank, axis=0)
+
+
+class _TableCorpus(_TextCorpus):
+    """Rows of parquet files or of a `save_to_disk` folder, memory-mapped through `datasets`."""
+
+    def __init__(self, files: Files, fingerprint: str, cache_dir: str | None):
+        from datasets import Dataset, load_from_disk
+
+        super().__init__(files, fingerprint)
+        sizes = [num_table_rows(open_table(path)) for path in files.paths]  # names the file when it cannot be read
+        self.first = np.cumsum([0, *sizes])
+        self.rows: Any = []
+        if kind_of(files.paths[0]) != ".parquet":
+            self.rows = load_from_disk(files.paths[0]).select_columns([files.column])
+        elif full := [path for path, size in zip(files.paths, sizes, strict=True) if size]:
+            self.rows = Dataset.from_parquet(full, cache_dir=cache_dir, columns=[files.column])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
+        column = str(self.files.column)
+        texts = self.rows[indices.tolist()][column]
+        numbers = np.searchsorted(self.first, indices, side="right") - 1
+        offsets = indices - self.first[numbers]
+        return [
+            read_text(self.files, {column: text}, Position(number, offset))
+            for text, number, offset in zip(texts, numbers.tolist(), offsets.tolist(), strict=True)
+        ]
+
+
+class _CachedCorpus(_TextCorpus):
+    """Rows of files without random access, written once to an Arrow file by `datasets`, and memory-mapped."""
+
+    def __init__(self, files: Files, fingerprint: str, cache_dir: str | None):
+        from datasets import Dataset, Features, Value
+        from datasets.exceptions import DatasetGenerationError
+
+        super().__init__(files, fingerprint)
+        columns = {"text": Value("large_string"), "reason": Value("string"), "place": Value("int64")}
+        try:
+            self.rows = Dataset.from_generator(
+                _cached_rows,
+                features=Features(columns),
+                cache_dir=cache_dir,
+                gen_kwargs={"files": files},
+                fingerprint=fingerprint,
+            )
+        except DatasetGenerationError as error:  # wraps what our generator raised
+            raise error.__cause__ or error from None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
+        rows = self.rows[indices.tolist()]
+        columns = zip(rows["text"], rows["reason"], rows["place"], strict=True)
+        return [
+            text if text is not None else Unusable(reason, self.files.paths[code >> 40], code & (2**40 - 1))
+            for text, reason, code in columns
+        ]
+
+
+def _cached_rows(files: Files) -> Iterator[dict[str, Any]]:
+    """Each row's text, or the reason that it has none, with its position in one number."""
+    for row, begin, _ in stream(files, files.start, files.stop):
+        found = read_text(files, row, begin)
+        text, reason = (None, found.reason) if isinstance(found, Unusable) else (found, None)
+        yield {"text": text, "reason": reason, "place": (begin.file << 40) + begin.offset}

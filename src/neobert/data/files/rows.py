@@ -13,7 +13,7 @@ order mark; lines end at line feeds only. A path may be a URL that `fsspec` open
 
 `raw_rows` yields rows with the position after each, from any position on: plain text and tables are entered there directly, a
 compressed file is decompressed up to it (about 200 MB/s), and a .json array is parsed as a whole. Lines are yielded as bytes,
-so that a reader that wants every N-th of them need not parse the others; `parse_row` parses one. `records` yields parsed rows.
+so that a reader that wants every N-th of them need not parse the others. `records` yields parsed rows.
 A row that cannot be used is an `Unusable` with the reason; a file that cannot be read is a DataError with its name.
 """
 
@@ -23,21 +23,18 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from neobert.data.files.remote import RemoteFile
-from neobert.errors import DataError, first_line
+from neobert.data.files.opening import is_compressed, kind_of, named, open_binary, open_table, table_schema
+from neobert.errors import DataError
 
-KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst")
-TABLES = (".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
 LEAVE_IT = "leave the files as they are until the run has ended"
 HEAD_BYTES = 1024  # looked at to recognise UTF-16
+FIRST_ROWS = 20  # looked at to find the columns of a text format
+STRINGS = ("string", "large_string", "string_view")
 DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
 
 Row = dict[str, Any]
@@ -58,21 +55,6 @@ class Unusable(NamedTuple):
 Raw = bytes | Row | Unusable
 
 
-def kind_of(path: str) -> str | None:
-    """The kind of file that a name says, without its compression; None for a folder, or when we read no such file."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED and len(suffixes) > 1 and suffixes[-2] not in TABLES:
-        suffixes = suffixes[:-1]
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in KINDS or ("://" not in path and os.path.isdir(path)):
-        return None
-    return ".jsonl" if kind == ".ndjson" else kind
-
-
-def is_compressed(path: str) -> bool:
-    return path.lower().endswith(COMPRESSED)
-
-
 def is_seekable_text(path: str) -> bool:
     """Whether a byte offset is reached at once, and any line can be one's first."""
     return not is_compressed(path) and layout_of(path) == "lines"
@@ -90,75 +72,6 @@ def layout_of(path: str) -> str:
         return "lines" if isinstance(json.loads(first), dict) else "array"
     except (ValueError, RecursionError):
         return "array"
-
-
-# --- opening -----------
-
-
-def open_binary(path: str) -> Any:
-    """The decompressed bytes of a file or URL."""
-    remote = io.BufferedReader(RemoteFile(path), 2**20) if "://" in path else None
-    if path.lower().endswith(".gz"):
-        return gzip.open(remote or path)
-    raw = remote or open(path, "rb")  # noqa: SIM115
-    if path.lower().endswith(".zst"):
-        import pyarrow
-
-        return io.BufferedReader(
-            pyarrow.CompressedInputStream(raw, "zstd"), 2**16
-        )  # of a damaged file all but that is read
-    return raw
-
-
-@contextmanager
-def named(path: str) -> Iterator[None]:
-    """Errors of reading become a DataError that names the file."""
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
-
-
-def open_table(path: str) -> Any:
-    """The `ParquetFile` of a .parquet, else an Arrow table; both have `.schema`. Raises DataError."""
-    with named(path):
-        kind = kind_of(path)
-        if kind == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.ParquetFile(open_binary(path) if "://" in path else path)
-        if kind == ".arrow":
-            return _open_arrow(path)
-        from datasets import load_from_disk
-
-        try:
-            return load_from_disk(path).with_format("arrow").data.table
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
-
-
-def _open_arrow(path: str) -> Any:
-    """`datasets` writes Arrow's stream format, others its file format."""
-    import pyarrow as pa
-
-    file = open_binary(path) if "://" in path else pa.memory_map(path)
-    try:
-        return pa.ipc.open_stream(file).read_all()
-    except pa.ArrowInvalid:
-        file.seek(0)
-        return pa.ipc.open_file(file).read_all()
-
-
-def table_schema(table: Any) -> Any:
-    """The Arrow schema of what `open_table` gives."""
-    return getattr(table, "schema_arrow", None) or table.schema
-
-
-def num_table_rows(table: Any) -> int:
-    """Rows of what `open_table` gives."""
-    return int(table.num_rows if hasattr(table, "num_rows") else table.metadata.num_rows)
 
 
 # --- rows -----------
@@ -206,6 +119,16 @@ def usable_records(path: str) -> Iterator[tuple[Row, int]]:
         if isinstance(row, Unusable):
             raise DataError(f"{row.where}: {row.reason}")
         yield row, begin
+
+
+def text_in(row: Row, column: str, path: str, offset: int) -> str:
+    """The text in a column of a row that begins there; it may be empty. Raises DataError naming file and row."""
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise DataError(f"{place(path, offset)}: {column} is {text!r}, not a text")
+    if not is_utf8(text):
+        raise DataError(f"{place(path, offset)}: {column} is not UTF-8")
+    return text
 
 
 def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
@@ -343,11 +266,9 @@ def to_columns(value: Any, path: str, offset: int) -> Row | Unusable:
     """A JSON value as columns; a list of texts is anchor, positive and negatives, as in the hub's older pair files."""
     if isinstance(value, list) and len(value) > 1:
         return dict(zip(("anchor", "positive", "negatives"), (value[0], value[1], value[2:]), strict=True))
-    return (
-        value
-        if isinstance(value, dict)
-        else Unusable("expected an object with columns, or a list of texts", path, offset)
-    )
+    if isinstance(value, dict):
+        return value
+    return Unusable("expected an object with columns, or a list of texts", path, offset)
 
 
 def why_no_text(value: Any) -> str:
@@ -378,3 +299,42 @@ def place(path: str, offset: int) -> str:
             number += chunk.count(b"\n")
             offset -= len(chunk)
     return f"{path}:{number}"
+
+
+# --- columns -----------
+
+
+def first_with_columns(paths: Sequence[str]) -> tuple[str, dict[str, bool]]:
+    """The first file that is not empty, and its columns. Raises DataError when all are empty."""
+    found = next(((path, columns) for path in paths if (columns := columns_of(path))), None)
+    if found is None:
+        raise DataError(f"{paths[0]}: empty file")
+    return found
+
+
+def columns_of(path: str) -> dict[str, bool]:
+    """The columns of a file in order, and whether there is text in each; none of an empty file. Raises DataError."""
+    with named(path):
+        layout = layout_of(path)
+        if layout == "table":
+            return {field.name: _is_string(field.type) for field in table_schema(open_table(path))}
+        if layout == "csv":
+            return dict.fromkeys(csv_header(path)[0], True)
+        rows: list[Row] = []
+        bad: Unusable | None = None
+        for row, _ in records(path):
+            if isinstance(row, Unusable):
+                bad = bad or row
+            else:
+                rows.append(row)
+            if len(rows) == FIRST_ROWS:
+                break
+    if not rows and bad is not None:
+        raise DataError(f"{bad.where}: {bad.reason}, and no row after it can be used")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: any(isinstance(row.get(name), str) for row in rows) for name in names}
+
+
+def _is_string(kind: Any) -> bool:
+    """Whether an Arrow type is text, as it is or by numbers of a dictionary."""
+    return str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind) in STRINGS

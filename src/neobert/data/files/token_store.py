@@ -1,4 +1,4 @@
-"""A tokenised corpus on disk: flat token ids in shards, memory-mapped, with the offsets of the documents.
+"""A tokenised corpus on disk: flat token ids in shards, memory-mapped, with the offsets of the documents; and how it is made.
 
     <folder>/
       plan.json               written first: what the shards are, fingerprints of source and tokenizer
@@ -9,29 +9,41 @@
 
 2 bytes a token for vocabularies up to 65,536. Every file gets its final name by a rename, and its content depends on text and
 tokenizer only, so several processes may write shards of one folder without talking to each other, even the same ones.
+
+The corpus is cut into shards by where its files begin and by their sizes alone, so everybody who looks at the same files has
+the same plan, whatever the number of threads. A thread takes a whole shard: it reads, tokenises and writes it. What a
+killed run has finished is found by the next; several machines may each take every N-th shard.
 """
 
-import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from neobert.data.tokenizer import Ids
+from neobert.data.files.documents import Files, Position, SkippedRows, blocks_of, fingerprint, num_bytes, texts_of
+from neobert.data.files.opening import kind_of, num_table_rows, open_table
+from neobert.data.files.rows import is_seekable_text, layout_of, lines
+from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
+from neobert.files import sha256, whole_file, write_json
 
 FORMAT = 2
+PLAN, MANIFEST = "plan.json", "manifest.json"
 TOKENS, OFFSETS, SHARD = "tokens-{:05d}.bin", "offsets-{:05d}.npy", "shard-{:05d}.json"
+MAX_SHARDS, MIN_SHARD_BYTES = 256, 1_000_000
+AGAIN = "delete the folder and tokenise again"
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What a shard says of itself. `skipped`: rows without usable text, by reason."""
+    """The content of a shard. `skipped`: rows without usable text, by reason."""
 
     num_documents: int
     num_tokens: int
@@ -41,7 +53,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a token folder says of itself."""
+    """The content of a token folder."""
 
     format: int
     dtype: str
@@ -62,6 +74,13 @@ class Manifest:
         reasons = {reason for shard in self.shards for reason in shard.skipped}
         return {reason: sum(shard.skipped.get(reason, 0) for shard in self.shards) for reason in sorted(reasons)}
 
+    def describe_skipped(self) -> str:
+        """As `3 rows passed over: 3 no text`; empty when there are none."""
+        return SkippedRows(counts=self.skipped).describe()
+
+
+# --- reading -----------
+
 
 class TokenStore:
     """Random access to tokenised documents (a `Corpus`). Raises DataError when the folder is incomplete or damaged."""
@@ -76,7 +95,8 @@ class TokenStore:
         dtype, shards = np.dtype(self.manifest.dtype), self.manifest.shards
         self.first = np.cumsum([0, *(shard.num_documents for shard in shards)])
         self.offsets = [_open_offsets(self.folder / OFFSETS.format(n)) for n in range(len(shards))]
-        self.tokens = [_open_tokens(self.folder / TOKENS.format(n), dtype, in_memory) for n in range(len(shards))]
+        paths = [self.folder / TOKENS.format(n) for n in range(len(shards))]
+        self.tokens = [np.fromfile(path, dtype=dtype) if in_memory else _map(path).view(dtype) for path in paths]
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -90,17 +110,21 @@ class TokenStore:
         numbers = np.searchsorted(self.first, indices, side="right") - 1
         documents: list[Ids] = [np.zeros(0)] * len(indices)
         for number in np.unique(numbers).tolist():
-            places = np.flatnonzero(numbers == number)
-            local = indices[places] - self.first[number]
+            wanted = np.flatnonzero(numbers == number)
+            local = indices[wanted] - self.first[number]
             offsets, tokens = self.offsets[number], self.tokens[number]
-            spans = zip(places.tolist(), offsets[local].tolist(), offsets[local + 1].tolist(), strict=True)
-            for place, begin, end in spans:
-                documents[place] = tokens[begin:end]
+            for index, begin, end in zip(
+                wanted.tolist(), offsets[local].tolist(), offsets[local + 1].tolist(), strict=True
+            ):
+                documents[index] = tokens[begin:end]
         return documents
 
-
-def _open_tokens(path: Path, dtype: np.dtype[Any], in_memory: bool) -> np.ndarray:
-    return np.fromfile(path, dtype=dtype) if in_memory else _map(path).view(dtype)
+    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """Raises DataError when the folder was made by another tokenizer."""
+        if self.manifest.tokenizer != tokenizer.fingerprint:
+            raise DataError(
+                f"{self.folder}: made with another tokenizer; delete the folder to tokenise again, or use that tokenizer"
+            )
 
 
 def _open_offsets(path: Path) -> np.ndarray:
@@ -120,39 +144,28 @@ def _map(path: Path) -> np.ndarray:
 
 def is_token_store(path: str | Path) -> bool:
     """Whether a folder holds a tokenised corpus, or a part of one."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in ("manifest.json", "plan.json"))
+    return any(os.path.isfile(os.path.join(path, name)) for name in (MANIFEST, PLAN))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a token folder. Raises DataError when there is none, it is not whole, or it is not ours."""
-    plan = read_plan(folder)
+    fields = _read_json(folder / MANIFEST)
+    if fields is None:
+        plan = _read_json(folder / PLAN)
+        if plan is None:
+            raise DataError(f"{folder}: no tokenised corpus here (no {MANIFEST})")
+        total, missing = len(plan["shards"]), len(_missing(folder, range(len(plan["shards"]))))
+        raise DataError(
+            f"{folder}: not whole: {missing} of {total} shards are missing; run the command that makes it again, "
+            "it goes on where it was"
+        )
     try:
-        fields = json.loads((folder / "manifest.json").read_text())
         version = fields["format"]
         if version == FORMAT:
             return Manifest(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
-    except FileNotFoundError:
-        if plan is None:
-            raise DataError(f"{folder}: no tokenised corpus here (no manifest.json)") from None
-        missing = [str(n) for n in range(len(plan["shards"])) if not (folder / SHARD.format(n)).is_file()]
-        raise DataError(
-            f"{folder}: not whole: {len(missing)} of {len(plan['shards'])} shards are missing; run the command that makes it "
-            "again, it goes on where it was"
-        ) from None
-    except (ValueError, TypeError, KeyError):
-        raise DataError(f"{folder / 'manifest.json'}: not the manifest of a tokenised corpus") from None
+    except (TypeError, KeyError):
+        raise DataError(f"{folder / MANIFEST}: not the manifest of a tokenised corpus") from None
     raise DataError(f"{folder}: format {version}; this version reads {FORMAT}. Delete the folder and tokenise again")
-
-
-def read_plan(folder: Path) -> dict[str, Any] | None:
-    """What the folder is to become, or None for a folder without a plan. Raises DataError for a damaged one."""
-    try:
-        plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
-        return plan
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise DataError(f"{folder / 'plan.json'}: damaged; delete the folder and tokenise again") from None
 
 
 def verify_store(folder: Path, manifest: Manifest) -> None:
@@ -169,76 +182,204 @@ def verify_store(folder: Path, manifest: Manifest) -> None:
     for name, wanted in ((name, sha) for shard in manifest.shards for name, sha in shard.sha256.items()):
         path = folder / name
         if not path.is_file():
-            raise DataError(f"{path}: missing; delete the folder and tokenise again")
+            raise DataError(f"{path}: missing; {AGAIN}")
         status = path.stat()
         seen[name] = [status.st_size, status.st_mtime_ns, wanted]
         if known.get(name) != seen[name] and sha256(path) != wanted:
-            raise DataError(f"{path}: damaged (its checksum differs); delete the folder and tokenise again")
+            raise DataError(f"{path}: damaged (its checksum differs); {AGAIN}")
     if known != seen:
         try:
-            write_atomically(stamp, json.dumps(seen).encode())
+            write_json(stamp, seen, shared=True)
         except OSError:
             return  # a folder that cannot be written is verified every time
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a file, None where there is no such file. Raises DataError for a damaged one."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise DataError(f"{path}: damaged; {AGAIN}") from None
+
+
+# --- making -----------
+
+
+def tokenize_files(
+    files: Files,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    num_proc: int,
+    show_bar: bool,
+    share: tuple[int, int] = (1, 1),
+    refuse: bool = False,
+) -> tuple[int, Manifest | None]:
+    """Make the missing shards of `folder`, or every N-th of them from the I-th (`share` = I, N, from 1).
+
+    Returns how many were made, and the manifest when the folder is whole. Raises DataError when the folder is of another
+    tokenizer or another text, or when the disk is full.
+    """
+    try:
+        starts = _agree_on_plan(files, tokenizer, folder)
+        stops = [*starts[1:], files.stop]
+        missing = _missing(folder, range(share[0] - 1, len(starts), share[1]))
+        stop = threading.Event()
+
+        def make(number: int) -> None:
+            part = replace(files, start=starts[number], stop=stops[number])
+            _make_shard(folder, number, part, tokenizer, SkippedRows(refuse), stop)
+
+        with tqdm(total=len(missing), desc="tokenising", unit=" shards", disable=not show_bar, leave=False) as bar:
+            _make_all(make, missing, min(num_proc, len(missing)), bar.update, stop)
+        return len(missing), _finish(folder, len(starts))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(f"{folder}: cannot write the tokenised corpus: {reason}; run it again, it goes on") from None
+
+
+def _missing(folder: Path, numbers: Iterable[int]) -> list[int]:
+    return [number for number in numbers if not (folder / SHARD.format(number)).is_file()]
+
+
+def _agree_on_plan(files: Files, tokenizer: TextTokenizer, folder: Path) -> list[Position]:
+    """Where the shards begin. The first process writes it down; the others find the same."""
+    if not is_token_store(folder) and folder.exists() and any(folder.glob("[!.]*")):
+        raise DataError(f"{folder}: holds other files; choose an empty or a new folder for the tokens")
+    plan: dict[str, Any] = {
+        "format": FORMAT,
+        "source": fingerprint(files),
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": str(tokenizer.dtype.__name__),
+        "shards": [list(start) for start in plan_shards(files)],
+    }
+    if is_token_store(folder):
+        found = _read_json(folder / PLAN) or asdict(read_manifest(folder))
+        for name, what in (("tokenizer", "made with another tokenizer"), ("source", "made from another text")):
+            if found.get(name) != plan[name]:
+                raise DataError(f"{folder}: {what}; delete the folder to tokenise again, or choose another")
+        if found != plan:
+            raise DataError(f"{folder}: begun by another version; delete the folder to tokenise again")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PLAN, plan, shared=True)
+    return [Position(*start) for start in plan["shards"]]
+
+
+def _make_all(
+    make: Callable[[int], None],
+    numbers: list[int],
+    num_threads: int,
+    update: Callable[[], object],
+    stop: threading.Event,
+) -> None:
+    """Make the shards, on threads if there is more than one; a failure sets `stop` for the others."""
+    if num_threads <= 1:
+        for number in numbers:
+            make(number)
+            update()
+        return
+    pool = tokenizing_threads(num_threads)
+    try:
+        for future in [pool.submit(make, number) for number in numbers]:
+            future.result()
+            update()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _make_shard(
+    folder: Path, number: int, files: Files, tokenizer: TextTokenizer, skips: SkippedRows, stop: threading.Event
+) -> None:
+    """Read, tokenise and write one shard. Raises CancelledError before the next block when `stop` is set."""
+
+    def documents() -> Iterator[Ids]:
+        for block in blocks_of(texts_of(files, skips)):
+            if stop.is_set():
+                raise CancelledError
+            yield from tokenizer.encode(block)
+
+    for leftover in folder.glob(f".*-{number:05d}.*.tmp"):
+        leftover.unlink(missing_ok=True)  # of a process that was killed
+    write_shard(folder, number, documents(), tokenizer.dtype, skips.counts)
 
 
 def write_shard(
     folder: Path, number: int, documents: Iterable[Ids], dtype: type, skipped: dict[str, int]
 ) -> ShardEntry:
-    """Write the documents of one shard; `skipped` is read behind the last one. Raises OSError when the disk is full."""
+    """Write the documents of one shard; `skipped` is read after the last one. Raises OSError when the disk is full."""
     offsets, names = [0], (TOKENS.format(number), OFFSETS.format(number))
-    scratch = [folder / f".{name}.{os.getpid()}.tmp" for name in names]
-    try:
-        with open(scratch[0], "wb") as file:
+    with whole_file(folder / names[0], shared=True) as tokens, whole_file(folder / names[1], shared=True) as ends:
+        with open(tokens, "wb") as file:
             for ids in documents:
                 file.write(np.ascontiguousarray(ids, dtype=dtype).tobytes())
                 offsets.append(offsets[-1] + len(ids))
-            file.flush()
-            os.fsync(file.fileno())
-        with open(scratch[1], "wb") as file:
+        with open(ends, "wb") as file:
             np.save(file, np.array(offsets, dtype=np.uint64))
-            file.flush()
-            os.fsync(file.fileno())
-        sums = {name: sha256(path) for name, path in zip(names, scratch, strict=True)}
-        for name, path in zip(names, scratch, strict=True):
-            os.replace(path, folder / name)
-        entry = ShardEntry(len(offsets) - 1, offsets[-1], sums, dict(skipped))
-        write_json(folder / SHARD.format(number), asdict(entry))
-    finally:
-        for path in scratch:
-            path.unlink(missing_ok=True)
+        sums = {name: sha256(path) for name, path in zip(names, (tokens, ends), strict=True)}
+    entry = ShardEntry(len(offsets) - 1, offsets[-1], sums, dict(skipped))
+    write_json(folder / SHARD.format(number), asdict(entry), shared=True)
     return entry
 
 
-def read_shards(folder: Path, num_shards: int) -> list[ShardEntry] | None:
-    """What all shards say of themselves; None when one is missing."""
-    try:
-        return [ShardEntry(**json.loads((folder / SHARD.format(n)).read_text())) for n in range(num_shards)]
-    except FileNotFoundError:
+def _finish(folder: Path, num_shards: int) -> Manifest | None:
+    """The manifest, written by whoever finds that all shards are there; None before."""
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder)
+    if _missing(folder, range(num_shards)):
         return None
-    except (ValueError, TypeError):
-        raise DataError(f"{folder}: a shard-*.json in it is damaged; delete it and tokenise again") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON under its final name at once."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name, flush it to disk, and rename it."""
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+        entries = [ShardEntry(**_read_json(folder / SHARD.format(number))) for number in range(num_shards)]
+    except TypeError:
+        raise DataError(f"{folder}: a shard-*.json in it is damaged; delete it and tokenise again") from None
+    plan = _read_json(folder / PLAN)
+    manifest = Manifest(plan["format"], plan["dtype"], plan["source"], plan["tokenizer"], entries)
+    write_json(folder / MANIFEST, asdict(manifest), shared=True)
+    return manifest
 
 
-def sha256(path: Path) -> str:
-    """Of a whole file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# --- where shards begin -----------
+
+
+def plan_shards(files: Files) -> list[Position]:
+    """Where shards begin: at most about 256, each of 1 MB or more, cut at lines, row groups or files."""
+    size = num_bytes(files)
+    target = max(MIN_SHARD_BYTES, size // MAX_SHARDS) if size else max(1, len(files.paths) // MAX_SHARDS)
+    starts, filled = [files.start], 0
+    for position, weight in _cuts(files, target, known_sizes=size > 0):
+        if position > starts[-1] and filled >= target and (files.stop is None or position < files.stop):
+            starts.append(position)
+            filled = 0
+        filled += weight
+    return starts
+
+
+def _cuts(files: Files, target: int, known_sizes: bool) -> Iterator[tuple[Position, int]]:
+    """(a position where a shard may begin, bytes from there to the next)."""
+    for number, path in enumerate(files.paths):
+        if not known_sizes:
+            yield Position(number), 1
+            continue
+        size, offsets = num_bytes(replace(files, paths=(path,))), [0]
+        if layout_of(path) == "table":
+            offsets = _table_cuts(path, max(1, size // target))
+        elif is_seekable_text(path):
+            offsets = sorted({0} | {_line_start(path, offset, size) for offset in range(target, size, target)} - {size})
+        for offset in offsets:
+            yield Position(number, offset), size // len(offsets)
+
+
+def _line_start(path: str, offset: int, size: int) -> int:
+    """Where the first line that begins after `offset` begins; `size` when there is none."""
+    return next((begin for _, begin, _ in lines(path, offset) if begin > offset), size)
+
+
+def _table_cuts(path: str, num_pieces: int) -> list[int]:
+    """The first rows of row groups, or of pieces of equal size."""
+    table = open_table(path)
+    if kind_of(path) == ".parquet":
+        groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+        return [sum(groups[:n]) for n in range(max(1, len(groups)))]
+    return [num_table_rows(table) * n // num_pieces for n in range(num_pieces)]

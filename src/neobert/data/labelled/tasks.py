@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from neobert.data.files.hub import hub_files
-from neobert.data.files.rows import KINDS, is_utf8, kind_of, place, usable_records
+from neobert.data.files.opening import KINDS, kind_of
+from neobert.data.files.rows import place, text_in, usable_records
+from neobert.data.files.splits import hub_splits
 from neobert.errors import DataError
 
 REPOSITORY = "nyu-mll/glue"
@@ -105,7 +106,7 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
         for row, begin in usable_records(path):
             _check_columns(row, [*task.columns, *(["label"] if with_labels else [])], path, begin)
             for column, into in zip(task.columns, texts, strict=True):
-                into.append(_text(row[column], column, path, begin))
+                into.append(text_in(row, column, path, begin))
             if with_labels:
                 labels.append(_label(row["label"], task, path, begin))
             ids.append(row.get("idx", len(ids)))
@@ -126,7 +127,7 @@ def find_files(source: Source, task: str, split: str) -> list[str]:
     """The files of a split. Raises DataError saying what is there instead."""
     if source.path:
         return _local_files(Path(source.path), task, split)
-    splits = hub_files(source.name, task, source.cache_dir, source.force_download)
+    splits = hub_splits(source.name, task, source.cache_dir, source.force_download)
     if split not in splits:
         raise DataError(f"dataset.name: {source.name} has no split {split!r} of {task}; there are: {', '.join(splits)}")
     return splits[split]
@@ -157,14 +158,6 @@ def _local_files(root: Path, task: str, split: str) -> list[str]:
 def _check_columns(row: dict[str, Any], wanted: list[str], path: str, begin: int) -> None:
     if missing := [column for column in wanted if column not in row]:
         raise DataError(f"{place(path, begin)}: no column {missing[0]!r}; it has: {', '.join(map(str, row))}")
-
-
-def _text(value: Any, column: str, path: str, begin: int) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place(path, begin)}: {column} is {value!r}, not a text")
-    if not is_utf8(value):
-        raise DataError(f"{place(path, begin)}: {column} is not UTF-8")
-    return value
 
 
 def _label(value: Any, task: GlueTask, path: str, begin: int) -> float:

@@ -25,7 +25,7 @@ from neobert.data.files.documents import SkippedRows
 from neobert.data.loader import Loader, Saved
 from neobert.data.mlm.masking import Collator
 from neobert.data.mlm.packing import Row, TruncationStats
-from neobert.data.mlm.row_source import Shard, Workers, describe_skips, first_skip
+from neobert.data.mlm.row_source import Shard, Workers
 from neobert.data.mlm.state import FORMAT, State, read_position, write_position
 from neobert.data.tokenizer import Ids
 from neobert.errors import CheckpointError
@@ -165,8 +165,8 @@ class PipelineLoader(Loader[State]):
         cut = TruncationStats(**counts)
         if cut.num_cut:
             found.append(f"cut: {cut.share:.1%} of the tokens, in {cut.num_long:,} of {cut.num_documents:,} documents")
-        if message := describe_skips(skips.counts, cut.num_empty):
-            found.append(message + first_skip(skips.first))
+        if skipped := skips.describe(cut.num_empty):
+            found.append(skipped)
         return found
 
 

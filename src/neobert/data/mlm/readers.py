@@ -12,18 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from neobert.data.files.corpus import Corpus
-from neobert.data.files.documents import Files, Position, SkippedRows, read_text, stream
+from neobert.data.files.documents import (
+    BLOCK_CHARACTERS,
+    BLOCK_DOCUMENTS,
+    Corpus,
+    Files,
+    Position,
+    SkippedRows,
+    fingerprint,
+    read_text,
+    stream,
+)
 from neobert.data.files.rows import Raw, Unusable
-from neobert.data.files.splits import fingerprint
 from neobert.data.files.token_store import TokenStore
 from neobert.data.hashing import hash_key, permute
 from neobert.data.tokenizer import Ids
 from neobert.ranks import Ranks
 
-BLOCK_DOCUMENTS = 256
 FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
-BLOCK_CHARACTERS = 1_000_000
 
 
 @dataclass

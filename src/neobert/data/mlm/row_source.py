@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neobert.data.files.documents import SkippedRows
 from neobert.data.hashing import choose_sources, hash_keys
 from neobert.data.mlm.packing import OnePerRow, Packer, Row, Segmenter, TruncationStats
 from neobert.data.mlm.readers import Reader, StreamReader
@@ -175,7 +174,7 @@ class RowSource:
         if epoch > 0 or found >= self.min_rows:
             return
         of = f" ({self.name})" if self.name else ""
-        why = why_empty(self.reader.skips, self.cut.num_empty)
+        why = self.reader.skips.describe(self.cut.num_empty, " ({})")
         ranks = self.reader.ranks
         if not found and ranks.world_size > 1:
             raise DataError(
@@ -309,24 +308,3 @@ class Shard:
         self.num_rows, self.ended = state["num_rows"], set(state["dry"])
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
-
-
-def first_skip(first: dict[str, str]) -> str:
-    """`, first at file:line`, or nothing."""
-    return f", first at {next(iter(first.values()))}" if first else ""
-
-
-def why_empty(skips: SkippedRows, num_empty: int = 0) -> str:
-    """` (3 rows passed over: …, first at file:line)`, or nothing."""
-    told = describe_skips(skips.counts, num_empty)
-    return f" ({told}{first_skip(skips.first)})" if told else ""
-
-
-def describe_skips(counts: dict[str, int], num_empty: int = 0) -> str:
-    """`3 rows passed over: 2 no text, 1 not UTF-8`; empty when there are none."""
-    found = {**counts, **({"no token": num_empty} if num_empty else {})}
-    if not found:
-        return ""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.items())
-    total = sum(found.values())
-    return f"{total:,} row{'s' if total != 1 else ''} passed over: {reasons}"

@@ -18,13 +18,11 @@ import numpy as np
 import torch
 
 from neobert.data.batch import Batch, RowLayout
-from neobert.data.files.corpus import Corpus
-from neobert.data.files.documents import SkippedRows
+from neobert.data.files.documents import Corpus, SkippedRows
 from neobert.data.files.rows import Unusable
 from neobert.data.hashing import choose_sources, hash_key, hash_keys, permute
 from neobert.data.loader import Loader, Saved, require_same
 from neobert.data.mlm.readers import FETCH_TEXTS
-from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.pairs.table import PairTable
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
@@ -230,4 +228,4 @@ class PairLoader(Loader[dict[str, Any]]):
     def describe_used(self) -> list[str]:
         """What was passed over in plain text so far, what was made ahead included."""
         found = [(source.name, source.skips) for source in self.sources if isinstance(source, TextSource)]
-        return [f"{name}: {describe_skips(s.counts)}{first_skip(s.first)}" for name, s in found if s.counts]
+        return [f"{name}: {s.describe()}" for name, s in found if s.counts]

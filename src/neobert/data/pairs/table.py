@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from neobert.data.files.documents import SkippedRows
-from neobert.data.files.rows import Unusable, place, records, why_no_text
-from neobert.data.files.splits import column_names, slice_bounds
+from neobert.data.files.rows import Unusable, first_with_columns, place, records, why_no_text
+from neobert.data.files.splits import slice_bounds
 from neobert.data.hashing import hash_key, permute
 from neobert.data.pairs.columns import Roles, find_roles
 from neobert.data.tokenizer import Ids
@@ -76,10 +76,8 @@ def read_examples(
 
 def roles_of(paths: Sequence[str], wanted: dict[str, str], key: str) -> Roles:
     """What the rows of all files are. Raises DataError."""
-    first = next((path for path in paths if column_names(path, strings_only=False)), None)
-    if first is None:
-        raise DataError(f"{paths[0]}: empty file")
-    return find_roles(column_names(first, strings_only=False), wanted, first, key)
+    first, columns = first_with_columns(paths)
+    return find_roles(list(columns), wanted, first, key)
 
 
 def _read_file(path: str, roles: Roles, skips: SkippedRows) -> Iterator[Example]:

@@ -8,12 +8,16 @@ from typing import Any
 
 from neobert.config.schema import Config
 from neobert.config.sections import DatasetConfig
-from neobert.data.files.corpus import open_corpus
-from neobert.data.files.documents import Files, SkippedRows
-from neobert.data.files.hub import hub_files
-from neobert.data.files.splits import EVAL_NAMES, find_splits, fingerprint, local_splits, parse_slice
+from neobert.data.files.documents import Files, SkippedRows, fingerprint, open_corpus
+from neobert.data.files.splits import (
+    choose_split,
+    find_splits,
+    hub_splits,
+    local_splits,
+    usual_evaluation,
+    usual_training,
+)
 from neobert.data.hashing import hash_key
-from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.pairs.columns import PAIR_SETS, Roles
 from neobert.data.pairs.loader import PairLoader, PairSource, Source, TextSource
 from neobert.data.pairs.table import Examples, build_table, encode_texts, read_examples, roles_of, training_rows
@@ -35,6 +39,10 @@ class Place:
     @property
     def is_local(self) -> bool:
         return bool(self.dataset.path)
+
+    @property
+    def source(self) -> str:
+        return self.dataset.path or self.dataset.name
 
 
 @dataclass(frozen=True)
@@ -148,17 +156,8 @@ def find_place(dataset: DatasetConfig, key: str) -> Place:
             "columns": dataset.columns or known_set.columns,
         }
         dataset = dataset.model_copy(update=found)
-    splits = hub_files(dataset.name, dataset.config, dataset.cache_dir, dataset.force_redownload)
+    splits = hub_splits(dataset.name, dataset.config, dataset.cache_dir, dataset.force_redownload)
     return Place(dataset, splits, key, label)
-
-
-def choose_split(place: Place, wanted: str | None, usual: str | None, what: str) -> tuple[str, str | None, str | None]:
-    """(split, begin and end of its slice). Raises DataError saying what is there."""
-    name, begin, end = parse_slice(wanted, what) if wanted else (usual, None, None)
-    if name is None or name not in place.splits:
-        source = place.dataset.path or place.dataset.name
-        raise DataError(f"{what}: no split {name or 'train'!r} in {source}; there are: {', '.join(place.splits)}")
-    return name, begin, end
 
 
 # --- opening -----------
@@ -167,8 +166,8 @@ def choose_split(place: Place, wanted: str | None, usual: str | None, what: str)
 def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, number: int) -> OpenSource:
     """One source, read and tokenised. Raises DataError."""
     dataset = place.dataset
-    usual = "train" if "train" in place.splits else next(iter(place.splits)) if len(place.splits) == 1 else None
-    split, begin, end = choose_split(place, dataset.train_split, usual, f"{place.key}.train_split")
+    usual = usual_training(place.splits)
+    split, begin, end = choose_split(place.splits, dataset.train_split, usual, place.source, f"{place.key}.train_split")
     wanted = dataset.columns or ({"text": dataset.text_column} if dataset.text_column else {})
     roles = roles_of(place.splits[split], wanted, f"{place.key}.columns")
     seed = hash_key(config.seed, number)
@@ -183,8 +182,8 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, 
     rows, notes = training_rows(examples, config.contrastive.min_score)
     show_bar = not config.trainer.disable_tqdm and os.isatty(2)
     table = build_table(rows, hf_tokenizer, longest_text(config), config.tokenizer.truncation, name, show_bar)
-    if told := describe_skips(skips.counts, 0):
-        notes.append(f"{name}: {told}{first_skip(skips.first)}")
+    if skipped := skips.describe():
+        notes.append(f"{name}: {skipped}")
     what = {"pairs": "pairs", "scores": "pairs with a score", "labels": "labelled texts"}[roles.kind]
     negatives = f", {len(table.negatives.values):,} hard negatives" if len(table.negatives.values) else ""
     return OpenSource(
@@ -200,10 +199,10 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, 
 def _held_out(place: Place, roles: Roles, train: str, skips: SkippedRows) -> Examples | None:
     """The rows of the evaluation split, if there is one."""
     wanted = place.dataset.eval_split
-    usual = next((name for name in EVAL_NAMES if name in place.splits and name != train), None)
+    usual = usual_evaluation(place.splits, train)
     if wanted is None and usual is None:
         return None
-    split, begin, end = choose_split(place, wanted, usual, f"{place.key}.eval_split")
+    split, begin, end = choose_split(place.splits, wanted, usual, place.source, f"{place.key}.eval_split")
     return read_examples(place.splits[split], roles, f"{place.key}.eval_split", skips, (begin, end))
 
 
@@ -212,7 +211,7 @@ def _open_texts(config: Config, hf_tokenizer: Any, place: Place, roles: Roles, w
     if dataset.path:
         files, _ = find_splits(dataset.path, column, dataset.train_split, dataset.eval_split)
     else:
-        split, _, _ = choose_split(place, dataset.train_split, "train", f"{place.key}.train_split")
+        split, _, _ = choose_split(place.splits, dataset.train_split, "train", place.source, f"{place.key}.train_split")
         files = Files(tuple(place.splits[split]), column)
     corpus = open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
     name = f"{place.key}: {dataset.path or dataset.name}"

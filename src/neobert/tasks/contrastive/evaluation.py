@@ -14,10 +14,11 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.files.documents import SkippedRows
+from neobert.data.files.splits import choose_split
 from neobert.data.pairs.table import Examples, encode_texts, read_examples, roles_of
 from neobert.errors import ConfigError, DataError, Problem, UserError
 from neobert.inference.embed import embed_ids, unit_rows
-from neobert.tasks.contrastive.data import ContrastiveData, choose_split, find_place, longest_text
+from neobert.tasks.contrastive.data import ContrastiveData, find_place, longest_text
 from neobert.training.run import Context, Evaluation
 from neobert.training.runtime import Runtime
 
@@ -58,7 +59,7 @@ def find_sets(config: Config, data: ContrastiveData) -> dict[str, Examples]:
         given = {**entry.model_dump(exclude={"split", "label"}), "eval_split": entry.split}
         place = find_place(config.dataset.model_copy(update=given), key)
         usual = next((name for name in ("test", "validation", *place.splits) if name in place.splits), None)
-        split, begin, end = choose_split(place, entry.split, usual, f"{key}.split")
+        split, begin, end = choose_split(place.splits, entry.split, usual, place.source, f"{key}.split")
         roles = roles_of(place.splits[split], place.dataset.columns, f"{key}.columns")
         if roles.kind not in ("scores", "pairs"):
             raise DataError(

@@ -7,25 +7,21 @@ from pathlib import Path
 
 from neobert.config.schema import Config
 from neobert.data.batch import Batch, RowLayout
-from neobert.data.files.corpus import Corpus
-from neobert.data.files.documents import Files
-from neobert.data.files.tokenize_corpus import cores
+from neobert.data.files.documents import Corpus, Files
 from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
 from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
 from neobert.data.mlm.readers import Reader, RememberedReader
 from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
-from neobert.data.tokenizer import TextTokenizer
+from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.ranks import Ranks
 from neobert.tasks.pretraining.sources import (
-    Source,
-    build_eval_reader,
+    CorpusSource,
     build_reader,
     describe_size,
     long_documents,
     open_sources,
     piece_length,
-    row_length,
 )
 
 EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses compare across seeds
@@ -48,7 +44,7 @@ def build_data(
     ranks: Ranks,
     output_dir: Path,
     on_cuda: bool,
-    main_first: Callable[[Callable[[], list[Source]]], list[Source]] = lambda function: function(),
+    main_first: Callable[[Callable[[], list[CorpusSource]]], list[CorpusSource]] = lambda function: function(),
 ) -> PretrainingData:
     """Open, and if asked for tokenise, the corpus; the other ranks find what the first one wrote.
 
@@ -83,7 +79,7 @@ def _num_epochs(config: Config) -> int | None:
     return 1 if config.dataset.mixture and config.dataset.mixture_exhausted != "repeat" else None
 
 
-def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[Source], ranks: Ranks) -> Pipeline:
+def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource], ranks: Ranks) -> Pipeline:
     """Documents to masked batches of a rank."""
     dataset, packed = config.dataset, config.datacollator.pack_sequences
     num_shards = dataset.num_shards or ranks.world_size
@@ -131,7 +127,7 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[S
 
 
 def _row_source(
-    config: Config, workers: Workers, reader: Reader, num_epochs: int | None, min_rows: int, source: Source | None
+    config: Config, workers: Workers, reader: Reader, num_epochs: int | None, min_rows: int, source: CorpusSource | None
 ) -> RowSource:
     packed, tokenizer, training = config.datacollator.pack_sequences, workers.tokenizer, source is not None
     trainer = config.trainer
@@ -140,7 +136,7 @@ def _row_source(
         reader,
         workers,
         Segmenter(piece_length(config), long_documents(config), tokenizer.cls_id, tokenizer.sep_id),
-        Packer(row_length(config)) if packed else OnePerRow(),
+        Packer(config.row_length) if packed else OnePerRow(),
         ShuffleBuffer(config.dataset.shuffle_buffer_size if training and config.dataset.streaming else 0, config.seed),
         source.name if source else "",
         num_epochs,
@@ -150,11 +146,14 @@ def _row_source(
 
 
 def _evaluation_pass(
-    config: Config, tokenizer: TextTokenizer, sources: list[Source]
+    config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource]
 ) -> Callable[[], Iterator[Batch]] | None:
     """A function that gives all evaluation batches; text is tokenised the first time only."""
     readers = [
-        (RememberedReader(build_eval_reader(config, source.evaluation), tokenizer.encode), source.weight)
+        (
+            RememberedReader(build_reader(config, source.evaluation, Ranks(), trains=False), tokenizer.encode),
+            source.weight,
+        )
         for source in sources
         if source.evaluation is not None
     ]
@@ -190,7 +189,7 @@ def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows
         num_rows or 0,
     )
     to_full_length = packed or config.tokenizer.padding == "max_length"
-    length = (row_length(config) if packed else piece_length(config)) if to_full_length else None
+    length = (config.row_length if packed else piece_length(config)) if to_full_length else None
     multiple = None if packed else datacollator.pad_to_multiple_of
     return Collator(masker, RowLayout(tokenizer.pad_id, packed, length, multiple or 1))
 
@@ -198,7 +197,7 @@ def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows
 # --- words for the summary -----------
 
 
-def _describe_workers(pipeline: Pipeline, sources: list[Source]) -> str:
+def _describe_workers(pipeline: Pipeline, sources: list[CorpusSource]) -> str:
     if all(source.is_tokenized for source in sources):
         return "tokenised beforehand"
     count = pipeline.workers.count
@@ -208,7 +207,7 @@ def _describe_workers(pipeline: Pipeline, sources: list[Source]) -> str:
 def _describe_rows(config: Config) -> str:
     longer = f"longer documents: {long_documents(config)}"
     if config.datacollator.pack_sequences:
-        return f"packed rows of {row_length(config)} tokens; {longer}"
+        return f"packed rows of {config.row_length} tokens; {longer}"
     how = "all of that length" if config.tokenizer.padding == "max_length" else "as long as the longest of their batch"
     return f"one document a row, at most {piece_length(config)} tokens, {how}; {longer}"
 

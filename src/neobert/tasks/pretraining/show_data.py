@@ -11,14 +11,12 @@ import numpy as np
 from neobert.checkpoints.initial_weights import load_named_tokenizer
 from neobert.config.schema import Config
 from neobert.data.batch import IGNORED, Batch
-from neobert.data.files.documents import Files, SkippedRows
-from neobert.data.files.splits import num_bytes
+from neobert.data.files.documents import Files, SkippedRows, num_bytes
 from neobert.data.mlm.packing import Segmenter, TruncationStats
-from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.tokenizer import TextTokenizer, text_tokenizer
 from neobert.ranks import Ranks
 from neobert.tasks.pretraining.data import build_data
-from neobert.tasks.pretraining.sources import Source, build_reader, long_documents, open_sources, piece_length
+from neobert.tasks.pretraining.sources import CorpusSource, build_reader, long_documents, open_sources, piece_length
 
 BAR_WIDTH, SHOWN_TOKENS, FILL_BATCHES = 50, 120, 50
 
@@ -43,7 +41,8 @@ def describe_data(config: Config, num_rows: int, num_documents: int) -> Iterator
         sample = _look_at(config, tokenizer, source, num_documents)
         yield from ["", source.describe] if number else [source.describe]
         yield from _figures(source, sample, piece_length(config))
-    data = build_data(_without_workers(config), tokenizer, Ranks(), folder, False)
+    alone = config.model_copy(update={"dataset": config.dataset.model_copy(update={"num_workers": 0})})
+    data = build_data(alone, tokenizer, Ranks(), folder, False)
     yield ""
     yield from data.describe[-2:]
     with closing(data.train) as loader:
@@ -53,7 +52,7 @@ def describe_data(config: Config, num_rows: int, num_documents: int) -> Iterator
         shares = [batch.num_tokens / batch.input_ids.numel() for batch in batches]
         targets = sum(batch.num_targets for batch in batches) / max(1, sum(batch.num_tokens for batch in batches))
         yield (
-            f"fill: {np.mean(shares):.2%} of the places hold tokens, {targets:.1%} of those are predicted "
+            f"fill: {np.mean(shares):.2%} of the positions hold tokens, {targets:.1%} of those are predicted "
             f"(first {len(batches)} batches)"
         )
     rows = (row for batch in batches for row in _rows(batch))
@@ -66,27 +65,24 @@ def describe_data(config: Config, num_rows: int, num_documents: int) -> Iterator
         yield "\n| stands between documents, {a>b} is a token to predict and what the model sees in its place"
 
 
-def _without_workers(config: Config) -> Config:
-    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"num_workers": 0})})
-
-
-def _look_at(config: Config, tokenizer: TextTokenizer, source: Source, num_documents: int) -> Sample:
+def _look_at(config: Config, tokenizer: TextTokenizer, source: CorpusSource, num_documents: int) -> Sample:
     """Tokenise the first documents in reading order (a random sample, where that is shuffled)."""
     reader, sample = build_reader(config, source.train, Ranks()), Sample()
     segmenter = Segmenter(piece_length(config), long_documents(config), tokenizer.cls_id, tokenizer.sep_id)
     while len(sample.lengths) < num_documents and not sample.is_all:
-        block = reader.read()
+        block: list[Any] = reader.read()
         sample.is_all = not block
-        for text in block if block and isinstance(block[0], str) else []:
-            sample.num_bytes += len(text.encode())
-        for ids in tokenizer.encode(block) if block and isinstance(block[0], str) else block:
+        if block and isinstance(block[0], str):
+            sample.num_bytes += sum(len(text.encode()) for text in block)
+            block = tokenizer.encode(block)
+        for ids in block:
             sample.lengths.append(len(ids))
             segmenter(ids, sample.cut)
     sample.skips = reader.skips
     return sample
 
 
-def _figures(source: Source, sample: Sample, longest: int) -> Iterator[str]:
+def _figures(source: CorpusSource, sample: Sample, longest: int) -> Iterator[str]:
     lengths = np.array(sample.lengths or [0])
     total = int(lengths.sum())
     what = "pieces" if source.is_tokenized else "documents"
@@ -96,12 +92,12 @@ def _figures(source: Source, sample: Sample, longest: int) -> Iterator[str]:
         f"({len(sample.lengths):,} {what} looked at{', all of them' if sample.is_all else ''})"
     )
     yield (f"longer than a row of {longest}: {sample.cut.num_long:,}; cut: {sample.cut.share:.1%} of the tokens")
-    if told := describe_skips(sample.skips.counts, sample.cut.num_empty):
-        yield told + first_skip(sample.skips.first)
+    if skipped := sample.skips.describe(sample.cut.num_empty):
+        yield skipped
     yield from _histogram(lengths)
 
 
-def _tokens_per_epoch(source: Source, sample: Sample, total: int) -> str:
+def _tokens_per_epoch(source: CorpusSource, sample: Sample, total: int) -> str:
     if sample.is_all:
         return f"{total:,}"
     if isinstance(source.train, Files):
@@ -121,6 +117,7 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
 
 def _rows(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
     """(ids, labels, lengths of the documents) of every row, without padding."""
+    assert batch.labels is not None
     rest = list(batch.document_lengths or ())
     for number, (ids, labels) in enumerate(zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)):
         lengths: list[int] = []
@@ -133,7 +130,9 @@ def _rows(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
 
 def _decode(ids: np.ndarray, labels: np.ndarray, lengths: list[int], hf_tokenizer: Any) -> str:
     """Text of a row: runs of tokens that are not predicted, and those that are, one by one."""
-    ends, words, run = set(np.cumsum(lengths[:-1]).tolist()), [], []
+    ends = set(np.cumsum(lengths[:-1]).tolist())
+    words: list[str] = []
+    run: list[int] = []
 
     def token(number: int) -> str:
         return str(hf_tokenizer.decode([number])).strip()
@@ -143,8 +142,8 @@ def _decode(ids: np.ndarray, labels: np.ndarray, lengths: list[int], hf_tokenize
             words.append(str(hf_tokenizer.decode(run)).strip())
             run.clear()
 
-    for place, (seen, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
-        if place in ends:
+    for index, (seen, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
+        if index in ends:
             end_run()
             words.append("|")
         if label == IGNORED:

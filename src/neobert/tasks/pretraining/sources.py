@@ -2,23 +2,18 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
-from typing import Any
 
 from neobert.config.schema import Config
 from neobert.config.sections import DatasetConfig
-from neobert.data.files.corpus import Corpus, open_corpus
-from neobert.data.files.documents import Files, SkippedRows
-from neobert.data.files.hub import find_hub_splits
-from neobert.data.files.splits import find_splits, fingerprint, hold_out_head, num_bytes
-from neobert.data.files.token_store import TokenStore, is_token_store
-from neobert.data.files.tokenize_corpus import check_store, cores, open_tokenized
+from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint, num_bytes, open_corpus
+from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
+from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
 from neobert.data.mlm.packing import LongDocuments
-from neobert.data.mlm.readers import CorpusReader, Pieces, Reader, StreamReader, Subset
-from neobert.data.mlm.row_source import describe_skips
-from neobert.data.tokenizer import TextTokenizer
+from neobert.data.mlm.readers import CorpusReader, Pieces, StreamReader, Subset
+from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.errors import DataError
 from neobert.ranks import Ranks
 
@@ -26,7 +21,7 @@ Text = Files | Corpus  # a stream, or random access
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusSource:
     """One source of text, opened. `describe` is its line in the summary."""
 
     train: Text
@@ -40,43 +35,48 @@ class Source:
         return not isinstance(self.train, Files) and self.train.is_tokenized
 
 
-def open_sources(config: Config, tokenizer: TextTokenizer, output_dir: Path) -> list[Source]:
+def open_sources(config: Config, tokenizer: TextTokenizer, output_dir: Path) -> list[CorpusSource]:
     """All sources of a run; tokenises them first if asked for, into `output_dir` by default. Raises DataError."""
     dataset = config.dataset
+    folder = Path(dataset.pre_tokenize_output) if dataset.pre_tokenize_output else output_dir / "tokenized"
     if not dataset.mixture:
-        return [_open_source(config, dataset, tokenizer, _token_folder(config, output_dir), "")]
+        return [_open_source(config, tokenizer, folder)]
     sources = []
     for number, entry in enumerate(dataset.mixture):
-        one = entry.laid_over(dataset)
-        folder = _token_folder(config, output_dir) / f"{number:02d}"
+        own = config.model_copy(update={"dataset": entry.laid_over(dataset)})
         try:
-            source = _open_source(config, one, tokenizer, folder, f"entry {number} of dataset.mixture")
+            source = _open_source(own, tokenizer, folder / f"{number:02d}")
         except DataError as error:
             raise DataError(f"dataset.mixture, entry {number}: {error}") from None
-        told = f"{entry.weight:g} parts of {entry.path or entry.name}: {source.describe}"
-        sources.append(Source(source.train, source.evaluation, told, source.name, entry.weight))
+        line = f"{entry.weight:g} parts of {entry.path or entry.name}: {source.describe}"
+        name = f"entry {number} of dataset.mixture"
+        sources.append(replace(source, describe=line, name=name, weight=entry.weight))
     return sources
 
 
-def _open_source(config: Config, dataset: DatasetConfig, tokenizer: TextTokenizer, folder: Path, name: str) -> Source:
+def _open_source(config: Config, tokenizer: TextTokenizer, folder: Path) -> CorpusSource:
+    """The source that `config.dataset` names; tokens are in `folder` where they are made first."""
+    dataset = config.dataset
     if is_token_store(dataset.path) or is_token_store(Path(dataset.path) / "train"):
-        return _open_store(config, dataset, tokenizer, name)
+        return _open_store(config, tokenizer)
     train_files, eval_files = find_files(dataset)
     if all("://" not in path for path in train_files.paths) and not num_bytes(train_files):
         raise DataError(f"dataset.path: {', '.join(train_files.paths)}: empty")
     if dataset.streaming:
         if eval_files is None:
             train_files, eval_files = hold_out_head(train_files, num_bytes(train_files) or 10**12)
-        return Source(train_files, eval_files, f"streamed: {describe_size(train_files)}", name)
+        return CorpusSource(train_files, eval_files, f"streamed: {describe_size(train_files)}")
     if dataset.pre_tokenize:
-        return _pre_tokenize(config, dataset, tokenizer, folder, train_files, eval_files, name)
-    opened = [
-        None if files is None else open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
-        for files in (train_files, eval_files)
-    ]
-    assert opened[0] is not None
-    told = f"{len(opened[0]):,} documents, {describe_size(train_files)}{_held(dataset)}"
-    return _random_access(config, dataset, opened[0], opened[1], told, name)
+        store, made = _tokenize(config, tokenizer, folder / "train", train_files)
+        evaluation = None if eval_files is None else _tokenize(config, tokenizer, folder / "validation", eval_files)[0]
+        return _random_access(config, store, evaluation, _describe_store(config, store, made))
+
+    def opened(files: Files) -> Corpus:
+        return open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
+
+    train = opened(train_files)
+    line = f"{len(train):,} documents, {describe_size(train_files)}{_in_memory(config)}"
+    return _random_access(config, train, None if eval_files is None else opened(eval_files), line)
 
 
 def find_files(dataset: DatasetConfig) -> tuple[Files, Files | None]:
@@ -97,102 +97,65 @@ def find_files(dataset: DatasetConfig) -> tuple[Files, Files | None]:
     )
 
 
-def _token_folder(config: Config, output_dir: Path) -> Path:
-    chosen = config.dataset.pre_tokenize_output
-    return Path(chosen) if chosen else output_dir / "tokenized"
-
-
-def _pre_tokenize(
-    config: Config,
-    dataset: DatasetConfig,
-    tokenizer: TextTokenizer,
-    folder: Path,
-    train_files: Files,
-    eval_files: Files | None,
-    name: str,
-) -> Source:
-    num_proc = min(dataset.num_proc, cores())
+def _tokenize(config: Config, tokenizer: TextTokenizer, folder: Path, files: Files) -> tuple[TokenStore, str]:
+    """The tokens of the files, made where they are missing, and how they came to be there."""
+    dataset, count = config.dataset, min(config.dataset.num_proc, cores())
+    if dataset.force_redownload and is_token_store(folder):
+        shutil.rmtree(folder)
     show_bar = not config.trainer.disable_tqdm and os.isatty(2)
-    stores: list[TokenStore | None] = []
-    how = ""
-    for split, files in (("train", train_files), ("validation", eval_files)):
-        if files is None:
-            stores.append(None)
-            continue
-        if dataset.force_redownload and is_token_store(folder / split):
-            shutil.rmtree(folder / split)
-        refuse = dataset.bad_rows == "refuse"
-        store, made = open_tokenized(
-            files, tokenizer, folder / split, num_proc, show_bar, dataset.load_all_from_disk, refuse
-        )
-        stores.append(store)
-        how = how or (
-            f"tokenised by {num_proc} thread{'s' if num_proc > 1 else ''} into" if made else "tokens found in"
-        )
-    train = stores[0]
-    assert train is not None
-    return _random_access(config, dataset, train, stores[1], _describe_store(train, how, dataset), name)
+    made, _ = tokenize_files(files, tokenizer, folder, count, show_bar, refuse=dataset.bad_rows == "refuse")
+    how = f", tokenised by {count} thread{'s' if count > 1 else ''} into" if made else ", tokens found in"
+    return TokenStore(folder, dataset.load_all_from_disk), how
 
 
-def _open_store(config: Config, dataset: DatasetConfig, tokenizer: TextTokenizer, name: str) -> Source:
-    path, in_memory = Path(dataset.path), dataset.load_all_from_disk
-    for key, name in (("train_split", "train"), ("eval_split", "validation")):
-        if getattr(dataset, key) not in (None, name):
+def _open_store(config: Config, tokenizer: TextTokenizer) -> CorpusSource:
+    """The tokens that `dataset.path` holds already."""
+    dataset, path = config.dataset, Path(config.dataset.path)
+    for key, split in (("train_split", "train"), ("eval_split", "validation")):
+        if getattr(dataset, key) not in (None, split):
             raise DataError(
-                f"dataset.{key}: {getattr(dataset, key)!r}, but of a folder of tokens it is {name!r}, whole"
+                f"dataset.{key}: {getattr(dataset, key)!r}, but of a folder of tokens it is {split!r}, whole"
             )
-    train = TokenStore(path if is_token_store(path) else path / "train", in_memory)
-    evaluation = TokenStore(path / "validation", in_memory) if is_token_store(path / "validation") else None
-    for store in (train, evaluation):
-        if store is not None:
-            check_store(store, tokenizer)
-    return _random_access(config, dataset, train, evaluation, _describe_store(train, "in", dataset), name)
+    folders = [path if is_token_store(path) else path / "train"]
+    folders += [path / "validation"] if is_token_store(path / "validation") else []
+    stores = [TokenStore(folder, dataset.load_all_from_disk) for folder in folders]
+    for store in stores:
+        store.check_tokenizer(tokenizer)
+    line = _describe_store(config, stores[0], " in")
+    return _random_access(config, stores[0], stores[1] if len(stores) > 1 else None, line)
 
 
-def _random_access(config: Config, dataset: DatasetConfig, train: Any, evaluation: Any, told: str, name: str) -> Source:
+def _random_access(config: Config, train: Corpus, evaluation: Corpus | None, line: str) -> CorpusSource:
     """Holds out `validation_split`, and takes long documents apart for shuffling where lengths are known."""
+    dataset = config.dataset
     if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         if len(train) < 2:
             raise DataError("dataset.validation_split: one document cannot be split")
         train, evaluation = (Subset(train, dataset.validation_split, config.seed, rest) for rest in (True, False))
     if not len(train):
-        told = describe_skips(train.manifest.skipped) if isinstance(train, TokenStore) else ""
-        raise DataError(
-            f"dataset.path: {dataset.path or dataset.name}: no document in it{f' ({told})' if told else ''}"
-        )
+        skipped = train.manifest.describe_skipped() if isinstance(train, TokenStore) else ""
+        why = f" ({skipped})" if skipped else ""
+        raise DataError(f"dataset.path: {dataset.path or dataset.name}: no document in it{why}")
     if train.is_tokenized and long_documents(config) == "split":
         train = Pieces(train, piece_length(config) - 2)
-    return Source(train, evaluation, told, name)
+    return CorpusSource(train, evaluation, line)
 
 
-# --- readers -----------
-
-
-def build_reader(config: Config, text: Text, ranks: Ranks) -> Reader:
-    """A reader of one shard, in the order that the configuration asks for."""
+def build_reader(config: Config, text: Text, ranks: Ranks, trains: bool = True) -> CorpusReader | StreamReader:
+    """A reader of one shard, in the order that the configuration asks for; text to evaluate is read in its own order."""
     skips = SkippedRows(config.dataset.bad_rows == "refuse")
     if isinstance(text, Files):
         return StreamReader(text, ranks, skips)
-    return CorpusReader(text, config.seed if config.dataset.shuffle_buffer_size > 1 else None, ranks, skips)
+    shuffles = trains and config.dataset.shuffle_buffer_size > 1
+    return CorpusReader(text, config.seed if shuffles else None, ranks, skips)
 
 
-def build_eval_reader(config: Config, text: Text) -> CorpusReader | StreamReader:
-    """A reader of evaluation text: all of it, in its own order."""
-    skips = SkippedRows(config.dataset.bad_rows == "refuse")
-    return StreamReader(text, Ranks(), skips) if isinstance(text, Files) else CorpusReader(text, None, Ranks(), skips)
-
-
-# --- lengths, and words for the summary -----------
-
-
-def row_length(config: Config) -> int:
-    """Tokens of a packed row."""
-    return config.row_length
+# --- lengths, and lines of the summary -----------
 
 
 def piece_length(config: Config) -> int:
     """Longest piece of a document, special tokens included."""
-    return min(config.tokenizer.max_length, row_length(config))
+    return min(config.tokenizer.max_length, config.row_length)
 
 
 def long_documents(config: Config) -> LongDocuments:
@@ -214,14 +177,11 @@ def describe_size(files: Files) -> str:
     return f"{size / scale:.1f} {unit}{many}{part}"
 
 
-def _describe_store(store: TokenStore, how: str, dataset: DatasetConfig) -> str:
-    manifest = store.manifest
-    skipped = describe_skips(manifest.skipped)
-    return (
-        f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, {how} {store.folder}{_held(dataset)}"
-        + (f" ({skipped})" if skipped else "")
-    ).replace(" tokens, in ", " tokens in ")
+def _describe_store(config: Config, store: TokenStore, how: str) -> str:
+    manifest, skipped = store.manifest, store.manifest.describe_skipped()
+    counts = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+    return f"{counts}{how} {store.folder}{_in_memory(config)}" + (f" ({skipped})" if skipped else "")
 
 
-def _held(dataset: DatasetConfig) -> str:
-    return ", held in memory" if dataset.load_all_from_disk else ""
+def _in_memory(config: Config) -> str:
+    return ", held in memory" if config.dataset.load_all_from_disk else ""

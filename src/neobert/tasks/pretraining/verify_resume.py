@@ -1,7 +1,7 @@
 """`neobert verify-resume`: a run that is killed and resumed against one that is not, on the user's own configuration.
 
 Three processes train in a temporary folder: one to the end; one that saves a checkpoint half-way and kills itself
-(SIGKILL) in the second step behind it; one that resumes. Every microbatch leaves checksums of its tokens and labels.
+(SIGKILL) in the second step after it; one that resumes. Every microbatch leaves checksums of its tokens and labels.
 """
 
 import json
@@ -40,14 +40,14 @@ def verify(files: list[str], overrides: list[str], num_steps: int) -> bool:
     half, micro = num_steps // 2, config.trainer.gradient_accumulation_steps
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as name:
         folder = Path(name)
-        words = [*overrides, *_settings(config, folder, num_steps, half)]
+        overrides = [*overrides, *_settings(config, folder, num_steps, half)]
         print(f"uninterrupted: {num_steps} steps", flush=True)
-        _train(files, words, folder / "whole", None, resume=False)
-        print(f"killed in step {half + 2}, two steps behind the checkpoint of step {half}", flush=True)
-        _train(files, words, folder / "broken", (half + 1) * micro + 1, resume=False)
+        _train(files, overrides, folder / "whole", None, resume=False)
+        print(f"killed in step {half + 2}, two steps after the checkpoint of step {half}", flush=True)
+        _train(files, overrides, folder / "broken", (half + 1) * micro + 1, resume=False)
         killed = _batches(folder / "broken")
         print("resumed\n", flush=True)
-        _train(files, words, folder / "broken", None, resume=True)
+        _train(files, overrides, folder / "broken", None, resume=True)
         return _compare(folder, killed, num_steps, half, micro)
 
 
@@ -65,14 +65,13 @@ def _settings(config: Any, folder: Path, num_steps: int, half: int) -> list[str]
     ]  # fmt: skip
 
 
-def _train(files: list[str], words: list[str], folder: Path, kill_at: int | None, resume: bool) -> None:
+def _train(files: list[str], overrides: list[str], folder: Path, kill_at: int | None, resume: bool) -> None:
     folder.mkdir(exist_ok=True)
     more = [f"trainer.output_dir={folder / 'out'}", f"trainer.resume_from_checkpoint={'latest' if resume else 'null'}"]
-    job = json.dumps([files, [*words, *more], str(folder), kill_at])
+    job = json.dumps([files, [*overrides, *more], str(folder), kill_at])
+    command = [sys.executable, "-m", __spec__.name, job]
     with open(folder / "log", "a") as log:
-        code = subprocess.run(
-            [sys.executable, "-m", __spec__.name, job], stdout=log, stderr=log, check=False
-        ).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     if code == 2 and (folder / "error").is_file():
         raise UserError((folder / "error").read_text())
     if code != (0 if kill_at is None else -signal.SIGKILL):
@@ -80,11 +79,11 @@ def _train(files: list[str], words: list[str], folder: Path, kill_at: int | None
         raise UserError("\n".join([f"the run ended with exit code {code}; its last lines:", *last]))
 
 
-def _child(files: list[str], words: list[str], folder: str, kill_at: int | None) -> None:
+def _child(files: list[str], overrides: list[str], folder: str, kill_at: int | None) -> None:
     from neobert.tasks.pretraining import task as pretraining
 
     try:
-        pretraining.run(load_config(files, words), Recorder(Path(folder) / "batches.jsonl", kill_at))
+        pretraining.run(load_config(files, overrides), Recorder(Path(folder) / "batches.jsonl", kill_at))
     except UserError as error:
         (Path(folder) / "error").write_text(str(error))
         sys.exit(2)
@@ -100,21 +99,21 @@ def _compare(folder: Path, killed: list[dict[str, int]], num_steps: int, half: i
     whole = {one["number"]: one for one in _batches(folder / "whole")}
     resumed = _batches(folder / "broken")[len(killed) :]
     losses = [_losses(folder / name / "out/metrics.jsonl") for name in ("whole", "broken")]
-    before, behind = ({one["number"]: one for one in part} for part in (killed, resumed))
-    all_equal = list(behind) == list(range(half * micro + 1, num_steps * micro + 1))
+    before, after = ({one["number"]: one for one in part} for part in (killed, resumed))
+    all_equal = list(after) == list(range(half * micro + 1, num_steps * micro + 1))
     print("step           tokens     masks      loss       resumed")
     for step in range(1, num_steps + 1):
         numbers = range((step - 1) * micro + 1, step * micro + 1)
-        part = before if step <= half else behind
+        part = before if step <= half else after
         same = {
             name: all(number in part and part[number][name] == whole[number][name] for number in numbers)
             for name in ("ids", "labels")
         }
         a, b = (found.get(step) for found in losses)
-        words = ["equal" if is_same else "DIFFERENT" for is_same in (same["ids"], same["labels"], a == b)]
+        shown = ["equal" if is_same else "DIFFERENT" for is_same in (same["ids"], same["labels"], a == b)]
         logged = [f"{'-' if loss is None else format(loss, '.6f'):<9}" for loss in (a, b)]
         mark = "" if step <= half else "  resumed"
-        print("  ".join([f"{step:>4}{mark:<9}", f"{words[0]:<9}", f"{words[1]:<9}", *logged, words[2]]))
+        print("  ".join([f"{step:>4}{mark:<9}", f"{shown[0]:<9}", f"{shown[1]:<9}", *logged, shown[2]]))
         all_equal = all_equal and all(same.values()) and a == b
     print(f"\n{'resume is exact: every token, mask and loss is equal' if all_equal else 'resume is NOT exact'}")
     return all_equal

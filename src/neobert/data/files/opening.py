@@ -1,17 +1,114 @@
-"""Files behind URLs (`hf://…`, whatever `fsspec` opens), read again from where the connection broke off."""
+"""Opening files of every kind that is read: plain, compressed, tables, and files behind URLs.
 
+A URL is whatever `fsspec` opens (`hf://…`); it is read again from where the connection broke off.
+"""
+
+import csv
 import errno
+import gzip
 import io
+import os
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+from neobert.errors import DataError, first_line
+
+KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".zst")
+TABLES = (".parquet", ".arrow")
 ATTEMPTS = 6  # of one read, until it is an error
 FIRST_WAIT_SECONDS = 1.0  # then twice as long each time: half a minute in all
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # another attempt changes nothing
 
 Result = TypeVar("Result")
+
+
+def kind_of(path: str) -> str | None:
+    """The kind of file that a name says, without its compression; None for a folder, or when we read no such file."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED and len(suffixes) > 1 and suffixes[-2] not in TABLES:
+        suffixes = suffixes[:-1]
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in KINDS or ("://" not in path and os.path.isdir(path)):
+        return None
+    return ".jsonl" if kind == ".ndjson" else kind
+
+
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith(COMPRESSED)
+
+
+def open_binary(path: str) -> Any:
+    """The decompressed bytes of a file or URL."""
+    remote = io.BufferedReader(RemoteFile(path), 2**20) if "://" in path else None
+    if path.lower().endswith(".gz"):
+        return gzip.open(remote or path)
+    raw = remote or open(path, "rb")  # noqa: SIM115
+    if path.lower().endswith(".zst"):
+        import pyarrow
+
+        stream = pyarrow.CompressedInputStream(raw, "zstd")
+        return io.BufferedReader(stream, 2**16)  # of a damaged file all but that is read
+    return raw
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """Errors of reading become a DataError that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+
+
+def open_table(path: str) -> Any:
+    """The `ParquetFile` of a .parquet, else an Arrow table; both have `.schema`. Raises DataError."""
+    with named(path):
+        kind = kind_of(path)
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.ParquetFile(open_binary(path) if "://" in path else path)
+        if kind == ".arrow":
+            return _open_arrow(path)
+        from datasets import load_from_disk
+
+        try:
+            return load_from_disk(path).with_format("arrow").data.table
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+
+
+def _open_arrow(path: str) -> Any:
+    """`datasets` writes Arrow's stream format, others its file format."""
+    import pyarrow as pa
+
+    file = open_binary(path) if "://" in path else pa.memory_map(path)
+    try:
+        return pa.ipc.open_stream(file).read_all()
+    except pa.ArrowInvalid:
+        file.seek(0)
+        return pa.ipc.open_file(file).read_all()
+
+
+def table_schema(table: Any) -> Any:
+    """The Arrow schema of what `open_table` gives."""
+    return getattr(table, "schema_arrow", None) or table.schema
+
+
+def num_table_rows(table: Any) -> int:
+    """Rows of what `open_table` gives."""
+    return int(table.num_rows if hasattr(table, "num_rows") else table.metadata.num_rows)
+
+
+# --- files behind URLs -----------
 
 
 class RemoteFile(io.RawIOBase):
