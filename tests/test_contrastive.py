@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from neobert.checkpoints.initial_weights import InitialWeights
 from neobert.config.schema import Config
-from neobert.data.pairs.columns import PAIR_SETS, find_roles
+from neobert.data.pairs.table import PAIR_SETS, find_roles
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, UserError
 from neobert.ranks import Ranks

@@ -8,7 +8,7 @@ from torch import nn
 
 from neobert.checkpoints.format import load_data, load_optimizer, load_rank_optimizer
 from neobert.config.schema import Config
-from neobert.data.mlm.state import join_positions
+from neobert.data.mlm.pipeline import join_positions
 from neobert.errors import CheckpointError
 from neobert.optim.build import load_optimizer_state
 from neobert.training.length import saved_step_size

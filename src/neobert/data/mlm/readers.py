@@ -25,7 +25,7 @@ from neobert.data.files.documents import (
 )
 from neobert.data.files.rows import Raw, Unusable
 from neobert.data.files.token_store import TokenStore
-from neobert.data.hashing import hash_key, permute
+from neobert.data.hashing import draw_share, hash_key, permute
 from neobert.data.tokenizer import Ids
 from neobert.ranks import Ranks
 
@@ -200,11 +200,8 @@ class Subset:
     """A share of a corpus, drawn by `seed`: the first `share` of a permutation, or the rest (`complement`)."""
 
     def __init__(self, corpus: Corpus, share: float, seed: int, complement: bool):
-        size = len(corpus)
-        cut = max(1, round(size * share))
-        drawn = np.arange(cut, size) if complement else np.arange(cut)
         self.corpus = corpus
-        self.indices = np.sort(permute(drawn, size, hash_key(seed, 0x5411)))
+        self.indices = draw_share(len(corpus), share, seed, complement)
         self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
         self.is_tokenized = corpus.is_tokenized
 

@@ -1,13 +1,15 @@
-"""Rows of contrastive training, read from files into memory: pairs with negatives, texts with labels, two texts with a score.
+"""Rows of contrastive training: what their columns are (anchor and positive, text and label, two texts and a score), and the
+rows, read from files into memory. `find_roles` reads it from the names of the columns, or from what the user says;
+`PAIR_SETS` knows public sets.
 
-A text that occurs several times is held and tokenised once, and its number says whether two texts are the same.
+A text that occurs several times is kept and tokenised once, and its number says whether two texts are the same.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -15,14 +17,140 @@ from tqdm import tqdm
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.rows import Unusable, first_with_columns, place, records, why_no_text
 from neobert.data.files.splits import slice_bounds
-from neobert.data.hashing import hash_key, permute
-from neobert.data.pairs.columns import Roles, find_roles
+from neobert.data.hashing import draw_share
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 
 POSITIVE_SHARE = 0.8  # of the highest score: from here on two texts are a positive pair
 TEXTS_AT_ONCE = 4096
-HELD_OUT_KEY = 0x5411
+
+# --- columns -----------
+
+Kind = Literal["pairs", "labels", "scores", "texts"]
+
+# Kind -> roles that such a row needs.
+NEEDED: dict[Kind, tuple[str, ...]] = {
+    "pairs": ("anchor", "positive"), "scores": ("text1", "text2", "score"), "labels": ("text", "label"), "texts": ("text",),
+}  # fmt: skip
+ROLES = ("anchor", "positive", "negative", "text", "label", "text1", "text2", "score")
+
+# Names of columns that are understood by themselves, most specific first; all of a line have to be there.
+USUAL: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("pairs", ("anchor", "positive")),
+    ("pairs", ("query", "positive")),
+    ("pairs", ("query", "pos")),
+    ("pairs", ("query", "answer")),
+    ("pairs", ("question", "answer")),
+    ("scores", ("sentence1", "sentence2", "score")),
+    ("scores", ("text1", "text2", "score")),
+    ("scores", ("sentence1", "sentence2", "label")),
+    ("pairs", ("sentence1", "sentence2")),
+    ("pairs", ("text1", "text2")),
+    ("labels", ("text", "label")),
+    ("labels", ("sentence", "label")),
+    ("texts", ("text",)),
+)
+NEGATIVES = ("negative", "negatives", "neg")  # and negative_1, negative_2, ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a source's rows are, and the column of every role; `negatives` may be several columns."""
+
+    kind: Kind
+    columns: dict[str, str]
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def describe(self) -> str:
+        """As `anchor -> title, positive -> body`."""
+        found = {**self.columns, **({"negative": ", ".join(self.negatives)} if self.negatives else {})}
+        return ", ".join(role if role == column else f"{role} = {column}" for role, column in found.items())
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A public set: its name on the hub, its configuration there, and the columns of its roles."""
+
+    repository: str
+    config: str | None
+    columns: dict[str, str]
+
+
+def _set(name: str, config: str | None, *columns: str) -> PairSet:
+    roles = NEEDED["scores"] if columns[-1] == "score" else ("anchor", "positive", "negative")
+    return PairSet(f"sentence-transformers/{name}", config, dict(zip(roles, columns, strict=False)))
+
+
+PAIR_SETS: dict[str, PairSet] = {
+    "all-nli": _set("all-nli", "triplet", "anchor", "positive", "negative"),
+    "altlex": _set("altlex", None, "text", "simplified"),
+    "agnews": _set("agnews", None, "title", "description"),
+    "amazon-qa": _set("amazon-qa", None, "query", "answer"),
+    "ccnews": _set("ccnews", None, "title", "article"),
+    "coco-captions": _set("coco-captions", None, "caption1", "caption2"),
+    "codesearchnet": _set("codesearchnet", None, "comment", "code"),
+    "eli5": _set("eli5", None, "question", "answer"),
+    "flickr30k-captions": _set("flickr30k-captions", None, "caption1", "caption2"),
+    "gooaq": _set("gooaq", None, "question", "answer"),
+    "hotpotqa": _set("hotpotqa", "triplet", "anchor", "positive", "negative"),
+    "msmarco": _set("msmarco-bm25", "triplet", "query", "positive", "negative"),
+    "natural-questions": _set("natural-questions", None, "query", "answer"),
+    "npr": _set("npr", None, "title", "body"),
+    "paq": _set("paq", None, "query", "answer"),
+    "quora-duplicates": _set("quora-duplicates", "triplet", "anchor", "positive", "negative"),
+    "s2orc": _set("s2orc", "title-abstract-pair", "title", "abstract"),
+    "sentence-compression": _set("sentence-compression", None, "text", "simplified"),
+    "simple-wiki": _set("simple-wiki", None, "text", "simplified"),
+    "specter": _set("specter", "triplet", "anchor", "positive", "negative"),
+    "squad": _set("squad", None, "question", "answer"),
+    "stackexchange-duplicates": _set("stackexchange-duplicates", "title-title-pair", "title1", "title2"),
+    "stsb": _set("stsb", None, "sentence1", "sentence2", "score"),
+    "trivia-qa": _set("trivia-qa", None, "query", "answer"),
+    "wikihow": _set("wikihow", None, "summary", "text"),
+    "xsum": _set("xsum", None, "summary", "article"),
+}
+
+
+def find_roles(names: list[str], wanted: dict[str, str], path: str, key: str = "dataset.columns") -> Roles:
+    """What the rows with these columns are; `wanted` (role -> column) decides where it says something.
+
+    Raises DataError naming `path` and what to set.
+    """
+    there = f"{path} has the columns {', '.join(names)}"
+    for role, column in wanted.items():
+        if role not in ROLES:
+            raise DataError(f"{key}: no role {role!r}; there are: {', '.join(ROLES)}")
+        if column not in names:
+            raise DataError(f"{key}: {role}: no column {column!r}; {there}")
+    if wanted:
+        for kind, needed in NEEDED.items():
+            if set(needed) <= set(wanted) and not set(wanted) - set(needed) - {"negative"}:
+                return _roles(kind, {role: wanted[role] for role in needed}, names, wanted.get("negative"))
+        raise DataError(f"{key}: {', '.join(wanted)} do not make a row; {_ways()}")
+    for kind, usual in USUAL:
+        if set(usual) <= set(names):
+            return _roles(kind, dict(zip(NEEDED[kind], usual, strict=True)), names, None)
+    if len(names) == 1:
+        return Roles("texts", {"text": names[0]})
+    raise DataError(f"{key}: {there}, and none of the usual ones; say what they are: {_ways()}")
+
+
+def _ways() -> str:
+    return "; or ".join(", ".join(needed) for needed in NEEDED.values())
+
+
+def _roles(kind: Kind, columns: dict[str, str], names: list[str], negative: str | None) -> Roles:
+    if kind != "pairs":
+        return Roles(kind, columns)
+    if negative is not None:
+        return Roles(kind, columns, (negative,))
+    numbered = [name for name in names if name.startswith("negative_")]
+    found = [name for name in names if name in NEGATIVES] + numbered
+    return Roles(kind, columns, tuple(name for name in found if name not in columns.values()))
+
+
+# --- rows of files -----------
 
 
 class Example(NamedTuple):
@@ -47,13 +175,15 @@ class Examples:
 
     def hold_out(self, share: float, seed: int) -> "tuple[Examples, Examples]":
         """(the rest, `share` of the rows drawn by `seed`)."""
-        size = len(self.rows)
-        if size < 2:
+        if len(self.rows) < 2:
             raise DataError(f"dataset.validation_split: {self.name} has one row, which cannot be split")
-        places = permute(np.arange(size), size, hash_key(seed, HELD_OUT_KEY))
-        cut = max(1, round(size * share))
-        held, rest = ([self.rows[i] for i in np.sort(part)] for part in (places[:cut], places[cut:]))
-        return Examples(self.roles, rest, self.name), Examples(self.roles, held, self.name)
+        drawn = (draw_share(len(self.rows), share, seed, complement) for complement in (True, False))
+        rest, held = (replace(self, rows=[self.rows[number] for number in numbers]) for numbers in drawn)
+        return rest, held
+
+    def first(self, most: int | None) -> "Examples":
+        """The first rows; None: all of them."""
+        return replace(self, rows=self.rows[:most])
 
 
 def read_examples(
@@ -69,8 +199,8 @@ def read_examples(
         first, last = slice_bounds(*bounds, len(rows), name)
         rows = rows[first:last]
     if not rows:
-        told = "; ".join(f"{number:,} {reason}, first {skips.first[reason]}" for reason, number in skips.counts.items())
-        raise DataError(f"{name}: no row that can be used{f': {told}' if told else ''}")
+        why = "; ".join(f"{number:,} {reason}, first {skips.first[reason]}" for reason, number in skips.counts.items())
+        raise DataError(f"{name}: no row that can be used{f': {why}' if why else ''}")
     return Examples(roles, rows, name)
 
 
@@ -101,7 +231,7 @@ def _pairs(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterato
     negatives = [text for column in roles.negatives for text in _texts(row.get(column))]
     for positive in _texts(positives) or [None]:
         reason = _wrong(anchor, "anchor") or _wrong(positive, "positive")
-        reason = reason or next((told for text in negatives if (told := _wrong(text, "negative"))), "")
+        reason = reason or next((why for text in negatives if (why := _wrong(text, "negative"))), "")
         if reason:
             yield Unusable(reason, path, offset)
         else:
@@ -166,7 +296,7 @@ def _wrong(text: Any, role: str) -> str:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different lengths, one behind the other."""
+    """Arrays of different lengths, one after the other."""
 
     values: np.ndarray
     ends: np.ndarray
