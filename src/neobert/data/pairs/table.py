@@ -204,7 +204,7 @@ def read_examples(
     return Examples(roles, rows, name)
 
 
-def roles_of(paths: Sequence[str], wanted: dict[str, str], key: str) -> Roles:
+def roles_of(paths: list[str], wanted: dict[str, str], key: str) -> Roles:
     """What the rows of all files are. Raises DataError."""
     first, columns = first_with_columns(paths)
     return find_roles(list(columns), wanted, first, key)
