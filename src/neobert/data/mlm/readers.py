@@ -73,10 +73,6 @@ class CorpusReader:
     def next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
 
-    def again(self) -> "CorpusReader":
-        """The same reader at its beginning."""
-        return CorpusReader(self.corpus, self.seed, self.ranks, SkippedRows(self.skips.refuse))
-
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "skips": self.skips.state_dict()}
 
@@ -126,10 +122,6 @@ class StreamReader:
 
     def next_epoch(self) -> None:
         self.epoch, self.num_read, self.position, self._rows = self.epoch + 1, 0, self.files.start, None
-
-    def again(self) -> "StreamReader":
-        """The same reader at its beginning."""
-        return StreamReader(self.files, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"epoch": self.epoch, "num_read": self.num_read}

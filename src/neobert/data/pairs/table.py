@@ -211,57 +211,44 @@ def roles_of(paths: list[str], wanted: dict[str, str], key: str) -> Roles:
 
 
 def _read_file(path: str, roles: Roles, skips: SkippedRows) -> Iterator[Example]:
-    read = {"pairs": _pairs, "scores": _scored, "labels": _labelled, "texts": _labelled}[roles.kind]
     for row, offset in records(path):
         if isinstance(row, Unusable):
             skips.add(row)
             continue
-        if missing := [column for column in roles.columns.values() if column not in row]:
-            skips.add(Unusable(f"no column {missing[0]!r}", path, offset))
-            continue
-        for found in read(row, roles, path, offset):
-            if isinstance(found, Unusable):
-                skips.add(found)
+        missing = [column for column in roles.columns.values() if column not in row]
+        for found in [f"no column {missing[0]!r}"] if missing else _examples(row, roles, path, offset):
+            if isinstance(found, str):
+                skips.add(Unusable(found, path, offset))
             else:
                 yield found
 
 
-def _pairs(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | Unusable]:
-    anchor, positives = row[roles.columns["anchor"]], row[roles.columns["positive"]]
-    negatives = [text for column in roles.negatives for text in _texts(row.get(column))]
-    for positive in _texts(positives) or [None]:
-        reason = _wrong(anchor, "anchor") or _wrong(positive, "positive")
-        reason = reason or next((why for text in negatives if (why := _wrong(text, "negative"))), "")
-        if reason:
-            yield Unusable(reason, path, offset)
-        else:
-            yield Example(anchor, positive, tuple(negatives))
+def _examples(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | str]:
+    """The examples of a row, one for each of its positives, or why there is none. Raises DataError for a label or score."""
+    cells = {role: row[column] for role, column in roles.columns.items()}
+    if roles.kind == "pairs":
+        negatives = [text for column in roles.negatives for text in _texts(row.get(column))]
+        for positive in _texts(cells["positive"]) or [None]:
+            texts = [("anchor", cells["anchor"]), ("positive", positive), *(("negative", text) for text in negatives)]
+            yield _why_unusable(texts) or Example(cells["anchor"], positive, tuple(negatives))
+    elif reason := _why_unusable([(role, cell) for role, cell in cells.items() if role.startswith("text")]):
+        yield reason
+    elif roles.kind == "scores":
+        score = _score(cells["score"], roles.columns["score"], path, offset)
+        yield Example(cells["text1"], cells["text2"], (), score)
+    else:
+        label = _label(cells["label"], roles.columns["label"], path, offset) if roles.kind == "labels" else None
+        yield Example(cells["text"], cells["text"], (), label)
 
 
-def _scored(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | Unusable]:
-    first, second = row[roles.columns["text1"]], row[roles.columns["text2"]]
-    value = row[roles.columns["score"]]
-    reason = _wrong(first, "text1") or _wrong(second, "text2")
-    if reason:
-        yield Unusable(reason, path, offset)
-        return
+def _score(value: Any, column: str, path: str, offset: int) -> float:
     try:
         score = float(value)
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise DataError(f"{place(path, offset)}: {roles.columns['score']} is {value!r}, and a score is a number")
-    yield Example(first, second, (), score)
-
-
-def _labelled(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | Unusable]:
-    text = row[roles.columns["text"]]
-    if reason := _wrong(text, "text"):
-        yield Unusable(reason, path, offset)
-    elif roles.kind == "texts":
-        yield Example(text, text)
-    else:
-        yield Example(text, text, (), _label(row[roles.columns["label"]], roles.columns["label"], path, offset))
+        raise DataError(f"{place(path, offset)}: {column} is {value!r}, and a score is a number")
+    return score
 
 
 def _label(value: Any, column: str, path: str, offset: int) -> str:
@@ -285,10 +272,12 @@ def _texts(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _wrong(text: Any, role: str) -> str:
-    """Why a text cannot be used, or nothing."""
-    reason = why_no_text(text)
-    return {"no text": f"without {role}", "not text": f"whose {role} is not text"}.get(reason, reason)
+def _why_unusable(texts: list[tuple[str, Any]]) -> str:
+    """Why the first text, by role, that cannot be used cannot, or nothing."""
+    for role, text in texts:
+        if reason := why_no_text(text):
+            return {"no text": f"without {role}", "not text": f"whose {role} is not text"}.get(reason, reason)
+    return ""
 
 
 # --- rows to train on -----------
