@@ -42,8 +42,7 @@ def split(args) -> tuple[list[dict], list[dict]]:
 
 def evaluate(model, rows: list[dict]) -> float:
     """nDCG@10 of anything with sentence-transformers' `encode`."""
-    from neobert.data.pairs.columns import Roles
-    from neobert.data.pairs.table import Example, Examples
+    from neobert.data.pairs.table import Example, Examples, Roles
     from neobert.tasks.contrastive.evaluation import build_evaluator, evaluate_set
 
     roles = Roles("pairs", {"anchor": "anchor", "positive": "positive"})

@@ -32,7 +32,7 @@ def test_pairs_of_the_hub_have_the_usual_configuration(tmp_path):
     """The one that the dataset itself calls its default, or the one that is asked for."""
     words = ["task=contrastive", f"dataset.cache_dir={hub_cache(tmp_path)}", "dataset.name=me/tiny"]
     for more, language in (([], "en"), (["dataset.config=fr"], "fr")):
-        place = find_places(load_config([], [*words, *more]).config)[0][0]
+        place = find_places(load_config([], [*words, *more]).config)[0]
         assert Path(place.splits["train"][0]).parent.name == language
 
 

@@ -14,10 +14,9 @@ from neobert.data.files.token_store import TokenStore, tokenize_files
 from neobert.data.hashing import choose_sources
 from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
+from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, join_positions, shards_of
 from neobert.data.mlm.readers import CorpusReader, Pieces, StreamReader
 from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
-from neobert.data.mlm.state import join_positions
 from neobert.errors import CheckpointError, DataError
 from neobert.ranks import Ranks
 

@@ -443,8 +443,7 @@ def test_an_entry_of_a_mixture_changes_what_it_sets(tmp_path, tokenizer):
     columns = "dataset.columns={anchor: title, positive: body}"
     config = load_config([], ["task=contrastive", columns, *words]).config
     found = [
-        (place.dataset.columns, place.dataset.text_column, place.dataset.train_split)
-        for place, _ in find_places(config)
+        (place.dataset.columns, place.dataset.text_column, place.dataset.train_split) for place in find_places(config)
     ]
     section = {"anchor": "title", "positive": "body"}
     assert found == [

@@ -25,7 +25,7 @@ from helpers.pairs import (
 from helpers.runs import TEXT
 from neobert.checkpoints.initial_weights import InitialWeights
 from neobert.config.schema import Config
-from neobert.data.pairs.columns import PAIR_SETS, find_roles
+from neobert.data.pairs.table import PAIR_SETS, find_roles
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, UserError
 from neobert.ranks import Ranks

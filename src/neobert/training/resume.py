@@ -18,7 +18,7 @@ from neobert.checkpoints.format import Content, Tensors, load_data, load_optimiz
 from neobert.config.load import dump_config
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
-from neobert.data.mlm.state import join_positions
+from neobert.data.mlm.pipeline import join_positions
 from neobert.errors import CheckpointError
 from neobert.optim.build import load_optimizer_state, local_parts, optimizer_state
 from neobert.optim.sharding import from_rows, local_rows

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.batch import Batch, RowLayout
-from neobert.data.loader import Loader, Saved, require_same
+from neobert.data.batch import Batch, Loader, RowLayout, Saved, require_same
 from neobert.data.tokenizer import Ids, tokenizing_threads
 from neobert.errors import DataError
 from neobert.ranks import Ranks

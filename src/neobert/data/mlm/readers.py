@@ -25,7 +25,7 @@ from neobert.data.files.documents import (
 )
 from neobert.data.files.rows import Raw, Unusable
 from neobert.data.files.token_store import TokenStore
-from neobert.data.hashing import hash_key, permute
+from neobert.data.hashing import draw_share, hash_key, permute
 from neobert.data.tokenizer import Ids
 from neobert.ranks import Ranks
 
@@ -72,10 +72,6 @@ class CorpusReader:
 
     def next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
-
-    def again(self) -> "CorpusReader":
-        """The same reader at its beginning."""
-        return CorpusReader(self.corpus, self.seed, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "skips": self.skips.state_dict()}
@@ -126,10 +122,6 @@ class StreamReader:
 
     def next_epoch(self) -> None:
         self.epoch, self.num_read, self.position, self._rows = self.epoch + 1, 0, self.files.start, None
-
-    def again(self) -> "StreamReader":
-        """The same reader at its beginning."""
-        return StreamReader(self.files, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"epoch": self.epoch, "num_read": self.num_read}
@@ -200,11 +192,8 @@ class Subset:
     """A share of a corpus, drawn by `seed`: the first `share` of a permutation, or the rest (`complement`)."""
 
     def __init__(self, corpus: Corpus, share: float, seed: int, complement: bool):
-        size = len(corpus)
-        cut = max(1, round(size * share))
-        drawn = np.arange(cut, size) if complement else np.arange(cut)
         self.corpus = corpus
-        self.indices = np.sort(permute(drawn, size, hash_key(seed, 0x5411)))
+        self.indices = draw_share(len(corpus), share, seed, complement)
         self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
         self.is_tokenized = corpus.is_tokenized
 

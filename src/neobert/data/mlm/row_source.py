@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from neobert.data.batch import State
 from neobert.data.hashing import choose_sources, hash_keys
 from neobert.data.mlm.packing import OnePerRow, Packer, Row, Segmenter, TruncationStats
 from neobert.data.mlm.readers import Reader, StreamReader
-from neobert.data.mlm.state import State
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
 

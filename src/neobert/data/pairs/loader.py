@@ -5,7 +5,7 @@ keys of all. So W processes with B rows each have the batches of one process wit
 number of processes that keeps G. Which source a batch comes from is a function of its number; a source begins again when it
 has been read.
 
-Shapes: B rows of this process, G rows of all, T row length, n texts of this process (anchors, positives, negatives).
+Shapes: B rows of this process, G rows of all, n texts of this process (anchors, positives, negatives).
 """
 
 import math
@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.batch import Batch, RowLayout
+from neobert.data.batch import Batch, Loader, RowLayout, Saved, require_same
 from neobert.data.files.documents import Corpus, SkippedRows
 from neobert.data.files.rows import Unusable
 from neobert.data.hashing import choose_sources, hash_key, hash_keys, permute
-from neobert.data.loader import Loader, Saved, require_same
 from neobert.data.mlm.readers import FETCH_TEXTS
 from neobert.data.pairs.table import PairTable
 from neobert.data.tokenizer import Ids
@@ -54,10 +53,10 @@ class PairSource:
             self.begins = np.cumsum(self.sizes) - self.sizes
 
     def take(self, count: int) -> Drawn:
-        table, places = self.table, np.arange(self.num_used, self.num_used + count)
+        table, used = self.table, np.arange(self.num_used, self.num_used + count)
         self.num_used += count
-        epochs, offsets = places // len(table), places % len(table)
-        rows = np.empty_like(places)
+        epochs, offsets = used // len(table), used % len(table)
+        rows = np.empty_like(used)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             rows[chosen] = permute(offsets[chosen], len(table), hash_key(self.seed, int(epoch)))
@@ -126,27 +125,27 @@ class TextSource:
                 )
         self.num_used += count
         numbers: dict[str, int] = {}
-        places = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+        rows = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
         different = list(numbers)
         if count > 1 and len(different) == 1:
             raise DataError(f"{self.name}: {count:,} texts in a row are all the same; there is nothing to tell apart")
         none = [np.zeros(0, dtype=np.int64)] * count
-        return Drawn(places, places, none, places, places, lambda wanted: self._ids(different, wanted))
+        return Drawn(rows, rows, none, rows, rows, lambda wanted: self._ids(different, wanted))
 
     def _fetch(self) -> list[str | None]:
         """The next documents; None for one that is not used."""
         epoch, offset = divmod(self.position, len(self.corpus))
-        places = np.arange(offset, min(offset + FETCH_TEXTS, len(self.corpus)))
-        found = self.corpus.fetch(permute(places, len(self.corpus), hash_key(self.seed, epoch)))
+        indices = np.arange(offset, min(offset + FETCH_TEXTS, len(self.corpus)))
+        found = self.corpus.fetch(permute(indices, len(self.corpus), hash_key(self.seed, epoch)))
         for text in found:
             if isinstance(text, Unusable):
                 self.skips.add(text)
         return [None if isinstance(text, Unusable) or len(text) < self.min_length else text for text in found]
 
     def _ids(self, texts: list[str], wanted: np.ndarray) -> list[Ids]:
-        numbers, places = np.unique(wanted, return_inverse=True)
+        numbers, indices = np.unique(wanted, return_inverse=True)
         ids = self.encode([texts[number] for number in numbers])
-        return [ids[place] for place in places]
+        return [ids[index] for index in indices]
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position, "num_used": self.num_used}

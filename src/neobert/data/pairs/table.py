@@ -1,13 +1,15 @@
-"""Rows of contrastive training, read from files into memory: pairs with negatives, texts with labels, two texts with a score.
+"""Rows of contrastive training: what their columns are (anchor and positive, text and label, two texts and a score), and the
+rows, read from files into memory. `find_roles` reads it from the names of the columns, or from what the user says;
+`PAIR_SETS` knows public sets.
 
-A text that occurs several times is held and tokenised once, and its number says whether two texts are the same.
+A text that occurs several times is kept and tokenised once, and its number says whether two texts are the same.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -15,14 +17,140 @@ from tqdm import tqdm
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.rows import Unusable, first_with_columns, place, records, why_no_text
 from neobert.data.files.splits import slice_bounds
-from neobert.data.hashing import hash_key, permute
-from neobert.data.pairs.columns import Roles, find_roles
+from neobert.data.hashing import draw_share
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 
 POSITIVE_SHARE = 0.8  # of the highest score: from here on two texts are a positive pair
 TEXTS_AT_ONCE = 4096
-HELD_OUT_KEY = 0x5411
+
+# --- columns -----------
+
+Kind = Literal["pairs", "labels", "scores", "texts"]
+
+# Kind -> roles that such a row needs.
+NEEDED: dict[Kind, tuple[str, ...]] = {
+    "pairs": ("anchor", "positive"), "scores": ("text1", "text2", "score"), "labels": ("text", "label"), "texts": ("text",),
+}  # fmt: skip
+ROLES = ("anchor", "positive", "negative", "text", "label", "text1", "text2", "score")
+
+# Names of columns that are understood by themselves, most specific first; all of a line have to be there.
+USUAL: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("pairs", ("anchor", "positive")),
+    ("pairs", ("query", "positive")),
+    ("pairs", ("query", "pos")),
+    ("pairs", ("query", "answer")),
+    ("pairs", ("question", "answer")),
+    ("scores", ("sentence1", "sentence2", "score")),
+    ("scores", ("text1", "text2", "score")),
+    ("scores", ("sentence1", "sentence2", "label")),
+    ("pairs", ("sentence1", "sentence2")),
+    ("pairs", ("text1", "text2")),
+    ("labels", ("text", "label")),
+    ("labels", ("sentence", "label")),
+    ("texts", ("text",)),
+)
+NEGATIVES = ("negative", "negatives", "neg")  # and negative_1, negative_2, ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a source's rows are, and the column of every role; `negatives` may be several columns."""
+
+    kind: Kind
+    columns: dict[str, str]
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def describe(self) -> str:
+        """As `anchor -> title, positive -> body`."""
+        found = {**self.columns, **({"negative": ", ".join(self.negatives)} if self.negatives else {})}
+        return ", ".join(role if role == column else f"{role} = {column}" for role, column in found.items())
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A public set: its name on the hub, its configuration there, and the columns of its roles."""
+
+    repository: str
+    config: str | None
+    columns: dict[str, str]
+
+
+def _set(name: str, config: str | None, *columns: str) -> PairSet:
+    roles = NEEDED["scores"] if columns[-1] == "score" else ("anchor", "positive", "negative")
+    return PairSet(f"sentence-transformers/{name}", config, dict(zip(roles, columns, strict=False)))
+
+
+PAIR_SETS: dict[str, PairSet] = {
+    "all-nli": _set("all-nli", "triplet", "anchor", "positive", "negative"),
+    "altlex": _set("altlex", None, "text", "simplified"),
+    "agnews": _set("agnews", None, "title", "description"),
+    "amazon-qa": _set("amazon-qa", None, "query", "answer"),
+    "ccnews": _set("ccnews", None, "title", "article"),
+    "coco-captions": _set("coco-captions", None, "caption1", "caption2"),
+    "codesearchnet": _set("codesearchnet", None, "comment", "code"),
+    "eli5": _set("eli5", None, "question", "answer"),
+    "flickr30k-captions": _set("flickr30k-captions", None, "caption1", "caption2"),
+    "gooaq": _set("gooaq", None, "question", "answer"),
+    "hotpotqa": _set("hotpotqa", "triplet", "anchor", "positive", "negative"),
+    "msmarco": _set("msmarco-bm25", "triplet", "query", "positive", "negative"),
+    "natural-questions": _set("natural-questions", None, "query", "answer"),
+    "npr": _set("npr", None, "title", "body"),
+    "paq": _set("paq", None, "query", "answer"),
+    "quora-duplicates": _set("quora-duplicates", "triplet", "anchor", "positive", "negative"),
+    "s2orc": _set("s2orc", "title-abstract-pair", "title", "abstract"),
+    "sentence-compression": _set("sentence-compression", None, "text", "simplified"),
+    "simple-wiki": _set("simple-wiki", None, "text", "simplified"),
+    "specter": _set("specter", "triplet", "anchor", "positive", "negative"),
+    "squad": _set("squad", None, "question", "answer"),
+    "stackexchange-duplicates": _set("stackexchange-duplicates", "title-title-pair", "title1", "title2"),
+    "stsb": _set("stsb", None, "sentence1", "sentence2", "score"),
+    "trivia-qa": _set("trivia-qa", None, "query", "answer"),
+    "wikihow": _set("wikihow", None, "summary", "text"),
+    "xsum": _set("xsum", None, "summary", "article"),
+}
+
+
+def find_roles(names: list[str], wanted: dict[str, str], path: str, key: str = "dataset.columns") -> Roles:
+    """What the rows with these columns are; `wanted` (role -> column) decides where it says something.
+
+    Raises DataError naming `path` and what to set.
+    """
+    there = f"{path} has the columns {', '.join(names)}"
+    for role, column in wanted.items():
+        if role not in ROLES:
+            raise DataError(f"{key}: no role {role!r}; there are: {', '.join(ROLES)}")
+        if column not in names:
+            raise DataError(f"{key}: {role}: no column {column!r}; {there}")
+    if wanted:
+        for kind, needed in NEEDED.items():
+            if set(needed) <= set(wanted) and not set(wanted) - set(needed) - {"negative"}:
+                return _roles(kind, {role: wanted[role] for role in needed}, names, wanted.get("negative"))
+        raise DataError(f"{key}: {', '.join(wanted)} do not make a row; {_ways()}")
+    for kind, usual in USUAL:
+        if set(usual) <= set(names):
+            return _roles(kind, dict(zip(NEEDED[kind], usual, strict=True)), names, None)
+    if len(names) == 1:
+        return Roles("texts", {"text": names[0]})
+    raise DataError(f"{key}: {there}, and none of the usual ones; say what they are: {_ways()}")
+
+
+def _ways() -> str:
+    return "; or ".join(", ".join(needed) for needed in NEEDED.values())
+
+
+def _roles(kind: Kind, columns: dict[str, str], names: list[str], negative: str | None) -> Roles:
+    if kind != "pairs":
+        return Roles(kind, columns)
+    if negative is not None:
+        return Roles(kind, columns, (negative,))
+    numbered = [name for name in names if name.startswith("negative_")]
+    found = [name for name in names if name in NEGATIVES] + numbered
+    return Roles(kind, columns, tuple(name for name in found if name not in columns.values()))
+
+
+# --- rows of files -----------
 
 
 class Example(NamedTuple):
@@ -47,13 +175,15 @@ class Examples:
 
     def hold_out(self, share: float, seed: int) -> "tuple[Examples, Examples]":
         """(the rest, `share` of the rows drawn by `seed`)."""
-        size = len(self.rows)
-        if size < 2:
+        if len(self.rows) < 2:
             raise DataError(f"dataset.validation_split: {self.name} has one row, which cannot be split")
-        places = permute(np.arange(size), size, hash_key(seed, HELD_OUT_KEY))
-        cut = max(1, round(size * share))
-        held, rest = ([self.rows[i] for i in np.sort(part)] for part in (places[:cut], places[cut:]))
-        return Examples(self.roles, rest, self.name), Examples(self.roles, held, self.name)
+        drawn = (draw_share(len(self.rows), share, seed, complement) for complement in (True, False))
+        rest, held = (replace(self, rows=[self.rows[number] for number in numbers]) for numbers in drawn)
+        return rest, held
+
+    def first(self, most: int | None) -> "Examples":
+        """The first rows; None: all of them."""
+        return replace(self, rows=self.rows[:most])
 
 
 def read_examples(
@@ -69,69 +199,56 @@ def read_examples(
         first, last = slice_bounds(*bounds, len(rows), name)
         rows = rows[first:last]
     if not rows:
-        told = "; ".join(f"{number:,} {reason}, first {skips.first[reason]}" for reason, number in skips.counts.items())
-        raise DataError(f"{name}: no row that can be used{f': {told}' if told else ''}")
+        why = "; ".join(f"{number:,} {reason}, first {skips.first[reason]}" for reason, number in skips.counts.items())
+        raise DataError(f"{name}: no row that can be used{f': {why}' if why else ''}")
     return Examples(roles, rows, name)
 
 
-def roles_of(paths: Sequence[str], wanted: dict[str, str], key: str) -> Roles:
+def roles_of(paths: list[str], wanted: dict[str, str], key: str) -> Roles:
     """What the rows of all files are. Raises DataError."""
     first, columns = first_with_columns(paths)
     return find_roles(list(columns), wanted, first, key)
 
 
 def _read_file(path: str, roles: Roles, skips: SkippedRows) -> Iterator[Example]:
-    read = {"pairs": _pairs, "scores": _scored, "labels": _labelled, "texts": _labelled}[roles.kind]
     for row, offset in records(path):
         if isinstance(row, Unusable):
             skips.add(row)
             continue
-        if missing := [column for column in roles.columns.values() if column not in row]:
-            skips.add(Unusable(f"no column {missing[0]!r}", path, offset))
-            continue
-        for found in read(row, roles, path, offset):
-            if isinstance(found, Unusable):
-                skips.add(found)
+        missing = [column for column in roles.columns.values() if column not in row]
+        for found in [f"no column {missing[0]!r}"] if missing else _examples(row, roles, path, offset):
+            if isinstance(found, str):
+                skips.add(Unusable(found, path, offset))
             else:
                 yield found
 
 
-def _pairs(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | Unusable]:
-    anchor, positives = row[roles.columns["anchor"]], row[roles.columns["positive"]]
-    negatives = [text for column in roles.negatives for text in _texts(row.get(column))]
-    for positive in _texts(positives) or [None]:
-        reason = _wrong(anchor, "anchor") or _wrong(positive, "positive")
-        reason = reason or next((told for text in negatives if (told := _wrong(text, "negative"))), "")
-        if reason:
-            yield Unusable(reason, path, offset)
-        else:
-            yield Example(anchor, positive, tuple(negatives))
+def _examples(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | str]:
+    """The examples of a row, one for each of its positives, or why there is none. Raises DataError for a label or score."""
+    cells = {role: row[column] for role, column in roles.columns.items()}
+    if roles.kind == "pairs":
+        negatives = [text for column in roles.negatives for text in _texts(row.get(column))]
+        for positive in _texts(cells["positive"]) or [None]:
+            texts = [("anchor", cells["anchor"]), ("positive", positive), *(("negative", text) for text in negatives)]
+            yield _why_unusable(texts) or Example(cells["anchor"], positive, tuple(negatives))
+    elif reason := _why_unusable([(role, cell) for role, cell in cells.items() if role.startswith("text")]):
+        yield reason
+    elif roles.kind == "scores":
+        score = _score(cells["score"], roles.columns["score"], path, offset)
+        yield Example(cells["text1"], cells["text2"], (), score)
+    else:
+        label = _label(cells["label"], roles.columns["label"], path, offset) if roles.kind == "labels" else None
+        yield Example(cells["text"], cells["text"], (), label)
 
 
-def _scored(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | Unusable]:
-    first, second = row[roles.columns["text1"]], row[roles.columns["text2"]]
-    value = row[roles.columns["score"]]
-    reason = _wrong(first, "text1") or _wrong(second, "text2")
-    if reason:
-        yield Unusable(reason, path, offset)
-        return
+def _score(value: Any, column: str, path: str, offset: int) -> float:
     try:
         score = float(value)
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise DataError(f"{place(path, offset)}: {roles.columns['score']} is {value!r}, and a score is a number")
-    yield Example(first, second, (), score)
-
-
-def _labelled(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | Unusable]:
-    text = row[roles.columns["text"]]
-    if reason := _wrong(text, "text"):
-        yield Unusable(reason, path, offset)
-    elif roles.kind == "texts":
-        yield Example(text, text)
-    else:
-        yield Example(text, text, (), _label(row[roles.columns["label"]], roles.columns["label"], path, offset))
+        raise DataError(f"{place(path, offset)}: {column} is {value!r}, and a score is a number")
+    return score
 
 
 def _label(value: Any, column: str, path: str, offset: int) -> str:
@@ -155,10 +272,12 @@ def _texts(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _wrong(text: Any, role: str) -> str:
-    """Why a text cannot be used, or nothing."""
-    reason = why_no_text(text)
-    return {"no text": f"without {role}", "not text": f"whose {role} is not text"}.get(reason, reason)
+def _why_unusable(texts: list[tuple[str, Any]]) -> str:
+    """Why the first text, by role, that cannot be used cannot, or nothing."""
+    for role, text in texts:
+        if reason := why_no_text(text):
+            return {"no text": f"without {role}", "not text": f"whose {role} is not text"}.get(reason, reason)
+    return ""
 
 
 # --- rows to train on -----------
@@ -166,7 +285,7 @@ def _wrong(text: Any, role: str) -> str:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different lengths, one behind the other."""
+    """Arrays of different lengths, one after the other."""
 
     values: np.ndarray
     ends: np.ndarray

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from neobert.config.schema import Config
 from neobert.config.sections import DatasetConfig
 from neobert.data.files.documents import Files, SkippedRows, fingerprint, open_corpus
 from neobert.data.files.splits import (
+    Choice,
     choose_split,
     find_splits,
     hub_splits,
@@ -18,9 +19,17 @@ from neobert.data.files.splits import (
     usual_training,
 )
 from neobert.data.hashing import hash_key
-from neobert.data.pairs.columns import PAIR_SETS, Roles
 from neobert.data.pairs.loader import PairLoader, PairSource, Source, TextSource
-from neobert.data.pairs.table import Examples, build_table, encode_texts, read_examples, roles_of, training_rows
+from neobert.data.pairs.table import (
+    PAIR_SETS,
+    Examples,
+    Roles,
+    build_table,
+    encode_texts,
+    read_examples,
+    roles_of,
+    training_rows,
+)
 from neobert.data.tokenizer import Ids, text_tokenizer
 from neobert.errors import ConfigError, DataError, Problem
 from neobert.ranks import Ranks
@@ -29,35 +38,42 @@ from neobert.tasks.encoder import row_layout
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source is, and the files of its splits. `key` names it in messages."""
+    """Where a source is, and the files of its splits. `key` names it in messages, `label` in metrics."""
 
     dataset: DatasetConfig
     splits: dict[str, list[str]]
     key: str
     label: str
+    weight: float = 1.0
 
     @property
-    def is_local(self) -> bool:
-        return bool(self.dataset.path)
+    def name(self) -> str:
+        return f"{self.key}: {self.dataset.path or self.dataset.name}"
 
-    @property
-    def source(self) -> str:
-        return self.dataset.path or self.dataset.name
+    def choose(self, key: str, wanted: str | None, usual: str | None) -> Choice:
+        """(split, begin and end of its slice) that `wanted` says, or the usual one. Raises DataError saying what is there."""
+        return choose_split(self.splits, wanted, usual, self.dataset.path or self.dataset.name, f"{self.key}.{key}")
+
+    def roles(self, split: str, columns: dict[str, str]) -> Roles:
+        """What the rows of a split are. Raises DataError."""
+        return roles_of(self.splits[split], columns, f"{self.key}.columns")
 
 
 @dataclass(frozen=True)
 class OpenSource:
     """A source that is ready to be drawn from; `held_out` rows are evaluated."""
 
+    place: Place
     source: Source
-    label: str
-    is_text: bool
     num_rows: int
-    weight: float
     describe: str
     fingerprint: list[Any]
-    held_out: Examples | None
-    notes: list[str]
+    held_out: Examples | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.source, TextSource)
 
 
 @dataclass(frozen=True)
@@ -79,8 +95,8 @@ def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveDa
         why = "1 row has no other to be told from; use at least 2 (gradient accumulation does not help: batches are apart)"
         raise ConfigError(Problem("trainer.per_device_train_batch_size", why))
     sources = [
-        open_source(config, hf_tokenizer, place, weight, number)
-        for number, (place, weight) in enumerate(find_places(config))
+        open_source(config, hf_tokenizer, place, hash_key(config.seed, number))
+        for number, place in enumerate(find_places(config))
     ]
     weights, mixed = mixture_weights(config, sources)
     pair_rows = sum(s.num_rows for s in sources if not s.is_text) or sum(s.num_rows for s in sources)
@@ -95,22 +111,18 @@ def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveDa
         config.seed,
         views=2 if config.contrastive.loss_type == "supcon" else 1,
         batches_per_epoch=per_epoch,
-        fingerprint=_fingerprint(config, hf_tokenizer, sources),
+        fingerprint={
+            "sources": [one.fingerprint for one in sources],
+            "tokenizer": text_tokenizer(hf_tokenizer).fingerprint,
+            "max_length": longest_text(config),
+            "loss_type": config.contrastive.loss_type,
+        },
         ahead=config.dataset.num_workers > 0,
     )
     describe = [f"{w:.0%} of the batches: {one.describe}" for w, one in zip(weights, sources, strict=True)]
-    held = {one.label: one.held_out for one in sources if one.held_out is not None}
+    held = {one.place.label: one.held_out for one in sources if one.held_out is not None}
     notes = [*mixed, *(note for one in sources for note in one.notes)]
     return ContrastiveData(loader, held, describe, notes, any(one.is_text for one in sources))
-
-
-def _fingerprint(config: Config, hf_tokenizer: Any, sources: list[OpenSource]) -> dict[str, Any]:
-    return {
-        "sources": [one.fingerprint for one in sources],
-        "tokenizer": text_tokenizer(hf_tokenizer).fingerprint,
-        "max_length": longest_text(config),
-        "loss_type": config.contrastive.loss_type,
-    }
 
 
 def longest_text(config: Config) -> int:
@@ -121,18 +133,17 @@ def longest_text(config: Config) -> int:
 # --- where sources are -----------
 
 
-def find_places(config: Config) -> list[tuple[Place, float]]:
-    """The sources of a run with their weights."""
+def find_places(config: Config) -> list[Place]:
+    """The sources of a run."""
     dataset = config.dataset
     if not dataset.mixture:
-        return [(find_place(dataset, "dataset"), 1.0)]
-    places: list[tuple[Place, float]] = []
+        return [find_place(dataset, "dataset")]
+    places: list[Place] = []
     for number, entry in enumerate(dataset.mixture):
-        key = f"dataset.mixture, entry {number}"
-        place = find_place(entry.laid_over(dataset), key)
-        taken = any(place.label == other.label for other, _ in places)
+        place = find_place(entry.laid_over(dataset), f"dataset.mixture, entry {number}")
+        taken = any(place.label == other.label for other in places)
         label = f"{place.label}_{number}" if taken else place.label
-        places.append((Place(place.dataset, place.splits, key, label), entry.weight))
+        places.append(replace(place, label=label, weight=entry.weight))
     return places
 
 
@@ -163,70 +174,67 @@ def find_place(dataset: DatasetConfig, key: str) -> Place:
 # --- opening -----------
 
 
-def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, number: int) -> OpenSource:
+def open_source(config: Config, hf_tokenizer: Any, place: Place, seed: int) -> OpenSource:
     """One source, read and tokenised. Raises DataError."""
     dataset = place.dataset
-    usual = usual_training(place.splits)
-    split, begin, end = choose_split(place.splits, dataset.train_split, usual, place.source, f"{place.key}.train_split")
+    split, begin, end = place.choose("train_split", dataset.train_split, usual_training(place.splits))
     wanted = dataset.columns or ({"text": dataset.text_column} if dataset.text_column else {})
-    roles = roles_of(place.splits[split], wanted, f"{place.key}.columns")
-    seed = hash_key(config.seed, number)
+    roles = place.roles(split, wanted)
     if roles.kind == "texts":
-        return _open_texts(config, hf_tokenizer, place, roles, weight, seed)
+        return _open_texts(config, hf_tokenizer, place, roles.columns["text"], seed)
     skips = SkippedRows(dataset.bad_rows == "refuse")
-    name = f"{place.key}: {dataset.path or dataset.name}"
-    examples = read_examples(place.splits[split], roles, name, skips, (begin, end))
+    examples = read_examples(place.splits[split], roles, place.name, skips, (begin, end))
     held_out = _held_out(place, roles, split, skips)
     if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         examples, held_out = examples.hold_out(dataset.validation_split, config.seed)
     rows, notes = training_rows(examples, config.contrastive.min_score)
     show_bar = not config.trainer.disable_tqdm and os.isatty(2)
-    table = build_table(rows, hf_tokenizer, longest_text(config), config.tokenizer.truncation, name, show_bar)
+    table = build_table(rows, hf_tokenizer, longest_text(config), config.tokenizer.truncation, place.name, show_bar)
     if skipped := skips.describe():
-        notes.append(f"{name}: {skipped}")
+        notes.append(f"{place.name}: {skipped}")
     what = {"pairs": "pairs", "scores": "pairs with a score", "labels": "labelled texts"}[roles.kind]
     negatives = f", {len(table.negatives.values):,} hard negatives" if len(table.negatives.values) else ""
     return OpenSource(
-        PairSource(table, seed), place.label, False, len(table), weight,
+        place, PairSource(table, seed), len(table),
         f"{len(table):,} {what}{negatives}, {len(table.texts.values):,} tokens, {dataset.path or dataset.name} "
         f"({roles.describe})",
         [fingerprint(Files(tuple(place.splits[split]), None)), roles.describe, dataset.train_split, len(table)],
-        held_out if held_out is None or held_out.roles.kind != "labels" else None,
+        None if roles.kind == "labels" else held_out,
         notes,
     )  # fmt: skip
 
 
 def _held_out(place: Place, roles: Roles, train: str, skips: SkippedRows) -> Examples | None:
     """The rows of the evaluation split, if there is one."""
-    wanted = place.dataset.eval_split
-    usual = usual_evaluation(place.splits, train)
+    wanted, usual = place.dataset.eval_split, usual_evaluation(place.splits, train)
     if wanted is None and usual is None:
         return None
-    split, begin, end = choose_split(place.splits, wanted, usual, place.source, f"{place.key}.eval_split")
+    split, begin, end = place.choose("eval_split", wanted, usual)
     return read_examples(place.splits[split], roles, f"{place.key}.eval_split", skips, (begin, end))
 
 
-def _open_texts(config: Config, hf_tokenizer: Any, place: Place, roles: Roles, weight: float, seed: int) -> OpenSource:
-    dataset, column = place.dataset, roles.columns["text"]
+def _open_texts(config: Config, hf_tokenizer: Any, place: Place, column: str, seed: int) -> OpenSource:
+    dataset, name = place.dataset, place.name
     if dataset.path:
         files, _ = find_splits(dataset.path, column, dataset.train_split, dataset.eval_split)
     else:
-        split, _, _ = choose_split(place.splits, dataset.train_split, "train", place.source, f"{place.key}.train_split")
+        split, _, _ = place.choose("train_split", dataset.train_split, "train")
         files = Files(tuple(place.splits[split]), column)
     corpus = open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
-    name = f"{place.key}: {dataset.path or dataset.name}"
     if not len(corpus):
         raise DataError(f"{name}: no text in it")
 
     def encode(texts: list[str]) -> list[Ids]:
         return encode_texts(hf_tokenizer, texts, longest_text(config), config.tokenizer.truncation, name)
 
-    source = TextSource(corpus, seed, dataset.min_length, encode, SkippedRows(dataset.bad_rows == "refuse"), name)
-    told = f"{len(corpus):,} texts of at least {dataset.min_length:,} characters, each its own positive"
     return OpenSource(
-        source, place.label, True, len(corpus), weight, f"{told}, {dataset.path or dataset.name}",
-        [corpus.fingerprint, column, dataset.min_length, len(corpus)], None, [],
-    )  # fmt: skip
+        place,
+        TextSource(corpus, seed, dataset.min_length, encode, SkippedRows(dataset.bad_rows == "refuse"), name),
+        len(corpus),
+        f"{len(corpus):,} texts of at least {dataset.min_length:,} characters, each its own positive, "
+        f"{dataset.path or dataset.name}",
+        [corpus.fingerprint, column, dataset.min_length, len(corpus)],
+    )
 
 
 # --- mixing -----------
@@ -236,7 +244,7 @@ def mixture_weights(config: Config, sources: list[OpenSource]) -> tuple[list[flo
     """(the share of batches of every source, notes): plain text gets `pretraining_prob` of them where there are pairs too."""
     dataset = config.dataset
     temperature = dataset.mixture_temperature
-    raw = [one.num_rows ** (1 / temperature) if temperature else one.weight for one in sources]
+    raw = [one.num_rows ** (1 / temperature) if temperature else one.place.weight for one in sources]
     kinds = {one.is_text for one in sources}
     if kinds == {True, False}:
         totals = {kind: sum(w for w, one in zip(raw, sources, strict=True) if one.is_text == kind) for kind in kinds}

@@ -14,8 +14,7 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.files.documents import SkippedRows
-from neobert.data.files.splits import choose_split
-from neobert.data.pairs.table import Examples, encode_texts, read_examples, roles_of
+from neobert.data.pairs.table import Examples, encode_texts, read_examples
 from neobert.errors import ConfigError, DataError, Problem, UserError
 from neobert.inference.embed import embed_ids, unit_rows
 from neobert.tasks.contrastive.data import ContrastiveData, find_place, longest_text
@@ -59,8 +58,8 @@ def find_sets(config: Config, data: ContrastiveData) -> dict[str, Examples]:
         given = {**entry.model_dump(exclude={"split", "label"}), "eval_split": entry.split}
         place = find_place(config.dataset.model_copy(update=given), key)
         usual = next((name for name in ("test", "validation", *place.splits) if name in place.splits), None)
-        split, begin, end = choose_split(place.splits, entry.split, usual, place.source, f"{key}.split")
-        roles = roles_of(place.splits[split], place.dataset.columns, f"{key}.columns")
+        split, begin, end = place.choose("split", entry.split, usual)
+        roles = place.roles(split, place.dataset.columns)
         if roles.kind not in ("scores", "pairs"):
             raise DataError(
                 f"{key}: {place.splits[split][0]} has {roles.kind}; pairs, or two texts and a score, can be evaluated"
@@ -116,7 +115,7 @@ def build_evaluation(
     """
     runtime, interrupt = context.runtime, context.interrupt
     size, most = config.trainer.per_device_eval_batch_size, config.trainer.eval_max_batches
-    cut = {name: _first(examples, None if most is None else most * size) for name, examples in sets.items()}
+    shortened = {name: examples.first(None if most is None else most * size) for name, examples in sets.items()}
     evaluators: dict[str, Any] = {}
     pad_id = hf_tokenizer.pad_token_id
 
@@ -127,7 +126,7 @@ def build_evaluation(
     def measure() -> dict[str, float] | None:
         values: dict[str, float] = {}
         model.eval()
-        for name, examples in cut.items():
+        for name, examples in shortened.items():
             if name not in evaluators:
                 evaluators[name] = build_evaluator(examples, size)
             found = evaluate_set(evaluators[name], SentenceEncoder(embed))
@@ -146,10 +145,6 @@ def build_evaluation(
 def score(values: dict[str, float]) -> float:
     """The mean over sets of what counts in each."""
     return float(np.mean([value for name, value in values.items() if name.endswith(("_spearman", f"_ndcg@{TOP}"))]))
-
-
-def _first(examples: Examples, most: int | None) -> Examples:
-    return examples if most is None else Examples(examples.roles, examples.rows[:most], examples.name)
 
 
 def mean_metrics(runtime: Runtime, sums: Iterable[float]) -> dict[str, float]:
