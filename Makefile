@@ -27,7 +27,7 @@ test: .venv/.installed-dev
 	$(PYTEST)
 
 test-extras: .venv-extras/.installed
-	.venv-extras/bin/python -m pytest tests/test_deepspeed.py
+	.venv-extras/bin/python -m pytest tests/training/test_deepspeed.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .

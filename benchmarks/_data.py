@@ -23,14 +23,14 @@ def corpus(name: str) -> tuple[str, str | None]:
 def make_data(*words: str, folder: str | None = None) -> Any:
     """The data of a run, as `neobert pretrain` builds it, on two cores at most."""
     from neobert.config.load import load_config
-    from neobert.data.mlm.readers import Rank
     from neobert.data.tokenizer import load_tokenizer, text_tokenizer
+    from neobert.ranks import Ranks
     from neobert.tasks.pretraining.data import build_data
 
     base = [f"tokenizer.path={TOKENIZER}", "model.max_position_embeddings=8192", "tokenizer.max_length=8192"]
     config = load_config([], [*base, *words]).config
     tokenizer = text_tokenizer(load_tokenizer("", str(TOKENIZER)))
-    return build_data(config, tokenizer, Rank(), Path(folder or tempfile.gettempdir()), False)
+    return build_data(config, tokenizer, Ranks(), Path(folder or tempfile.gettempdir()), False)
 
 
 def resident_megabytes() -> float:

@@ -65,6 +65,7 @@ def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
 
     from neobert.checkpoints.initial_weights import find_initial_weights
     from neobert.data.labelled.tasks import TASKS
+    from neobert.ranks import Ranks
     from neobert.tasks.glue.data import build_data
     from neobert.tasks.glue.model import build_classifier
     from neobert.tasks.glue.task import settle
@@ -73,7 +74,7 @@ def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
     start = find_initial_weights(loaded.config)
     config = settle(loaded.config, task, start, {})
     model, _ = build_classifier(config, task, start, len(hf_tokenizer), hf_tokenizer.pad_token_id)
-    loader = build_data(config, task, hf_tokenizer).train
+    loader = build_data(config, task, hf_tokenizer, Ranks()).train
     loader.close()
     return model, [np.concatenate(loader.order(epoch)).tolist() for epoch in range(args.epochs)]
 

@@ -31,8 +31,8 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
-from neobert.data.batch import Batch, Collator
-from neobert.data.mlm.masking import Masker
+from neobert.data.batch import Batch, RowLayout
+from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Row
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
@@ -79,7 +79,7 @@ def read_documents() -> list[list[int]]:
 def batches(documents: list[list[int]], rows: int, packed: bool) -> Iterator[Batch]:
     """Endless batches as our loader makes them: 512-token rows filled by best fit, or documents padded to the longest."""
     masker = Masker(0, MASKED, False, MASK_ID, frozenset(range(5)), 8192)
-    collate = Collator(masker, pad_id=0, packed=packed, row_length=LENGTH if packed else None)
+    collate = Collator(masker, RowLayout(0, packed, LENGTH if packed else None))
     maker = Packer(LENGTH) if packed else OnePerRow()
     ready: list[Row] = []
     for epoch in itertools.count():

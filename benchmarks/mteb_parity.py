@@ -93,9 +93,9 @@ def one(args) -> dict:
         from neobert.tasks.mteb.model import EncoderForMTEB, build_meta
         from neobert.tasks.mteb.task import load_subject
 
-        subject = load_subject(load_config([], [], "mteb").config, frozenset(), args.weights)
+        subject = load_subject(load_config([], [], "mteb").config, args.weights)
         meta = build_meta(subject.name, "benchmark", subject.settings, subject.embedder)
-        model = EncoderForMTEB(subject.embedder, meta, {}, subject.settings["normalize"])
+        model = EncoderForMTEB(subject.embedder, meta, {})
     else:
         from sentence_transformers import SentenceTransformer
 

@@ -15,11 +15,10 @@ from _bench import alternate, arguments, bar, finish, table
 from neobert.checkpoints.layouts import FUSED
 from neobert.data.batch import Batch
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.optim.build import MuonSettings, build_optimizer
-from neobert.optim.muon import SCALE
+from neobert.optim.build import OptimizerSettings, build_optimizer
+from neobert.optim.muon import SCALE, MuonSettings
 from neobert.optim.orthogonalize import quintics
-from neobert.optim.qk_clip import QKClipSettings
-from neobert.optim.qk_clip_hooks import QKClip
+from neobert.optim.qk_clip import QKClip, QKClipSettings
 from neobert.training.loop import StepSettings, Window, train_step
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import build_runtime
@@ -59,11 +58,9 @@ class Contestant:
         self.runtime = build_runtime(use_cpu=True, mixed_precision="bf16", tf32=False)
         self.model = NeoBERTForMaskedLM(config)
         self.window = window_of(micro)
-        dtype = self.runtime.dtype or torch.float32
-        self.optimizer = build_optimizer(
-            name, self.model.named_parameters(), lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), eps=1e-8,
-            muon=MuonSettings(dtype=dtype), fused=PARTS if name == "muonclip" else None,
-        )  # fmt: skip
+        muon = MuonSettings(dtype=self.runtime.dtype or torch.float32)
+        settings = OptimizerSettings(name, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), muon=muon)
+        self.optimizer = build_optimizer(self.model.named_parameters(), settings, PARTS)
         clip = QKClip(self.model, QKClipSettings(interval=10), pad_id=0) if name == "muonclip" else None
         self.stopwatch = Stopwatch()
         self.settings = StepSettings(seed=0, lr=lambda step: 1e-4, gradient_clipping=1.0, clip=clip)
@@ -92,7 +89,7 @@ def optimizer_part(contestant: Contestant) -> tuple[float, float]:
         start = time.perf_counter()
         with torch.no_grad():
             for parameter, parts, momentum in zip(group["params"], group["parts"], momenta, strict=True):
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                momentum.lerp_(parameter.grad, 1 - optimizer.settings.momentum)
                 for weight, update in zip(parameter.chunk(parts), momentum.chunk(parts), strict=True):
                     scale = SCALE * math.sqrt(max(weight.shape))
                     weight.add_(textbook(update, dtype), alpha=-group["lr"] * scale)

@@ -17,7 +17,7 @@ def main() -> None:
 
     from neobert.checkpoints.layouts import eurobert_config, to_eurobert
     from neobert.data.tokenizer import load_tokenizer, special_ids, text_tokenizer
-    from neobert.inference.pseudo_perplexity import pseudo_perplexity
+    from neobert.inference.masked_lm import pseudo_perplexity
     from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 
     args = arguments(__doc__, vocabulary={"type": int, "default": 30_592})

@@ -58,7 +58,9 @@ def measure(words: list[str], folder: str, num_positions: int) -> tuple[int, int
 
 def num_documents(loader: Any) -> int:
     """Documents behind the last batch used."""
-    return sum(source.cut.num_documents for lane in loader._snapshot.lanes for source in lane.sources)
+    return sum(
+        source["cut"]["num_documents"] for shard in loader.position["shards"].values() for source in shard["sources"]
+    )
 
 
 def main() -> None:

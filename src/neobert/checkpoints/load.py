@@ -26,9 +26,10 @@ from neobert.model.modeling_neobert import (
     NeoBERTForSequenceClassification,
     NeoBERTPreTrainedModel,
 )
+from neobert.optim.sharding import load_whole
 from neobert.training.choices import choose_attention
 from neobert.training.machine import find_kernels, gpu_capability
-from neobert.training.runtime import Runtime, load_whole
+from neobert.training.runtime import Runtime
 
 CONFIG = "config.json"
 PICKLE = "pytorch_model.bin"  # which loading may run code out of

@@ -65,10 +65,10 @@ def fill_mask(
     Example:
       neobert fill-mask outputs/quickstart "The President of the United [MASK] spoke to Congress."
     """
-    from neobert.inference.fill_mask import fill_masks, format_guesses
+    from neobert.inference.masked_lm import fill_masks
 
     for guesses in fill_masks(checkpoint, texts, top):
-        print(format_guesses(guesses))
+        print(guesses)
 
 
 def pseudo_perplexity(
@@ -105,7 +105,7 @@ def pseudo_perplexity(
     from neobert.data.files.documents import SkippedRows
     from neobert.data.mlm.row_source import describe_skips
     from neobert.data.tokenizer import text_tokenizer
-    from neobert.inference import pseudo_perplexity as pppl
+    from neobert.inference import masked_lm
     from neobert.inference.embed import check_new_file
     from neobert.training.runtime import build_runtime
 
@@ -120,12 +120,12 @@ def pseudo_perplexity(
         raise UserError(f"--max-length: {max_length}, but the model takes {longest} tokens")
     files = _find_files(source, text_column, split)
     tokenizer, skips = text_tokenizer(hf_tokenizer), SkippedRows()
-    pieces, num_texts = pppl.read_pieces(files, tokenizer, (max_length or longest) - 2, limit, skips)
+    pieces, num_texts = masked_lm.read_pieces(files, tokenizer, (max_length or longest) - 2, limit, skips)
     total = sum(map(len, pieces))
     with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
-        result = pppl.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
+        result = masked_lm.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
     print_notes(filter(None, [describe_skips(skips.counts)]))
-    print(pppl.format_result(result, num_texts))
+    print(f"{result}\n{num_texts:,} texts; perplexities are of tokens of this tokenizer")
     if output is not None:
         write_text_atomic(output, json.dumps({"texts": num_texts, **result.as_json()}, indent=2))
 

@@ -1,5 +1,6 @@
 """The configuration explained: one key, one file with its origins, two files compared, a starter file, the reference page."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from neobert.config.field import TASKS, KeyInfo
-from neobert.config.legacy import LEGACY, nearest_key
+from neobert.config.legacy import ABSENT, LEGACY, apply_legacy, look, nearest_key
 from neobert.config.rules import RULES
 from neobert.config.schema import Config, known_keys
 from neobert.errors import ConfigError, Problem
@@ -86,6 +87,14 @@ def diff_configs(a: Config, b: Config) -> list[str]:
         for key in known_keys()
         if a.value_of(key) != b.value_of(key) and key not in ("config_path", "optimizer.muon_config")
     ]
+
+
+def changed_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a saved configuration, as YAML gives it, that are not at their defaults, by their present dotted names."""
+    values = copy.deepcopy(values)
+    apply_legacy(values, {}, [])
+    found = {dotted: look(values, dotted) for dotted in known_keys()}
+    return {dotted: value for dotted, value in found.items() if value not in (ABSENT, known_keys()[dotted].default)}
 
 
 def starter_file(task: str) -> str:

@@ -1,94 +1,110 @@
-"""A microbatch: what the model takes, and what the loop counts."""
+"""Batches: what the model takes and the loop counts, and how rows of token ids become tensors.
 
+Shapes: B rows, T tokens of a row. Padded rows are B x T; packed ones stand one after the other in one row, 1 x their sum.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from neobert.data.mlm.masking import IGNORED, Masker
-from neobert.data.mlm.packing import Row
+from neobert.data.tokenizer import Ids
+
+IGNORED = -100  # the label of a token or row that is not predicted
+INPUTS = ("input_ids", "labels", "attention_mask", "document_lengths", "token_type_ids", "keys")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens. Packed: `document_lengths`, whose sum is B*T. Padded: `attention_mask`."""
+    """A microbatch of any task. Either `attention_mask` or `document_lengths` says which tokens belong together."""
 
-    input_ids: torch.Tensor  # int64, B x T, corrupted
-    labels: torch.Tensor  # int64, B x T, -100 where nothing is predicted
-    attention_mask: torch.Tensor | None
-    document_lengths: tuple[int, ...] | None
+    input_ids: torch.Tensor  # int64, B x T
+    labels: torch.Tensor | None  # int64, B x T; of a row each B, int64 or float32; None where the model needs none
+    attention_mask: torch.Tensor | None  # int64, B x T
+    document_lengths: tuple[int, ...] | None  # their sum is B * T
     num_targets: int
-    num_tokens: int  # real ones: no padding
-    epoch: int  # that the run is in behind it
+    num_tokens: int  # without padding
+    epoch: int  # that the run is in after it
+    ends_epoch: bool = False
+    token_type_ids: torch.Tensor | None = None  # int64, B x T
+    keys: dict[str, Any] | None = None  # of all processes' texts, the arguments of `ContrastiveLoss`
 
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
-        return {
-            "input_ids": self.input_ids,
-            "labels": self.labels,
-            "attention_mask": self.attention_mask,
-            "document_lengths": self.document_lengths,
-        }
+        return {name: value for name in INPUTS if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        if device.type == "cpu":
-            return self
-
-        def move(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
-
-        return replace(
-            self, input_ids=move(self.input_ids), labels=move(self.labels), attention_mask=move(self.attention_mask)
-        )
+        return self if device.type == "cpu" else self._change(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to the GPU overlap with work."""
-        mask = None if self.attention_mask is None else self.attention_mask.pin_memory()
-        return replace(
-            self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory(), attention_mask=mask
-        )
+        return self._change(torch.Tensor.pin_memory)
+
+    def without_targets(self) -> "Batch":
+        """The same rows, of which nothing is learnt: for a process that has to call the model when the others do."""
+        assert self.labels is not None
+        ignored = torch.full_like(self.labels, torch.nan if self.labels.is_floating_point() else IGNORED)
+        return replace(self, labels=ignored, num_targets=0, num_tokens=0)
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(one) for name, one in value.items()}
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        return replace(self, **{name: changed(value) for name, value in self.inputs().items()})
 
 
 @dataclass(frozen=True)
-class Collator:
-    """Rows -> masked batch. `row_length` None: as long as the longest row, rounded up to `multiple`."""
+class RowLayout:
+    """How rows become tensors: packed, or padded to `row_length` (None: the longest row), rounded up to `multiple`."""
 
-    masker: Masker
     pad_id: int
-    packed: bool
-    row_length: int | None
+    packed: bool = False
+    row_length: int | None = None
     multiple: int = 1
 
-    def __call__(self, rows: list[Row], epoch: int) -> Batch:
-        length = self.row_length or max(row.num_tokens for row in rows)
-        length = -(-length // self.multiple) * self.multiple
-        ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
-        for place, row in enumerate(rows):
-            np.concatenate(row.pieces, out=ids[place, : row.num_tokens], casting="unsafe")
-        epochs = np.array([row.epoch for row in rows])
-        indices = np.array([row.index for row in rows])
-        inputs, labels = self.masker(ids, epochs, indices)
-        counts = np.array([row.num_tokens for row in rows])
-        mask = None if self.packed else torch.from_numpy((np.arange(length) < counts[:, None]).astype(np.int64))
-        lengths = tuple(_lengths(rows, length)) if self.packed else None
+    def pad(self, rows: Sequence[Ids], fill: int) -> np.ndarray:
+        """int64, B x T."""
+        out = np.full((len(rows), self._width(rows)), fill, dtype=np.int64)
+        for number, row in enumerate(rows):
+            out[number, : len(row)] = row
+        return out
+
+    def mask(self, rows: Sequence[Ids]) -> torch.Tensor:
+        """The attention mask of padded rows, int64, B x T."""
+        lengths = np.array([len(row) for row in rows])
+        return torch.from_numpy((np.arange(self._width(rows)) < lengths[:, None]).astype(np.int64))
+
+    def batch(
+        self,
+        rows: Sequence[Ids],
+        token_type_ids: Sequence[Ids] | None = None,
+        labels: torch.Tensor | None = None,
+        num_targets: int = 0,
+        epoch: int = 0,
+        ends_epoch: bool = False,
+        keys: dict[str, Any] | None = None,
+    ) -> Batch:
+        """Rows with what belongs to them."""
         return Batch(
-            torch.from_numpy(inputs),
-            torch.from_numpy(labels),
-            mask,
-            lengths,
-            num_targets=int((labels != IGNORED).sum()),
-            num_tokens=int(counts.sum()),
+            self._arrange(rows, self.pad_id),
+            labels,
+            None if self.packed else self.mask(rows),
+            tuple(map(len, rows)) if self.packed else None,
+            num_targets=num_targets,
+            num_tokens=sum(map(len, rows)),
             epoch=epoch,
+            ends_epoch=ends_epoch,
+            token_type_ids=None if token_type_ids is None else self._arrange(token_type_ids, 0),
+            keys=keys,
         )
 
+    def _arrange(self, rows: Sequence[Ids], fill: int) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(rows).astype(np.int64)[None] if self.packed else self.pad(rows, fill))
 
-def _lengths(rows: list[Row], row_length: int) -> list[int]:
-    """Lengths of all documents in order; padding at the end of a row is one more, so that they sum to B*T."""
-    lengths: list[int] = []
-    for row in rows:
-        lengths += [len(piece) for piece in row.pieces]
-        if row.num_tokens < row_length:
-            lengths.append(row_length - row.num_tokens)
-    return lengths
+    def _width(self, rows: Sequence[Ids]) -> int:
+        return -(-(self.row_length or max(map(len, rows))) // self.multiple) * self.multiple

@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from neobert.config.schema import known_keys
+from neobert.config.explain import changed_keys
 from neobert.export.source import Source
 from neobert.export.verify import Check
 from neobert.inference.sentence_transformers import Embedding
-from neobert.training.metrics import read_metrics
+from neobert.training.metrics import markdown_table, read_metrics
 
 CURVE = "training.svg"
-MAX_POINTS = 12  # rows of the table of the curve
+MAX_POINTS = 12  # steps in the table of the curve
 # Where a run happened, which says nothing of the model.
 OF_THE_MACHINE = (
     "trainer.output_dir", "trainer.resume_from_checkpoint", "trainer.overwrite_output_dir", "trainer.report_to",
@@ -23,29 +23,22 @@ OF_THE_MACHINE = (
     "pretraining_metadata", "dataset.num_workers", "dataset.num_proc", "dataset.cache_dir", "dataset.pre_tokenize_output",
 )  # fmt: skip
 
-MASKED = """```python
-from transformers import {classes}
+MASKED = """from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForMaskedLM.from_pretrained("{name}"{trust})
 fill_mask = pipeline("fill-mask", model=model, tokenizer=tokenizer)
-print(fill_mask(f"Some {{tokenizer.mask_token}} of your own."))
-```"""
-CLASSIFIER = """```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+print(fill_mask(f"Some {{tokenizer.mask_token}} of your own."))"""
+CLASSIFIER = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForSequenceClassification.from_pretrained("{name}"{trust})
-logits = model(**tokenizer("some text", return_tensors="pt")).logits
-```"""
-SENTENCES = """```python
-from sentence_transformers import SentenceTransformer
+logits = model(**tokenizer("some text", return_tensors="pt")).logits"""
+SENTENCES = """from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{name}"{trust})
-embeddings = model.encode(["some text", "another text"]){prompt}
-```"""
-POOLED = """```python
-import torch
+embeddings = model.encode(["some text", "another text"]){prompts}"""
+POOLED = """import torch
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
@@ -54,181 +47,165 @@ inputs = tokenizer(["some text", "another text"], padding=True, truncation=True,
 with torch.no_grad():
     hidden = model(**inputs).last_hidden_state
 mask = inputs["attention_mask"].unsqueeze(-1)
-embeddings = {pooled}{normalized}
-```"""
+embeddings = {pooled}{normalized}"""
+MEAN = "(hidden * mask).sum(1) / mask.sum(1)"
 POOLED_BY = {
     "cls": "hidden[:, 0]",
-    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
-    "avg": "(hidden * mask).sum(1) / mask.sum(1)",
+    "mean": MEAN,
+    "avg": MEAN,
     "max": "hidden.masked_fill(mask == 0, -torch.inf).amax(1)",
 }
-ONNX_CODE = """```python
-import onnxruntime
+ONNX_CODE = """import onnxruntime
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 session = onnxruntime.InferenceSession("{name}/onnx/model.onnx")
-(output,) = session.run(None, dict(tokenizer(["some text"], return_tensors="np")))
-```"""
+(output,) = session.run(None, dict(tokenizer(["some text"], return_tensors="np")))"""
+VERIFIED = (
+    "Loaded in a process that has only this folder, and compared with the trained model, in float32, on real text, alone "
+    "and in padded batches. Differences are absolute, or relative to the largest output where that is above 1; of the "
+    "folder loaded in bfloat16 and float16, root mean squares relative to that of the outputs."
+)
 
 
 def write_card(
     source: Source, folder: Path, embedding: Embedding | None, onnx: bool, checks: list[Check], name: str
 ) -> None:
     """Write README.md into `folder`, and the picture of the curve where the run left metrics."""
-    rows = training_rows(source)
-    parts = [
-        front_matter(source, embedding), f"# {name}\n", f"{summary(source)}\n",
-        "## How to load it\n", *how_to_load(source, embedding, onnx, name),
-        *data_section(source), *curve_section(rows, folder), *score_section(source), *config_section(source),
-        *verified_section(checks),
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(parts))
-
-
-def verified_section(checks: list[Check]) -> list[str]:
-    """How far the folder is from the trained model."""
-    lines = (
-        f"{c.what} | {c.num_rows} | {c.shortest} to {c.longest} | {c.difference:.1e} | {c.tolerance:.0e}"
+    metrics = read_run_metrics(source)
+    verified = (
+        (c.what, f"{c.num_rows}", f"{c.shortest} to {c.longest}", f"{c.difference:.1e}", f"{c.tolerance:.0e}")
         for c in checks
     )
-    return [
-        "## Verified\n",
-        "Loaded in a process that has only this folder, and compared with the trained model, in float32, on real text, alone "
-        "and in padded batches. Differences are absolute, or relative to the largest output where that is above 1; of the "
-        "folder loaded in bfloat16 and float16, root mean squares relative to that of the outputs.\n",
-        "| what | rows | tokens | difference | allowed |",
-        "|---|---|---|---|---|",
-        *(f"| {line} |" for line in lines),
-        "",
-    ]
+    sections = {
+        "How to load it": how_to_load(source, embedding, onnx, name),
+        "Training data": data(source),
+        "Training curve": curve(metrics, folder),
+        "Scores": scores(source, metrics),
+        "Configuration": configuration(source),
+        "Verified": [VERIFIED, _table(["what", "rows", "tokens", "difference", "allowed"], verified)],
+    }
+    parts = [front_matter(source, embedding), f"# {name}", summary(source)]
+    for title, found in sections.items():
+        if section := list(found):
+            parts += [f"## {title}", *section]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 def front_matter(source: Source, embedding: Embedding | None) -> str:
     """The hub's metadata."""
-    task = "text-classification" if source.is_classifier else "fill-mask"
-    if embedding is not None:
-        task = "sentence-similarity"
     fields = {
-        "library_name": "sentence-transformers" if embedding is not None else "transformers",
-        "pipeline_tag": task,
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if source.is_classifier else "fill-mask",
         "tags": ["neobert", source.fields["model_type"] if source.is_native else "custom_code"],
     }
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+    if embedding is not None:
+        fields |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
 def summary(source: Source) -> str:
     """What the model is, in two sentences."""
-    config = source.model.config
+    config, state = source.model.config, source.state
     if source.is_hf_encoder:
         kinds = f"the architecture {source.fields['model_type']} of transformers"
     else:
         norm = "nGPT" if config.ngpt else "RMSNorm" if config.rms_norm else "LayerNorm"
         kinds = f"{'RoPE' if config.rope else 'learned positions'}, {norm}, {config.hidden_act}"
     size = sum(parameter.numel() for parameter in source.model.parameters())
-    steps = f" It was trained for {source.state['step']:,} steps" if source.state.get("step") else ""
-    tokens = f" and {source.state['num_tokens']:,} tokens" if steps and source.state.get("num_tokens") else ""
+    trained = ""
+    if state.get("step"):
+        tokens = f" and {state['num_tokens']:,} tokens" if state.get("num_tokens") else ""
+        trained = f" It was trained for {state['step']:,} steps{tokens}."
     return (
         f"A bidirectional text encoder of {size:,} parameters: {config.num_hidden_layers} layers x {config.hidden_size} wide x "
         f"{config.num_attention_heads} heads, {kinds}, {config.vocab_size:,} tokens, texts of up to "
-        f"{source.positions:,} tokens.{steps}{tokens}{'.' if steps else ''}"
+        f"{source.positions:,} tokens.{trained}"
     )
 
 
 def how_to_load(source: Source, embedding: Embedding | None, onnx: bool, name: str) -> Iterator[str]:
     """Code for each library that loads the folder."""
-    trust = "" if source.is_native else ", trust_remote_code=True"
-    if not source.is_native:
-        yield "The model's code is in this folder; `trust_remote_code=True` runs it.\n"
-    if source.is_embedder and embedding is not None:
-        normalized = "\nembeddings = torch.nn.functional.normalize(embeddings)" if embedding.normalize else ""
-        pooled = POOLED_BY[embedding.pooling or "mean"]
-        yield POOLED.format(name=name, trust=trust, pooled=pooled, normalized=normalized) + "\n"
-    else:
-        template = CLASSIFIER if source.is_classifier else MASKED
-        yield template.format(name=name, trust=trust, classes="AutoModelForMaskedLM, AutoTokenizer, pipeline") + "\n"
+    facts = {"name": name, "trust": "" if source.is_native else ", trust_remote_code=True"}
+    templates = [CLASSIFIER if source.is_classifier else MASKED]
     if embedding is not None:
-        prompts = "".join(f"\n# prompt {key!r}: {text!r}" for key, text in embedding.prompts.items())
-        yield SENTENCES.format(name=name, trust=trust, prompt=prompts) + "\n"
-    if onnx:
-        yield ONNX_CODE.format(name=name, trust=trust) + "\n"
+        facts["prompts"] = "".join(f"\n# prompt {key!r}: {text!r}" for key, text in embedding.prompts.items())
+        facts["pooled"] = POOLED_BY[embedding.pooling or "mean"]
+        facts["normalized"] = "\nembeddings = torch.nn.functional.normalize(embeddings)" if embedding.normalize else ""
+        templates = [POOLED if source.is_embedder else templates[0], SENTENCES]
+    if not source.is_native:
+        yield "The model's code is in this folder; `trust_remote_code=True` runs it."
+    for template in [*templates, *([ONNX_CODE] if onnx else [])]:
+        yield f"```python\n{template.format(**facts)}\n```"
 
 
-def data_section(source: Source) -> list[str]:
+def data(source: Source) -> Iterator[str]:
     """Where the text came from: names, not paths of a machine."""
+    lines = []
     dataset = source.config.get("dataset") or {}
-    sources = dataset.get("mixture") or [dataset]
-    lines = [f"- {_data_name(one)}" for one in sources if one.get("path") or one.get("name")]
-    return ["## Training data\n", *lines, ""] if lines else []
+    for one in dataset.get("mixture") or [dataset]:
+        if one.get("path") or one.get("name"):
+            name = Path(one["path"]).name if one.get("path") else f"`{one['name']}` of the hub"
+            details = ", ".join(str(one[key]) for key in ("config", "weight") if one.get(key) is not None)
+            lines.append(f"- {name} ({details})" if details else f"- {name}")
+    if lines:
+        yield "\n".join(lines)
 
 
-def _data_name(dataset: dict[str, Any]) -> str:
-    name = Path(dataset["path"]).name if dataset.get("path") else f"`{dataset['name']}` of the hub"
-    details = ", ".join(str(dataset[key]) for key in ("config", "weight") if dataset.get(key) is not None)
-    return f"{name} ({details})" if details else name
-
-
-def training_rows(source: Source) -> list[dict[str, Any]]:
+def read_run_metrics(source: Source) -> list[dict[str, Any]]:
     """The run's metrics up to the checkpoint."""
     path = source.run / "metrics.jsonl" if source.run is not None else None
     if path is None or not path.is_file():
         return []
-    return [row for row in read_metrics(path) if row.get("step", 0) <= source.state["step"]]
+    return [record for record in read_metrics(path) if record.get("step", 0) <= source.state["step"]]
 
 
-def curve_section(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+def curve(metrics: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     """The loss over the run: a picture, and a table of a few steps."""
-    train = [(row["step"], row["loss"]) for row in rows if row.get("kind") == "train" and "loss" in row]
-    held = {row["step"]: row["eval_loss"] for row in rows if row.get("kind") == "eval" and "eval_loss" in row}
+    train = [(one["step"], one["loss"]) for one in metrics if one.get("kind") == "train" and "loss" in one]
+    held_out = {one["step"]: one["eval_loss"] for one in metrics if one.get("kind") == "eval" and "eval_loss" in one}
     if not train:
-        return []
-    _draw(train, sorted(held.items()), folder / CURVE)
-    last = len(train) - 1
-    points = sorted({round(i * last / max(1, MAX_POINTS - 1)) for i in range(MAX_POINTS)}) if last else [0]
-    lines = []
-    for step, loss in (train[i] for i in points):
-        evaluated = f"{held[step]:.4f}" if step in held else ""
-        lines.append(f"| {step:,} | {loss:.4f} | {evaluated} |")
-    table = ["| step | training loss | held-out loss |", "|---|---|---|", *lines, ""]
-    return ["## Training curve\n", f"![loss]({CURVE})\n", *table]
+        return
+    _draw(train, sorted(held_out.items()), folder / CURVE)
+    points = sorted({round(i * (len(train) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
+    rows = [
+        (f"{step:,}", f"{loss:.4f}", f"{held_out[step]:.4f}" if step in held_out else "")
+        for step, loss in (train[i] for i in points)
+    ]
+    yield f"![loss]({CURVE})"
+    yield _table(["step", "training loss", "held-out loss"], rows)
 
 
-def _draw(train: list[tuple[int, float]], held: list[tuple[int, float]], path: Path) -> None:
+def _draw(train: list[tuple[int, float]], held_out: list[tuple[int, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2, 3.4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    axes.plot(*zip(*train, strict=True), label="training", color="#0969da", linewidth=1.2)
-    if held:
-        axes.plot(*zip(*held, strict=True), label="held out", color="#bc4c00", linewidth=1.2)
+    for points, label, colour in ((train, "training", "#0969da"), (held_out, "held out", "#bc4c00")):
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.2)
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def score_section(source: Source) -> list[str]:
+def scores(source: Source, metrics: list[dict[str, Any]]) -> Iterator[str]:
     """Scores that stand in the run's folder: of the last evaluation, of GLUE, of MTEB."""
-    run = source.run
-    if run is None:
-        return []
-    lines = []
-    for row in training_rows(source)[::-1]:
-        if row.get("kind") == "eval":
-            lines += [
-                f"| {name.removeprefix('eval_')}, held out | {row[name]:.4g} |" for name in row if _is_score(name)
-            ]
-            break
-    glue = _read(run / "result.json")
-    if isinstance(glue.get("score"), float):
-        lines.append(f"| GLUE {glue.get('task', '')}, score | {100 * glue['score']:.2f} |")
-    for entry in _read(run / "mteb" / f"local__{run.resolve().name}-{source.folder.name}.json").get("tasks", []):
-        if isinstance(entry.get("score"), float):
-            lines.append(f"| MTEB {entry['name']} | {100 * entry['score']:.2f} |")
-    return ["## Scores\n", "| | |", "|---|---|", *lines, ""] if lines else []
-
-
-def _is_score(name: str) -> bool:
-    return name.startswith("eval_") and not name.startswith("eval_num_")
+    if source.run is None:
+        return
+    last: dict[str, Any] = next((one for one in reversed(metrics) if one.get("kind") == "eval"), {})
+    rows = [
+        (f"{name.removeprefix('eval_')}, held out", f"{value:.4g}")
+        for name, value in last.items()
+        if name.startswith("eval_") and not name.startswith("eval_num_")
+    ]
+    glue = _read(source.run / "result.json")
+    found = [(f"GLUE {glue.get('task', '')}, score", glue.get("score"))]
+    mteb = _read(source.run / "mteb" / f"local__{source.run.resolve().name}-{source.folder.name}.json")
+    found += [(f"MTEB {one['name']}", one.get("score")) for one in mteb.get("tasks", [])]
+    rows += [(name, f"{100 * score:.2f}") for name, score in found if isinstance(score, float)]
+    if rows:
+        yield _table(["", ""], rows)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -236,28 +213,21 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def config_section(source: Source) -> list[str]:
-    """The keys of the run that are not at their defaults, as YAML."""
-    changed = changed_keys(source.config)
-    if not changed:
-        return []
-    text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
-    return ["## Configuration\n", "Keys that were not at their defaults:\n", f"```yaml\n{text}```\n"]
-
-
-def changed_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults, without what only concerns the machine; of paths the last part."""
-    out: dict[str, Any] = {}
-    for dotted, info in known_keys().items():
-        value: Any = config
-        for part in dotted.split("."):
-            value = value.get(part, info.default) if isinstance(value, dict) else info.default
-        if isinstance(value, dict) or value == info.default or dotted in OF_THE_MACHINE or dotted.startswith("wandb."):
+def configuration(source: Source) -> Iterator[str]:
+    """The keys of the run that are not at their defaults, without what only concerns the machine; of paths the last part."""
+    changed: dict[str, Any] = {}
+    for dotted, value in changed_keys(source.config).items():
+        if isinstance(value, dict) or dotted in OF_THE_MACHINE or dotted.startswith("wandb."):
             continue
-        is_path = isinstance(value, str) and dotted.endswith(("path", "_dir"))
-        section, _, name = dotted.rpartition(".")
-        inner = out
-        for part in section.split(".") if section else []:
-            inner = inner.setdefault(part, {})
-        inner[name] = Path(value).name if is_path else value
-    return out
+        *sections, name = dotted.split(".")
+        inner = changed
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = Path(value).name if isinstance(value, str) and dotted.endswith(("path", "_dir")) else value
+    if changed:
+        yield "Keys that were not at their defaults:"
+        yield f"```yaml\n{yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)}```"
+
+
+def _table(head: list[str], rows: Any) -> str:
+    return "\n".join(markdown_table(head, rows))

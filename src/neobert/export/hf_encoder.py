@@ -12,8 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.load import HF_ENCODER
 from neobert.errors import UserError
-from neobert.model.embedding import HFEncoderForEmbedding
-from neobert.model.hf_encoder import HFEncoderForSequenceClassification
+from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification
 
 
 @dataclass(frozen=True)

@@ -8,102 +8,83 @@ Results are `<what>/<padded or alone>/<row>`: rows as they come, in batches with
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-Rows = list[list[int]]
+Found = dict[str, np.ndarray]
 Compute = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask, B x T -> B x T x ... or B x ...
 
 
-def batches(rows: Rows, size: int, pad: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number of the first row, ids, mask) of `size` rows at a time, padded to the longest of them."""
-    for begin in range(0, len(rows), size):
-        some = rows[begin : begin + size]
-        longest = max(map(len, some))
-        ids = np.array([row + [pad] * (longest - len(row)) for row in some], dtype=np.int64)
-        mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in some], dtype=np.int64)
-        yield begin, ids, mask
-
-
-def outputs(what: str, compute: Compute, job: dict[str, Any], picks: list[list[int]] | None) -> dict[str, np.ndarray]:
-    """The results of all rows; of an output per token those at `picks`, or all of the row's own."""
-    found: dict[str, np.ndarray] = {}
+def outputs(what: str, output: str, compute: Compute, job: dict[str, Any], num_rows: int | None = None) -> Found:
+    """The results of the job's first `num_rows` rows; logits of tokens at the job's picks, hidden states at all of a row."""
+    rows, found = job["rows"][:num_rows], {}
     for how, size in (("alone", 1), ("padded", job["batch_size"])):
-        for begin, ids, mask in batches(job["rows"], size, job["pad_id"]):
-            for i, values in enumerate(compute(ids, mask)):
-                row = begin + i
+        for first in range(0, len(rows), size):
+            batch = rows[first : first + size]
+            longest = max(map(len, batch))
+            ids = np.array([row + [job["pad_id"]] * (longest - len(row)) for row in batch], dtype=np.int64)
+            mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in batch], dtype=np.int64)
+            for number, values in enumerate(compute(ids, mask), first):
                 if values.ndim == 2:
-                    values = values[: len(job["rows"][row])] if picks is None else values[picks[row]]
-                found[f"{what}/{how}/{row}"] = np.ascontiguousarray(values, dtype=np.float32)
+                    values = values[job["picks"][number] if output == "logits" else slice(len(rows[number]))]
+                found[f"{what}/{how}/{number}"] = np.ascontiguousarray(values, dtype=np.float32)
     return found
 
 
-def run_transformers(folder: str, job: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Hidden states by AutoModel, logits by the head's Auto class, ids by AutoTokenizer; the first two in half types too."""
+def run_transformers(folder: str, job: dict[str, Any]) -> Found:
+    """The ids that AutoTokenizer gives, and what the Auto classes of the job's outputs compute, each in its type."""
     import torch
     import transformers
 
-    def computed_by(name: str, output: str, dtype: str = "float32") -> Compute:
-        kind = getattr(transformers, name)
-        model, found = kind.from_pretrained(
+    def computed_by(name: str, output: str, dtype: str) -> Compute:
+        model, loading = getattr(transformers, name).from_pretrained(
             folder, trust_remote_code=job["own_code"], output_loading_info=True, dtype=getattr(torch, dtype)
         )
-        unpooled = (
-            name == "AutoModel"
-        )  # some encoders have a layer of their own behind the first token, which is not compared
-        missing = sorted(key for key in found["missing_keys"] if not (unpooled and key.startswith("pooler.")))
-        if missing or found["mismatched_keys"]:
-            raise SystemExit(f"{name} did not find {missing} {sorted(found['mismatched_keys'])}")
-
-        @torch.no_grad()
-        def compute(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-            alone = {} if len(ids) == 1 else {"attention_mask": torch.from_numpy(mask)}
-            return getattr(model(input_ids=torch.from_numpy(ids), **alone), output).float().numpy()
-
+        # Some encoders have a layer of their own after the first token, which is not compared.
+        unused = "pooler." if name == "AutoModel" else ()
+        missing = sorted(key for key in loading["missing_keys"] if not key.startswith(unused))
+        if missing or loading["mismatched_keys"]:
+            raise SystemExit(f"{name} did not find {missing} {sorted(loading['mismatched_keys'])}")
         model.eval()
+
+        def compute(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+            masked = {} if len(ids) == 1 else {"attention_mask": torch.from_numpy(mask)}
+            return getattr(model(input_ids=torch.from_numpy(ids), **masked), output).float().numpy()
+
         return compute
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["tokenizer"], trust_remote_code=job["own_code"])
     found = {f"ids/{n}": np.array(tokenizer(text)["input_ids"]) for n, text in enumerate(job["texts"])}
-    short = job | {"rows": job["rows"][: job["num_half"]]}
-    wanted = [("hidden", "AutoModel", "last_hidden_state", None)]
-    if job["auto_class"] is not None:
-        wanted.append(("logits", job["auto_class"], "logits", job["picks"]))
-    for what, name, output, picks in wanted:
-        found |= outputs(what, computed_by(name, output), job, picks)
-        for dtype in job["half"]:
-            found |= outputs(f"{what} {dtype}", computed_by(name, output, dtype), short, picks)
-    if job["pairs"]:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        firsts, seconds = zip(*job["pairs"], strict=True)
-        with torch.no_grad():
-            padded = model(**tokenizer(list(firsts), list(seconds), padding=True, return_tensors="pt")).logits
+    with torch.no_grad():
+        for what, name, output, dtype, num_rows in job["outputs"]:
+            found |= outputs(what, output, computed_by(name, output, dtype), job, num_rows)
+        if job["pairs"]:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+            firsts, seconds = map(list, zip(*job["pairs"], strict=True))
+            padded = model(**tokenizer(firsts, seconds, padding=True, return_tensors="pt")).logits
             for n, pair in enumerate(job["pairs"]):
                 found[f"pairs/padded/{n}"] = padded[n].numpy()
                 found[f"pairs/alone/{n}"] = model(**tokenizer(*pair, return_tensors="pt")).logits[0].numpy()
     return found
 
 
-def run_onnx(folder: str, job: dict[str, Any]) -> dict[str, np.ndarray]:
+def run_onnx(folder: str, job: dict[str, Any]) -> Found:
     """The graph's one output, by onnxruntime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(Path(folder) / job["onnx"]), providers=["CPUExecutionProvider"])
-    name = session.get_outputs()[0].name
 
     def compute(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return session.run([name], {"input_ids": ids, "attention_mask": mask})[0]
+        return session.run([job["output"]], {"input_ids": ids, "attention_mask": mask})[0]
 
-    if name == "last_hidden_state":
-        return outputs("onnx hidden", compute, job, None)
-    return outputs("onnx logits", compute, job, job["picks"])
+    return outputs(job["what"], job["output"], compute, job)
 
 
-def run_sentence_transformers(folder: str, job: dict[str, Any]) -> dict[str, np.ndarray]:
+def run_sentence_transformers(folder: str, job: dict[str, Any]) -> Found:
     """Embeddings of the texts by `SentenceTransformer.encode`, alone and in batches."""
     from sentence_transformers import SentenceTransformer
 
@@ -119,7 +100,7 @@ RUN = {"transformers": run_transformers, "onnx": run_onnx, "sentence_transformer
 
 
 def main(folder: str, jobs_file: str, result_file: str) -> None:
-    found: dict[str, np.ndarray] = {}
+    found: Found = {}
     for job in json.loads(Path(jobs_file).read_text()):
         found |= RUN[job["kind"]](folder, job)
     if "neobert" in sys.modules:

@@ -22,9 +22,9 @@ from neobert.checkpoints.load import (
     read_model_config,
 )
 from neobert.errors import CheckpointError
-from neobert.inference.sentence_settings import SentenceSettings, read_sentence_settings
-from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
-from neobert.model.hf_encoder import HFEncoderForSequenceClassification, longest_input
+from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification, longest_input
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
 
 HFEncoderModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding

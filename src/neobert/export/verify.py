@@ -6,7 +6,7 @@ A difference is the largest absolute one, divided by the largest output where th
 
 Loaded in bfloat16 and float16 (8 and 11 bits) the folder is compared on the first few rows, by the root mean square of the
 differences, divided by that of the outputs. float16 has less range than a model may have been trained with,
-so a difference there is told and kept with the result, and is no reason to keep nothing.
+so a difference there is reported and kept with the result, and is no reason to keep nothing.
 """
 
 import json
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from safetensors.numpy import load_file
 from neobert.checkpoints.load import Model
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import UserError
-from neobert.export.sample import HARD, MESSAGE
-from neobert.export.source import Source
+from neobert.export.source import HFEncoderModel, Source
 from neobert.inference.embed import Embedder
-from neobert.inference.sentence_settings import SentenceSettings
-from neobert.inference.sentence_transformers import Embedding
-from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
+from neobert.inference.sentence_transformers import Embedding, SentenceSettings
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding
 
 SCRIPT = Path(__file__).with_name("reload.py")
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 65, 128, 200, 256, 333, 511, 512)
@@ -39,13 +38,47 @@ BATCH_SIZE = 4
 NUM_PICKS = 16
 NUM_HALF = 5  # rows that are compared in half precision, which CPUs may emulate slowly
 HALF = {"bfloat16": 1e-1, "float16": 2e-2}
-PAIRS = [("peace", "war"), (MESSAGE[:60], MESSAGE[60:90])]
 TOLERANCE = {
     "hidden": 1e-5, "logits": 1e-5, "pairs": 1e-5, "embedding": 1e-5, "onnx hidden": 1e-4, "onnx logits": 1e-4,
     **{f"{what} {dtype}": tolerance for what in ("hidden", "logits") for dtype, tolerance in HALF.items()},
 }  # fmt: skip
+# Real text: the end of Lincoln's message to Congress of 1862 (public domain), and texts that tokenizers find hard.
+MESSAGE = (
+    "The plan is proposed as permanent constitutional law. It can not become such without the concurrence of, first, "
+    "two-thirds of Congress, and afterwards three-fourths of the States. The requisite three-fourths of the States will "
+    "necessarily include seven of the slave States. Their concurrence, if obtained, will give assurance of their "
+    "severally adopting emancipation at no very distant day upon the new constitutional terms. This assurance would end "
+    "the struggle now and save the Union forever. I do not forget the gravity which should characterize a paper "
+    "addressed to the Congress of the nation by the Chief Magistrate of the nation, nor do I forget that some of you "
+    "are my seniors, nor that many of you have more experience than I in the conduct of public affairs. Yet I trust "
+    "that in view of the great responsibility resting upon me you will perceive no want of respect to yourselves in any "
+    "undue earnestness I may seem to display. Is it doubted, then, that the plan I propose, if adopted, would shorten "
+    "the war, and thus lessen its expenditure of money and of blood? Is it doubted that it would restore the national "
+    "authority and national prosperity and perpetuate both indefinitely? Is it doubted that we here--Congress and "
+    "Executive can secure its adoption? Will not the good people respond to a united and earnest appeal from us? Can "
+    "we, can they, by any other means so certainly or so speedily assure these vital objects? We can succeed only by "
+    'concert. It is not "Can any of us imagine better?" but "Can we all do better?" Object whatsoever is possible, '
+    'still the question recurs, "Can we do better?" The dogmas of the quiet past are inadequate to the stormy present. '
+    "The occasion is piled high with difficulty, and we must rise with the occasion. As our case is new, so we must "
+    "think anew and act anew. We must disenthrall ourselves, and then we shall save our country. Fellow-citizens, we "
+    "can not escape history. We of this Congress and this Administration will be remembered in spite of ourselves. No "
+    "personal significance or insignificance can spare one or another of us. The fiery trial through which we pass will "
+    "light us down in honor or dishonor to the latest generation. We say we are for the Union. The world will not "
+    "forget that we say this. We know how to save the Union. The world knows we do know how to save it. We, even we "
+    "here, hold the power and bear the responsibility. In giving freedom to the slave we assure freedom to the "
+    "free--honorable alike in what we give and what we preserve. We shall nobly save or meanly lose the last best hope "
+    "of earth. Other means may succeed; this could not fail. The way is plain, peaceful, generous, just--a way which if "
+    "followed the world will forever applaud and God must forever bless."
+)
+HARD = (
+    "",
+    "a",
+    "Naïve café - Ærøskøbing, 東京タワー, Привет! 😀\t[SEP] e\u0301",
+    "x = {'a': 1}  # ünïcode\n\n\u00a0end",
+)
+PAIRS = [("peace", "war"), (MESSAGE[:60], MESSAGE[60:90])]
 
-
+Outputs = list[np.ndarray]  # of every row, T x D, picked tokens x V, or one vector
 Found = dict[str, np.ndarray]  # what the clean process computed
 
 
@@ -106,144 +139,77 @@ def build_sample(tokenizer: Any, longest: int) -> Sample:
     return Sample(rows, picks)
 
 
+# --- what is compared -----------
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Something to compute in a clean process (`job`, read by `reload.py`), and what to make of it."""
+    """Something that a clean process computes (`job`, read by `reload.py`), and what the training model computes: by name, the
+    outputs of rows and their lengths in tokens. `ids` are those of the job's texts.
+    """
 
     job: dict[str, Any]
-    judge: Callable[[Found], list[Check]]
-
-
-def compare(folder: Path, comparisons: list[Comparison]) -> list[Check]:
-    """All comparisons, in one clean process. Raises UserError when the folder does not load there."""
-    found = run_clean(folder, [one.job for one in comparisons])
-    return [made for one in comparisons for made in one.judge(found)]
+    expected: dict[str, tuple[Outputs, list[int]]]
+    ids: list[list[int]] = field(default_factory=list)
 
 
 def by_transformers(
     source: Source, folder: Path, sample: Sample, tokenizer: Path | None = None, has_head: bool = True
 ) -> Comparison:
-    """The Auto classes against the training model; `tokenizer` is its folder, where it is another one.
-
-    Judging raises UserError when text becomes other ids.
-    """
+    """The Auto classes against the training model; `tokenizer` is its folder, where it is another one."""
     texts = [MESSAGE[:400], *HARD]
-    expected_ids = [source.tokenizer(text)["input_ids"] for text in texts]
-    auto_class = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
+    computed = {"hidden": ("AutoModel", "last_hidden_state", hidden_states(source.model, sample.rows))}
+    if has_head:
+        auto_class = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
+        computed["logits"] = (auto_class, "logits", logits(source, sample))
+    is_written_here = folder != source.folder
+    half = [
+        (what, dtype, NUM_HALF) for what in computed for dtype in HALF if is_written_here and not source.is_hf_encoder
+    ]
+    outputs: list[tuple[str, str, str, str, int | None]] = []
+    expected = {}
+    for what, dtype, num_rows in [*((what, "float32", None) for what in computed), *half]:
+        name, output, values = computed[what]
+        what = what if num_rows is None else f"{what} {dtype}"
+        outputs.append((what, name, output, dtype, num_rows))
+        expected[what] = (values[:num_rows], sample.lengths[:num_rows])
+    pairs = PAIRS if source.is_hf_encoder and source.is_classifier else []
+    if pairs:  # with the segments that the tokenizer numbers
+        lengths = [len(source.tokenizer(*pair)["input_ids"]) for pair in pairs]
+        expected["pairs"] = (pair_logits(source), lengths)
     job = {
-        "kind": "transformers", "own_code": not source.is_native, "auto_class": auto_class if has_head else None,
-        "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), "num_half": NUM_HALF,
-        "half": [] if source.is_hf_encoder or folder == source.folder else list(HALF),  # of what was written here
-        "pairs": PAIRS if source.is_hf_encoder and source.is_classifier else [],
+        "kind": "transformers", "own_code": not source.is_native, "outputs": outputs, "pairs": pairs,
+        "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), **_of_rows(source, sample),
     }  # fmt: skip
-
-    def judge(found: Found) -> list[Check]:
-        for number, (text, expected) in enumerate(zip(texts, expected_ids, strict=True)):
-            if found[f"ids/{number}"].tolist() != expected:
-                raise UserError(f"{folder}: the tokenizer, loaded again, gives other ids for {text[:40]!r}")
-        outputs = {"hidden": hidden_states(source.model, sample.rows)}
-        if has_head:
-            outputs["logits"] = logits(source, sample)
-        checks = [check(found, what, expected, sample.lengths) for what, expected in outputs.items()]
-        for what, expected in outputs.items():
-            checks += [
-                check_half(found, f"{what} {dtype}", expected[:NUM_HALF], sample.lengths) for dtype in job["half"]
-            ]
-        if job["pairs"]:  # with the segments that the tokenizer numbers
-            lengths = [len(source.tokenizer(*pair)["input_ids"]) for pair in PAIRS]
-            checks.append(check(found, "pairs", pair_logits(source), lengths))
-        return checks
-
-    return Comparison(job | _of_rows(source, sample), judge)
+    return Comparison(job, expected, [source.tokenizer(text)["input_ids"] for text in texts])
 
 
 def by_onnx(source: Source, path: str, output: str, sample: Sample) -> Comparison:
     """onnxruntime against the training model."""
-
-    def judge(found: Found) -> list[Check]:
-        if output == "last_hidden_state":
-            return [check(found, "onnx hidden", hidden_states(source.model, sample.rows), sample.lengths)]
-        return [check(found, "onnx logits", logits(source, sample), sample.lengths)]
-
-    return Comparison({"kind": "onnx", "onnx": path} | _of_rows(source, sample), judge)
+    is_hidden = output == "last_hidden_state"
+    what = "onnx hidden" if is_hidden else "onnx logits"
+    values = hidden_states(source.model, sample.rows) if is_hidden else logits(source, sample)
+    job = {"kind": "onnx", "onnx": path, "what": what, "output": output, **_of_rows(source, sample)}
+    return Comparison(job, {what: (values, sample.lengths)})
 
 
 def by_sentence_transformers(source: Source, embedding: Embedding) -> Comparison:
     """`SentenceTransformer.encode` against what `neobert embed` computes with the training model."""
     words = MESSAGE.split()
     texts = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
-
-    def judge(found: Found) -> list[Check]:
-        how = ContrastiveSettings(pooling=embedding.pooling or "mean")
-        if source.is_hf_encoder:
-            model = HFEncoderForEmbedding(source.model.model, how, source.tokenizer.pad_token_id)
-        else:
-            with torch.no_grad():
-                model = NeoBERTForEmbedding(source.model.config, how)
-            model.model = source.model.model
-        settings = SentenceSettings(source.folder, source.folder)
-        embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length, settings)
-        lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
-        return [check(found, "embedding", list(embedder.encode(texts, embedding.normalize)), lengths)]
-
-    job = {"kind": "sentence_transformers", "own_code": not source.is_native, "texts": texts, "batch_size": BATCH_SIZE}
-    return Comparison(job, judge)
-
-
-def check(found: Found, what: str, expected: list[np.ndarray], lengths: list[int]) -> Check:
-    """The results named `<what>/...` against what they should be, row by row; `lengths` are the rows' in tokens."""
-    worst = 0.0
-    for number, wanted in enumerate(expected):
-        for how in ("alone", "padded"):
-            got = found[f"{what}/{how}/{number}"]
-            if got.shape != wanted.shape:
-                raise UserError(f"{what}: loaded again it has shape {got.shape}, the training model {wanted.shape}")
-            worst = max(worst, float(np.nan_to_num(np.abs(got - wanted), nan=np.inf).max()))
-    largest = max(float(np.abs(wanted).max()) for wanted in expected)
-    return Check(
-        what, len(expected), min(lengths), max(lengths), worst / max(1.0, largest), worst, largest, TOLERANCE[what]
+    how = ContrastiveSettings(pooling=embedding.pooling or "mean")
+    if source.is_hf_encoder:
+        model = HFEncoderForEmbedding(source.model.model, how, source.tokenizer.pad_token_id)
+    else:
+        with torch.no_grad():
+            model = NeoBERTForEmbedding(source.model.config, how)
+        model.model = source.model.model
+    embedder = Embedder(
+        model.eval(), source.tokenizer, embedding.max_length, SentenceSettings(source.folder, source.folder)
     )
-
-
-def check_half(found: Found, what: str, expected: list[np.ndarray], lengths: list[int]) -> Check:
-    """As `check`, in half precision: root mean square of the differences over that of the outputs."""
-    pairs = [(found[f"{what}/{how}/{n}"], wanted) for how in ("alone", "padded") for n, wanted in enumerate(expected)]
-    differences = np.concatenate([(got - wanted).ravel() for got, wanted in pairs]).astype(np.float64)
-    outputs = np.concatenate([wanted.ravel() for wanted in expected]).astype(np.float64)
-    scale = max(np.square(outputs).mean(), 1e-24)
-    relative = float(np.nan_to_num(np.sqrt(np.square(differences).mean() / scale), nan=np.inf))
-    absolute, largest = float(np.nan_to_num(np.abs(differences), nan=np.inf).max()), float(np.abs(outputs).max())
-    lengths = lengths[: len(expected)]
-    return Check(what, len(expected), min(lengths), max(lengths), relative, absolute, largest, TOLERANCE[what])
-
-
-def judged(checks: list[Check], tolerance: float | None, say: Callable[[str], None]) -> list[Check]:
-    """The checks with another tolerance, where one is given, but for half precision; says what each came to."""
-    checks = [one if tolerance is None or one.is_half else replace(one, tolerance=tolerance) for one in checks]
-    for check in checks:
-        say(f"verified    {check}" if check.is_met else f"DIFFERS     {check}")
-    return checks
-
-
-@torch.no_grad()
-def hidden_states(model: Model, rows: list[list[int]]) -> list[np.ndarray]:
-    """What the training model computes for each row alone: T x D."""
-    return [model.model(input_ids=torch.tensor([row])).last_hidden_state[0].numpy() for row in rows]
-
-
-@torch.no_grad()
-def logits(source: Source, sample: Sample) -> list[np.ndarray]:
-    """What the training model's head computes: picked tokens x V, or one row of labels."""
-    computed = [source.model(input_ids=torch.tensor([row])).logits[0] for row in sample.rows]
-    if source.is_classifier:
-        return [one.numpy() for one in computed]
-    return [one[picks].numpy() for one, picks in zip(computed, sample.picks, strict=True)]
-
-
-@torch.no_grad()
-def pair_logits(source: Source) -> list[np.ndarray]:
-    """What a classifier says of `PAIRS`, as its tokenizer joins them."""
-    return [source.model(**source.tokenizer(*pair, return_tensors="pt")).logits[0].numpy() for pair in PAIRS]
+    lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
+    job = {"kind": "sentence_transformers", "own_code": not source.is_native, "texts": texts, "batch_size": BATCH_SIZE}
+    return Comparison(job, {"embedding": (list(embedder.encode(texts, embedding.normalize)), lengths)})
 
 
 def _of_rows(source: Source, sample: Sample) -> dict[str, Any]:
@@ -251,8 +217,45 @@ def _of_rows(source: Source, sample: Sample) -> dict[str, Any]:
     return {"rows": sample.rows, "picks": sample.picks, "pad_id": pad, "batch_size": BATCH_SIZE}
 
 
+@torch.no_grad()
+def hidden_states(model: Model | HFEncoderModel, rows: list[list[int]]) -> Outputs:
+    """What the training model computes for each row alone: T x D."""
+    return [model.model(input_ids=torch.tensor([row])).last_hidden_state[0].numpy() for row in rows]
+
+
+@torch.no_grad()
+def logits(source: Source, sample: Sample) -> Outputs:
+    """What the training model's head computes: picked tokens x V, or one row of labels."""
+    computed = [source.model(input_ids=torch.tensor([row])).logits[0].numpy() for row in sample.rows]
+    if source.is_classifier:
+        return computed
+    return [one[picks] for one, picks in zip(computed, sample.picks, strict=True)]
+
+
+@torch.no_grad()
+def pair_logits(source: Source) -> Outputs:
+    """What a classifier says of `PAIRS`, as its tokenizer joins them."""
+    return [source.model(**source.tokenizer(*pair, return_tensors="pt")).logits[0].numpy() for pair in PAIRS]
+
+
+# --- how it compares -----------
+
+
+def compare(folder: Path, comparisons: list[Comparison]) -> list[Check]:
+    """Make all comparisons in one clean process. Raises UserError when the folder does not load there, or gives other ids."""
+    found = run_clean(folder, [one.job for one in comparisons])
+    checks = []
+    for one in comparisons:
+        for number, ids in enumerate(one.ids):
+            if found[f"ids/{number}"].tolist() != ids:
+                text = one.job["texts"][number][:40]
+                raise UserError(f"{folder}: the tokenizer, loaded again, gives other ids for {text!r}")
+        checks += [check(found, what, *expected) for what, expected in one.expected.items()]
+    return checks
+
+
 def run_clean(folder: Path, jobs: list[dict[str, Any]]) -> Found:
-    """The results of `reload.py` in a new process, without our package, offline. Raises UserError with what it said."""
+    """The results of `reload.py` in a new process, without our package, offline. Raises UserError with its last line."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.safetensors"
         (Path(scratch) / "jobs.json").write_text(json.dumps(jobs))
@@ -265,6 +268,40 @@ def run_clean(folder: Path, jobs: list[dict[str, Any]]) -> Found:
             capture_output=True, text=True, cwd=scratch, env=environment, check=False,
         )  # fmt: skip
         if done.returncode or not result.is_file():
-            said = done.stderr.strip().splitlines() or ["nothing was said"]
-            raise UserError(f"{folder}: a new process cannot load it: {said[-1]}")
+            lines = done.stderr.strip().splitlines() or ["nothing was said"]
+            raise UserError(f"{folder}: a new process cannot load it: {lines[-1]}")
         return load_file(result)
+
+
+def check(found: Found, what: str, expected: Outputs, lengths: list[int]) -> Check:
+    """The results named `<what>/...` against what they should be; `lengths` are the rows' in tokens.
+
+    In half precision the difference is the root mean square of the differences over that of the outputs.
+    """
+    pairs = [(found[f"{what}/{how}/{n}"], wanted) for how in ("alone", "padded") for n, wanted in enumerate(expected)]
+    for got, wanted in pairs:
+        if got.shape != wanted.shape:
+            raise UserError(f"{what}: loaded again it has shape {got.shape}, the training model {wanted.shape}")
+    differences = np.concatenate([(got - wanted).ravel() for got, wanted in pairs]).astype(np.float64)
+    outputs = np.concatenate([wanted.ravel() for wanted in expected]).astype(np.float64)
+    absolute, largest = float(np.nan_to_num(np.abs(differences), nan=np.inf).max()), float(np.abs(outputs).max())
+    one = Check(what, len(expected), min(lengths), max(lengths), 0.0, absolute, largest, TOLERANCE[what])
+    if not one.is_half:
+        return replace(one, difference=absolute / max(1.0, largest))
+    scale = max(np.square(outputs).mean(), 1e-24)
+    relative = np.sqrt(np.square(differences).mean() / scale)
+    return replace(one, difference=float(np.nan_to_num(relative, nan=np.inf)))
+
+
+def judged(checks: list[Check], tolerance: float | None, result: str, say: Callable[[str], None]) -> list[Check]:
+    """The checks with another tolerance, where one is given, but for half precision; `say` gets a line for each.
+
+    Raises UserError, naming `result`, for the first difference that is too large.
+    """
+    checks = [one if tolerance is None or one.is_half else replace(one, tolerance=tolerance) for one in checks]
+    for one in checks:
+        say(f"verified    {one}" if one.is_met else f"DIFFERS     {one}")
+    for one in checks:
+        if not one.is_met and one.must_hold:
+            raise UserError(f"{result} computes something else, so it is not kept: {one}")
+    return checks

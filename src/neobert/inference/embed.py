@@ -4,7 +4,7 @@ Shapes: n texts, D width.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -14,24 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.checkpoints.format import STATE, find_checkpoint, verify_checkpoint
+from neobert.checkpoints.format import STATE, find_checkpoint, sync, verify_checkpoint
 from neobert.checkpoints.hf import load_encoder
 from neobert.checkpoints.load import check_fit, load_model_config, place_model, read_model_config, read_weights
+from neobert.data.batch import RowLayout
 from neobert.data.files.rows import is_utf8, place, usable_records
 from neobert.data.files.splits import find_column, local_splits
-from neobert.data.layout import RowLayout
 from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
-from neobert.inference.sentence_settings import MODULES, SentenceSettings, read_sentence_settings
-from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
-from neobert.model.hf_encoder import longest_input
+from neobert.inference.sentence_transformers import MODULES, SentenceSettings, read_sentence_settings
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
 from neobert.model.unpadding import Pooling
 from neobert.training.runtime import Runtime, build_runtime
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # 2,048 stay in the cache of a CPU core
 TEXTS_AT_ONCE = 16_384  # of a file: sorted by length among themselves
 
+Progress = Callable[[int], object]  # called with a number of texts that are done
 EmbeddingModel = NeoBERTForEmbedding | HFEncoderForEmbedding
 
 
@@ -43,28 +44,28 @@ class Embedder:
     hf_tokenizer: Any
     max_length: int
     settings: SentenceSettings
-    runtime: Runtime = Runtime(torch.device("cpu"), None)  # noqa: RUF009 - frozen
+    runtime: Runtime = Runtime(device=torch.device("cpu"))  # noqa: RUF009 - frozen
     batch_tokens: int | None = None
 
     @property
     def width(self) -> int:
-        """D of the vectors, behind what follows pooling."""
+        """D of the vectors, after what follows pooling."""
         return int(self.settings.head(torch.zeros(1, self.model.config.hidden_size)).shape[1])
 
     def encode(
         self,
         texts: list[str],
         normalize: bool | None = None,
-        tell: Callable[[int], object] = lambda n: None,
+        progress: Progress = lambda n: None,
         prompt: str | None = None,
     ) -> np.ndarray:
-        """One vector per text, float32, n x D; `tell` is told of every text that is done.
+        """One vector per text, float32, n x D; `progress` gets the number of texts of each batch.
 
         With `normalize` they have length 1; None: as the folder says, else they have. `prompt` is put in front of every text;
         None: the folder's default prompt. Texts are cut after `max_length` tokens. Raises CheckpointError for a prompt where
         the folder wants it left out of what is pooled.
         """
-        return self.encode_ids(self.tokenize(texts, prompt), normalize, tell)
+        return self.encode_ids(self.tokenize(texts, prompt), normalize, progress)
 
     def tokenize(self, texts: list[str], prompt: str | None = None) -> list[Ids]:
         """Token ids of every text, with its prompt and special tokens."""
@@ -76,10 +77,10 @@ class Embedder:
         return encode_texts(self.hf_tokenizer, [prompt + text for text in texts], self.max_length, True, "texts")
 
     @torch.no_grad()
-    def encode_ids(self, ids: list[Ids], normalize: bool | None, tell: Callable[[int], object]) -> np.ndarray:
-        """As `encode`, of what `tokenize` gave."""
+    def encode_ids(self, ids: list[Ids], normalize: bool | None, progress: Progress) -> np.ndarray:
+        """The same as `encode` for what `tokenize` gave."""
         pad_id, width = self.hf_tokenizer.pad_token_id, self.model.config.hidden_size
-        vectors = embed_ids(self.model, ids, width, pad_id, self.runtime, self.batch_tokens, tell)
+        vectors = embed_ids(self.model, ids, width, pad_id, self.runtime, self.batch_tokens, progress)
         vectors = self.settings.head(torch.from_numpy(vectors)).numpy()
         wanted = self.settings.normalize is not False if normalize is None else normalize
         return unit_rows(vectors) if wanted else vectors
@@ -93,7 +94,7 @@ def embed_ids(
     pad_id: int,
     runtime: Runtime,
     batch_tokens: int | None = None,
-    tell: Callable[[int], object] = lambda n: None,
+    progress: Progress = lambda n: None,
 ) -> np.ndarray:
     """n x D. `model` gives `.embeddings` of a batch. Texts are packed; padded to the longest where SDPA runs on a GPU.
 
@@ -102,33 +103,34 @@ def embed_ids(
     """
     inner, kind = getattr(model, "module", model), runtime.device.type
     pads = kind != "cpu" and isinstance(inner, NeoBERTForEmbedding) and inner.model.attention_kernel == "sdpa"
-    layout = RowLayout(pad_id, packed=not pads, row_length=None, multiple=1)
+    layout = RowLayout(pad_id, packed=not pads)
     batches = list(batches_by_length([len(row) for row in ids], batch_tokens or BATCH_TOKENS[kind]))
     vectors = np.zeros((len(ids), width), dtype=np.float32)
     for first in range(0, len(batches), runtime.world_size):
         number = first + runtime.rank
         chosen = batches[min(number, len(batches) - 1)]
-        rows = [ids[i] for i in chosen]
-        mask, lengths = layout.boundaries(rows)
-        inputs = {"input_ids": layout.arrange(rows, pad_id).to(runtime.device), "document_lengths": lengths}
-        if mask is not None:
-            inputs["attention_mask"] = mask.to(runtime.device)
+        batch = layout.batch([ids[i] for i in chosen]).to(runtime.device)
         with runtime.autocast():
-            found = model(**inputs).embeddings.float().cpu().numpy()
+            found = model(**batch.inputs()).embeddings.float().cpu().numpy()
         if number < len(batches):
             vectors[chosen] = found
-            tell(len(chosen))
+            progress(len(chosen))
     return runtime.sum_tensor(torch.from_numpy(vectors)).numpy()
 
 
-def batches_by_length(lengths: list[int], batch_tokens: int) -> Iterator[np.ndarray]:
-    """Places of texts, longest first: as many as come to `batch_tokens` when padded to the longest of them, at least one."""
-    order = np.argsort(-np.array(lengths), kind="stable")
+def batches_by_length(
+    lengths: Sequence[int] | np.ndarray, batch_tokens: int, most_rows: int | None = None
+) -> Iterator[np.ndarray]:
+    """Indices of texts, longest first: as many as come to `batch_tokens` when padded to the longest of them, at least one and
+    at most `most_rows`.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
     begin = 0
     while begin < len(order):
         count = max(1, batch_tokens // max(1, lengths[order[begin]]))
-        yield order[begin : begin + count]
-        begin += count
+        end = begin + min(count, most_rows or count)
+        yield order[begin:end]
+        begin = end
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -199,22 +201,30 @@ Blocks = Iterable[tuple[list[Row], np.ndarray]]
 
 
 def read_rows(path: str, column: str | None) -> Iterator[Row]:
-    """The texts of a file, one a row, each with what stands in its column `id` (or `_id`).
+    """The texts of a file's records, each with what stands in its column `id` (or `_id`).
 
-    Raises DataError naming the row that has no text: vectors keep the order of rows.
+    Raises DataError naming the record that has no text: vectors keep the order of records.
     """
     try:
         files = [file for split in local_splits(path).values() for file in split]
         columns = [find_column(file, column) or "text" for file in files]
     except DataError as error:
-        told = str(error).replace("dataset.text_column", "--column").replace("dataset.path: ", "")
-        raise DataError(told) from None
+        message = str(error).replace("dataset.text_column", "--column").replace("dataset.path: ", "")
+        raise DataError(message) from None
     for file, wanted in zip(files, columns, strict=True):
-        for row, begin in usable_records(file):
-            text = row.get(wanted)
+        for record, begin in usable_records(file):
+            text = record.get(wanted)
             if not isinstance(text, str) or not is_utf8(text):
                 raise DataError(f"{place(file, begin)}: {wanted} is {text!r}, not a text")
-            yield text, row.get("id", row.get("_id"))
+            yield text, record.get("id", record.get("_id"))
+
+
+def check_new_file(path: Path, force: bool) -> None:
+    """Raises DataError where a result may not be written: its folder is missing, or it is there already."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: no folder {path.parent}")
+    if path.exists() and not force:
+        raise DataError(f"{path}: is there already; choose another file, or --force")
 
 
 def embed_file(
@@ -223,7 +233,7 @@ def embed_file(
     output: Path,
     column: str | None = None,
     normalize: bool | None = None,
-    tell: Callable[[int], object] = lambda n: None,
+    progress: Progress = lambda n: None,
     prompt: str | None = None,
     force: bool = False,
 ) -> tuple[int, int]:
@@ -235,46 +245,30 @@ def embed_file(
     if output.suffix not in writers:
         raise DataError(f"{output}: not a kind of file that can be written; these can: {', '.join(writers)}")
     check_new_file(output, force)
+    rows = read_rows(path, column)
+
+    def tokenize_block() -> tuple[list[Row], list[Ids]]:
+        block = list(islice(rows, TEXTS_AT_ONCE))
+        return block, embedder.tokenize([text for text, _ in block], prompt)
+
+    def embed_blocks() -> Blocks:
+        """Rows with their vectors, in order; the next block is tokenised while one is computed."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(tokenize_block)
+            while (found := ahead.result())[0]:
+                ahead = pool.submit(tokenize_block)
+                yield found[0], embedder.encode_ids(found[1], normalize, progress)
+
     scratch = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        blocks = _blocks(embedder, read_rows(path, column), normalize, tell, prompt)
-        count = writers[output.suffix](scratch, blocks, embedder.width)
+        count = writers[output.suffix](scratch, embed_blocks(), embedder.width)
         if not count:
             raise DataError(f"{path}: no text in it")
-        with open(scratch, "rb") as file:
-            os.fsync(file.fileno())
+        sync(scratch)
         os.replace(scratch, output)
     finally:
         scratch.unlink(missing_ok=True)
     return count, embedder.width
-
-
-def check_new_file(path: Path, force: bool) -> None:
-    """Raises DataError where a result may not be written: its folder is missing, or it is there already."""
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: no folder {path.parent}")
-    if path.exists() and not force:
-        raise DataError(f"{path}: is there already; choose another file, or --force")
-
-
-def _blocks(
-    embedder: Embedder,
-    rows: Iterator[Row],
-    normalize: bool | None,
-    tell: Callable[[int], object],
-    prompt: str | None,
-) -> Iterator[tuple[list[Row], np.ndarray]]:
-    """Rows with their vectors, in order; the next block is tokenised while one is computed."""
-
-    def tokenized() -> tuple[list[Row], list[Ids]]:
-        block = list(islice(rows, TEXTS_AT_ONCE))
-        return block, embedder.tokenize([text for text, _ in block], prompt)
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(tokenized)
-        while (found := ahead.result())[0]:
-            ahead = pool.submit(tokenized)
-            yield found[0], embedder.encode_ids(found[1], normalize, tell)
 
 
 def write_npy(path: Path, blocks: Blocks, width: int) -> int:
@@ -284,7 +278,7 @@ def write_npy(path: Path, blocks: Blocks, width: int) -> int:
         _npy_header(file, 2**62, width)
         begin = file.tell()
         for _, vectors in blocks:
-            file.write(np.ascontiguousarray(vectors, dtype=np.float32).tobytes())
+            file.write(vectors.astype("<f4").tobytes())
             count += len(vectors)
         file.seek(0)
         _npy_header(file, count, width)

@@ -3,14 +3,16 @@
 import html
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from neobert.checkpoints.format import write_text
+from neobert.config.explain import changed_keys
 from neobert.errors import DataError
-from neobert.training.metrics import duration, read_metrics
+from neobert.training.metrics import PHASES, duration, read_metrics
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -33,6 +35,10 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; border-radius: 6px;
 </body></html>
 """
 BLUE, ORANGE = "#0969da", "#bc4c00"
+FROM_ZERO = ("Throughput", "Learning rate")  # plots whose axis begins there
+
+Records = list[dict[str, Any]]  # of metrics.jsonl
+Series = tuple[str, list[int], list[float], str]  # its name, steps, values and colour
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -40,76 +46,85 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise DataError(f"{folder}: not the output folder of a run (no metrics.jsonl)")
-    rows = read_metrics(path)
-    train = [row for row in rows if row["kind"] == "train"]
-    evaluations = [row for row in rows if row["kind"] == "eval"]
-    environment = (
-        json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").is_file() else {}
-    )
+    records = read_metrics(path)
+    train, evaluations = ([one for one in records if one["kind"] == kind] for kind in ("train", "eval"))
+    facts, config = folder / "environment.json", folder / "config.yaml"
+    environment = json.loads(facts.read_text()) if facts.is_file() else {}
+    changed = changed_keys(yaml.safe_load(config.read_text()) if config.is_file() else {})
+    changed = {key: value for key, value in changed.items() if key not in ("config_path", "optimizer.muon_config")}
+    command, packages = environment.pop("command", ""), environment.pop("packages", {})
     page = PAGE.format(
         title=html.escape(f"NeoBERT run: {folder.resolve().name}"),
-        subtitle=html.escape(
-            f"{environment.get('command', '')} · torch {environment.get('packages', {}).get('torch', '?')}"
-        ),
+        subtitle=html.escape(f"{command} · torch {packages.get('torch', '?')}"),
         figures="".join(
             f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
             for name, value in _figures(train, evaluations)
         ),
-        plots="".join(_plots(train, evaluations)),
-        facts=_facts(environment),
-        config=html.escape(_changed_keys(folder / "config.yaml")),
+        plots="".join(f"<div>{plot}</div>" for plot in _plots(train, evaluations)),
+        facts="".join(
+            f"<tr><td>{html.escape(name)}</td><td>{_fact(value)}</td></tr>" for name, value in environment.items()
+        ),
+        config=html.escape("\n".join(f"{key}: {json.dumps(value)}" for key, value in changed.items())),
     )
     target = output or folder / "report.html"
     write_text(target, page)
     return target
 
 
-def _figures(train: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _fact(value: Any) -> str:
+    return html.escape("\n".join(value) if isinstance(value, list) else str(value)).replace("\n", "<br>")
+
+
+def _figures(train: Records, evaluations: Records) -> list[tuple[str, str]]:
     if not train:
         return [("steps logged", "0")]
-    seconds = sum(row["data_seconds"] + row["compute_seconds"] + row["optimizer_seconds"] for row in train)
-    figures = [
-        ("steps", f"{train[-1]['step']:,}"),
-        ("tokens", f"{train[-1]['num_tokens']:,}"),
-        ("training time", duration(seconds)),
-    ]
-    figures.append(("last training loss", f"{train[-1]['loss']:.3f}"))
-    with_loss = [row for row in evaluations if "eval_loss" in row]
-    scored = [row for row in evaluations if "eval_score" in row]
-    if with_loss:
-        best = min(with_loss, key=lambda row: row["eval_loss"])
-        figures.append((f"best held-out loss (step {best['step']:,})", f"{best['eval_loss']:.3f}"))
-    elif scored:
-        best = max(scored, key=lambda row: row["eval_score"])
-        figures.append((f"best held-out score (step {best['step']:,})", f"{best['eval_score']:.4f}"))
-    waiting = sum(row["data_seconds"] for row in train) / max(seconds, 1e-9)
-    middle = sorted(row["tokens_per_second"] for row in train)[len(train) // 2]
-    return [*figures, ("tokens per second, median", f"{middle:,.0f}"), ("waiting for data", f"{waiting:.2%}")]
-
-
-def _plots(train: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[str]:
-    steps = [row["step"] for row in train]
-    phases = ("data", "compute", "optimizer", "evaluate", "save")
-    windows = [now - before for before, now in zip([0, *steps], steps, strict=False)]
-    per_step = {
-        name: [1e3 * row[f"{name}_seconds"] / max(1, w) for row, w in zip(train, windows, strict=True)]
-        for name in phases
-    }
-    loss = [("training", steps, [row["loss"] for row in train], BLUE)]
-    if with_loss := [row for row in evaluations if "eval_loss" in row]:
-        held_out = [row["eval_loss"] for row in with_loss]
-        loss.append(("held out", [row["step"] for row in with_loss], held_out, ORANGE))
-    scored = [row for row in evaluations if "eval_score" in row]
-    scores = [("", [row["step"] for row in scored], [row["eval_score"] for row in scored], ORANGE)]
+    last, waiting = train[-1], sum(one["data_seconds"] for one in train)
+    seconds = sum(one["data_seconds"] + one["compute_seconds"] + one["optimizer_seconds"] for one in train)
+    best: list[tuple[str, str]] = []
+    if with_loss := [one for one in evaluations if "eval_loss" in one]:
+        one = min(with_loss, key=lambda one: one["eval_loss"])
+        best = [(f"best held-out loss (step {one['step']:,})", f"{one['eval_loss']:.3f}")]
+    elif scored := [one for one in evaluations if "eval_score" in one]:
+        one = max(scored, key=lambda one: one["eval_score"])
+        best = [(f"best held-out score (step {one['step']:,})", f"{one['eval_score']:.4f}")]
+    speeds = sorted(one["tokens_per_second"] for one in train)
     return [
-        _line_plot("Loss", "nats per target", loss),
-        *([_line_plot("Held-out score", "", scores)] if scored else []),
-        _line_plot("Learning rate", "", [("", steps, [row["lr"] for row in train], BLUE)]),
-        _line_plot(
-            "Throughput", "real tokens per second", [("", steps, [row["tokens_per_second"] for row in train], BLUE)]
-        ),
-        _stack_plot("Where the time goes", "milliseconds per step", steps, per_step),
+        ("steps", f"{last['step']:,}"),
+        ("tokens", f"{last['num_tokens']:,}"),
+        ("training time", duration(seconds)),
+        ("last training loss", f"{last['loss']:.3f}"),
+        *best,
+        ("tokens per second, median", f"{speeds[len(train) // 2]:,.0f}"),
+        ("waiting for data", f"{waiting / max(seconds, 1e-9):.2%}"),
     ]
+
+
+def _plots(train: Records, evaluations: Records) -> Iterator[str]:
+    """The plots of a run as SVG."""
+    steps = [one["step"] for one in train]
+    losses, rates = _series("training", train, "loss", BLUE), _series("", train, "lr", BLUE)
+    held_out, scores = (_series("held out", evaluations, f"eval_{name}", ORANGE) for name in ("loss", "score"))
+    yield _line_plot("Loss", "nats per target", [losses, *([held_out] if held_out[1] else [])])
+    if scores[1]:
+        yield _line_plot("Held-out score", "", [scores])
+    yield _line_plot("Learning rate", "", [rates])
+    yield _line_plot("Throughput", "real tokens per second", [_series("", train, "tokens_per_second", BLUE)])
+    figure, axes = _new_figure("Where the time goes", "milliseconds per step")
+    windows = [max(1, now - before) for before, now in zip([0, *steps], steps, strict=False)]
+    times = {
+        name: [1e3 * one[f"{name}_seconds"] / window for one, window in zip(train, windows, strict=True)]
+        for name in PHASES
+    }
+    times = {name: values for name, values in times.items() if any(values)}
+    if times:
+        axes.stackplot(steps, list(times.values()), labels=list(times), alpha=0.85)
+        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    yield _svg(figure)
+
+
+def _series(name: str, records: Records, key: str, colour: str) -> Series:
+    found = [(one["step"], one[key]) for one in records if key in one]
+    return name, [step for step, _ in found], [value for _, value in found], colour
 
 
 def _new_figure(title: str, unit: str) -> tuple[Any, Any]:
@@ -129,23 +144,14 @@ def _new_figure(title: str, unit: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _line_plot(title: str, unit: str, series: list[tuple[str, list[int], list[float], str]]) -> str:
+def _line_plot(title: str, unit: str, series: list[Series]) -> str:
     figure, axes = _new_figure(title, unit)
     for name, x, y, colour in series:
         axes.plot(x, y, label=name, color=colour, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
     if len(series) > 1:
         axes.legend(frameon=False)
-    if title in ("Throughput", "Learning rate"):
+    if title in FROM_ZERO:
         axes.set_ylim(bottom=0)
-    return _svg(figure)
-
-
-def _stack_plot(title: str, unit: str, steps: list[int], series: dict[str, list[float]]) -> str:
-    figure, axes = _new_figure(title, unit)
-    shown = {name: values for name, values in series.items() if any(values)}
-    if steps and shown:
-        axes.stackplot(steps, list(shown.values()), labels=list(shown), alpha=0.85)
-        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
     return _svg(figure)
 
 
@@ -153,26 +159,4 @@ def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return f"<div>{text[text.index('<svg') :]}</div>"
-
-
-def _facts(environment: dict[str, Any]) -> str:
-    skipped = ("packages", "command")
-    rows = []
-    for name, value in environment.items():
-        if name not in skipped:
-            text = "\n".join(value) if isinstance(value, list) else str(value)
-            rows.append(f"<tr><td>{html.escape(name)}</td><td>{html.escape(text).replace(chr(10), '<br>')}</td></tr>")
-    return "".join(rows)
-
-
-def _changed_keys(path: Path) -> str:
-    from neobert.config.legacy import ABSENT, apply_legacy, look
-    from neobert.config.schema import known_keys
-
-    values = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    apply_legacy(values, {}, [])
-    left_out = ("config_path", "optimizer.muon_config")
-    found = {key: look(values, key) for key in known_keys() if key not in left_out}
-    changed = {key: value for key, value in found.items() if value not in (ABSENT, known_keys()[key].default)}
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in changed.items())
+    return text[text.index("<svg") :]

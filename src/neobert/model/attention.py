@@ -1,10 +1,10 @@
-"""Attention within documents, behind one function: `attend(qkv, rotary, layout, scale)`.
+"""Attention within documents, in one function: `attend(qkv, rotary, layout, scale)`.
 
 Shapes: B rows, T row length, N tokens of the whole batch (B*T, or fewer without padding), H heads, K head width.
-Hidden states travel as N x D; only the layout knows where a document begins. It is one of two kinds:
+Hidden states are N x D in every layer; only the layout knows where a document begins. It is one of two kinds:
 
-- ragged: the lengths of the documents, one behind the other. Packed rows are this, and so are padded batches on the CPU or
-  with a variable-length kernel, whose padding is left out before the first layer and put back behind the last.
+- ragged: the lengths of the documents, one after the other. Packed rows are this, and so are padded batches on the CPU or
+  with a variable-length kernel, whose padding is left out before the first layer and restored after the last.
 - padded: rows of one length with a mask of the real tokens, for SDPA on CUDA, which wants static shapes.
 
 Ragged attention runs on CUDA by a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel`
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bucket_attention import GRANULARITY, BucketAttention, Buckets
+from .bucket_attention import GRANULARITY, BucketAttention, Buckets, rotate_pairs
 
 Kernel = Literal["sdpa", "flash_attn", "torch_varlen"]
 CPU_CALL = 256  # tokens of an SDPA call on the CPU that holds several documents: more leave the cache
@@ -45,18 +45,18 @@ class Rotary:
 
     @cached_property
     def tables_N1K(self) -> tuple[Tensor, Tensor]:
-        """The tables' rows of every token."""
+        """Cosines and sines of every token, N x 1 x K/2."""
         return self.cos_TK[self.positions_N][:, None], self.sin_TK[self.positions_N][:, None]
 
     def rotate(self, x_NHK: Tensor) -> Tensor:
-        """Turn the pairs (i, i + K/2) of every head: the half-rotation form."""
+        """Rotate the pairs (i, i + K/2) of every head; as `FusedRotary`, of torch's own operators."""
         first, second = x_NHK.chunk(2, dim=-1)
         cos, sin = (table.to(x_NHK.dtype) for table in self.tables_N1K)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class FusedRotary(torch.autograd.Function):
-    """q, k and v, N x 3 x H x K, with q and k rotated; the tables are N x 1 x K/2. The same as `Rotary.rotate`."""
+    """q, k and v, N x 3 x H x K, with q and k rotated as `Rotary.rotate` does; the tables are N x 1 x K/2."""
 
     @staticmethod
     def forward(ctx, qkv_N3HK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> Tensor:  # type: ignore
@@ -64,10 +64,7 @@ class FusedRotary(torch.autograd.Function):
         cos, sin = (table[:, None].to(qkv_N3HK.dtype) for table in (cos_N1K, sin_N1K))
         out_N3HK = torch.empty_like(qkv_N3HK)
         out_N3HK[:, 2] = qkv_N3HK[:, 2]
-        first, second = qkv_N3HK[:, :2].chunk(2, dim=-1)
-        to_first, to_second = out_N3HK[:, :2].chunk(2, dim=-1)
-        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+        rotate_pairs(qkv_N3HK[:, :2], out_N3HK[:, :2], cos, sin)
         return out_N3HK
 
     @staticmethod
@@ -85,7 +82,7 @@ class Layout:
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
     granularity: int = GRANULARITY  # of the buckets on the CPU
-    padding: int = 0  # tokens behind the documents that belong to none (CPU; unpadding.py)
+    padding: int = 0  # tokens after those of the documents, which belong to none (CPU; unpadding.py)
     _starts: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -116,10 +113,7 @@ def uses_buckets(dtype: torch.dtype) -> bool:
 
 
 def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float) -> Tensor:
-    """Softmax attention of every token to its own document: N x H x K.
-
-    `rotary` turns queries and keys first; `scale` multiplies their products.
-    """
+    """Softmax attention of every token to its own document: N x H x K. `scale` multiplies the products of q and k."""
     on_cpu = qkv_N3HK.device.type == "cpu"
     if layout.lengths is not None and on_cpu and uses_buckets(qkv_N3HK.dtype):
         cos, sin = (None, None) if rotary is None else (rotary.cos_TK, rotary.sin_TK)

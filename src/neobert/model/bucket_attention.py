@@ -24,17 +24,17 @@ KEPT_LENGTH = 256  # weights of documents up to this length are kept for the bac
 
 @dataclass(frozen=True)
 class Bucket:
-    """n documents of padded length L, at the rows `place` of the padded batch."""
+    """n documents of padded length L, which lie at `span` of the padded batch."""
 
     length: int
     num_documents: int
-    place: slice
+    span: slice
     mask_n1L: Tensor | None  # 0 for real keys, -inf for padding; None when no document is padded
 
     def heads(self, x_PXHK: Tensor) -> Tensor:
-        """A view of the bucket's rows of P x X x H x K as X x H x n x L x K."""
+        """A view of the bucket's part of P x X x H x K as X x H x n x L x K."""
         shape = (self.num_documents, self.length, *x_PXHK.shape[1:])
-        return x_PXHK[self.place].view(shape).permute(2, 3, 0, 1, 4)
+        return x_PXHK[self.span].view(shape).permute(2, 3, 0, 1, 4)
 
     def parts(self, num_heads: int) -> Iterator[slice]:
         """Runs of the B score matrices that stay within `SCORE_BUDGET`."""
@@ -56,46 +56,45 @@ class Buckets:
     """All documents of a batch by padded length."""
 
     buckets: list[Bucket]
-    rows_P: Tensor  # the token at every place of the padded batch
-    places_N: Tensor  # the place of every token
-    padding: Tensor  # places that hold padding
+    tokens_P: Tensor  # the token at every index of the padded batch
+    index_N: Tensor  # the index of every token in the padded batch
+    padding: Tensor  # indices that hold padding
 
     @staticmethod
     def of(document_lengths: tuple[int, ...], granularity: int = GRANULARITY) -> "Buckets":
-        lengths = torch.tensor(document_lengths)
+        lengths = torch.tensor(document_lengths, dtype=torch.int64)
         starts = lengths.cumsum(0) - lengths
         padded = -(-lengths // granularity) * granularity
-        buckets, rows, real = [], [], []
-        place = 0
+        buckets, start = [], 0
+        tokens, real = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool)]
         for length in padded[padded > 0].unique().tolist():
             chosen = padded == length
-            n, places = int(chosen.sum()), torch.arange(length)
-            real_nL = places < lengths[chosen, None]
-            rows.append((starts[chosen, None] + places.minimum(lengths[chosen, None] - 1)).flatten())
+            n, offsets = int(chosen.sum()), torch.arange(length)
+            real_nL = offsets < lengths[chosen, None]
+            tokens.append((starts[chosen, None] + offsets.minimum(lengths[chosen, None] - 1)).flatten())
             real.append(real_nL.flatten())
             mask = None if real_nL.all() else torch.zeros(real_nL.shape).masked_fill_(~real_nL, -torch.inf)[:, None]
-            buckets.append(Bucket(length, n, slice(place, place + n * length), mask))
-            place += n * length
-        rows_P = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-        real_P = torch.cat(real) if real else torch.zeros(0, dtype=torch.bool)
-        places_N = torch.empty(int(lengths.sum()), dtype=torch.int64)
-        places_N[rows_P[real_P]] = real_P.nonzero().squeeze(1)
-        return Buckets(buckets, rows_P, places_N, (~real_P).nonzero().squeeze(1))
+            buckets.append(Bucket(length, n, slice(start, start + n * length), mask))
+            start += n * length
+        tokens_P, real_P = torch.cat(tokens), torch.cat(real)
+        index_N = torch.empty(int(lengths.sum()), dtype=torch.int64)
+        index_N[tokens_P[real_P]] = real_P.nonzero().squeeze(1)
+        return Buckets(buckets, tokens_P, index_N, (~real_P).nonzero().squeeze(1))
 
 
 class BucketAttention(torch.autograd.Function):
     """Rotary positions and ragged attention: qkv N x 3 x H x K -> N x H x K.
 
     `cos` and `sin` are position x K/2 (every document starts at position 0) or None; `scale` multiplies the scores. Saved for
-    the backward pass: the turned q, k, v of every bucket, and the weights of short documents; those of long ones are
+    the backward pass: the rotated q, k, v of every bucket, and the weights of short documents; those of long ones are
     computed again, at most `SCORE_BUDGET` at a time. Dropout of the weights is drawn again from its seed.
     """
 
     @staticmethod
     def forward(ctx, qkv_N3HK, cos, sin, buckets: Buckets, scale: float, dropout: float):  # type: ignore
         _, _, H, K = qkv_N3HK.shape
-        qkv_P3HK = qkv_N3HK.index_select(0, buckets.rows_P)
-        out_P1HK = qkv_N3HK.new_empty(len(buckets.rows_P), 1, H, K)
+        qkv_P3HK = qkv_N3HK.index_select(0, buckets.tokens_P)
+        out_P1HK = qkv_N3HK.new_empty(len(buckets.tokens_P), 1, H, K)
         noise = _Noise(dropout)
         saved: list[list[Tensor]] = []
         for bucket in buckets.buckets:
@@ -112,15 +111,15 @@ class BucketAttention(torch.autograd.Function):
         ctx.save_for_backward(cos, sin, *itertools.chain(*saved))
         ctx.counts, ctx.buckets = list(map(len, saved)), buckets
         ctx.scale, ctx.dropout, ctx.seed = scale, dropout, noise.seed
-        return out_P1HK.squeeze(1).index_select(0, buckets.places_N)
+        return out_P1HK.squeeze(1).index_select(0, buckets.index_N)
 
     @staticmethod
     def backward(ctx, grad_NHK: Tensor):  # type: ignore
         cos, sin, *saved = ctx.saved_tensors
         buckets, saved = ctx.buckets, iter(saved)
         _, H, K = grad_NHK.shape
-        grad_P1HK = grad_NHK.index_select(0, buckets.rows_P).index_fill_(0, buckets.padding, 0)[:, None]
-        grads_P3HK = grad_NHK.new_empty(len(buckets.rows_P), 3, H, K)
+        grad_P1HK = grad_NHK.index_select(0, buckets.tokens_P).index_fill_(0, buckets.padding, 0)[:, None]
+        grads_P3HK = grad_NHK.new_empty(len(buckets.tokens_P), 3, H, K)
         noise = _Noise(ctx.dropout, ctx.seed)
         for bucket, count in zip(buckets.buckets, ctx.counts, strict=True):
             heads, *kept = itertools.islice(saved, count)
@@ -137,7 +136,7 @@ class BucketAttention(torch.autograd.Function):
                 torch.bmm(grad_scores.transpose(1, 2), q[part], out=grad_k[part])
                 torch.bmm(dropped.transpose(1, 2), grad[part], out=grad_v[part])
             _rotate(grads, bucket.heads(grads_P3HK), cos, None if sin is None else -sin, ctx.scale)
-        return grads_P3HK.index_select(0, buckets.places_N), None, None, None, None, None
+        return grads_P3HK.index_select(0, buckets.index_N), None, None, None, None, None
 
 
 class _Noise:
@@ -162,17 +161,21 @@ class _Noise:
         return kept.mul_(weights)
 
 
+def rotate_pairs(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write every head of `source` to `target` with its pairs (i, i + K/2) rotated: RoPE (arXiv 2104.09864)."""
+    first, second = source.chunk(2, dim=-1)
+    to_first, to_second = target.chunk(2, dim=-1)
+    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+
+
 def _rotate(source: Tensor, target: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float) -> None:
-    """Copy q, k, v (3 x H x n x L x K, laid out differently), turning q and k by their positions and scaling q."""
+    """Copy q, k, v (3 x H x n x L x K, laid out differently), rotating q and k by their positions and scaling q."""
     target[2].copy_(source[2])
     if cos is None or sin is None:
         torch.mul(source[0], scale, out=target[0])
         target[1].copy_(source[1])
         return
-    length = source.shape[3]
     factors = torch.tensor([scale, 1.0]).view(2, 1, 1, 1, 1)
-    cos_2LK, sin_2LK = (table[:length].mul(factors).to(source.dtype) for table in (cos, sin))
-    first, second = source[:2].chunk(2, dim=-1)
-    to_first, to_second = target[:2].chunk(2, dim=-1)
-    torch.mul(first, cos_2LK, out=to_first).addcmul_(second, sin_2LK, value=-1)
-    torch.mul(second, cos_2LK, out=to_second).addcmul_(first, sin_2LK)
+    cos_2LK, sin_2LK = (table[: source.shape[3]].mul(factors).to(source.dtype) for table in (cos, sin))
+    rotate_pairs(source[:2], target[:2], cos_2LK, sin_2LK)

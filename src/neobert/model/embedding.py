@@ -1,12 +1,13 @@
-"""Sentence embeddings and their contrastive loss: our encoder, or any encoder of transformers' making.
+"""Sentence embeddings and their contrastive loss.
 
 The loss is computed inside `forward`, over the candidates of all processes. Texts of a step go through the encoder together,
-whatever their role: anchors, positives, then hard negatives.
+whatever their role: anchors, positives, then hard negatives. Keys say which texts are the same: a candidate that carries the
+key of an anchor's positive is not a negative of that anchor. Sums are returned, not means: the loop divides by the number of
+anchors of the whole step.
 
-Shapes: N tokens, D width, n texts of this process, B rows of this process, G rows of all, A anchors, C candidates.
+Shapes: D width, n texts of this process, B rows of this process, G rows of all, A anchors of this process, C candidates of all.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
-from .contrastive_loss import alignment, gather_rows, info_nce, supcon, uniformity
-from .modeling_neobert import NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
-from .unpadding import Lengths, Pooling, check_not_empty, host_lengths
+from .modeling_neobert import LossOutput, NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
+from .unpadding import Lengths, Pooling
 
-Tensors = dict[str, Tensor]
 OBSERVED = 512  # pairs of a batch that alignment and uniformity are computed of
 
 
@@ -34,24 +32,18 @@ class ContrastiveSettings:
     pooling: Pooling = "avg"
 
 
-@dataclass
-class EmbeddingOutput(ModelOutput):
-    """`embeddings` n x D, not normalised; with keys `loss_sum` and `num_correct` over this process's anchors."""
-
-    embeddings: Tensor | None = None
-    loss_sum: Tensor | None = None
-    num_correct: Tensor | None = None
-
-
 class ContrastiveLoss(nn.Module):
-    """From embeddings and keys to the loss. Keeps the vectors of the last batch in training, to be looked at when a step is
-    logged.
-    """
+    """From embeddings and keys to the loss. The vectors of the last batch in training are kept, for `observe`."""
 
     def __init__(self, settings: ContrastiveSettings):
         super().__init__()
         self.settings = settings
         self._last_pairs: tuple[Tensor, Tensor] | None = None  # anchors and positives, at most `OBSERVED` of each
+
+    def output(self, embeddings_nD: Tensor, keys: dict[str, Any] | None) -> LossOutput:
+        """What a model returns for these embeddings: the loss is in it where there are `keys`, the arguments of `forward`."""
+        loss_sum, num_correct = (None, None) if keys is None else self(embeddings_nD, **keys)
+        return LossOutput(embeddings=embeddings_nD, loss_sum=loss_sum, num_correct=num_correct)
 
     def forward(
         self,
@@ -64,30 +56,34 @@ class ContrastiveLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(loss sum, number correct). `row_keys_G` are the keys of the positives (or labels), `negative_rows` the row of every
         hard negative, `num_negatives` how many each process has.
+
+        A hard negative with weight w counts e^w times in the denominator (SimCSE, arXiv 2104.08821).
         """
         with torch.autocast(embeddings_nD.device.type, enabled=False):
             vectors = F.normalize(embeddings_nD.float(), dim=-1)
-            B, rank = len(row_keys_G) // len(num_negatives), _rank(num_negatives)
+            world_size = len(num_negatives)
+            B, rank = len(row_keys_G) // world_size, dist.get_rank() if world_size > 1 else 0
             if self.training and B > 1:
                 observed = min(B, OBSERVED)
                 self._last_pairs = vectors[:observed].detach(), vectors[B : B + observed].detach()
             is_supcon = self.settings.loss_type == "supcon"
-            anchors_AD = vectors[: 2 * B] if is_supcon else vectors[:B]
-            counts = tuple((2 * B if is_supcon else B) + m for m in num_negatives)
+            per_row = 2 if is_supcon else 1  # candidates
+            anchors_AD = vectors[: per_row * B]
+            counts = tuple(per_row * B + m for m in num_negatives)
             candidates_CD = gather_rows(vectors if is_supcon else vectors[B:], counts)
-            rows_G, per_row = torch.arange(len(row_keys_G), device=vectors.device), (2 if is_supcon else 1)
+            rows_G = torch.arange(len(row_keys_G), device=vectors.device)
             keys_C = _blocks(row_keys_G, negative_keys, num_negatives, per_row)
             owners_C = _blocks(torch.full_like(rows_G, -1), negative_rows, num_negatives, per_row)
-            begin = sum(counts[:rank])
-            places_A = torch.arange(begin, begin + len(anchors_AD), device=vectors.device)
+            own_A = sum(counts[:rank]) + torch.arange(len(anchors_AD), device=vectors.device)
             rows_A = rows_G[rank * B : (rank + 1) * B].repeat(per_row)
             extra_AC = self.settings.hard_negative_weight * (owners_C == rows_A[:, None]).float()
             same_AC = keys_C == row_keys_G[rows_A][:, None]
+            logits_AC = anchors_AD @ candidates_CD.T / self.settings.temperature + extra_AC
             if is_supcon:
-                return supcon(anchors_AD, candidates_CD, places_A, same_AC, self.settings.temperature, extra_AC)
+                return supcon(logits_AC, own_A, same_AC)
             masked_AC = same_AC | (keys_C == anchor_keys_G[rows_A][:, None])
-            masked_AC[torch.arange(B, device=vectors.device), places_A] = False
-            return info_nce(anchors_AD, candidates_CD, places_A, masked_AC, self.settings.temperature, extra_AC)
+            masked_AC[torch.arange(B, device=vectors.device), own_A] = False
+            return info_nce(logits_AC.masked_fill(masked_AC, -torch.inf), own_A)
 
     def observe(self) -> tuple[float, float, float]:
         """(alignment, uniformity, 1) of the last batch in training; zeros where it had one row, or none was seen."""
@@ -95,10 +91,6 @@ class ContrastiveLoss(nn.Module):
             return 0.0, 0.0, 0.0
         anchors, positives = self._last_pairs
         return float(alignment(anchors, positives)), float(uniformity(anchors)), 1.0
-
-
-def _rank(num_negatives: tuple[int, ...]) -> int:
-    return dist.get_rank() if len(num_negatives) > 1 else 0
 
 
 def _blocks(of_rows_G: Tensor, of_negatives: Tensor, num_negatives: tuple[int, ...], per_row: int) -> Tensor:
@@ -124,76 +116,70 @@ class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
         document_lengths: Lengths | None = None,
         keys: dict[str, Any] | None = None,
         **_: Any,
-    ) -> EmbeddingOutput:
+    ) -> LossOutput:
         """Embeddings of all texts; with `keys` (the arguments of `ContrastiveLoss`) also their loss."""
         pooling = self.contrastive.settings.pooling
-        embeddings = self.model.embed(input_ids, attention_mask, document_lengths, pooling)
-        return _output(self.contrastive, embeddings, keys)
+        return self.contrastive.output(self.model.embed(input_ids, attention_mask, document_lengths, pooling), keys)
 
 
-class HFEncoderForEmbedding(nn.Module):
-    """Any encoder of `AutoModel` under the same loss. Texts of similar length are padded together, and only those."""
-
-    def __init__(self, encoder: Any, settings: ContrastiveSettings, pad_id: int):
-        super().__init__()
-        if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # of BERT's next-sentence task; vectors are pooled here
-        self.config = encoder.config
-        self.model = encoder
-        self.pad_id = pad_id
-        self.contrastive = ContrastiveLoss(settings)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
-        keys: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> EmbeddingOutput:
-        """As `NeoBERTForEmbedding.forward`."""
-        if document_lengths is None:
-            assert attention_mask is not None
-            document_lengths = attention_mask.sum(1)
-            input_ids = input_ids[attention_mask.bool()][None]
-        lengths = host_lengths(document_lengths)
-        check_not_empty(lengths)
-        texts = input_ids[0].split(lengths)
-        order, groups = group_by_length(lengths)
-        vectors = torch.cat([self._embed([texts[number] for number in group]) for group in groups])
-        places = torch.empty(len(order), dtype=torch.int64)
-        places[torch.tensor(order)] = torch.arange(len(order))
-        return _output(self.contrastive, vectors[places.to(vectors.device)], keys)
-
-    def _embed(self, texts: list[Tensor]) -> Tensor:
-        ids_BT = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.pad_id)
-        lengths = torch.tensor([len(text) for text in texts], device=ids_BT.device)
-        mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths[:, None]
-        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state.float()
-        pooling = self.contrastive.settings.pooling
-        if pooling == "cls":
-            return hidden_BTD[:, 0]
-        if pooling == "max":
-            return hidden_BTD.masked_fill(~mask_BT[..., None], -torch.inf).amax(1)
-        return (hidden_BTD * mask_BT[..., None]).sum(1) / lengths[:, None]
-
-    def normalize_matrices(self) -> None:
-        """Nothing: only nGPT has matrices of length 1."""
+# --- losses and measures of vectors of length 1, in float32 -----------
 
 
-def group_by_length(lengths: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-    """(texts from long to short, the same in groups): a group ends where texts are shorter than 3/4 of its longest."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    groups: list[list[int]] = []
-    for number in order:
-        if not groups or lengths[number] < 0.75 * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(number)
-    return order, groups
+def info_nce(logits_AC: Tensor, own_A: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the losses, how many anchors are nearest to their own positive): InfoNCE (arXiv 1807.03748).
+
+    Candidate `own_A[i]` is the positive of anchor i, all others with a finite logit are negatives.
+    """
+    return F.cross_entropy(logits_AC, own_A, reduction="sum"), (logits_AC.argmax(1) == own_A).sum()
 
 
-def _output(loss: ContrastiveLoss, embeddings_nD: Tensor, keys: dict[str, Any] | None) -> EmbeddingOutput:
-    if keys is None:
-        return EmbeddingOutput(embeddings=embeddings_nD)
-    loss_sum, num_correct = loss(embeddings_nD, **keys)
-    return EmbeddingOutput(embeddings=embeddings_nD, loss_sum=loss_sum, num_correct=num_correct)
+def supcon(logits_AC: Tensor, self_A: Tensor, same_AC: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the losses, how many anchors are nearest to one of their own): SupCon, L_out of arXiv 2004.11362.
+
+    `self_A[i]` is anchor i among the candidates, which is neither positive nor negative. Positives are all other candidates in
+    `same_AC`; an anchor without one adds nothing.
+    """
+    is_self_AC = F.one_hot(self_A, logits_AC.shape[1]).bool()
+    logits_AC = logits_AC.masked_fill(is_self_AC, -torch.inf)
+    positive_AC = same_AC & ~is_self_AC
+    log_probabilities = (logits_AC - logits_AC.logsumexp(1, keepdim=True)).masked_fill(~positive_AC, 0.0)
+    losses_A = -log_probabilities.sum(1) / positive_AC.sum(1).clamp_min(1)
+    return losses_A.sum(), positive_AC.gather(1, logits_AC.argmax(1, keepdim=True)).sum()
+
+
+@torch.no_grad()
+def alignment(anchors_AD: Tensor, positives_AD: Tensor) -> Tensor:
+    """Mean squared distance of positive pairs, from 0 (arXiv 2005.10242)."""
+    return (anchors_AD - positives_AD).square().sum(1).mean()
+
+
+@torch.no_grad()
+def uniformity(vectors_AD: Tensor) -> Tensor:
+    """log of the mean of exp(-2 |x - y|^2) over all pairs of different rows (arXiv 2005.10242); 0 when all are one point."""
+    squared = (2 - 2 * (vectors_AD @ vectors_AD.T)).clamp_min(0)
+    others = ~torch.eye(len(vectors_AD), dtype=torch.bool, device=vectors_AD.device)
+    return squared[others].mul(-2).exp().mean().log()
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all processes one after the other; their gradients come back to where they were computed, summed."""
+
+    @staticmethod
+    def forward(ctx, rows_ND: Tensor, counts: tuple[int, ...]):  # type: ignore
+        ctx.counts = counts
+        padded = rows_ND.new_zeros(max(counts), rows_ND.shape[1])
+        padded[: len(rows_ND)] = rows_ND
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total.split(ctx.counts)[dist.get_rank()], None
+
+
+def gather_rows(rows_ND: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The rows of all processes, with gradients; `counts` says how many each of them has."""
+    return rows_ND if len(counts) == 1 else _GatherRows.apply(rows_ND, counts)

@@ -6,6 +6,7 @@ cache. While torch.compile traces, the composed form is used, which the compiler
 same mathematics, to rounding.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -63,7 +64,7 @@ def swiglu(gate_up_N2F: Tensor, backend: str) -> Tensor:
     return F.silu(gate) * up
 
 
-def _blocks(*tensors: Tensor) -> zip:
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same runs of rows of several tensors, `CACHED` elements of the first at a time."""
     rows = max(1, CACHED // tensors[0].shape[-1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

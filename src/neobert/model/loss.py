@@ -50,7 +50,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         loss_sum = hidden_MD.new_zeros((), dtype=torch.float32)
         num_correct = labels_M.new_zeros(())
         wants_grad = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_hidden = torch.empty_like(hidden if wants_grad else hidden[:0])
         grad_weight = grad_bias = None
         for start in range(0, M, size):
             part, real = slice(start, start + size), min(size, M - start)
@@ -86,7 +86,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _with_rows(x_MD: Tensor, rows: int) -> Tensor:
-    """With rows of zeros behind, to `rows` rows."""
+    """With rows of zeros appended, `rows` in all."""
     return x_MD if len(x_MD) == rows else F.pad(x_MD, (0, 0, 0, rows - len(x_MD)))
 
 

@@ -7,7 +7,7 @@ instead of N, so logits cost the masking rate (15 %) of the usual memory and tim
 caller divides by the number of targets of the whole step, which makes accumulation and data parallelism exact.
 
 A batch is either padded rows with an `attention_mask`, or packed rows with `document_lengths` (their sum is B*T; padding
-at the end of a row counts as a document of its own). Documents never see each other and positions restart in each.
+at the end of a row counts as a document of its own). Documents do not attend to each other and positions restart in each.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from .attention import Kernel, Rotary
 from .bucket_attention import FINE_GRANULARITY
@@ -58,28 +58,28 @@ class NeoBERTConfig(PreTrainedConfig):
 
 
 @dataclass
-class MaskedLMLossOutput(MaskedLMOutput):
-    """`loss` is the mean over targets; `loss_sum` their sum; both float32 scalars. `num_correct` is an int64 scalar."""
+class LossOutput(ModelOutput):
+    """What heads return. `loss` is the mean over the targets, `loss_sum` the sum, both float32 scalars; `num_correct` is an
+    int64 scalar, 0 for a regression. `embeddings` n x D are not normalised.
+    """
 
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
+    embeddings: Tensor | None = None
     loss_sum: Tensor | None = None
     num_correct: Tensor | None = None
 
 
-@dataclass
-class ClassifierLossOutput(SequenceClassifierOutput):
-    """`loss` is the mean over rows; `loss_sum` their sum. `num_correct` is an int64 scalar, 0 for a regression."""
+def classifier_output(logits: Tensor, labels: Tensor | None) -> LossOutput:
+    """The output for logits n x num_labels: cross-entropy with class ids n, or the squared error where there is one label.
 
-    loss_sum: Tensor | None = None
-    num_correct: Tensor | None = None
-
-
-def classifier_output(logits: Tensor, labels: Tensor | None) -> ClassifierLossOutput:
-    """Cross-entropy of n x num_labels logits, or the squared error where there is one label; n `labels`, of which -100, or NaN,
-    count as none.
+    Labels of -100, or NaN, count as none.
     """
     logits = logits.float()
     if labels is None:
-        return ClassifierLossOutput(logits=logits)
+        return LossOutput(logits=logits)
     if logits.shape[1] == 1:
         known = ~labels.isnan()
         loss_sum = F.mse_loss(logits.squeeze(-1) * known, labels.nan_to_num().float(), reduction="sum")
@@ -87,26 +87,19 @@ def classifier_output(logits: Tensor, labels: Tensor | None) -> ClassifierLossOu
     else:
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         num_correct = (logits.argmax(-1) == labels).sum()
-    return ClassifierLossOutput(
-        loss=loss_sum / max(1, len(labels)), logits=logits, loss_sum=loss_sum, num_correct=num_correct
-    )
+    loss = loss_sum / max(1, len(labels))
+    return LossOutput(loss=loss, logits=logits, loss_sum=loss_sum, num_correct=num_correct)
 
 
-def wants_states(config: NeoBERTConfig, extra: dict[str, Any]) -> bool:
-    """Whether a forward pass is asked for hidden states, by its argument `output_hidden_states` or the configuration.
-
-    Raises ValueError for what transformers' models take and these do not, instead of ignoring it.
+def new_states(config: NeoBERTConfig, extra: dict[str, Any]) -> list[Tensor] | None:
+    """A list for the hidden states of a forward pass, where its argument `output_hidden_states` or the configuration asks for
+    them; else None. Raises ValueError for what transformers' models take and these do not, instead of ignoring it.
     """
     for name in ("output_attentions", "inputs_embeds", "position_ids"):
         if extra.get(name) is not None and extra[name] is not False:
             raise ValueError(f"NeoBERT does not take {name}")
     asked = extra.get("output_hidden_states")
-    return bool(config.output_hidden_states if asked is None else asked)
-
-
-def _restored(unpadded: UnpaddedBatch, states: list[Tensor] | None, last_BTD: Tensor) -> tuple[Tensor, ...] | None:
-    """`hidden_states` of an output: what went into each block as B x T x D, and the last hidden state."""
-    return None if states is None else (*map(unpadded.restore, states), last_BTD)
+    return [] if (config.output_hidden_states if asked is None else asked) else None
 
 
 def build_block(config: NeoBERTConfig) -> Block:
@@ -139,16 +132,14 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Uniform within the two init ranges; norms start at one. Heads start normal, without bias."""
+        config = self.config
         if isinstance(module, nn.Embedding):
-            nn.init.uniform_(module.weight, -self.config.embedding_init_range, self.config.embedding_init_range)
-        elif isinstance(module, nn.Linear) and module in (
-            getattr(self, "dense", None),
-            getattr(self, "classifier", None),
-        ):
-            nn.init.normal_(module.weight, std=self.config.classifier_init_range)
-            nn.init.zeros_(module.bias)
+            nn.init.uniform_(module.weight, -config.embedding_init_range, config.embedding_init_range)
         elif isinstance(module, nn.Linear):
-            nn.init.uniform_(module.weight, -self.config.decoder_init_range, self.config.decoder_init_range)
+            if module in (getattr(self, "dense", None), getattr(self, "classifier", None)):
+                nn.init.normal_(module.weight, std=config.classifier_init_range)
+            else:
+                nn.init.uniform_(module.weight, -config.decoder_init_range, config.decoder_init_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm | LayerNorm):
@@ -230,14 +221,32 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self, unpadded: UnpaddedBatch, rows_M: Tensor | None = None, states: list[Tensor] | None = None
     ) -> Tensor:
         """Hidden states of an unpadded batch: N x D, or M x D of the tokens `rows_M`, which alone go through what follows the
-        last block's attention. What goes into each block is appended to `states`.
+        last block's attention. `states` gets what goes into each block, and the result, as B x T x D each.
         """
         if rows_M is not None and self.is_compiled:  # as many tokens in every batch: nothing is compiled anew
             return self.encode(unpadded).index_select(0, rows_M)
-        config, rotary, chosen = self.config, None, rows_M
-        if rows_M is not None:  # some first tokens more, whose states nobody asks for
-            size = round_up_tokens(max(1, len(rows_M)), rows_M.device.type, compute_dtype(self.embed_tokens.weight))
-            chosen = F.pad(rows_M, (0, size - len(rows_M)))
+        end, chosen = -unpadded.layout.padding or None, rows_M  # of what is asked for
+        if rows_M is not None:  # further copies of the first token, which are left out of the result
+            end = len(rows_M)
+            size = round_up_tokens(max(1, end), rows_M.device.type, compute_dtype(self.embed_tokens.weight))
+            chosen = F.pad(rows_M, (0, size - end))
+        x_ND, rotary = self.embed_input(unpadded)
+        for block in self.layers:
+            if states is not None:
+                states.append(unpadded.restore(x_ND[:end]))
+            wanted = chosen if block is self.layers[-1] else None
+            if self.gradient_checkpointing and self.training:
+                x_ND = checkpoint(block, x_ND, rotary, unpadded.layout, wanted, use_reentrant=False)
+            else:
+                x_ND = block(x_ND, rotary, unpadded.layout, wanted)
+        x_ND = self.norm(x_ND if end is None else x_ND[:end])
+        if states is not None:
+            states.append(unpadded.restore(x_ND))
+        return x_ND
+
+    def embed_input(self, unpadded: UnpaddedBatch) -> tuple[Tensor, Rotary | None]:
+        """What goes into the first block, and the rotations of the tokens where positions are rotary."""
+        config, rotary = self.config, None
         x_ND = self.embed_tokens(unpadded.ids_N)
         if config.rope:
             lengths = unpadded.layout.lengths
@@ -246,20 +255,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
         else:
             x_ND = x_ND + self.embed_positions(unpadded.positions_N + 1)
-        x_ND = self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND)
-        for block in self.layers:
-            if states is not None:
-                states.append(x_ND[: len(x_ND) - unpadded.layout.padding])
-            wanted = chosen if block is self.layers[-1] else None
-            if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(block, x_ND, rotary, unpadded.layout, wanted, use_reentrant=False)
-            else:
-                x_ND = block(x_ND, rotary, unpadded.layout, wanted)
-        if rows_M is not None:
-            x_ND = x_ND[: len(rows_M)]
-        elif unpadded.layout.padding:
-            x_ND = x_ND[: -unpadded.layout.padding]
-        return self.norm(x_ND)
+        return self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND), rotary
 
     def forward(
         self,
@@ -269,12 +265,12 @@ class NeoBERT(NeoBERTPreTrainedModel):
         **extra: Any,
     ) -> BaseModelOutput:
         """Hidden states B x T x D; zero where `attention_mask` is. With `output_hidden_states` also what went into each
-        block, B x T x D each, and behind it the same as `last_hidden_state`. Raises ValueError as `wants_states`.
+        block, B x T x D each, and last the same as `last_hidden_state`. Raises ValueError as `new_states`.
         """
-        states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
+        states = new_states(self.config, extra)
         unpadded = self.flatten(input_ids, attention_mask, document_lengths)
         last = unpadded.restore(self.encode(unpadded, states=states))
-        return BaseModelOutput(last_hidden_state=last, hidden_states=_restored(unpadded, states, last))
+        return BaseModelOutput(last_hidden_state=last, hidden_states=None if states is None else tuple(states))
 
     def embed(
         self,
@@ -284,14 +280,11 @@ class NeoBERT(NeoBERTPreTrainedModel):
         pooling: Pooling = "mean",
         states: list[Tensor] | None = None,
     ) -> Tensor:
-        """One vector per row, or per document of packed rows: n x D in float32. `states` gets what `forward` returns."""
+        """One vector per row, or per document of packed rows: n x D in float32. `states` as in `encode`."""
         unpadded = self.flatten(input_ids, attention_mask, document_lengths)
         if not self.training:
             unpadded.layout.granularity = FINE_GRANULARITY
-        hidden_ND = self.encode(unpadded, states=states)
-        if states is not None:
-            states[:] = _restored(unpadded, states, unpadded.restore(hidden_ND)) or ()
-        return unpadded.pool(hidden_ND, pooling)
+        return unpadded.pool(self.encode(unpadded, states=states), pooling)
 
 
 class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
@@ -326,13 +319,13 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         masked_only: bool = False,
         count_correct: bool = False,
         **extra: Any,
-    ) -> MaskedLMLossOutput:
+    ) -> LossOutput:
         """Logits B x T x V, and with `labels` B x T (-100: no target) losses.
 
         `masked_only`, as training sets it, computes the same losses from the targets' logits alone and returns no logits.
         `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
-        states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
+        states = new_states(self.config, extra)
         unpadded = self.model.flatten(input_ids, attention_mask, document_lengths)
         labels_N = None if labels is None else unpadded.select(labels)
         if labels_N is not None:
@@ -341,11 +334,11 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
             if masked_only:
                 hidden_MD = self.model.encode(unpadded, targets_M)
                 loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
-                return MaskedLMLossOutput(loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
+                return LossOutput(loss=loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
         hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
-        hidden_states = _restored(unpadded, states, unpadded.restore(hidden_ND)) if states is not None else None
-        output = MaskedLMLossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
+        hidden_states = None if states is None else tuple(states)
+        output = LossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
         if labels_N is not None:
             output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
             output.loss = output.loss_sum / max(1, len(targets_M))
@@ -382,10 +375,10 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         document_lengths: Lengths | None = None,
         labels: Tensor | None = None,
         **extra: Any,
-    ) -> ClassifierLossOutput:
+    ) -> LossOutput:
         """Logits n x num_labels in float32. `labels` n: class ids, or numbers where there is one label."""
-        states: list[Tensor] | None = [] if wants_states(self.config, extra) else None
-        pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling
+        states = new_states(self.config, extra)
+        pooling: Pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling
         pooled = self.model.embed(input_ids, attention_mask, document_lengths, pooling, states)
         pooled = self.dropout(pooled.to(self.dense.weight.dtype))
         output = classifier_output(self.classifier(self.dropout(F.gelu(self.dense(pooled)))), labels)

@@ -1,11 +1,11 @@
-"""Batches as one run of tokens: padding left out, documents one behind the other; and pooling back to one vector each.
+"""Batches without padding: documents one after the other as one run of tokens; and pooling back to one vector each.
 
 Shapes: B rows, T row length, N tokens kept, D width, n documents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .attention import Kernel, Layout
 from .kernels import compute_dtype, round_up_tokens
 
 Pooling = Literal["mean", "avg", "cls", "max"]
-Lengths = Sequence[int] | Tensor
+Lengths: TypeAlias = Sequence[int] | Tensor
 
 
 def host_lengths(document_lengths: Lengths) -> tuple[int, ...]:
@@ -24,9 +24,9 @@ def host_lengths(document_lengths: Lengths) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class UnpaddedBatch:
-    """A batch as a run of N tokens. `kept_N` are the places in B*T that were kept; None when all were.
+    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were.
 
-    Behind the tokens there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
+    After the tokens there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
     """
 
     ids_N: Tensor
@@ -34,6 +34,14 @@ class UnpaddedBatch:
     layout: Layout
     shape: torch.Size
     kept_N: Tensor | None
+
+    @staticmethod
+    def padded(input_ids: Tensor, attention_mask: Tensor, dropout: float = 0.0) -> "UnpaddedBatch":
+        """The batch with all its padding and a mask of the real tokens: shapes do not depend on what is in it."""
+        mask_BT = attention_mask.bool()
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
+        layout = Layout(mask_BT=mask_BT, dropout=dropout)
+        return UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
 
     def select(self, x_BT: Tensor) -> Tensor:
         """The same tokens' values of another B x T tensor, unpadded."""
@@ -73,6 +81,17 @@ def check_not_empty(lengths: Sequence[int]) -> None:
         raise ValueError(f"row {list(lengths).index(0)} has no tokens to pool")
 
 
+def pool_rows(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
+    """One vector per padded row, in float32: of its first token ("bos", "cls"), or the maximum ("max") or mean of all."""
+    hidden_BTD = hidden_BTD.float()
+    if how in ("bos", "cls"):
+        first_B = mask_BT.int().argmax(1)
+        return hidden_BTD[torch.arange(first_B.shape[0], device=first_B.device), first_B]
+    if how == "max":
+        return hidden_BTD.masked_fill(~mask_BT[..., None], -torch.inf).amax(1)
+    return (hidden_BTD * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
+
+
 def flatten(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -86,52 +105,27 @@ def flatten(
 
     Raises ValueError when `document_lengths` do not sum to B*T, or when a document is longer than `longest` tokens.
     """
-    unpadded = _flatten(input_ids, attention_mask, document_lengths, longest, dropout, kernel)
-    num_tokens, kind = len(unpadded.ids_N), input_ids.device.type
-    padding = round_up_tokens(num_tokens, kind, compute_dtype(input_ids)) - num_tokens if kind == "cpu" else 0
-    if not padding:
-        return unpadded
-    ids, positions = (torch.cat((x, x.new_zeros(padding))) for x in (unpadded.ids_N, unpadded.positions_N))
-    return replace(unpadded, ids_N=ids, positions_N=positions, layout=replace(unpadded.layout, padding=padding))
-
-
-def _flatten(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    document_lengths: Lengths | None,
-    longest: int,
-    dropout: float,
-    kernel: Kernel,
-) -> UnpaddedBatch:
-    B, T = input_ids.shape
+    (B, T), kind = input_ids.shape, input_ids.device.type
+    ids_N, kept_N, lengths = input_ids.flatten(), None, (T,) * B
     if document_lengths is not None:
         lengths = host_lengths(document_lengths)
         if sum(lengths) != B * T or min(lengths, default=1) < 1:
             raise ValueError(f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens")
-        _check_length(max(lengths, default=0), longest)
-        layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel)
-        positions_N = _restart(torch.tensor(lengths, dtype=torch.int64), B * T).to(input_ids.device)
-        return UnpaddedBatch(input_ids.flatten(), positions_N, layout, input_ids.shape, None)
-    if attention_mask is None:
-        _check_length(T, longest)
-        layout = Layout(lengths=(T,) * B, dropout=dropout, kernel=kernel)
-        positions_N = torch.arange(T, device=input_ids.device).repeat(B)
-        return UnpaddedBatch(input_ids.flatten(), positions_N, layout, input_ids.shape, None)
-    mask_BT = attention_mask.bool()
-    positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-    if input_ids.device.type != "cpu" and kernel == "sdpa":
-        _check_length(T, longest)
-        layout = Layout(mask_BT=mask_BT, dropout=dropout)
-        return UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
-    kept_N = mask_BT.flatten().nonzero().squeeze(1)
-    layout = Layout(lengths=tuple(mask_BT.sum(1).tolist()), dropout=dropout, kernel=kernel)
-    _check_length(max(layout.lengths or (), default=0), longest)
-    return UnpaddedBatch(input_ids.flatten()[kept_N], positions_BT.flatten()[kept_N], layout, input_ids.shape, kept_N)
-
-
-def _check_length(length: int, longest: int) -> None:
-    if length > longest:
-        raise ValueError(f"a document of {length} tokens, but max_position_embeddings is {longest}")
+    is_static = document_lengths is None and attention_mask is not None and kind != "cpu" and kernel == "sdpa"
+    if document_lengths is None and attention_mask is not None and not is_static:
+        mask_BT = attention_mask.bool()
+        kept_N, lengths = mask_BT.flatten().nonzero().squeeze(1), tuple(mask_BT.sum(1).tolist())
+        ids_N = ids_N[kept_N]
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"a document of {max(lengths)} tokens, but max_position_embeddings is {longest}")
+    if is_static:
+        return UnpaddedBatch.padded(input_ids, attention_mask, dropout)
+    positions_N = _restart(torch.tensor(lengths, dtype=torch.int64), len(ids_N)).to(input_ids.device)
+    padding = round_up_tokens(len(ids_N), kind, compute_dtype(input_ids)) - len(ids_N)
+    if padding:
+        ids_N, positions_N = (torch.cat((x, x.new_zeros(padding))) for x in (ids_N, positions_N))
+    layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel, padding=padding)
+    return UnpaddedBatch(ids_N, positions_N, layout, input_ids.shape, kept_N)
 
 
 def _restart(lengths: Tensor, total: int) -> Tensor:

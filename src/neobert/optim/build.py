@@ -1,85 +1,170 @@
-"""The optimizer of a run, and its state as plain tensors."""
+"""The optimizer of a run: which parameter is updated how, and its state as plain tensors.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+Without rules of the user's:
+
+- Weight decay applies to matrices only: not to norms, biases and scalars, and not to embeddings (`embed` in the name), whose
+  rows only get a gradient when their token occurs, so that decay would pull rare tokens to zero. The decoder is a matrix
+  like any other and decays.
+- Muon takes the matrices of numbered encoder layers (`layers.N.` or `layer.N.` in the name); embeddings, decoder, heads,
+  norms and scalars go to AdamW.
+
+Rules are ordered patterns over names, as in a shell (`*`, `?`, `[abc]`); the first that matches a name decides for it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from neobert.optim.groups import GroupRule, Named, parameter_groups
-from neobert.optim.muon import Muon
+from neobert.optim.muon import Muon, MuonSettings
+from neobert.optim.sharding import local_rows, part_of
+
+Named = Iterable[tuple[str, nn.Parameter]]
+Tensors = dict[str, Tensor]
+
+_IN_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 
 
 @dataclass(frozen=True)
-class MuonSettings:
-    """The numbers of Muon; see muon.py."""
+class GroupRule:
+    """What is different for parameters whose name matches `pattern`; None: as without the rule."""
 
-    momentum: float = 0.95
+    pattern: str
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    algorithm: str | None = None  # muon or adamw
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """`adamw` (decoupled decay, arXiv 1711.05101), `adam` (decay added to the gradient), or `muonclip` (Muon and AdamW)."""
+
+    name: str
+    lr: float
     weight_decay: float = 0.0
-    nesterov: bool = False
-    method: str = "polar_express"
-    num_steps: int = 5
-    dtype: torch.dtype = torch.bfloat16
-    detect_anomalies: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    rules: Sequence[GroupRule] = ()
+    muon: MuonSettings = field(default_factory=MuonSettings)
 
 
 def build_optimizer(
-    name: str,
+    named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer, with torch's fused kernels. The learning rate of a step is to be multiplied by a group's `lr_scale`.
+
+    `fused` as in `parameter_groups`. Raises ValueError as `parameter_groups` and `Muon` do.
+    """
+    is_muon = settings.name == "muonclip"
+    groups = parameter_groups(
+        named_parameters,
+        weight_decay=settings.weight_decay,
+        muon_decay=settings.muon.weight_decay if is_muon else None,
+        rules=settings.rules,
+        fused=fused,
+    )
+    if is_muon:
+        return Muon(groups, settings.lr, settings.betas, settings.eps, settings.muon)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.name]
+    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+# --- groups -----------
+
+
+def parameter_groups(
     named_parameters: Named,
     *,
-    lr: float,
     weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
+    muon_decay: float | None = None,
     rules: Sequence[GroupRule] = (),
-    muon: MuonSettings | None = None,
     fused: Mapping[str, int] | None = None,
-    process_group: dist.ProcessGroup | None = None,
-) -> torch.optim.Optimizer:
-    """`adamw` (decoupled decay, arXiv 1711.05101) or `adam` (decay added to the gradient), with torch's fused kernels; or
-    `muonclip`: Muon on the matrices of encoder layers, AdamW on the rest.
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer, in order of first appearance; frozen parameters are left out.
 
-    `fused` as in `parameter_groups`, `process_group` as in `Muon`.
-
-    Every group has a `lr_scale`, by which the learning rate of a step is to be multiplied. Raises ValueError as
-    `parameter_groups` and `Muon` do.
+    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. `muon_decay` None: everything goes to AdamW.
+    `fused`: name endings of matrices that hold several, one below the other, and how many. Raises ValueError for a rule that
+    acts on nothing, for Muon on what is no matrix, and when nothing is left to train.
     """
-    if name == "muonclip":
-        settings = muon or MuonSettings()
-        groups = parameter_groups(
-            named_parameters, weight_decay=weight_decay, muon_decay=settings.weight_decay, rules=rules, fused=fused
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    used: set[int | None] = set()
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not trained:
+        raise ValueError("there is no parameter to train")
+    for name, parameter in trained:
+        number = next((number for number, rule in enumerate(rules) if fnmatchcase(name, rule.pattern)), None)
+        used.add(number)
+        rule = GroupRule("*") if number is None else rules[number]
+        settings = _settings(name, parameter, rule, weight_decay, muon_decay)
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "param_names": [], "parts": [], **settings})
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+        group["parts"].append(next((n for ending, n in (fused or {}).items() if name.endswith(ending)), 1))
+    for number, rule in enumerate(rules):
+        if number not in used:
+            raise ValueError(_why_unused(rule, [name for name, _ in trained]))
+    if muon_decay is not None and not any(group["algorithm"] == "muon" for group in groups.values()):
+        raise ValueError(
+            "muonclip found no matrix in a numbered layer (layers.N.*); engines that hand over flattened weights (ZeRO) cannot "
+            "be used with it: use adamw, or ZeRO stage 0"
         )
-        return Muon(
-            groups,
-            lr=lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            betas=betas,
-            eps=eps,
-            method=settings.method,
-            num_steps=settings.num_steps,
-            dtype=settings.dtype,
-            detect_anomalies=settings.detect_anomalies,
-            process_group=process_group,
-        )
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-    groups = parameter_groups(named_parameters, weight_decay=weight_decay, rules=rules)
-    return kinds[name](groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return list(groups.values())
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _settings(
+    name: str, parameter: nn.Parameter, rule: GroupRule, weight_decay: float, muon_decay: float | None
+) -> dict[str, Any]:
+    algorithm, decay, is_embedding = rule.algorithm, rule.weight_decay, "embed" in name
+    if algorithm is None:
+        is_encoder_matrix = parameter.ndim == 2 and not is_embedding and _IN_LAYER.search(name) is not None
+        algorithm = "muon" if muon_decay is not None and is_encoder_matrix else "adamw"
+    elif algorithm == "muon" and parameter.ndim != 2:
+        raise ValueError(f"pattern {rule.pattern!r} gives {name} to muon, which takes matrices only")
+    if decay is None:
+        decay = muon_decay if algorithm == "muon" and muon_decay is not None else weight_decay
+        decay = decay if parameter.ndim >= 2 and not is_embedding else 0.0
+    return {"algorithm": algorithm, "weight_decay": decay, "lr_scale": rule.lr_scale}
+
+
+def _why_unused(rule: GroupRule, names: list[str]) -> str:
+    if any(fnmatchcase(name, rule.pattern) for name in names):
+        return f"pattern {rule.pattern!r} acts on nothing: earlier patterns take all parameters that it matches"
+    return f"pattern {rule.pattern!r} matches no parameter; names are like {', '.join(names[:3])}"
+
+
+# --- state -----------
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
     """All state tensors under `<parameter name>/<state name>`; plain data that safetensors can hold (DTensors under FSDP2)."""
-    tensors = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            for kind, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{kind}"] = value
-    return tensors
+    return {
+        f"{name}/{kind}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
+    """What this process has to save of optimizer state, copied to the CPU, and the first row of each shard. What all have is
+    saved by the main one.
+    """
+    parts, first_rows = {}, {}
+    for path, tensor in state.items():
+        if isinstance(tensor, DTensor):
+            first_rows[path] = local_rows(tensor).start
+            parts[path] = tensor.to_local().detach().to("cpu", copy=True)
+        elif is_main:
+            parts[path] = tensor.detach().to("cpu", copy=True)
+    return parts, first_rows
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Restore what `optimizer_state` gave; whole tensors are split as their parameter is.
 
     Raises ValueError when a parameter is unknown or has another shape, or the state is another algorithm's.
@@ -101,11 +186,5 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
             raise ValueError(
                 f"optimizer state of {name!r} has shape {tuple(value.shape)}, the weights {tuple(parameter.shape)}"
             )
-        optimizer.state[parameter][kind] = _place(value, parameter)
-
-
-def _place(value: Tensor, parameter: Tensor) -> Tensor:
-    if value.ndim and isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    on = value.device if not value.ndim and parameter.device.type == "cpu" else parameter.device
-    return value.to(on)
+        stays = not value.ndim and parameter.device.type == "cpu"  # a step count
+        optimizer.state[parameter][kind] = part_of(value, parameter).to(value.device if stays else parameter.device)

@@ -7,11 +7,12 @@ Sources: Keller Jordan's Muon; Kimi K2, arXiv 2507.20534 (no Nesterov momentum; 
 
 A fused matrix (q, k and v one below the other; gate and up) is treated as the `parts` it is made of: its update is what
 separate matrices would get. All matrices of one shape, whichever parameter they are from, go through `orthogonalize_` in one
-call. Parameters may be DTensors; see ownership.py.
+call. Parameters may be DTensors; see sharding.py.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,93 +23,65 @@ from torch.optim.adamw import adamw
 
 from neobert.errors import UserError
 from neobert.optim.orthogonalize import orthogonalize_, quintics
-from neobert.optim.ownership import Placement, distribute, local, placement
+from neobert.optim.sharding import Placement, distribute, local, placement
 
 SCALE = 0.4
 Group = dict[str, Any]
 
 
-class Muon(torch.optim.Optimizer):  # type: ignore[misc]
+@dataclass(frozen=True)
+class MuonSettings:
+    """The numbers of Muon. `dtype` is the arithmetic of its products: bfloat16 where hardware multiplies it, else float32."""
+
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    method: str = "polar_express"
+    num_steps: int = 5
+    dtype: torch.dtype = torch.bfloat16
+    detect_anomalies: bool = False
+
+
+class Muon(torch.optim.Optimizer):
     """Groups whose `algorithm` is `muon` take matrices; those with `adamw` take anything.
 
-    Keys of a group: lr, weight_decay, param_names; for muon: momentum, nesterov, parts (per parameter: how many matrices
-    lie in it, one below the other); for adamw: betas, eps. `dtype` is the arithmetic of the products: bfloat16 where
-    the hardware multiplies it, else float32. `process_group`: the ranks that hold copies of plain tensors; None: all.
-    Raises ValueError for groups and settings that cannot work.
+    Keys of a group: lr, weight_decay, param_names, parts (per parameter: how many matrices lie in it, one below the other);
+    for adamw: betas, eps. Raises ValueError for groups and settings that cannot work.
     """
 
     def __init__(
         self,
         groups: Iterable[Group],
-        *,
         lr: float,
-        momentum: float = 0.95,
-        nesterov: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        method: str = "polar_express",
-        num_steps: int = 5,
-        dtype: torch.dtype = torch.bfloat16,
-        detect_anomalies: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        settings: MuonSettings | None = None,
     ):
-        quintics(method, num_steps)
-        self.method, self.num_steps, self.dtype = method, num_steps, dtype
-        self.detect_anomalies, self.process_group = detect_anomalies, process_group
-        defaults = {
-            "lr": lr,
-            "weight_decay": 0.0,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "betas": betas,
-            "eps": eps,
-        }
-        super().__init__(list(groups), defaults)
+        self.settings = settings or MuonSettings()
+        quintics(self.settings.method, self.settings.num_steps)
+        super().__init__(list(groups), {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps})
         for group in self.param_groups:
             if group["algorithm"] == "muon":
-                self._check(group)
-
-    def _check(self, group: Group) -> None:
-        for name, parameter, parts in zip(group["param_names"], group["params"], group["parts"], strict=True):
-            if parameter.ndim != 2:
-                raise ValueError(f"muon takes matrices, and {name} has shape {tuple(parameter.shape)}")
-            if parameter.shape[0] % parts:
-                raise ValueError(f"{name} has {parameter.shape[0]} rows, which are not {parts} equal matrices")
-            try:
-                placement(parameter, self.process_group)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                _check(group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of everything that has a gradient. With `detect_anomalies`, raises UserError before the first write
-        when a gradient is not finite, on every rank.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.detect_anomalies:
+    def step(self) -> None:
+        """Update what has a gradient. With `detect_anomalies`, raises UserError on every rank, first, if one is not finite."""
+        if self.settings.detect_anomalies:
             self._check_finite()
         for group in self.param_groups:
             if group["algorithm"] == "muon":
                 self._muon_step(group)
             else:
                 self._adamw_step(group)
-        return loss
 
     def _check_finite(self) -> None:
-        named = [
-            (name, parameter.grad)
-            for group in self.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-            if parameter.grad is not None
-        ]
+        named = [(name, parameter.grad) for group in self.param_groups for name, parameter, _ in _members(group)]
         if not named:
             return
         bad = torch.stack([(~local(grad).isfinite()).any() for _, grad in named]).float()
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.process_group)
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
         names = [name for (name, _), is_bad in zip(named, bad.tolist(), strict=True) if is_bad]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -120,17 +93,15 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
     # --- muon -----------
 
     def _muon_step(self, group: Group) -> None:
-        by_place: dict[Placement, list[tuple[Tensor, int]]] = {}
-        for parameter, parts in zip(group["params"], group["parts"], strict=True):
-            if parameter.grad is not None:
-                by_place.setdefault(placement(parameter, self.process_group), []).append((parameter, parts))
-        for where, members in by_place.items():
-            directions = [self._direction(parameter, group) for parameter, _ in members]
-            split = [parts for _, parts in members]
-            rows = [parameter.shape[0] for parameter, _ in members]
+        by_placement: dict[Placement, list[tuple[Tensor, int]]] = {}
+        for _, parameter, parts in _members(group):
+            by_placement.setdefault(placement(parameter), []).append((parameter, parts))
+        for where, members in by_placement.items():
+            directions = [self._direction(parameter) for parameter, _ in members]
             if where.group is not None:
-                directions = [x.to(self.dtype) for x in directions]
-            updates = distribute(where, directions, rows, partial(self._solve, split))
+                directions = [x.to(self.settings.dtype) for x in directions]
+            solve = partial(self._solve, [parts for _, parts in members])
+            updates = distribute(where, directions, [parameter.shape[0] for parameter, _ in members], solve)
             for (parameter, parts), update in zip(members, updates, strict=True):
                 scale = SCALE * math.sqrt(max(parameter.shape[0] // parts, parameter.shape[1]))
                 weight = local(parameter)
@@ -138,40 +109,39 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * scale)
 
-    def _direction(self, parameter: Tensor, group: Group) -> Tensor:
+    def _direction(self, parameter: Tensor) -> Tensor:
         """Momentum of this rank's part of a matrix, brought up to date; with Nesterov, looked ahead."""
-        state = self.state[parameter]
+        state, beta = self.state[parameter], self.settings.momentum
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum, grad = local(state["momentum_buffer"]), local(parameter.grad)  # type: ignore[arg-type]
-        momentum.lerp_(grad, 1 - group["momentum"])
-        return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        assert parameter.grad is not None
+        momentum, grad = local(state["momentum_buffer"]), local(parameter.grad)
+        momentum.lerp_(grad, 1 - beta)
+        return grad.lerp(momentum, beta) if self.settings.nesterov else momentum
 
     def _solve(self, parts: list[int], numbers: list[int], matrices: list[Tensor]) -> list[Tensor]:
-        """Orthogonalise whole matrices in stacks of one shape; results in `self.dtype`, shaped as `matrices`.
+        """Orthogonalise whole matrices in stacks of one shape; results in the settings' dtype, shaped as `matrices`.
 
         The parts of a fused matrix are neighbours in their stack, so going in is one copy and coming out a view.
         """
         stacks: dict[tuple[int, int], list[int]] = {}
-        for place, (number, matrix) in enumerate(zip(numbers, matrices, strict=True)):
+        for index, (number, matrix) in enumerate(zip(numbers, matrices, strict=True)):
             shape = (matrix.shape[0] // parts[number], matrix.shape[1])
-            stacks.setdefault(shape, []).append(place)
-        solved = list(matrices)
-        for shape, places in stacks.items():
-            sizes = [parts[numbers[place]] for place in places]
-            stack_BRC = torch.empty(sum(sizes), *shape, dtype=self.dtype, device=matrices[places[0]].device)
-            pieces = [piece.flatten(0, 1) for piece in stack_BRC.split(sizes)]
-            for place, piece in zip(places, pieces, strict=True):
-                piece.copy_(matrices[place])
-                solved[place] = piece
-            orthogonalize_(stack_BRC, self.method, self.num_steps)
+            stacks.setdefault(shape, []).append(index)
+        solved, settings = list(matrices), self.settings
+        for shape, members in stacks.items():
+            sizes = [parts[numbers[index]] for index in members]
+            stack_BRC = torch.empty(sum(sizes), *shape, dtype=settings.dtype, device=matrices[members[0]].device)
+            for index, piece in zip(members, stack_BRC.split(sizes), strict=True):
+                solved[index] = piece.flatten(0, 1).copy_(matrices[index])
+            orthogonalize_(stack_BRC, settings.method, settings.num_steps)
         return solved
 
     # --- adamw -----------
 
     def _adamw_step(self, group: Group) -> None:
         """torch's own fused kernel; elementwise, so each rank updates what it holds."""
-        members = [parameter for parameter in group["params"] if parameter.grad is not None]
+        members = [parameter for _, parameter, _ in _members(group)]
         for parameter in members:
             state = self.state[parameter]
             if not state:
@@ -195,3 +165,23 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+def _members(group: Group) -> Iterator[tuple[str, Any, int]]:
+    """(name, parameter, parts) of the parameters of a group that have a gradient."""
+    for name, parameter, parts in zip(group["param_names"], group["params"], group["parts"], strict=True):
+        if parameter.grad is not None:
+            yield name, parameter, parts
+
+
+def _check(group: Group) -> None:
+    """Raises ValueError for a parameter that Muon cannot update."""
+    for name, parameter, parts in zip(group["param_names"], group["params"], group["parts"], strict=True):
+        if parameter.ndim != 2:
+            raise ValueError(f"muon takes matrices, and {name} has shape {tuple(parameter.shape)}")
+        if parameter.shape[0] % parts:
+            raise ValueError(f"{name} has {parameter.shape[0]} rows, which are not {parts} equal matrices")
+        try:
+            placement(parameter)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

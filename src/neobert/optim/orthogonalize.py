@@ -61,7 +61,10 @@ def orthogonalize_(x_BRC: Tensor, method: str = "polar_express", num_steps: int 
     steps = quintics(method, num_steps)
     margin = SAFETY if method == "polar_express" else 1.0
     B, R, C = x_BRC.shape
-    run, n = min(B, _cached_run(R * C) if x_BRC.device.type == "cpu" else B), min(R, C)
+    run, n = B, min(R, C)
+    if x_BRC.device.type == "cpu":  # as many as `CPU_ELEMENTS` holds, the same number for every thread
+        threads = torch.get_num_threads()
+        run = min(B, max(1, CPU_ELEMENTS // max(1, R * C * threads)) * threads)
     work = (x_BRC.new_empty(run, R, C), x_BRC.new_empty(run, n, n), x_BRC.new_empty(run, n, n))
     for part in x_BRC.split(run):
         part.div_(torch.linalg.vector_norm(part, dim=(1, 2), keepdim=True).mul_(margin).add_(EPS))
@@ -69,16 +72,8 @@ def orthogonalize_(x_BRC: Tensor, method: str = "polar_express", num_steps: int 
     return x_BRC
 
 
-def _cached_run(num_elements: int) -> int:
-    """Matrices of a run on a CPU: as many as `CPU_ELEMENTS` holds, the same number for every thread."""
-    threads = torch.get_num_threads()
-    return max(1, CPU_ELEMENTS // max(1, num_elements * threads)) * threads
-
-
 def _iterate_(x_BRC: Tensor, steps: list[Quintic], other_BRC: Tensor, gram_Bnn: Tensor, poly_Bnn: Tensor) -> None:
-    """x <- a x + (b G + c G G) x with the Gram matrix G = x x'; from the right, with x' x, where x is tall (n: the smaller
-    of R and C). All results go to memory that is there.
-    """
+    """x <- a x + (b G + c G G) x with G = x x'; from the right, with x' x, where x is tall (n: the smaller of R and C)."""
     source, target = x_BRC, other_BRC
     is_tall = x_BRC.shape[1] > x_BRC.shape[2]
     for a, b, c in steps:

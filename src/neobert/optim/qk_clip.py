@@ -1,30 +1,41 @@
 """QK-clip: keep the attention logits of every head below a threshold by shrinking its rows of W_q and W_k.
 
-Shapes: N tokens, H query heads, G key heads (G divides H; head h reads key head h // (H / G)), K head width, L layers.
+Shapes: B rows, T row length, N tokens, H query heads, G key heads (G divides H; head h reads key head h // (H / G)), K head
+width, L attention blocks.
 
 After a step, where S is the largest logit q.k / sqrt(K) of a head in the whole global batch and S exceeds the threshold tau,
 the rows of q are multiplied by (tau/S)^alpha and those of k by (tau/S)^(1 - alpha), which brings that logit to tau
-(Kimi K2, arXiv 2507.20534). Rotary positions turn q and k but keep their lengths, so this holds with them too. Where several
+(Kimi K2, arXiv 2507.20534). Rotary positions rotate q and k but keep their lengths, so this holds with them too. Where several
 query heads share a key head, k shrinks by the smallest of their factors and each q by what then remains, so that every head
 gets exactly its own factor.
 
-Maxima are of float32 products, over pairs of tokens of one document only, and are reduced over all ranks here: replicas that
-clipped by their own maxima would drift apart.
+Two kinds of attention block are known: our own, whose q, k and v are one matrix, and any block that keeps projections apart
+under names that `clipping_layers_mapping` gives, as transformers' models do. Maxima are taken at once, inside the forward
+pass, so no activation is kept for them: of float32 products, over pairs of tokens of one document only. They are reduced over
+all ranks; replicas that clipped by their own maxima would drift apart. A pass that recomputes activations (gradient
+checkpointing) runs the same code but is not looked at, nor is evaluation.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
 
-from neobert.optim.ownership import local
+from neobert.errors import ConfigError, Problem
+from neobert.model.attention import Layout, Rotary
+from neobert.model.bucket_attention import Buckets
+from neobert.model.layers import Attention
+from neobert.model.unpadding import host_lengths
+from neobert.optim.sharding import local, part_of
 
-GRANULARITY = 32  # documents whose lengths round up to the same multiple of this go through one product
+MAPPING_KEY = "optimizer.muon_config.clipping_layers_mapping"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -51,22 +62,50 @@ class QKClipSettings:
         return update > self.warmup_steps and update % self.interval == 0
 
 
+@dataclass(frozen=True)
+class ClipReport:
+    """What a clip saw and did. `maxima` and `factors` are L x H; a factor below 1 is what a head's logits shrink by."""
+
+    maxima: Tensor
+    factors: Tensor
+
+
+def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
+    """What metrics.jsonl reports of the clips since its last line: the largest logit, overall and of each block; how often a
+    head was clipped, the smallest factor, and what every clipped head's logits shrank by in all (`<block>.<head>`).
+    """
+    if not reports:
+        return {}
+    maxima_LH = torch.stack([report.maxima for report in reports]).amax(0)
+    factors = torch.stack([report.factors for report in reports])
+    in_all_LH = factors.prod(0)
+    maxima = [maxima_LH.max().item(), *maxima_LH.amax(1).tolist()]
+    in_json = [round(value, 4) if math.isfinite(value) else None for value in maxima]
+    return {
+        "qk_max_logit": in_json[0],
+        "qk_clipped_heads": int((factors < 1).sum()),
+        "qk_min_factor": factors.min().item(),
+        "qk_block_max_logits": in_json[1:],
+        "qk_factors": {
+            f"{block}.{head}": round(in_all_LH[block, head].item(), 6)
+            for block, head in (in_all_LH < 1).nonzero().tolist()
+        },
+    }
+
+
+# --- logits and factors -----------
+
+
 def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.device) -> list[Tensor]:
     """Numbers of the tokens of documents that lie one after the other, n x T for n documents of about the same length.
 
     Shorter documents repeat their last token, which adds no other logit. A group has about `chunk_size` tokens at most.
     """
-    starts = list(itertools.accumulate(lengths, initial=0))
-    by_length: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        if length:
-            by_length.setdefault(-(-length // GRANULARITY) * GRANULARITY, []).append(number)
+    buckets = Buckets.of(tuple(lengths))
     groups = []
-    for length, numbers in by_length.items():
-        step = max(1, chunk_size // length)
-        for some in (numbers[begin : begin + step] for begin in range(0, len(numbers), step)):
-            first_n1, last_n1 = (torch.tensor([starts[n + shift] - shift for n in some])[:, None] for shift in (0, 1))
-            groups.append((first_n1 + torch.arange(length)).minimum(last_n1).to(device))
+    for bucket in buckets.buckets:
+        tokens_nT = buckets.tokens_P[bucket.span].view(bucket.num_documents, bucket.length).to(device)
+        groups.extend(tokens_nT.split(max(1, chunk_size // bucket.length)))
     return groups
 
 
@@ -74,8 +113,7 @@ def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.devic
 def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], chunk_size: int) -> Tensor:
     """Largest q.k / sqrt(K) of each head (H, float32) over pairs within documents of `group_documents`; -inf without any.
 
-    Products are of full float32 precision on every device. At most H x `chunk_size` x (longest document) logits exist at a
-    time.
+    Products have full float32 precision. At most H x `chunk_size` x (longest document) logits exist at a time.
     """
     num_heads, width = q_NHK.shape[1:]
     q_NHK, k_NGK = q_NHK.detach().float(), k_NGK.detach().float()
@@ -101,13 +139,6 @@ def _without_tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def reduce_maxima(maxima_LH: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The maximum over all ranks of `group` (None: all there are), in place."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(maxima_LH, dist.ReduceOp.MAX, group=group)
-    return maxima_LH
-
-
 def clip_factors(maxima_H: Tensor, threshold: float, alpha: float, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(factor of the logits: H, of q: H, of k: G), float64; 1 where the maximum is within the threshold or not finite."""
     maxima = maxima_H.double()
@@ -119,13 +150,240 @@ def clip_factors(maxima_H: Tensor, threshold: float, alpha: float, num_key_heads
 
 @torch.no_grad()
 def scale_rows_(weight: Tensor, factors_R: Tensor, start: int = 0) -> None:
-    """Multiply the rows of a matrix (or the entries of a bias) from `start` on by a factor each; the others stay.
-
-    Of a DTensor every rank scales the rows that it holds.
-    """
+    """Multiply rows of a matrix, or entries of a bias, from `start` on by a factor each; every rank scales those it holds."""
     rows = torch.ones(weight.shape[0], dtype=torch.float64, device=factors_R.device)
     rows[start : start + len(factors_R)] = factors_R
     scale = rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.ndim - 1))
-    if isinstance(weight, DTensor):
-        scale = distribute_tensor(scale, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
-    local(weight).mul_(scale)
+    local(weight).mul_(local(part_of(scale, weight)))
+
+
+# --- attention blocks -----------
+
+
+@dataclass
+class Heads:
+    """The projections of one attention block, as modules (an engine may exchange their parameters), and k's first row;
+    `maxima_H` are the largest logits of the passes that were looked at since the last clip.
+    """
+
+    q: nn.Module
+    k: nn.Module
+    k_start: int
+    num_heads: int
+    num_key_heads: int
+    width: int  # K
+    maxima_H: Tensor | None = None
+
+    @staticmethod
+    def fused(block: Attention) -> "Heads":
+        """The heads of our own attention."""
+        width = block.qkv.weight.shape[1]
+        return Heads(block.qkv, block.qkv, width, block.num_heads, block.num_heads, width // block.num_heads)
+
+    @staticmethod
+    def separate(block: nn.Module, names: Mapping[str, str]) -> "Heads":
+        """The heads of a block with modules of these names. Raises ConfigError where they cannot be clipped."""
+        kind = type(block).__name__
+        for norm in ("q_norm", "k_norm"):
+            if _child(block, norm) is not None:
+                raise _bad_mapping(f"{kind} normalises q and k ({norm}): their rows cannot be clipped")
+        q, k = (block.get_submodule(names[role]) for role in PROJECTIONS[:2])
+        widths = [getattr(block, name, None) for name in ("head_dim", "attention_head_size", "dim_head")]
+        width = next((width for width in widths if isinstance(width, int)), None)
+        if width is None:
+            if (config := getattr(block, "config", None)) is None:
+                raise _bad_mapping(f"{kind} does not say how wide its heads are (head_dim)")
+            width = int(config.hidden_size // config.num_attention_heads)
+        num_heads, num_key_heads = (int(one.weight.shape[0]) // width for one in (q, k))
+        if num_key_heads < 1 or num_heads % num_key_heads:
+            raise _bad_mapping(f"{num_heads} query heads do not share {num_key_heads} key heads evenly")
+        return Heads(q, k, 0, num_heads, num_key_heads, width)
+
+    def scale_(self, q_H: Tensor, k_G: Tensor) -> None:
+        """Multiply each head's rows of the matrices, and entries of the biases where there are some."""
+        for weight in self.q.parameters(recurse=False):
+            scale_rows_(weight, q_H.repeat_interleave(self.width))
+        for weight in self.k.parameters(recurse=False):
+            scale_rows_(weight, k_G.repeat_interleave(self.width), self.k_start)
+
+
+def find_separate(model: nn.Module, names: Mapping[str, str], required: bool) -> list[nn.Module]:
+    """Blocks that hold all named projections. Raises ConfigError for a name of none, where names are `required`."""
+    if unknown := sorted(set(names) - set(PROJECTIONS)):
+        raise _bad_mapping(f"no projection {unknown[0]!r}; keys are {', '.join(PROJECTIONS)}")
+    modules = list(model.modules())
+    blocks = [block for block in modules if all(_child(block, name) is not None for name in names.values())]
+    if required and not blocks:
+        missing = [f"{role}: {name}" for role, name in names.items() if not any(_child(b, name) for b in modules)]
+        wrong = ", ".join(missing) or "these together"
+        raise _bad_mapping(f"no attention block of the model has modules of these names ({wrong})")
+    return blocks
+
+
+def _child(block: nn.Module, name: str) -> nn.Module | None:
+    child: nn.Module | None = block
+    for part in name.split("."):
+        child = None if child is None else child._modules.get(part)
+    return child
+
+
+def _bad_mapping(message: str) -> ConfigError:
+    return ConfigError(Problem(MAPPING_KEY, message))
+
+
+@dataclass
+class Documents:
+    """The real documents of the batch in a forward pass."""
+
+    kept_N: Tensor | None  # positions of their tokens in B*T; None: all
+    num_tokens: int
+    groups_nT: list[Tensor]  # as `group_documents` makes them, for all blocks
+
+
+def _real_documents(
+    ids_BT: Tensor, inputs: Mapping[str, Any], pad_id: int | None
+) -> tuple[Tensor | None, Sequence[int]]:
+    """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`."""
+    mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
+    if packed is not None:
+        lengths = host_lengths(packed)
+        if pad_id is None:
+            return None, lengths
+        real = [bool((document != pad_id).any()) for document in ids_BT.flatten().cpu().split(lengths)]
+        if all(real):
+            return None, lengths
+        kept_N = torch.tensor(real).repeat_interleave(torch.tensor(lengths)).nonzero().squeeze(1)
+        return kept_N.to(ids_BT.device), list(itertools.compress(lengths, real))
+    if mask is None:
+        return None, [ids_BT.shape[1]] * ids_BT.shape[0]
+    mask_BT = mask.bool()
+    return mask_BT.flatten().nonzero().squeeze(1), [n for n in mask_BT.sum(1).tolist() if n]
+
+
+class QKClip:
+    """Watches a model's attention blocks and clips them. `prepare` comes before each forward pass, `apply` after the update.
+
+    `pad_id` marks padding in packed rows; `mapping` names separate projections. Raises ConfigError where it does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: QKClipSettings,
+        *,
+        pad_id: int | None,
+        mapping: Mapping[str, str] | None = None,
+    ):
+        self.settings, self.pad_id = settings, pad_id
+        self._fused = [module for module in model.modules() if isinstance(module, Attention)]
+        self._heads = {block: Heads.fused(block) for block in self._fused}
+        names = {"q_proj": "q_proj", "k_proj": "k_proj", **(mapping or {})}
+        for block in find_separate(model, names, required=bool(mapping)):
+            self._heads[block] = Heads.separate(block, names)
+            self._watch_projections(block, names)
+        if not self._heads:
+            raise _bad_mapping("the model has no attention block that is known; name its projections")
+        self._is_armed = False  # the next forward pass is to be looked at
+        self._documents: Documents | None = None  # of this forward pass, where it is looked at
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_hook(self._after)
+
+    # --- what the loop calls -----------
+
+    def prepare(self, update: int, is_last_microbatch: bool) -> None:
+        """Look at the next forward pass, where that is due for update number `update` (the first is 1)."""
+        self._is_armed = self.settings.is_due(update) and (is_last_microbatch or not self.settings.last_microbatch_only)
+        for block in self._fused if self._is_armed else ():
+            block.capture = self._see_fused  # stays until `apply`: recomputation has to run the same code
+
+    @torch.no_grad()
+    def apply(self, update: int) -> ClipReport | None:
+        """Clip after update number `update`; None where it is not due. All ranks have to call it together."""
+        self._is_armed = False
+        for block in self._fused:
+            block.capture = None
+        if not self.settings.is_due(update):
+            return None
+        blocks = list(self._heads.values())
+        device = next(blocks[0].q.parameters()).device
+        maxima_LH = torch.full((len(blocks), max(heads.num_heads for heads in blocks)), -torch.inf, device=device)
+        for heads, row_H in zip(blocks, maxima_LH, strict=True):
+            if heads.maxima_H is not None:
+                row_H[: heads.num_heads] = heads.maxima_H
+            heads.maxima_H = None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(maxima_LH, dist.ReduceOp.MAX)
+        maxima_LH = maxima_LH.cpu()  # the one wait for the device
+        factors_LH = torch.ones_like(maxima_LH, dtype=torch.float64)
+        threshold, alpha = self.settings.threshold, self.settings.alpha
+        for heads, maxima_H, factors_H in zip(blocks, maxima_LH, factors_LH, strict=True):
+            real = slice(heads.num_heads)
+            factors_H[real], q_H, k_G = clip_factors(maxima_H[real], threshold, alpha, heads.num_key_heads)
+            if bool((factors_H < 1).any()):
+                heads.scale_(q_H, k_G)
+        return ClipReport(maxima_LH, factors_LH)
+
+    # --- what the forward pass calls -----------
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_armed:
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            kept_N, lengths = _real_documents(ids, kwargs, self.pad_id)
+            self._documents = Documents(
+                kept_N, sum(lengths), group_documents(lengths, self.settings.chunk_size, ids.device)
+            )
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._documents, self._is_armed = None, False
+
+    def _see_fused(self, block: nn.Module, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> None:
+        """`Attention.capture`."""
+        if self._documents is not None:
+            if layout.padding:  # these tokens belong to no document
+                qkv_N3HK = qkv_N3HK[: -layout.padding]
+                rotary = rotary and replace(rotary, positions_N=rotary.positions_N[: -layout.padding])
+            q, k, _ = qkv_N3HK.detach().unbind(1)
+            self.see(block, q, k, rotary)
+
+    def _watch_projections(self, block: nn.Module, names: Mapping[str, str]) -> None:
+        """Hooks on a block whose projections are apart: q and k of a pass are kept until both are there."""
+        heads = self._heads[block]
+        seen: dict[Any, Any] = {}
+
+        @torch.compiler.disable
+        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.clear()
+            seen["tables"] = kwargs.get("position_embeddings")
+
+        @torch.compiler.disable
+        def keep(projection: nn.Module, args: Any, output_BTD: Tensor) -> None:
+            if self._documents is None:
+                return
+            seen[projection] = output_BTD.detach()
+            if heads.q not in seen or heads.k not in seen:
+                return
+            q_BTD, k_BTD, rotary = seen.pop(heads.q), seen.pop(heads.k), None
+            if (tables := seen.get("tables")) is not None:  # transformers' tables: (B or 1) x T x K, both halves alike
+                half = heads.width // 2
+                cos, sin = (x[..., :half].expand(len(q_BTD), -1, -1).flatten(0, 1).float() for x in tables)
+                rotary = Rotary(cos, sin, torch.arange(len(cos), device=cos.device))
+            q_NHK = q_BTD.reshape(-1, heads.num_heads, heads.width)
+            self.see(block, q_NHK, k_BTD.reshape(-1, heads.num_key_heads, heads.width), rotary)
+
+        block.register_forward_pre_hook(enter, with_kwargs=True)
+        for role in PROJECTIONS[:2]:
+            block.get_submodule(names[role]).register_forward_hook(keep)
+
+    @torch.no_grad()
+    def see(self, block: nn.Module, q_NHK: Tensor, k_NGK: Tensor, rotary: Rotary | None) -> None:
+        """Raise the maxima of a block by the logits of q and k, of all B*T tokens or of those that are not padding."""
+        documents, heads = self._documents, self._heads[block]
+        assert documents is not None
+        with torch.autocast(q_NHK.device.type, enabled=False):
+            q, k = q_NHK.float(), k_NGK.float()
+            if rotary is not None:
+                q, k = rotary.rotate(q), rotary.rotate(k)
+            if documents.kept_N is not None and len(q) != documents.num_tokens:
+                q, k = (x.index_select(0, documents.kept_N) for x in (q, k))
+            maxima_H = largest_logits(q, k, documents.groups_nT, self.settings.chunk_size)
+        heads.maxima_H = maxima_H if heads.maxima_H is None else torch.maximum(heads.maxima_H, maxima_H)

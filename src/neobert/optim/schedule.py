@@ -21,9 +21,7 @@ class Schedule:
 
 
 def lr_scale(step: float, schedule: Schedule) -> float:
-    """Ratio of the peak learning rate for the update number `step` (the first is 0; between two where a resumed run has steps
-    of another size).
-    """
+    """Ratio of the peak learning rate for update `step` (the first is 0; fractions where a run had steps of another size)."""
     if step < schedule.warmup_steps:
         return (step + 1) / (schedule.warmup_steps + 1)
     if schedule.name == "constant":
@@ -48,29 +46,31 @@ def _height(step: float, schedule: Schedule) -> float:
             return 1.0 - progress
 
 
-def build_schedule(
-    name: Shape,
-    num_steps: int,
-    *,
-    warmup_steps: int,
-    warmup_percent: float | None,
-    total_steps: int | None,
-    decay_steps: int | None,
-    decay_percent: float | None,
-    final_lr_ratio: float,
-    num_cycles: float,
-    power: float = 2.0,
-    wsd_decay_percent: float = 20.0,
-) -> Schedule:
-    """The schedule of a run of `num_steps`. Percentages are of `total_steps` and win over absolute steps.
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The YAML's `scheduler` section. Percentages are of `total_steps` (None: of the run) and win over absolute steps."""
 
-    A warmup longer than the run is allowed: the rate then never gets to its peak. Raises ValueError when a decay that was
-    asked for ends before the warmup does.
+    name: Shape
+    warmup_steps: int = 0
+    warmup_percent: float | None = None
+    total_steps: int | None = None
+    decay_steps: int | None = None
+    decay_percent: float | None = None
+    final_lr_ratio: float = 0.0
+    num_cycles: float = 0.5
+    power: float = 2.0
+    wsd_decay_percent: float = 20.0
+
+
+def build_schedule(s: ScheduleSettings, num_steps: int) -> Schedule:
+    """The schedule of a run of `num_steps`, which may end before its warmup does.
+
+    Raises ValueError when a decay that was asked for ends before the warmup does.
     """
-    total = total_steps or num_steps
-    warmup = round(total * warmup_percent / 100) if warmup_percent is not None else warmup_steps
-    end = round(total * decay_percent / 100) if decay_percent is not None else decay_steps or total
-    if warmup >= end and (decay_steps or decay_percent):
+    total = s.total_steps or num_steps
+    warmup = round(total * s.warmup_percent / 100) if s.warmup_percent is not None else s.warmup_steps
+    end = round(total * s.decay_percent / 100) if s.decay_percent is not None else s.decay_steps or total
+    if warmup >= end and (s.decay_steps or s.decay_percent):
         raise ValueError(f"the decay ends at step {end}, before the warmup of {warmup} steps is over; lower the warmup")
-    start = max(warmup, end - round(total * wsd_decay_percent / 100)) if name == "wsd" else 0
-    return Schedule(name, warmup, end, final_lr_ratio, num_cycles, power, start)
+    start = max(warmup, end - round(total * s.wsd_decay_percent / 100)) if s.name == "wsd" else 0
+    return Schedule(s.name, warmup, end, s.final_lr_ratio, s.num_cycles, s.power, start)

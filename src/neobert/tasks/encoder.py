@@ -11,6 +11,7 @@ from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.hf import load_encoder as load_whole_encoder
 from neobert.checkpoints.load import check_fit
 from neobert.config.schema import Config
+from neobert.data.batch import RowLayout
 from neobert.data.tokenizer import fit_vocabulary, special_ids
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
@@ -138,3 +139,9 @@ def load_hf_encoder(name: str) -> Any:
         return load_whole_encoder(name)
     except CheckpointError as error:
         raise ConfigError(Problem("model.name", str(error))) from None
+
+
+def row_layout(config: Config, pad_id: int, longest: int) -> RowLayout:
+    """How texts of at most `longest` tokens become tensors."""
+    collator, is_padded = config.datacollator, config.tokenizer.padding == "max_length"
+    return RowLayout(pad_id, collator.pack_sequences, longest if is_padded else None, collator.pad_to_multiple_of or 1)

@@ -6,6 +6,7 @@ from types import MappingProxyType
 import torch
 
 from neobert.errors import ConfigError, Problem
+from neobert.model.attention import Kernel
 
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that multiply bfloat16 and run flash attention
 
@@ -18,31 +19,24 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 def choose_engine(
     requested: str, world_size: int, wants_deepspeed: bool, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). `environment` is what the launcher set;
-    `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
+    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run.
 
-    Raises ConfigError for what cannot run.
+    `environment` is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
     """
-    launched = {
-        "fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true",
-        "deepspeed": wants_deepspeed,
-    }
+    launched = {"fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true", "deepspeed": wants_deepspeed}
+    asked = [engine for engine, is_launched in launched.items() if is_launched]
     names = {"fsdp2": "FSDP", "deepspeed": "DeepSpeed"}
     if world_size == 1:
         whats = [f"trainer.engine: {requested} is"] if requested != "auto" else []
-        whats += [f"{names[engine]} was launched, which is" for engine, is_wanted in launched.items() if is_wanted]
+        whats += [f"{names[engine]} was launched, which is" for engine in asked]
         return "plain", f"{whats[0]} for several processes" if whats else ""
-    for engine, is_wanted in launched.items():
-        if is_wanted and requested not in ("auto", engine):
-            name = names[engine]
-            raise ConfigError(
-                Problem(
-                    "trainer.engine", f"{requested}, but the processes were launched for {name}; use auto or {engine}"
-                )
-            )
-        if is_wanted and requested == "auto":
-            return engine, "launched for it"
-    return ("ddp" if requested == "auto" else requested), ""
+    if requested == "auto":
+        return (asked[0], "launched for it") if asked else ("ddp", "")
+    for engine in asked:
+        if engine != requested:
+            why = f"{requested}, but the processes were launched for {names[engine]}; use auto or {engine}"
+            raise ConfigError(Problem("trainer.engine", why))
+    return requested, ""
 
 
 def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool) -> str:
@@ -94,9 +88,8 @@ def choose_attention(
     head_width: int = 64,
     packages: Mapping[str, str] = MappingProxyType({}),
     capability: tuple[int, int] = MIN_CAPABILITY,
-) -> tuple[str, str]:
-    """(kernel of ragged batches: "sdpa", "flash_attn" or "torch_varlen"; why). `packages`: those of the two that are
-    installed, each with what keeps it from being imported ("" where nothing does).
+) -> tuple[Kernel, str]:
+    """(kernel of unpadded batches; why). `packages` as `machine.find_kernels` finds them.
 
     A request that cannot be honoured falls back to SDPA, which computes the same, and the reason says what would help.
     """
@@ -105,26 +98,24 @@ def choose_attention(
         return "sdpa", f"{why}on the CPU every document is attended to by itself, and padding is left out"
     if requested == "sdpa":
         return "sdpa", "torch's scaled_dot_product_attention; packed documents one by one"
-    no = "flash_attn_varlen falls back to sdpa: "
-    if dtype is None:
-        return "sdpa", f"{no}it computes in bfloat16 (set trainer.mixed_precision: bf16)"
-    if capability < MIN_CAPABILITY:
-        return (
-            "sdpa",
-            f"{no}it needs a GPU of compute capability 8.0 or newer; this one has {capability[0]}.{capability[1]}",
-        )
-    if head_width % 8 or head_width > 256:
-        return "sdpa", f"{no}a head is {head_width} wide, and it takes multiples of 8 up to 256"
+    found, varlen, flash = f"{capability[0]}.{capability[1]}", packages.get("torch_varlen"), packages.get("flash_attn")
     one_call = "documents of any length in one call, by {}; padding is left out"
-    if packages.get("torch_varlen") == "" and not dropout:
-        return "torch_varlen", one_call.format("torch's own kernel")
-    if packages.get("flash_attn") == "":
-        return "flash_attn", one_call.format("the flash-attn package")
-    if broken := packages.get("flash_attn"):
-        return "sdpa", f"{no}flash-attn is installed and cannot be imported ({broken})"
-    if packages.get("torch_varlen") == "":
-        return "sdpa", f"{no}torch's own kernel has no dropout (pip install 'neobert[flash]', or model.dropout_prob: 0)"
-    return "sdpa", f"{no}no kernel is installed (pip install 'neobert[flash]', or torch 2.10 or newer)"
+    obstacles: dict[str, object] = {
+        "it computes in bfloat16 (set trainer.mixed_precision: bf16)": dtype is None,
+        f"it needs a GPU of compute capability 8.0 or newer; this one has {found}": capability < MIN_CAPABILITY,
+        f"a head is {head_width} wide, and it takes multiples of 8 up to 256": head_width % 8 or head_width > 256,
+    }
+    if not any(obstacles.values()):
+        if varlen == "" and not dropout:
+            return "torch_varlen", one_call.format("torch's own kernel")
+        if flash == "":
+            return "flash_attn", one_call.format("the flash-attn package")
+    obstacles |= {
+        f"flash-attn is installed and cannot be imported ({flash})": flash,
+        "torch's own kernel has no dropout (pip install 'neobert[flash]', or model.dropout_prob: 0)": varlen == "",
+        "no kernel is installed (pip install 'neobert[flash]', or torch 2.10 or newer)": True,
+    }
+    return "sdpa", "flash_attn_varlen falls back to sdpa: " + next(why for why, holds in obstacles.items() if holds)
 
 
 def choose_kernels(

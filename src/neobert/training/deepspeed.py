@@ -49,9 +49,8 @@ def initialize(
     os.environ["DS_ACCELERATOR"] = device
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # for inference; it would be compiled at the first run
-    )
+    # an operator for inference, which would be compiled at the first run
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
@@ -59,7 +58,7 @@ def initialize(
     )  # fmt: skip
     config = {
         **options,
-        "train_micro_batch_size_per_gpu": 1,  # it only counts with these two
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with these two
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
@@ -70,18 +69,18 @@ def initialize(
     engine, stepper, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
-    assert engine.dp_world_size == torch.distributed.get_world_size()  # it falls back to one without a word
+    assert engine.dp_world_size == torch.distributed.get_world_size()  # DeepSpeed falls back to one silently
     assert is_split(stepper) == (options["zero_optimization"]["stage"] > 0)
     return engine, stepper
 
 
 def is_engine(model: nn.Module) -> bool:
-    """Whether `initialize` returned it."""
+    """Whether `initialize` returned this model."""
     return type(model).__name__ == "DeepSpeedEngine"
 
 
 def gradients(engine: Any) -> tuple[list[Tensor], bool]:
-    """(what this process has of the gradient behind the last microbatch; whether the others have the rest)."""
+    """(what this process has of the gradient after the last microbatch; whether the others have the rest)."""
     if not is_split(engine.optimizer):
         return [p.grad for p in engine.parameters() if p.grad is not None], False
     return [tensor for group in engine.optimizer.averaged_gradients.values() for tensor in group], True
@@ -131,7 +130,7 @@ def is_scattered(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
-def held_piece(parameter: Any) -> Tensor:
+def local_piece(parameter: Any) -> Tensor:
     """The elements of a scattered parameter that are in this process, without padding; one dimension."""
     piece = parameter.ds_tensor
     rank = torch.distributed.get_rank()

@@ -11,12 +11,11 @@ from neobert.checkpoints.format import Content, write_text_atomic
 from neobert.checkpoints.retention import prune
 from neobert.config.sections import TrainerConfig
 from neobert.errors import ConfigError, Problem
-from neobert.optim.qk_clip_hooks import clip_metrics
+from neobert.optim.qk_clip import clip_metrics
 from neobert.training.background import Saver
 from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
-from neobert.training.metrics import Console, Stopwatch, duration
+from neobert.training.metrics import Console, Sinks, Stopwatch, duration
 from neobert.training.runtime import Runtime, total_norm
-from neobert.training.trackers import Sinks
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
 LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # said on the console where they are known

@@ -5,14 +5,14 @@ one number. Accumulation, packing and data parallelism are exact by construction
 is too.
 
 With the counts the processes exchange what they have to agree on before they compute together: how many microbatches the
-step has (a process whose data has ended fills up with empty ones; the run ends when the data of all has), which epoch all of
-them have got to, and whether one of them could not read its data. Then all raise that error, and none waits for another.
+step has (a process whose data is exhausted adds empty ones; the run ends when the data of all is), which epoch all of them
+have reached, and whether one of them could not read its data. Then all raise that error, and none waits for another.
 """
 
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -27,9 +27,14 @@ from neobert.training.runtime import Runtime, seed_everything
 class MicroBatch(Protocol):
     """What the loop needs to know of a batch."""
 
-    num_targets: int
-    num_tokens: int
-    epoch: int
+    @property
+    def num_targets(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
 
     def inputs(self) -> dict[str, Any]: ...
 
@@ -46,9 +51,7 @@ class WeightClip(Protocol):
 
 @dataclass
 class StepResult:
-    """One optimizer step, over all processes. `loss` is the mean over `num_targets`; `clip` is what the weight clip
-    reported.
-    """
+    """One optimizer step, over all processes. `loss` is the mean over `num_targets`, `clip` the weight clip's report."""
 
     loss: float
     num_targets: int
@@ -57,28 +60,24 @@ class StepResult:
     lr: float
     grad_norm: float
     clip: Any = None
-    is_wanted: bool = False  # some process has to be attended to
+    is_interrupted: bool = False  # in some process: the interrupt has to be acted on
 
 
 @dataclass
 class TrainState:
-    """Where a run is, the same in all processes. All of it is saved but the last two, `position` with the data; nothing
-    else has to be.
-    """
+    """How far a run has come, the same in all processes. All but the last two is saved; `position` is, with the data."""
 
     step: int = 0
-    epoch: int = 0  # that all shards of all processes have got to
+    epoch: int = 0  # that all shards of all processes have reached
     num_tokens: int = 0
-    num_rows: int = 0  # that the steps asked for, of all processes, whether they were filled or not
+    num_rows: int = 0  # that the steps asked for, of all processes, whether there were as many or not
     best_metric: float | None = None
     best_step: int | None = None
     num_evaluations_without_gain: int = 0
     is_evaluation_open: bool = False  # the evaluation of this step was broken off
-    logged: dict[str, float] = field(
-        default_factory=dict
-    )  # sums since the last line of the log; replaced, never changed
+    logged: dict[str, float] = field(default_factory=dict)  # sums since the last logged step; replaced, never changed
     stop_reason: str | None = None
-    position: Any = field(default=None, compare=False)  # of the data, at the end of the last whole step
+    position: Any = field(default=None, compare=False)  # of the data, after the last whole step
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("stop_reason", "position")}
@@ -99,7 +98,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.has_started = False  # before, there is nothing to save
-        self.signal = 0  # number of the signal that this process, or later all, received
+        self.signal = 0  # number of the signal that this process, and after `act` some process, received
         self.failure: Callable[[], UserError | None] = lambda: None  # of this process
 
     @property
@@ -107,14 +106,11 @@ class Interrupt:
         return self.signal != 0 or self.failure() is not None
 
     def start(self) -> None:
-        """From here on, a signal is noted and acted on behind the step."""
+        """From here on, a signal is noted and acted on after the step."""
         self.has_started = True
 
     def act(self, state: "TrainState", runtime: Runtime) -> None:
-        """In all processes, when one of them wanted it: raise the failure of the first that has one, or stop after this step.
-
-        Raises UserError.
-        """
+        """Stop after this step, or raise the UserError of the first process that has one. All call it when one wants it."""
         failure = self.failure()
         self.signal, failed = map(int, runtime.all_max(self.signal, failure is not None))
         if self.signal:
@@ -133,7 +129,7 @@ class StepSettings:
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
     clip: WeightClip | None = None
-    interrupt: Interrupt = field(default_factory=lambda: Interrupt())
+    interrupt: Interrupt = field(default_factory=Interrupt)
     empty_batch: Callable[[], MicroBatch] | None = None  # for a process whose data ends before that of others
     rows_per_step: int = 0
 
@@ -141,7 +137,7 @@ class StepSettings:
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    fetch: Callable[[], list[MicroBatch]],
+    fetch: Callable[[], Sequence[MicroBatch]],
     runtime: Runtime,
     settings: StepSettings,
     state: TrainState,
@@ -152,8 +148,7 @@ def train(
     """Train until `max_steps` (None: the end of the data), or `state.stop_reason`. Hooks run after every step, in order, and
     once more when the data has ended.
 
-    Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite. `state` is then that
-    of the last whole step.
+    Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite, after the last step.
     """
     model.train()
     first_step = state.step
@@ -170,7 +165,7 @@ def train(
         state.num_tokens += result.num_tokens
         state.num_rows += settings.rows_per_step
         state.epoch = max(state.epoch, window.epoch)
-        if result.is_wanted:
+        if result.is_interrupted:
             settings.interrupt.act(state, runtime)
         for hook in hooks:
             hook(state, result)
@@ -178,27 +173,25 @@ def train(
 
 @dataclass(frozen=True)
 class Window:
-    """The microbatches of a step, as many in every process, and what is the same in all: the number of their targets and the
-    epoch that every process has got to with them.
-    """
+    """The microbatches of a step, as many in every process; the number of targets and the epoch are those of all processes."""
 
-    micro: list[MicroBatch]
+    micro: Sequence[MicroBatch]
     num_targets: int
     epoch: int
 
 
 def fetch_window(
-    fetch: Callable[[], list[MicroBatch]], runtime: Runtime, empty_batch: Callable[[], MicroBatch] | None = None
+    fetch: Callable[[], Sequence[MicroBatch]], runtime: Runtime, empty_batch: Callable[[], MicroBatch] | None = None
 ) -> Window | None:
     """The next window; None when the data of all processes has ended. Raises, in all of them, what `fetch` raised in one."""
-    micro: list[MicroBatch] = []
+    micro: Sequence[MicroBatch] = []
     error: UserError | None = None
     try:
         micro = fetch()
     except (UserError, OSError) as failure:
         error = failure if isinstance(failure, UserError) else DataError(f"the data cannot be read: {failure}")
-    mine = error is not None, len(micro), sum(batch.num_targets for batch in micro), micro[-1].epoch if micro else 0
-    found = runtime.gather(*mine)
+    targets, epoch = sum(batch.num_targets for batch in micro), micro[-1].epoch if micro else 0
+    found = runtime.gather(error is not None, len(micro), targets, epoch)
     if any(failed for failed, *_ in found):
         raise runtime.first_error(error)
     count = int(max(number for _, number, _, _ in found))
@@ -225,7 +218,7 @@ def train_step(
     with stopwatch.phase("compute"):
         *mine, bad = _accumulate(model, micro, runtime, settings, step, num_targets)
         sums = runtime.all_sum(*mine, sum(batch.num_tokens for batch in micro), settings.interrupt.wanted)
-        loss_sum, num_correct, num_tokens, is_wanted = sums
+        loss_sum, num_correct, num_tokens, num_interrupted = sums
         if not math.isfinite(loss_sum):
             first = len(micro) - int(runtime.all_max(len(micro) - bad)[0])
             _refuse(loss_sum, step, first, optimizer)
@@ -241,11 +234,11 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
         report = None if settings.clip is None else settings.clip.apply(step + 1)
     counts = num_targets, int(num_tokens), int(num_correct)
-    return StepResult(loss_sum / num_targets, *counts, lr, norm, report, is_wanted > 0)
+    return StepResult(loss_sum / num_targets, *counts, lr, norm, report, num_interrupted > 0)
 
 
 def _accumulate(
-    model: nn.Module, micro: list[MicroBatch], runtime: Runtime, settings: StepSettings, step: int, num_targets: int
+    model: nn.Module, micro: Sequence[MicroBatch], runtime: Runtime, settings: StepSettings, step: int, num_targets: int
 ) -> tuple[float, int, int]:
     """Forward and backward of all microbatches; (sum of the losses, correct guesses, first microbatch whose loss is bad)."""
     total, num_correct, bad = 0.0, 0, len(micro)
@@ -284,43 +277,36 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode.
 
-    Processes take batches in turn. None: broken off, since `interrupt` was wanted in some process. Raises, in all processes,
-    the UserError of one that could not read its batches.
+    Processes take batches round-robin. None: broken off, since `interrupt` was wanted in some process. Raises, in all
+    processes, the UserError of one that could not read its batches.
     """
     model.eval()
-    mine, is_wanted = [0.0, 0.0, 0.0], False
-    turns = _turns(itertools.islice(batches, max_batches), runtime.world_size)
+    local, is_interrupted = [0.0, 0.0, 0.0], False
+    rest = itertools.islice(batches, max_batches)
     while True:
-        turn, error = None, None
+        some: list[MicroBatch] = []  # one for each process; at the end fewer
+        error = None
         try:
-            turn = next(turns, None)
+            some = list(itertools.islice(rest, runtime.world_size))
         except UserError as failure:
             error = failure
         stops = interrupt is not None and interrupt.wanted
-        failed, has_ended, is_wanted = map(bool, runtime.all_max(error is not None, turn is None, stops))
+        failed, is_over, is_interrupted = map(bool, runtime.all_max(error is not None, not some, stops))
         if failed:
             raise runtime.first_error(error)
-        if has_ended or is_wanted:
+        if is_over or is_interrupted:
             break
-        assert turn is not None
-        has_one = runtime.rank < len(turn)
-        batch = turn[runtime.rank if has_one else 0]  # all call the model together, or none
+        has_one = runtime.rank < len(some)
+        batch = some[runtime.rank if has_one else 0]  # all call the model together, or none
         with runtime.autocast():
             output = model(**batch.to(runtime.device).inputs(), masked_only=True, count_correct=True)
         if has_one:
             one = float(output.loss_sum), int(output.num_correct), batch.num_targets
-            mine = [a + b for a, b in zip(mine, one, strict=True)]
+            local = [a + b for a, b in zip(local, one, strict=True)]
     model.train()
-    total, num_correct, num_targets = runtime.all_sum(*mine)
-    if is_wanted:
+    total, num_correct, num_targets = runtime.all_sum(*local)
+    if is_interrupted:
         return None
     if not num_targets:
         return {}
     return {"loss": total / num_targets, "accuracy": num_correct / num_targets, "num_targets": int(num_targets)}
-
-
-def _turns(batches: Iterable[MicroBatch], count: int) -> Iterator[list[MicroBatch]]:
-    """`count` batches at a time, the last time fewer."""
-    rest = iter(batches)
-    while turn := list(itertools.islice(rest, count)):
-        yield turn

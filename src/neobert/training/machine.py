@@ -61,8 +61,7 @@ def _import_problem(module: str, name: str) -> str | None:
 
 
 def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None) -> None:
-    """torch.compile what lies before and after the attention of every block of an encoder; the blocks share the
-    compiled code.
+    """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
 
     Attention itself depends on the lengths of documents, which change with every batch, and stays as it is. Shapes beyond
     `MOST_SHAPES` run uncompiled. Raises ConfigError for a backend that is unknown or cannot run here.

@@ -1,10 +1,15 @@
-"""What a run says while it goes: meters, a step-time breakdown, and two sinks, metrics.jsonl and the console."""
+"""What a run reports while it goes: a step-time breakdown, metrics.jsonl, the console, and experiment trackers.
+
+Trackers (Weights & Biases, TensorBoard, trackio, MLflow, ...) run through Accelerate's adapters. They and Accelerate are the
+extra `trackers`, of which nothing is imported unless a tracker is asked for.
+"""
 
 import json
 import math
+import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.checkpoints.format import write_text
+from neobert.checkpoints.format import write_json, write_text
+from neobert.errors import ConfigError, Problem, UserError, disk_error, first_line
 
 PHASES = ("data", "compute", "optimizer", "evaluate", "save")
+INSTALL = "pip install 'neobert[trackers]'"
 
 
 @dataclass
@@ -46,18 +53,18 @@ class Stopwatch:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, written at once. What lies behind `step`, where the run starts, is cut off."""
+    """metrics.jsonl: one JSON object a line, written at once. Records after `step`, where the run starts, are removed."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.is_file():
-            kept = [row for row in read_metrics(path) if row.get("step", 0) <= step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Raises OSError when the disk is full."""
-        rest = (json.dumps(row) + "\n").encode()
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record. Raises OSError when the disk is full."""
+        rest = (json.dumps(record) + "\n").encode()
         while rest:
             rest = rest[self._file.write(rest) :]
 
@@ -66,52 +73,66 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    rows = []
+    """The records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    records = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             break
-    return rows
+    return records
+
+
+class Sinks:
+    """Where metrics go: metrics.jsonl, and every tracker."""
+
+    def __init__(self, file: MetricsFile, trackers: list[Any]):
+        self.file, self.trackers = file, trackers
+        self.failure: UserError | None = None  # of a write; all processes of a run end together on it
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl; trackers get its numbers as `<kind>/<name>` at its step."""
+        kind, step = record["kind"], record["step"]
+        numbers = {f"{kind}/{name}": value for name, value in record.items() if isinstance(value, int | float)}
+        try:
+            self.file.write(record)
+            for tracker in self.trackers:
+                tracker.log(numbers, step=step)
+        except OSError as error:
+            self.failure = disk_error(error, self.file.path) or UserError(f"{self.file.path}: {first_line(error)}")
+
+    def close(self) -> None:
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 class Console:
     """Lines on stdout; on a terminal also a progress bar on stderr, below them."""
 
     def __init__(self, num_steps: int, start: int, show_bar: bool):
-        self._bar = None
-        if show_bar and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=num_steps,
-                initial=start,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.05,
-                leave=False,
-                file=sys.stderr,
-            )
+        shape: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "leave": False}
+        # `disable` None: a bar on a terminal only
+        self._bar = tqdm(total=num_steps, initial=start, file=sys.stderr, disable=None if show_bar else True, **shape)
 
     @property
     def has_bar(self) -> bool:
-        return self._bar is not None
+        return not self._bar.disable
 
     def line(self, text: str) -> None:
-        if self._bar is not None:
+        if self.has_bar:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
 
     def step(self, loss: float | None, tokens_per_second: float | None) -> None:
         """Move the bar by one step."""
-        if self._bar is not None:
-            if loss is not None and tokens_per_second is not None:
-                self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-            self._bar.update()
+        if loss is not None and tokens_per_second is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.update()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def perplexity(loss: float) -> float:
@@ -127,3 +148,71 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def build_trackers(
+    names: list[str], project: str, logging_dir: Path, config: Mapping[str, Any], wandb: dict[str, Any]
+) -> list[Any]:
+    """Start the trackers and give each the flat configuration. `wandb` are keyword arguments of `wandb.init`.
+
+    Raises ConfigError for a name that no adapter has, UserError for one that is not installed or cannot start.
+    """
+    if not names:
+        return []
+    try:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    except ImportError:
+        raise UserError(f"trainer.report_to: trackers need the extra: {INSTALL}") from None
+    PartialState()  # the adapters ask it whether they are on the main process
+    trackers = []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(Problem("trainer.report_to", f"no tracker {name!r}; there are: {known}"))
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        extra = wandb if name == "wandb" else {}
+        directory = {"logging_dir": str(logging_dir)} if kind.requires_logging_directory else {}
+        trackers.append(_start(name, kind, project, {**directory, **extra}))
+        trackers[-1].store_init_configuration(dict(config))
+    return trackers
+
+
+def _start(name: str, kind: Any, project: str, settings: dict[str, Any]) -> Any:
+    failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
+    try:
+        if name == "wandb":
+            import wandb
+
+            failures += (wandb.errors.Error,)
+        tracker = kind(project, **settings)
+        tracker.start()
+    except ImportError:
+        raise UserError(f"{name} is not installed: {INSTALL}") from None
+    except failures as error:
+        raise UserError(f"{name} cannot start: {str(error).splitlines()[0]}") from None
+    return tracker
+
+
+def wandb_run_id(folder: Path, keep: bool) -> str:
+    """The id of the W&B run of an output folder: the one used before where `keep`, else a new one; written down."""
+    path = folder / "wandb.json"
+    if keep and path.is_file():
+        return str(json.loads(path.read_text())["id"])
+    identifier = secrets.token_hex(4)
+    write_text(path, json.dumps({"id": identifier}) + "\n")
+    return identifier
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def write_table(folder: Path, name: str, summary: dict[str, Any], markdown: list[str]) -> str:
+    """Write the results of several runs as `<name>.json` and `<name>.md`; returns the line that says where they are."""
+    table, data = folder / f"{name}.md", folder / f"{name}.json"
+    write_json(data, summary)
+    write_text(table, "\n".join(markdown).rstrip("\n") + "\n")
+    return f"table       {table}, {data}"

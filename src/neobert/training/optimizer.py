@@ -7,10 +7,9 @@ from neobert.checkpoints.layouts import fused_parts
 from neobert.config.schema import Config
 from neobert.config.sections import MuonConfig
 from neobert.errors import ConfigError, Problem
-from neobert.optim.build import MuonSettings, build_optimizer
-from neobert.optim.groups import GroupRule
-from neobert.optim.qk_clip import QKClipSettings
-from neobert.optim.qk_clip_hooks import QKClip
+from neobert.optim.build import GroupRule, OptimizerSettings, build_optimizer
+from neobert.optim.muon import MuonSettings
+from neobert.optim.qk_clip import QKClip, QKClipSettings
 
 
 def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | None) -> torch.optim.Optimizer:
@@ -19,26 +18,25 @@ def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | N
     Raises ConfigError for patterns that act on nothing, and for a model without matrices for Muon.
     """
     optimizer, muon = config.optimizer, muon_config(config)
+    settings = OptimizerSettings(
+        optimizer.name,
+        lr=optimizer.lr,
+        weight_decay=0.0 if config.model.ngpt else optimizer.weight_decay,
+        betas=(optimizer.betas[0], optimizer.betas[1]),
+        eps=optimizer.eps,
+        rules=[GroupRule(**group.model_dump()) for group in optimizer.param_groups],
+        muon=MuonSettings(
+            momentum=muon.muon_beta,
+            weight_decay=0.0 if config.model.ngpt else muon.muon_decay,
+            nesterov=muon.nesterov,
+            method=muon.orthogonalization,
+            num_steps=muon.ns_steps,
+            dtype=dtype or torch.float32,
+            detect_anomalies=muon.detect_anomalies,
+        ),
+    )
     try:
-        return build_optimizer(
-            optimizer.name,
-            model.named_parameters(),
-            lr=optimizer.lr,
-            weight_decay=0.0 if config.model.ngpt else optimizer.weight_decay,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            eps=optimizer.eps,
-            rules=[GroupRule(**group.model_dump()) for group in optimizer.param_groups],
-            muon=MuonSettings(
-                momentum=muon.muon_beta,
-                weight_decay=0.0 if config.model.ngpt else muon.muon_decay,
-                nesterov=muon.nesterov,
-                method=muon.orthogonalization,
-                num_steps=muon.ns_steps,
-                dtype=dtype or torch.float32,
-                detect_anomalies=muon.detect_anomalies,
-            ),
-            fused=fused_parts(getattr(model.config, "model_type", "")),
-        )
+        return build_optimizer(model.named_parameters(), settings, fused_parts(getattr(model.config, "model_type", "")))
     except ValueError as error:
         dotted = "optimizer.param_groups" if "pattern" in str(error) else "optimizer.name"
         raise ConfigError(Problem(dotted, str(error))) from None

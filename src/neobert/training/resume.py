@@ -11,11 +11,12 @@ from neobert.config.schema import Config
 from neobert.data.mlm.state import join_positions
 from neobert.errors import CheckpointError
 from neobert.optim.build import load_optimizer_state
+from neobert.optim.sharding import from_rows, local_rows
 from neobert.training.length import saved_step_size
 from neobert.training.loop import TrainState
 from neobert.training.run import Batches, Storage
 from neobert.training.run_folder import OpenRun, enter_run
-from neobert.training.runtime import Runtime, as_part_of, load_partition, local_rows
+from neobert.training.runtime import Runtime, load_partition
 
 
 def with_saved_shards(config: Config, folder: Path, world_size: int) -> Config:
@@ -93,7 +94,7 @@ def load_by_name(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 
     parts = load_optimizer(folder, rows_of)
     placed = {
-        path: as_part_of(rows, parameters[name]) if (name := path.rpartition("/")[0]) in parameters else rows
+        path: from_rows(rows, parameters[name]) if (name := path.rpartition("/")[0]) in parameters else rows
         for path, rows in parts.items()
     }
     load_optimizer_state(optimizer, placed)

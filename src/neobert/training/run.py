@@ -24,19 +24,18 @@ from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
 from neobert.config.schema import Config, known_keys
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
-from neobert.optim.build import optimizer_state
-from neobert.optim.qk_clip_hooks import QKClip
-from neobert.optim.schedule import Schedule, build_schedule, lr_scale
+from neobert.optim.build import local_parts, optimizer_state
+from neobert.optim.qk_clip import QKClip
+from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
 from neobert.training.background import Saver
 from neobert.training.hooks import Evaluate, Evaluation, Log, Save, finish_evaluation, step_hooks, weight_norm
 from neobert.training.length import Length, StepSize
 from neobert.training.loop import Interrupt, MicroBatch, StepResult, StepSettings, TrainState, train
-from neobert.training.metrics import Console, MetricsFile, Stopwatch
+from neobert.training.metrics import Console, MetricsFile, Sinks, Stopwatch, build_trackers, wandb_run_id
 from neobert.training.run_folder import OpenRun, open_run
-from neobert.training.runtime import Runtime, build_runtime, local_parts, own_partition
+from neobert.training.runtime import Runtime, build_runtime, own_partition
 from neobert.training.signals import stop_signals
 from neobert.training.summary import print_end
-from neobert.training.trackers import Sinks, build_trackers, wandb_run_id
 
 
 class Batches(Protocol):
@@ -120,7 +119,9 @@ class Job:
         evaluation = None
         if self.measure is not None:
             evaluation = Evaluate(trainer, self.measure, runtime, metrics, console, stopwatch, self.interrupt)
-        saver = Saver(root, runtime.team(), trainer.save_in_background, (lambda: None) if lock is None else lock.check)
+        saver = Saver(
+            root, runtime.process_group(), trainer.save_in_background, (lambda: None) if lock is None else lock.check
+        )
         save = Save(trainer, saver, self.checkpoint_content, stopwatch, self.state.step if opened.goes_on else -1)
         self.interrupt.failure = lambda: metrics.failure or saver.failure()
         self.state.position = self.batches.position
@@ -339,21 +340,8 @@ def saved_parts(optimizer: Any, is_main: bool) -> tuple[Tensors, dict[str, int]]
 
 def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[str]]:
     """The learning-rate schedule of `num_steps`, and what to tell the user of it. Raises ConfigError."""
-    s = config.scheduler
     try:
-        schedule = build_schedule(
-            s.name,
-            num_steps,
-            warmup_steps=s.warmup_steps,
-            warmup_percent=s.warmup_percent,
-            total_steps=s.total_steps,
-            decay_steps=s.decay_steps,
-            decay_percent=s.decay_percent,
-            final_lr_ratio=s.final_lr_ratio,
-            num_cycles=s.num_cycles,
-            power=s.power,
-            wsd_decay_percent=s.wsd_decay_percent,
-        )
+        schedule = build_schedule(ScheduleSettings(**config.scheduler.model_dump()), num_steps)
     except ValueError as error:
         raise ConfigError(Problem("scheduler", str(error))) from None
     if config.trainer.max_steps != num_steps and schedule.warmup_steps >= num_steps:

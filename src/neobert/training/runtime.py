@@ -1,6 +1,6 @@
 """Where and how a step is computed: device, precision, compilation, processes.
 
-The only file that knows engines; `zero.py` is its part for DeepSpeed.
+The only file that knows engines; `deepspeed.py` is its part for DeepSpeed.
 """
 
 import os
@@ -17,45 +17,40 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import neobert.training.deepspeed as zero
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error
-from neobert.training import deepspeed as zero
+from neobert.optim.sharding import local
+from neobert.ranks import Ranks, launched_ranks
 from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
 from neobert.training.machine import gpu_capability, keep_memory
 
-NAMES = {
+ENGINES = {
     "ddp": "DDP (every process holds the whole model)",
     "fsdp2": "FSDP2 (every process holds a part of the model)",
-    "deepspeed": "DeepSpeed ZeRO {} ({} split over them)",
+    "deepspeed": "DeepSpeed ZeRO {stage} ({split} split over them)",
 }
-SPLIT = (
-    "nothing is",
-    "optimizer state is",
-    "optimizer state and gradients are",
-    "the whole model is",
-)  # by ZeRO's stage
+SPLIT_BY_STAGE = ("nothing is", "optimizer state is", "optimizer state and gradients are", "the whole model is")
 START_PATIENCE = timedelta(minutes=10)  # of processes that connect to each other
 PATIENCE = timedelta(days=2)  # of connected processes that wait while the main one tokenises, or for a slow disk
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """One process of a run. `dtype` None: float32 throughout; else autocast to it, weights stay float32.
+@dataclass(frozen=True, kw_only=True)
+class Runtime(Ranks):
+    """One process of a run, on its device. `dtype` None: float32 throughout; else autocast to it, weights stay float32.
 
     `engine`: `plain` (one process), `ddp` (every process holds the whole model), `fsdp2` (torch's `fully_shard`: weights,
     gradients and optimizer state are split by rows over the processes), or `deepspeed` with its options, `zero_options`.
     """
 
     device: torch.device
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None = None
     note: str = ""  # why the arithmetic is not what was asked for
     tf32: bool = False  # whether float32 products on CUDA may use TF32
-    rank: int = 0
-    world_size: int = 1
     engine: str = "plain"
     why: str = ""  # why this engine
     cpu_group: dist.ProcessGroup | None = None  # all processes, for long waits
@@ -64,30 +59,24 @@ class Runtime:
 
     @property
     def zero_stage(self) -> int:
-        """What DeepSpeed splits (zero.py); 0 for other engines."""
+        """What DeepSpeed splits (deepspeed.py); 0 for other engines."""
         return int(self.zero_options["zero_optimization"]["stage"]) if self.engine == "deepspeed" else 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process prints, and writes the files of which there is one."""
-        return self.rank == 0
 
     @property
     def describe(self) -> str:
         """Device and arithmetic in words, for the summary."""
-        kind = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
-        return f"{kind}{threads}, {describe_arithmetic(self.dtype, self.device.type, self.tf32)}" + (
-            f" ({self.note})" if self.note else ""
-        )
+        is_cpu = self.device.type == "cpu"
+        name = f"cpu, {torch.get_num_threads()} threads" if is_cpu else torch.cuda.get_device_name(self.device)
+        note = f" ({self.note})" if self.note else ""
+        return f"{name}, {describe_arithmetic(self.dtype, self.device.type, self.tf32)}{note}"
 
     @property
     def describe_engine(self) -> str:
         """Processes and engine in words, for the summary."""
-        stage = self.zero_stage
-        count = (
-            "one" if self.world_size == 1 else f"{self.world_size}, {NAMES[self.engine].format(stage, SPLIT[stage])}"
-        )
+        count = "one"
+        if self.world_size > 1:
+            stage = self.zero_stage
+            count = f"{self.world_size}, {ENGINES[self.engine].format(stage=stage, split=SPLIT_BY_STAGE[stage])}"
         return f"{count}; {self.why}" if self.why else count
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -111,9 +100,7 @@ class Runtime:
         return model
 
     def wrap_deepspeed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """The model as it is to be called and the optimizer as it is to be stepped: DeepSpeed takes both over, others leave
-        what `distribute` gave as it is.
-        """
+        """The model to call and the optimizer to step: DeepSpeed's, or with other engines what `distribute` gave."""
         if self.engine != "deepspeed":
             return model, optimizer
         return zero.initialize(model, optimizer, self.zero_options, self.device.type, self.dtype)
@@ -180,13 +167,17 @@ class Runtime:
         dist.all_gather(found, mine)
         return torch.stack(found).tolist()  # type: ignore[no-any-return]
 
+    def gather_objects(self, value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+        """What each process gives, whatever it is, in all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=group or self.cpu_group)
+        return values
+
     def first_error(self, error: UserError | None) -> UserError:
         """The error of the first process that has one, in all of them. All call it when one has."""
-        errors = [error]
-        if self.world_size > 1:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, error, group=self.cpu_group)
-        return next(one for one in errors if one is not None)
+        return next(one for one in self.gather_objects(error) if one is not None)
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """The sum of a CPU tensor over all processes, in all of them."""
@@ -199,25 +190,23 @@ class Runtime:
         return replace(self, rank=0, world_size=1, engine="plain", cpu_group=None, owns_group=False, zero_options={})
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns in the main process, in all of them. A UserError is raised in all of them, and
-        a disk that is full is one.
-        """
+        """What `function` returns in the main process, in all of them; so is a UserError raised, or one of a full disk."""
         if self.world_size == 1:
             return function()
-        told: list[Any] = [None, None]
+        result, error = None, None
         if self.is_main:
             try:
-                told[0] = function()
-            except UserError as error:
-                told[1] = error
-            except OSError as error:
-                told[1] = disk_error(error)
-                if told[1] is None:
+                result = function()
+            except UserError as failure:
+                error = failure
+            except OSError as failure:
+                if (error := disk_error(failure)) is None:
                     raise
-        dist.broadcast_object_list(told, 0, group=self.cpu_group)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+        sent: list[Any] = [result, error]
+        dist.broadcast_object_list(sent, 0, group=self.cpu_group)
+        if sent[1] is not None:
+            raise sent[1]
+        return sent[0]
 
     def main_first(self, function: Callable[[], Result]) -> Result:
         """`function` in the main process, then in the others, which find what it left on the disk."""
@@ -225,18 +214,12 @@ class Runtime:
         self.on_main(lambda: found.append(function()))
         return found[0] if self.is_main else function()
 
-    def team(self) -> ProcessGroup:
+    def process_group(self) -> ProcessGroup:
         """The processes of this run as those that write a checkpoint together, with a connection of their own."""
         if self.world_size == 1:
             return ALONE
         group = connect("checkpoints", dist.group.WORLD)
-
-        def gather(value: Any) -> list[Any]:
-            values: list[Any] = [None] * self.world_size
-            dist.all_gather_object(values, value, group=group)
-            return values
-
-        return ProcessGroup(self.rank, self.world_size, gather)
+        return ProcessGroup(self.rank, self.world_size, lambda value: self.gather_objects(value, group))
 
     def close(self) -> None:
         """Leave the other processes in order, if `build_runtime` connected them."""
@@ -246,9 +229,9 @@ class Runtime:
 
 def build_runtime(
     *,
-    use_cpu: bool,
-    mixed_precision: str,
-    tf32: bool,
+    use_cpu: bool = False,
+    mixed_precision: str = "no",
+    tf32: bool = False,
     engine: str = "auto",
     zero_options: Mapping[str, Any] | None = None,
     trains: bool = True,
@@ -256,18 +239,17 @@ def build_runtime(
     """The runtime of this process, from what the machine has and what started it. `zero_options` are DeepSpeed's, where it
     is asked for; `trains`: gradients are computed. Raises ConfigError.
     """
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in PLACE.items())
-    engine, why = choose_engine(engine, world_size, zero_options is not None, os.environ)
+    ranks = launched_ranks()
+    engine, why = choose_engine(engine, ranks.world_size, zero_options is not None, os.environ)
     if engine == "deepspeed":
         zero.check_installed()
     kind = choose_device(use_cpu, torch.cuda.is_available())
-    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cpu":
         keep_memory()
     else:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     dtype, note = choose_precision(
         mixed_precision,
         kind,
@@ -275,12 +257,22 @@ def build_runtime(
         capability=gpu_capability(device),
         trains=trains,
     )
-    cpu_group, owns_group = None, world_size > 1 and not dist.is_initialized()
+    owns_group = ranks.world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    if world_size > 1:
-        cpu_group = connect("long waits", dist.group.WORLD)
-    return Runtime(device, dtype, note, tf32, rank, world_size, engine, why, cpu_group, owns_group, zero_options or {})
+    return Runtime(
+        ranks.rank,
+        ranks.world_size,
+        device=device,
+        dtype=dtype,
+        note=note,
+        tf32=tf32,
+        engine=engine,
+        why=why,
+        cpu_group=connect("long waits", dist.group.WORLD) if ranks.world_size > 1 else None,
+        owns_group=owns_group,
+        zero_options=zero_options or {},
+    )
 
 
 @cache
@@ -291,31 +283,20 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
     return group
 
 
-PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets them
-
-
 # --- tensors that are split over processes -----------
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is in this process."""
-    if zero.is_scattered(tensor):
-        return zero.held_piece(tensor)
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
-
-
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
-    """Euclidean norm of all together, whole tensors or shards; every process has to ask. `all_split`: all are parts.
+    """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask.
 
-    Norms of rows, which most engines do not split, are summed in float64, so that the result does not depend on who holds
-    which rows.
+    Norms of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.
     """
     whole: list[Tensor] = []
     split: list[Tensor] = []
     for tensor in tensors:
         is_split = all_split or isinstance(tensor, DTensor) or zero.is_scattered(tensor)
-        held = local(tensor)
-        rows = torch.linalg.vector_norm(held, dim=-1) if held.ndim > 1 else held
+        part = zero.local_piece(tensor) if zero.is_scattered(tensor) else local(tensor)
+        rows = torch.linalg.vector_norm(part, dim=-1) if part.ndim > 1 else part
         (split if is_split else whole).append(rows.double().square().sum())
     total = torch.stack(split).sum() if split else torch.zeros((), dtype=torch.float64, device=whole[0].device)
     if split:
@@ -337,52 +318,7 @@ def whole_weights(model: nn.Module) -> Tensors:
     return whole
 
 
-def load_whole(model: nn.Module, weights: Tensors) -> None:
-    """Load whole tensors; each process takes its part."""
-    own = model.state_dict()
-    model.load_state_dict({name: _part_of(weights[name], tensor) for name, tensor in own.items()})
-
-
-def _part_of(whole: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
-    """What this process has to save of optimizer state, copied to the CPU, and the first row of each part: its shards; of
-    state that all processes have, everything in the main one.
-    """
-    parts, first_rows = {}, {}
-    for path, tensor in state.items():
-        if isinstance(tensor, DTensor):
-            first_rows[path] = local_rows(tensor).start
-            parts[path] = tensor.to_local().detach().to("cpu", copy=True)
-        elif is_main:
-            parts[path] = tensor.detach().to("cpu", copy=True)
-    return parts, first_rows
-
-
 own_partition, load_partition = zero.own_partition, zero.load_partition  # of an optimizer that DeepSpeed has split
-
-
-def local_rows(tensor: Tensor) -> slice:
-    """The rows of a tensor that are in this process: equal runs, the last ones shorter or empty."""
-    num_rows = tensor.shape[0] if tensor.ndim else 0
-    if not isinstance(tensor, DTensor):
-        return slice(0, num_rows)
-    mesh = tensor.device_mesh
-    run, rank = -(-num_rows // mesh.size()), mesh.get_local_rank()
-    return slice(min(num_rows, rank * run), min(num_rows, (rank + 1) * run))
-
-
-def as_part_of(rows: Tensor, parameter: Tensor) -> Tensor:
-    """Rows that `local_rows(parameter)` names, as a tensor that is split as `parameter` is."""
-    if not isinstance(parameter, DTensor) or not rows.ndim:
-        return rows
-    local = rows.to(parameter.device)
-    mesh, where = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(local, mesh, where, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -235,12 +235,15 @@ def refuse_utf16(head: bytes, path: str) -> None:
 
 
 def skip_to(file: Any, offset: int) -> None:
-    """Go to a byte offset, by decompressing up to it where that is the only way."""
-    if isinstance(file, gzip.GzipFile) or not isinstance(file, io.BufferedReader) or file.seekable():
+    """Go to a byte offset of a file that was just opened, by decompressing up to it where that is the only way.
+
+    That is done in the pieces in which lines are read: how much of a damaged file can be read depends on them.
+    """
+    if not isinstance(file, gzip.GzipFile) and (not isinstance(file, io.BufferedReader) or file.seekable()):
         file.seek(offset)
         return
-    while offset and (chunk := file.read(min(offset, 2**22))):
-        offset -= len(chunk)
+    while offset and (ahead := file.peek(1)):
+        offset -= len(file.read(min(offset, len(ahead))))
 
 
 def _csv_rows(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:

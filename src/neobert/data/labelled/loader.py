@@ -1,7 +1,5 @@
 """Texts with labels: tokenised once, then batches in an order that is a function of (seed, epoch).
 
-Shapes: B rows of this process, T row length.
-
 A batch of all processes together is drawn at once; of W processes number r trains every W-th row of it, from row r on. So W
 processes with B rows each have the batches of one process with W*B rows. The position is a number: how many batches were used.
 Batches are put together ahead by threads, which changes nothing but time. With `group_by_length` rows of similar length come
@@ -9,35 +7,36 @@ together (chunks of 50 batches are sorted, their batches shuffled), so that padd
 """
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from neobert.data.layout import RowLayout, Share
-from neobert.data.mlm.masking import IGNORED
-from neobert.data.mlm.state import require_same
-from neobert.data.tokenizer import tokenizing_threads
+from neobert.data.batch import Batch, RowLayout
+from neobert.data.loader import Loader, Saved, require_same
+from neobert.data.tokenizer import Ids, tokenizing_threads
 from neobert.errors import DataError
+from neobert.ranks import Ranks
 
 CHUNK_BATCHES = 50
 ROWS_PER_THREAD = 20_000  # fewer are not worth another thread
 
-Ids = np.ndarray
-
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised rows: ids, segment numbers where the tokenizer has them (else None), and labels (None: not known)."""
+    """Tokenised rows: ids, segment numbers where the tokenizer has them (else None), and labels (None: not known).
+
+    Labels are float64: numbers of classes, or values where `is_regression`.
+    """
 
     ids: list[Ids]
     segments: list[Ids] | None
     labels: np.ndarray | None
+    is_regression: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,6 +44,24 @@ class Rows:
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.ids))
+
+    def first(self, most: int | None) -> "Rows":
+        """The first rows; None: all of them."""
+        segments = None if self.segments is None else self.segments[:most]
+        labels = None if self.labels is None else self.labels[:most]
+        return Rows(self.ids[:most], segments, labels, self.is_regression)
+
+    def batch(self, chosen: np.ndarray, layout: RowLayout, epoch: int = 0, ends_epoch: bool = False) -> Batch:
+        """The rows numbered `chosen`; labels as int64 classes or float32 values."""
+        dtype = torch.float32 if self.is_regression else torch.int64
+        return layout.batch(
+            [self.ids[i] for i in chosen],
+            None if self.segments is None else [self.segments[i] for i in chosen],
+            labels=None if self.labels is None else torch.from_numpy(self.labels[chosen]).to(dtype),
+            num_targets=len(chosen),
+            epoch=epoch,
+            ends_epoch=ends_epoch,
+        )
 
 
 def tokenize_rows(
@@ -55,6 +72,7 @@ def tokenize_rows(
     truncate: bool,
     num_proc: int,
     what: str,
+    is_regression: bool = False,
 ) -> Rows:
     """One or two columns of text as rows of at most `max_length` tokens, special tokens included.
 
@@ -77,7 +95,7 @@ def tokenize_rows(
                 f"{what}: row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}; raise that, or set "
                 "tokenizer.truncation: true"
             )
-    return Rows(ids, segments or None, labels)
+    return Rows(ids, segments or None, labels, is_regression)
 
 
 def _encode(hf_tokenizer: Any, texts: tuple[list[str], ...], limit: int | None) -> tuple[list[Ids], list[Ids]]:
@@ -87,84 +105,32 @@ def _encode(hf_tokenizer: Any, texts: tuple[list[str], ...], limit: int | None) 
     return ids, [np.array(row, dtype=np.int8) for row in encoded.get("token_type_ids", [])]
 
 
-@dataclass(frozen=True)
-class LabelledBatch:
-    """B rows with a label each. Padded (`attention_mask`), or packed one behind the other into one row (lengths)."""
-
-    input_ids: torch.Tensor  # int64, B x T, or 1 x sum of lengths
-    token_type_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-    document_lengths: tuple[int, ...] | None
-    labels: torch.Tensor | None  # B; int64 classes, or float32
-    num_targets: int
-    num_tokens: int
-    epoch: int  # passes over the data that are complete behind this batch
-    ends_epoch: bool = False
-
-    def inputs(self) -> dict[str, Any]:
-        """The keyword arguments of the model's forward."""
-        names = ("input_ids", "token_type_ids", "attention_mask", "document_lengths", "labels")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def to(self, device: torch.device) -> "LabelledBatch":
-        """The same batch on a device."""
-        names = ("input_ids", "token_type_ids", "attention_mask", "labels")
-        moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class LabelCollator(RowLayout):
-    """Rows with labels -> batch."""
-
-    is_regression: bool
-
-    def __call__(self, rows: Rows, chosen: np.ndarray, epoch: int = 0, ends_epoch: bool = False) -> LabelledBatch:
-        """The rows numbered `chosen`."""
-        ids = [rows.ids[i] for i in chosen]
-        segments = None if rows.segments is None else [rows.segments[i] for i in chosen]
-        labels = None
-        if rows.labels is not None:
-            labels = torch.from_numpy(rows.labels[chosen]).to(torch.float32 if self.is_regression else torch.int64)
-        return LabelledBatch(
-            self.arrange(ids, self.pad_id),
-            None if segments is None else self.arrange(segments, 0),
-            *self.boundaries(ids),
-            labels,
-            num_targets=len(ids),
-            num_tokens=sum(map(len, ids)),
-            epoch=epoch,
-            ends_epoch=ends_epoch,
-        )
-
-
-class EpochLoader:
+class EpochLoader(Loader[int]):
     """Batches of all rows, epoch after epoch, in an order drawn by (seed, epoch); the last batch of an epoch may be short.
 
-    `num_workers` threads put batches together ahead; 0: they are made when they are asked for.
+    A position is the number of batches used.
     """
 
     def __init__(
         self,
         rows: Rows,
-        collator: LabelCollator,
-        share: Share,
+        layout: RowLayout,
+        ranks: Ranks,
+        batch_size: int,
         seed: int,
         group_by_length: bool,
         num_workers: int,
         fingerprint: dict[str, Any],
     ):
-        self.rows, self.collator, self.share, self.seed = rows, collator, share, seed
-        self.batch_size = share.rows * share.world
+        """`batch_size`: of this process."""
+        super().__init__(0, num_workers, num_ahead=2 * num_workers)
+        self.rows, self.layout, self.ranks, self.seed = rows, layout, ranks, seed
+        self.batch_size = batch_size * ranks.world_size
         self.group_by_length = group_by_length
         self.fingerprint = {
             **fingerprint, "rows": len(rows), "tokens": rows.num_tokens, "batch_size": self.batch_size, "seed": seed,
             "group_by_length": group_by_length,
         }  # fmt: skip
-        self.num_used = 0
-        self._depth = 2 * num_workers
-        self._pool = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
-        self._ahead: deque[Future[LabelledBatch]] = deque()
         self._order: tuple[int, list[np.ndarray]] = (-1, [])
 
     @property
@@ -178,92 +144,45 @@ class EpochLoader:
         return self._order[1]
 
     def _draw(self, random: np.random.Generator) -> list[np.ndarray]:
-        places, size = random.permutation(len(self.rows)), self.batch_size
+        order, size = random.permutation(len(self.rows)), self.batch_size
         if not self.group_by_length:
-            return _cut(places, size)
+            return _cut(order, size)
         lengths = np.array([len(row) for row in self.rows.ids])
-        chunks = _cut(places, size * CHUNK_BATCHES)
+        chunks = _cut(order, size * CHUNK_BATCHES)
         batches = [b for chunk in chunks for b in _cut(chunk[np.argsort(-lengths[chunk], kind="stable")], size)]
         whole, short = [b for b in batches if len(b) == size], [b for b in batches if len(b) < size]
         return [whole[i] for i in random.permutation(len(whole))] + short
 
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        return self
+    def jobs(self) -> Iterator[Callable[[], tuple[Batch, int]]]:
+        for number in count(self.position):
+            epoch, index = divmod(number, self.batches_per_epoch)
+            is_last = index + 1 == self.batches_per_epoch
+            yield partial(self._build, self.order(epoch)[index], epoch + is_last, is_last, number + 1)
 
-    def __next__(self) -> LabelledBatch:
-        if self._pool is None:
-            batch = self._build(*self._place(self.num_used))
-        else:
-            while len(self._ahead) < self._depth:
-                self._ahead.append(self._pool.submit(self._build, *self._place(self.num_used + len(self._ahead))))
-            batch = self._ahead.popleft().result()
-        self.num_used += 1
-        return batch
+    def _build(self, chosen: np.ndarray, epoch: int, is_last: bool, position: int) -> tuple[Batch, int]:
+        own = chosen[self.ranks.rank :: self.ranks.world_size]
+        if len(own):
+            return self.rows.batch(own, self.layout, epoch, is_last), position
+        return self.rows.batch(chosen[:1], self.layout, epoch, is_last).without_targets(), position
 
-    def _place(self, number: int) -> tuple[np.ndarray, int, bool]:
-        """(rows, epochs complete behind it, whether it ends one) of the batch with this number, counted from 0."""
-        epoch, index = divmod(number, self.batches_per_epoch)
-        is_last = index + 1 == self.batches_per_epoch
-        return self.order(epoch)[index], epoch + is_last, is_last
-
-    def _build(self, chosen: np.ndarray, epoch: int, is_last: bool) -> LabelledBatch:
-        mine = chosen[self.share.rank :: self.share.world]
-        if len(mine):
-            return self.collator(self.rows, mine, epoch, is_last)
-        return without_targets(self.collator(self.rows, chosen[:1], epoch, is_last))
-
-    def steps_of(self, accumulation: int) -> Callable[[], list[LabelledBatch]]:
-        """A function that fetches the microbatches of one optimizer step; an epoch's last step may have fewer."""
-
-        def fetch() -> list[LabelledBatch]:
-            micro: list[LabelledBatch] = []
-            while len(micro) < accumulation and not (micro and micro[-1].ends_epoch):
-                micro.append(next(self))
-            return micro
-
-        return fetch
-
-    @property
-    def position(self) -> int:
-        """Behind the last batch that was used."""
-        return self.num_used
-
-    def state_dict(self, position: int | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """A `position`, or that behind the last batch that was used."""
-        num_used = self.num_used if position is None else position
-        return {"num_used": num_used, "fingerprint": self.fingerprint}, {}
+    def state_dict(self, position: int | None = None) -> Saved:
+        return {"num_used": self.position if position is None else position, "fingerprint": self.fingerprint}, {}
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Continue behind a saved position. Raises CheckpointError when the data is not the same."""
         require_same(state.get("fingerprint", {}), self.fingerprint)
-        self.num_used = state["num_used"]
-
-    def close(self) -> None:
-        """Stop the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self.position = state["num_used"]
 
 
-def _cut(places: np.ndarray, size: int) -> list[np.ndarray]:
-    return [places[start : start + size] for start in range(0, len(places), size)]
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def without_targets(batch: LabelledBatch) -> LabelledBatch:
-    """The same rows, of which nothing is learnt: for a process that the last rows of an epoch do not reach, and that has to
-    call the model when the others do.
+def in_order(rows: Rows, layout: RowLayout, ranks: Ranks, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
+    """All rows once, longest first (little padding): (their numbers, batch). Processes take batches in turn, and all get
+    equally many: the last ones may come without numbers.
     """
-    assert batch.labels is not None
-    ignored = torch.full_like(batch.labels, torch.nan if batch.labels.is_floating_point() else IGNORED)
-    return replace(batch, labels=ignored, num_targets=0, num_tokens=0)
-
-
-def in_order(rows: Rows, collator: LabelCollator, share: Share) -> Iterator[tuple[np.ndarray, LabelledBatch]]:
-    """All rows once, longest first (little padding): (places, batch). Processes take batches in turn, and all get equally
-    many: the last ones may come without places.
-    """
-    lengths = np.array([len(row) for row in rows.ids])
-    batches = _cut(np.argsort(-lengths, kind="stable"), share.rows)
-    for first in range(0, len(batches), share.world):
-        has_one = first + share.rank < len(batches)
-        chosen = batches[first + share.rank if has_one else first]
-        yield chosen if has_one else chosen[:0], collator(rows, chosen)
+    batches = _cut(np.argsort([-len(row) for row in rows.ids], kind="stable"), batch_size)
+    for first in range(0, len(batches), ranks.world_size):
+        has_one = first + ranks.rank < len(batches)
+        chosen = batches[first + ranks.rank if has_one else first]
+        yield chosen if has_one else chosen[:0], rows.batch(chosen, layout)

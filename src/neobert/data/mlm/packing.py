@@ -7,9 +7,10 @@ batching, so that every microbatch is full, and its open rows are part of the po
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +28,11 @@ class Row:
     epoch: int
     index: int = -1
     ends_batch: bool = False  # the microbatch that it is in is not filled up
+
+    @property
+    def ids(self) -> Ids:
+        """All of its tokens."""
+        return self.pieces[0] if len(self.pieces) == 1 else np.concatenate(self.pieces)
 
     @property
     def num_tokens(self) -> int:
@@ -61,10 +67,6 @@ class Segmenter:
     def __call__(self, document: Ids, cut: TruncationStats) -> list[Ids]:
         """Pieces of one document; what is left out is counted in `cut`. An empty document gives none."""
         room = self.max_length - 2
-        if 0 < len(document) <= room:  # most of them
-            cut.num_documents += 1
-            cut.num_tokens += len(document)
-            return [self._wrap(document)]
         cut.num_documents += 1
         cut.num_tokens += len(document)
         cut.num_empty += not len(document)
@@ -98,31 +100,25 @@ class Segmenter:
         return piece
 
 
-@dataclass(eq=False)
-class _OpenRow:
-    pieces: list[Ids]
-    epoch: int  # of its first piece
-
-
 @dataclass
 class Packer:
     """Best fit over open rows. `add` takes a piece and returns the rows that it closed."""
 
     row_length: int
     max_open: int = MAX_OPEN
-    _open: dict[int, _OpenRow] = field(default_factory=dict)  # by number, oldest first
+    _open: dict[int, tuple[list[Ids], int]] = field(default_factory=dict)  # (pieces, epoch) by number, oldest first
     _rooms: list[tuple[int, int]] = field(default_factory=list)  # (tokens that still fit, number), sorted
     _next: int = 0
 
     def add(self, piece: Ids, epoch: int) -> list[Row]:
-        place = self._find_room(len(piece))
-        if place < len(self._rooms):
-            room, number = self._rooms.pop(place)
+        index = self._find_room(len(piece))
+        if index < len(self._rooms):
+            room, number = self._rooms.pop(index)
         else:
             room, number = self.row_length, self._next
             self._next += 1
-            self._open[number] = _OpenRow([], epoch)
-        self._open[number].pieces.append(piece)
+            self._open[number] = ([], epoch)
+        self._open[number][0].append(piece)
         room -= len(piece)
         if room <= 2:  # no piece is shorter than [CLS] token [SEP]
             return [self._close(number)]
@@ -130,7 +126,7 @@ class Packer:
         return [self._close(self._rooms.pop(0)[1])] if len(self._open) > self.max_open else []
 
     def _find_room(self, length: int) -> int:
-        """Where in `_rooms` a piece goes; behind the last for a new row.
+        """The index in `_rooms` of the row that a piece goes into; after the last for a new row.
 
         A short piece must not leave a gap that nothing fits into: it closes a row, or leaves room for another piece.
         """
@@ -143,31 +139,26 @@ class Packer:
 
     def flush(self) -> list[Row]:
         """Close all open rows, packed anew with the longest pieces first, so that few of the last rows are half empty."""
-        rows = list(self._open.values())
+        rows = self.state_dict()
         epoch = max((row.epoch for row in rows), default=0)
-        self._open, self._rooms, self._next = {}, [], 0
+        self.load_state_dict([])
         tail = Packer(self.row_length, max_open=len(rows) + 1)
-        closed = [row for piece in sorted(_pieces(rows), key=len, reverse=True) for row in tail.add(piece, epoch)]
+        pieces = sorted((piece for row in rows for piece in row.pieces), key=len, reverse=True)
+        closed = [row for piece in pieces for row in tail.add(piece, epoch)]
         return [*closed, *(tail._close(number) for number in list(tail._open))]
 
     def _close(self, number: int) -> Row:
-        row = self._open.pop(number)
-        return Row(tuple(row.pieces), row.epoch)
+        pieces, epoch = self._open.pop(number)
+        return Row(tuple(pieces), epoch)
 
-    def snapshot(self) -> list[tuple[tuple[Ids, ...], int]]:
+    def state_dict(self) -> list[Row]:
         """The open rows, oldest first; shares the arrays, which nobody writes to."""
-        return [(tuple(row.pieces), row.epoch) for row in self._open.values()]
+        return [Row(tuple(pieces), epoch) for pieces, epoch in self._open.values()]
 
-    def restore(self, rows: list[tuple[tuple[Ids, ...], int]]) -> None:
-        self._open = {number: _OpenRow(list(pieces), epoch) for number, (pieces, epoch) in enumerate(rows)}
+    def load_state_dict(self, rows: Sequence[Row]) -> None:
+        self._open = {number: (list(row.pieces), row.epoch) for number, row in enumerate(rows)}
+        self._rooms = sorted((self.row_length - row.num_tokens, number) for number, row in enumerate(rows))
         self._next = len(rows)
-        self._rooms = sorted(
-            (self.row_length - sum(map(len, row.pieces)), number) for number, row in self._open.items()
-        )
-
-
-def _pieces(rows: list[_OpenRow]) -> list[Ids]:
-    return [piece for row in rows for piece in row.pieces]
 
 
 @dataclass
@@ -180,8 +171,8 @@ class OnePerRow:
     def flush(self) -> list[Row]:
         return []
 
-    def snapshot(self) -> list[Any]:
+    def state_dict(self) -> list[Row]:
         return []
 
-    def restore(self, rows: list[Any]) -> None:
+    def load_state_dict(self, rows: Sequence[Row]) -> None:
         assert not rows

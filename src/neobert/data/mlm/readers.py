@@ -1,11 +1,8 @@
 """The order of documents: readers that hand out blocks and know their position.
 
 Both readers have the same shape: `read()` gives the next block of documents, an empty list at the end of an epoch;
-`next_epoch()` starts the next one; `state_dict()` is the position behind the last block, as plain JSON. Data ranks take
+`next_epoch()` starts the next one; `state_dict()` is the position after the last block, as plain JSON. Data ranks take
 every `world`-th document.
-
-The order of a corpus is a keyed permutation that is computed, not stored (a Feistel network, Luby and Rackoff 1988, with
-cycle walking): position i of epoch e is known without the ones before it, for 10^9 documents as for ten.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,36 +17,13 @@ from neobert.data.files.documents import Files, Position, SkippedRows, read_text
 from neobert.data.files.rows import Raw, Unusable
 from neobert.data.files.splits import fingerprint
 from neobert.data.files.token_store import TokenStore
-from neobert.data.mlm.masking import hash_key, mix
+from neobert.data.hashing import hash_key, permute
 from neobert.data.tokenizer import Ids
+from neobert.ranks import Ranks
 
 BLOCK_DOCUMENTS = 256
 FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
 BLOCK_CHARACTERS = 1_000_000
-
-
-def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The keyed permutation of range(size), at `indices`. int64 -> int64."""
-    half = max(1, (int(size - 1).bit_length() + 1) // 2)
-    mask = np.uint64(2**half - 1)
-    keys = hash_key(key, np.arange(4))
-    out = indices.astype(np.uint64)
-    walking = np.ones(len(out), dtype=bool)
-    while walking.any():  # the network permutes a power of four; walk until back inside `size`
-        left, right = out[walking] >> np.uint64(half), out[walking] & mask
-        for round_key in keys:
-            left, right = right, left ^ (mix(right + round_key) & mask)
-        out[walking] = (left << np.uint64(half)) | right
-        walking &= out >= size
-    return out.astype(np.int64)
-
-
-@dataclass
-class Rank:
-    """Which of `world` equal readers this is."""
-
-    index: int = 0
-    world: int = 1
 
 
 @dataclass
@@ -58,7 +32,7 @@ class CorpusReader:
 
     corpus: Corpus
     seed: int | None
-    rank: Rank = field(default_factory=Rank)
+    ranks: Ranks = field(default_factory=Ranks)
     skips: SkippedRows = field(default_factory=SkippedRows)
     epoch: int = 0
     position: int = 0  # documents of this epoch that all ranks together have passed
@@ -81,21 +55,21 @@ class CorpusReader:
 
     def _fetch(self) -> list[Any]:
         count = FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS
-        end = min(len(self.corpus), self.position + count * self.rank.world)
-        places = np.arange(self.position + self.rank.index, end, self.rank.world)
+        end = min(len(self.corpus), self.position + count * self.ranks.world_size)
+        indices = np.arange(self.position + self.ranks.rank, end, self.ranks.world_size)
         self.position = end
-        if not len(places):
+        if not len(indices):
             return []
         if self.seed is not None:
-            places = permute(places, len(self.corpus), int(hash_key(self.seed, self.epoch)[0]))
-        return self.corpus.fetch(places)
+            indices = permute(indices, len(self.corpus), hash_key(self.seed, self.epoch))
+        return self.corpus.fetch(indices)
 
     def next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
 
     def again(self) -> "CorpusReader":
         """The same reader at its beginning."""
-        return CorpusReader(self.corpus, self.seed, self.rank, SkippedRows(self.skips.refuse))
+        return CorpusReader(self.corpus, self.seed, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "skips": self.skips.state_dict()}
@@ -110,7 +84,7 @@ class StreamReader:
     """Blocks of documents in the order of the files. Documents of other ranks are passed over without parsing them."""
 
     files: Files
-    rank: Rank = field(default_factory=Rank)
+    ranks: Ranks = field(default_factory=Ranks)
     skips: SkippedRows = field(default_factory=SkippedRows)
     epoch: int = 0
     num_read: int = 0  # documents of this epoch passed by this reader, of all ranks
@@ -128,9 +102,9 @@ class StreamReader:
             self._rows = stream(self.files, self.position, self.files.stop)
         block: list[str] = []
         num_characters = 0
-        for row, begin, behind in self._rows:
-            self.position = behind
-            is_mine = self.num_read % self.rank.world == self.rank.index
+        for row, begin, after in self._rows:
+            self.position = after
+            is_mine = self.num_read % self.ranks.world_size == self.ranks.rank
             self.num_read += 1
             if not is_mine:
                 continue
@@ -149,11 +123,11 @@ class StreamReader:
 
     def again(self) -> "StreamReader":
         """The same reader at its beginning."""
-        return StreamReader(self.files, self.rank, SkippedRows(self.skips.refuse))
+        return StreamReader(self.files, self.ranks, SkippedRows(self.skips.refuse))
 
     def state_dict(self) -> dict[str, Any]:
-        place = {"file": self.position.file, "offset": self.position.offset}
-        return {"epoch": self.epoch, "num_read": self.num_read, **place, "skips": self.skips.state_dict()}
+        counts = {"epoch": self.epoch, "num_read": self.num_read}
+        return {**counts, **self.position._asdict(), "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.num_read = state["epoch"], state["num_read"]
@@ -170,11 +144,11 @@ class RememberedReader:
     limit: int = 50_000_000
     blocks: list[list[Ids]] = field(default_factory=list)
     num_tokens: int = 0
-    place: int = 0  # of the next block that is remembered
+    next_block: int = 0  # of those that are remembered
 
     def __post_init__(self) -> None:
-        self._behind = self.inner.state_dict()  # what is remembered
-        self.rank, self.skips = self.inner.rank, self.inner.skips
+        self._after = self.inner.state_dict()  # what is remembered
+        self.ranks, self.skips = self.inner.ranks, self.inner.skips
 
     @property
     def fingerprint(self) -> str:
@@ -185,16 +159,16 @@ class RememberedReader:
         return self.inner.epoch
 
     def read(self) -> list[Any]:
-        if self.place < len(self.blocks):
-            self.place += 1
-            return self.blocks[self.place - 1]
+        if self.next_block < len(self.blocks):
+            self.next_block += 1
+            return self.blocks[self.next_block - 1]
         block: list[Any] = self.inner.read()
         block = self.encode(block) if block and isinstance(block[0], str) else block
-        if block and self.num_tokens < self.limit and self.place == len(self.blocks):
+        if block and self.num_tokens < self.limit and self.next_block == len(self.blocks):
             self.blocks.append(block)
-            self.place += 1
+            self.next_block += 1
             self.num_tokens += sum(map(len, block))
-            self._behind = self.inner.state_dict()
+            self._after = self.inner.state_dict()
         return block
 
     def next_epoch(self) -> None:
@@ -202,8 +176,8 @@ class RememberedReader:
 
     def again(self) -> "RememberedReader":
         """At the beginning again, with what is remembered."""
-        self.inner.load_state_dict(self._behind)
-        self.place = 0
+        self.inner.load_state_dict(self._after)
+        self.next_block = 0
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,9 +196,9 @@ class Subset:
     def __init__(self, corpus: Corpus, share: float, seed: int, complement: bool):
         size = len(corpus)
         cut = max(1, round(size * share))
-        places = np.arange(cut, size) if complement else np.arange(cut)
+        drawn = np.arange(cut, size) if complement else np.arange(cut)
         self.corpus = corpus
-        self.indices = np.sort(permute(places, size, int(hash_key(seed, 0x5411)[0])))
+        self.indices = np.sort(permute(drawn, size, hash_key(seed, 0x5411)))
         self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
         self.is_tokenized = corpus.is_tokenized
 

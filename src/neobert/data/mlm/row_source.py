@@ -1,31 +1,35 @@
-"""Documents of one source into rows, with an exact position.
+"""Documents into rows, with an exact position: of one source, and of a shard, which draws rows from its sources.
 
-    reader -> tokenise -> cut into pieces -> shuffle buffer (streams) -> rows
+    reader -> tokenise -> cut into pieces -> shuffle buffer (streams) -> rows -> shard
 
 Worker threads only tokenise blocks of documents, as pure functions, and their results are taken in the order of the
-blocks. So the position is small: where the reader stands behind the last block taken, the pieces in the shuffle buffer, the
-open rows, and the rows that are ready.
+blocks. So the position is small: where the reader stands after the last block taken, the pieces in the shuffle buffer, the
+open rows, and the rows that are ready. A shard is one of the equal parts that the corpus is dealt to, document by document;
+data ranks own whole shards. Which source a row comes from is a function of its index in the run (`choose_sources`).
 """
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from neobert.data.files.documents import SkippedRows
-from neobert.data.mlm.masking import hash_key
+from neobert.data.hashing import choose_sources, hash_keys
 from neobert.data.mlm.packing import OnePerRow, Packer, Row, Segmenter, TruncationStats
 from neobert.data.mlm.readers import Reader, StreamReader
+from neobert.data.mlm.state import State
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
+
+Exhausted = Literal["repeat", "drop", "stop"]
 
 
 @dataclass
 class ShuffleBuffer:
-    """Holds `size` pieces; each new piece takes the place of a random one, which moves on. `size` <= 1: no shuffling.
+    """Holds `size` pieces; each new piece replaces a random one, which moves on. `size` <= 1: no shuffling.
 
     The choice is a hash of (seed, epoch, number of the piece), so the state is the content and a counter.
     """
@@ -36,11 +40,11 @@ class ShuffleBuffer:
     num_seen: int = 0
 
     def exchange(self, pieces: list[Ids], epoch: int) -> list[Ids]:
-        """Put pieces in, and take out those whose places they get."""
+        """Put pieces in, and take out those that they replace."""
         if self.size <= 1:
             return pieces
         numbers = np.arange(self.num_seen + 1, self.num_seen + 1 + len(pieces))
-        slots = (hash_key(self.seed, epoch, numbers) % np.uint64(self.size)).tolist()
+        slots = (hash_keys(self.seed, epoch, numbers) % np.uint64(self.size)).tolist()
         self.num_seen += len(pieces)
         out = []
         for piece, slot in zip(pieces, slots, strict=True):
@@ -53,8 +57,8 @@ class ShuffleBuffer:
         return out
 
     def drain(self, epoch: int) -> list[Ids]:
-        """All pieces, shuffled: an epoch ends with every document handed out."""
-        order = np.argsort(hash_key(self.seed, epoch, -1, np.arange(len(self.pieces))), kind="stable")
+        """All pieces, shuffled: an epoch ends with every document used."""
+        order = np.argsort(hash_keys(self.seed, epoch, -1, np.arange(len(self.pieces))), kind="stable")
         out = [self.pieces[number] for number in order]
         self.pieces, self.num_seen = [], 0
         return out
@@ -97,21 +101,6 @@ class Workers:
             self.pool = None
 
 
-@dataclass(frozen=True)
-class SourceState:
-    """The position behind a row. Arrays are shared with the running source, which never writes to them."""
-
-    reader: dict[str, Any]
-    buffer: tuple[Ids, ...]
-    num_seen: int
-    open_rows: tuple[tuple[tuple[Ids, ...], int], ...]
-    ready: tuple[Row, ...]
-    epoch: int
-    num_rows: int
-    num_packed: int
-    cut: TruncationStats
-
-
 @dataclass
 class RowSource:
     """Rows of one source for one shard, endlessly, or for `num_epochs`."""
@@ -123,7 +112,7 @@ class RowSource:
     buffer: ShuffleBuffer
     name: str = ""
     num_epochs: int | None = None
-    group: int | None = None  # pack so many pieces by themselves, and end the microbatch behind them
+    group: int | None = None  # pack so many pieces by themselves, and end the microbatch after them
     min_rows: int = 1  # that the first epoch must give; 0: none needed
 
     def __post_init__(self) -> None:
@@ -132,9 +121,9 @@ class RowSource:
         self.epoch = 0  # of the newest row handed out
         self.num_rows = 0  # handed out since the run began
         self.num_packed = 0  # pieces since the last group
-        self._behind = self.reader.state_dict()
-        self._blocks: Iterator[tuple[list[Ids], int, dict[str, Any]]] | None = None
-        self._frozen: SourceState | None = None  # all of the position but the ready rows, until the next block
+        self._after = self.reader.state_dict()  # the last block taken
+        self._blocks: Iterator[tuple[list[Ids], int, State]] | None = None
+        self._frozen: State | None = None  # what of the position stays the same until the next block
 
     def has_next(self) -> bool:
         """Whether there is another row, for which blocks are read. Raises DataError."""
@@ -148,7 +137,7 @@ class RowSource:
         return True
 
     def next(self) -> Row | None:
-        """The next row; None behind the last epoch. Raises DataError."""
+        """The next row; None after the last epoch. Raises DataError."""
         if not self.has_next():
             return None
         row = self.ready.popleft()
@@ -156,14 +145,14 @@ class RowSource:
         self.num_rows += 1
         return row
 
-    def _take(self, documents: list[Ids], epoch: int, behind: dict[str, Any]) -> None:
+    def _take(self, documents: list[Ids], epoch: int, after: State) -> None:
         """Bring a block of documents into rows; an empty block ends an epoch."""
         pieces = self.segmenter.pieces(documents, self.cut)
         self._pack(self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch), epoch)
         if not documents:
             self._flush()  # a row holds documents of one epoch
             self._check_epoch(epoch)
-        self._behind, self._frozen = behind, None
+        self._after, self._frozen = after, None
 
     def _pack(self, pieces: list[Ids], epoch: int) -> None:
         ready, add, group = self.ready, self.packer.add, self.group
@@ -187,11 +176,11 @@ class RowSource:
             return
         of = f" ({self.name})" if self.name else ""
         why = why_empty(self.reader.skips, self.cut.num_empty)
-        rank = self.reader.rank
-        if not found and rank.world > 1:
+        ranks = self.reader.ranks
+        if not found and ranks.world_size > 1:
             raise DataError(
-                f"reader {rank.index + 1} of {rank.world} of the corpus{of} is empty{why}: documents are dealt to as many "
-                "readers as there are processes (or dataset.num_shards); use fewer, or add text"
+                f"reader {ranks.rank + 1} of {ranks.world_size} of the corpus{of} is empty{why}: documents are dealt to as "
+                "many readers as there are processes (or dataset.num_shards); use fewer, or add text"
             )
         if not found:
             raise DataError(f"the corpus{of} is empty: no document has any text{why}")
@@ -200,53 +189,51 @@ class RowSource:
             "lower trainer.per_device_train_batch_size, shorten the rows, or add text"
         )
 
-    def _read(self) -> Iterator[tuple[list[Any], int, dict[str, Any]]]:
-        """(documents, epoch, position behind them); an empty block ends an epoch, its position is the next epoch's."""
+    def _tokenized(self) -> Iterator[tuple[list[Ids], int, State]]:
+        """(token ids of a block, epoch, position after it) in order; with workers, several are in flight.
+
+        An empty block ends an epoch; its position is the next epoch's.
+        """
+        pending: deque[tuple[Future[list[Ids]] | list[Ids], int, State]] = deque()
+
+        def oldest() -> tuple[list[Ids], int, State]:
+            block, epoch, after = pending.popleft()
+            return (block if isinstance(block, list) else block.result()), epoch, after
+
         while self.num_epochs is None or self.reader.epoch < self.num_epochs:
             documents, epoch = self.reader.read(), self.reader.epoch
             if not documents:
                 self.reader.next_epoch()
-            yield documents, epoch, self.reader.state_dict()
-
-    def _tokenized(self) -> Iterator[tuple[list[Ids], int, dict[str, Any]]]:
-        """The blocks in order, tokenised; with workers, several are in flight."""
-        pending: deque[tuple[Future[list[Ids]] | list[Ids], int, dict[str, Any]]] = deque()
-        for documents, epoch, behind in self._read():
-            pending.append((self.workers.submit(documents), epoch, behind))
+            pending.append((self.workers.submit(documents), epoch, self.reader.state_dict()))
             while len(pending) > self.workers.num_ahead or (pending and not documents):
-                yield _result(*pending.popleft())
+                yield oldest()
             if not documents:
                 self.workers.end_epoch()
         while pending:
-            yield _result(*pending.popleft())
+            yield oldest()
 
-    # --- position -----------
-
-    def snapshot(self) -> SourceState:
-        """The position behind the last row; a few microseconds between blocks."""
+    def state_dict(self) -> State:
+        """The position after the last row; shares its arrays, and costs a few microseconds between blocks."""
         if self._frozen is None:
-            self._frozen = SourceState(
-                self._behind,
-                tuple(self.buffer.pieces),
-                self.buffer.num_seen,
-                tuple(self.packer.snapshot()),
-                (),
-                0,
-                0,
-                self.num_packed,
-                replace(self.cut),
-            )
-        return replace(self._frozen, ready=tuple(self.ready), epoch=self.epoch, num_rows=self.num_rows)
+            self._frozen = {
+                "reader": self._after,
+                "num_seen": self.buffer.num_seen,
+                "num_packed": self.num_packed,
+                "cut": dict(vars(self.cut)),
+                "buffer": tuple(self.buffer.pieces),
+                "open_rows": tuple(self.packer.state_dict()),
+            }
+        return {**self._frozen, "epoch": self.epoch, "num_rows": self.num_rows, "ready": tuple(self.ready)}
 
-    def restore(self, state: SourceState) -> None:
-        """Continue behind `state`; reads nothing again."""
-        self.reader.load_state_dict(state.reader)
-        self._behind, self._frozen, self._blocks = state.reader, None, None
-        self.buffer.pieces, self.buffer.num_seen = list(state.buffer), state.num_seen
-        self.packer.restore(list(state.open_rows))
-        self.ready = deque(state.ready)
-        self.epoch, self.num_rows, self.num_packed = state.epoch, state.num_rows, state.num_packed
-        self.cut = replace(state.cut)
+    def load_state_dict(self, state: State) -> None:
+        """Continue after `state`; reads nothing again."""
+        self.reader.load_state_dict(state["reader"])
+        self._after, self._frozen, self._blocks = state["reader"], None, None
+        self.buffer.pieces, self.buffer.num_seen = list(state["buffer"]), state["num_seen"]
+        self.packer.load_state_dict(state["open_rows"])
+        self.ready = deque(state["ready"])
+        self.epoch, self.num_rows, self.num_packed = state["epoch"], state["num_rows"], state["num_packed"]
+        self.cut = TruncationStats(**state["cut"])
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a position to mean the same."""
@@ -261,8 +248,67 @@ class RowSource:
         }
 
 
-def _result(block: Any, epoch: int, behind: dict[str, Any]) -> tuple[list[Ids], int, dict[str, Any]]:
-    return (block if isinstance(block, list) else block.result()), epoch, behind
+@dataclass
+class Shard:
+    """The rows of one of `world` equal parts of the corpus: of one source, or drawn from several by weight.
+
+    When a source has no more rows: `drop` goes on with the others, `stop` ends the shard. With `repeat` a source begins
+    again by itself (its number of epochs is not limited).
+    """
+
+    index: int
+    world: int
+    sources: list[RowSource]
+    weights: list[float] = field(default_factory=lambda: [1.0])
+    exhausted: Exhausted = "drop"
+    seed: int = 0
+    num_rows: int = 0  # handed out since the run began
+    ended: set[int] = field(default_factory=set)  # sources without any more rows
+
+    def next(self) -> Row | None:
+        """The next row with its index in the run; None when there is no more."""
+        index, source = self._next_index, self._next_source()
+        row = None if source is None else source.next()
+        if row is None:
+            return None
+        self.num_rows += 1
+        return Row(row.pieces, row.epoch, index, row.ends_batch)
+
+    def is_done(self) -> bool:
+        """Whether there is no more row. Reads on where it has to; no row is taken."""
+        return self._next_source() is None
+
+    @property
+    def _next_index(self) -> int:
+        return self.num_rows * self.world + self.index
+
+    def _next_source(self) -> RowSource | None:
+        """The source of the next row; those that are found without rows have ended from now on."""
+        while len(self.ended) < len(self.sources):
+            number = 0
+            if len(self.sources) > 1:
+                weights = [0.0 if n in self.ended else weight for n, weight in enumerate(self.weights)]
+                number = int(choose_sources(np.array([self._next_index]), weights, self.seed)[0])
+            if self.sources[number].has_next():
+                return self.sources[number]
+            self.ended = set(range(len(self.sources))) if self.exhausted == "stop" else self.ended | {number}
+        return None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that every source has got to."""
+        alive = [source.epoch for number, source in enumerate(self.sources) if number not in self.ended]
+        return min(alive) if alive else max(source.epoch for source in self.sources)
+
+    def state_dict(self) -> State:
+        """The position after the last row."""
+        sources = [source.state_dict() for source in self.sources]
+        return {"num_rows": self.num_rows, "dry": sorted(self.ended), "sources": sources}
+
+    def load_state_dict(self, state: State) -> None:
+        self.num_rows, self.ended = state["num_rows"], set(state["dry"])
+        for source, saved in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(saved)
 
 
 def first_skip(first: dict[str, str]) -> str:

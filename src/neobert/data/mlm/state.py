@@ -1,57 +1,52 @@
-"""A position of the data as JSON and arrays, as a checkpoint holds it, and back."""
+"""A position of the data as JSON and arrays, as a checkpoint holds it, and back. The JSON keeps the names of format 2."""
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from neobert.data.mlm.packing import Row, TruncationStats
-from neobert.data.mlm.row_source import SourceState
-from neobert.data.mlm.shards import ShardState
+from neobert.data.loader import Saved
+from neobert.data.mlm.packing import Row
 from neobert.data.tokenizer import Ids
 from neobert.errors import CheckpointError
 
 FORMAT = 2
 
-Saved = tuple[dict[str, Any], dict[str, np.ndarray]]  # JSON, arrays
+State = dict[
+    str, Any
+]  # plain data, tuples of rows and token ids, which are shared with what is running and never written to
+ROWS = ("open_rows", "ready")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The position behind a batch: of every shard of this rank, and whose turn is next."""
-
-    shards: tuple[ShardState, ...]
-    num_batches: int
-
-
-def write_snapshot(snapshot: Snapshot, shard_numbers: list[int], fingerprint: dict[str, Any], dtype: type) -> Saved:
-    """As JSON and arrays."""
+def write_position(position: State, fingerprint: dict[str, Any], dtype: type) -> Saved:
+    """The position of `Pipeline.state_dict` as JSON and arrays."""
     arrays: dict[str, np.ndarray] = {}
-    shards = {}
-    for shard, number in zip(snapshot.shards, shard_numbers, strict=True):
-        sources = [_write_source(arrays, f"{number}.{n}.", one, dtype) for n, one in enumerate(shard.sources)]
-        shards[str(number)] = {"num_rows": shard.num_rows, "dry": list(shard.dry), "sources": sources}
-    turns, rest = divmod(snapshot.num_batches, len(shard_numbers))
-    state = {"lanes_per_rank": len(shard_numbers), "turns": turns, "rest": rest, "lanes": shards}
+    shards = {
+        str(number): {
+            **shard,
+            "sources": [_write_source(arrays, f"{number}.{n}.", one, dtype) for n, one in enumerate(shard["sources"])],
+        }
+        for number, shard in position["shards"].items()
+    }
+    turns, rest = divmod(position["num_batches"], len(shards))
+    state = {"lanes_per_rank": len(shards), "turns": turns, "rest": rest, "lanes": shards}
     return {"fingerprint": fingerprint, **state}, arrays
 
 
-def read_snapshot(saved: Saved, shard_numbers: list[int], fingerprint: dict[str, Any]) -> Snapshot:
+def read_position(saved: Saved, shard_numbers: list[int], fingerprint: dict[str, Any]) -> State:
     """The position of the given shards. Raises CheckpointError when the data, or its deal to ranks, is not the same."""
     state, arrays = saved
     check_fingerprint(state["fingerprint"], fingerprint)
-    missing = [number for number in shard_numbers if str(number) not in state["lanes"]]
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint holds no position of shard {missing[0]}; the files of a rank are missing"
-        )
-    shards = []
+    shards = {}
     for number in shard_numbers:
-        shard = state["lanes"][str(number)]
-        sources = tuple(_read_source(arrays, f"{number}.{n}.", one) for n, one in enumerate(shard["sources"]))
-        shards.append(ShardState(shard["num_rows"], tuple(shard["dry"]), sources))
-    rest = state["rest"] if state["lanes_per_rank"] == len(shard_numbers) else 0  # or else with the first shard again
-    return Snapshot(tuple(shards), state["turns"] * len(shard_numbers) + rest)
+        shard = state["lanes"].get(str(number))
+        if shard is None:
+            raise CheckpointError(
+                f"the checkpoint holds no position of shard {number}; the files of a rank are missing"
+            )
+        sources = [_read_source(arrays, f"{number}.{n}.", one) for n, one in enumerate(shard["sources"])]
+        shards[number] = {**shard, "sources": sources}
+    rest = state["rest"] if state["lanes_per_rank"] == len(shards) else 0  # or else with the first shard again
+    return {"num_batches": state["turns"] * len(shards) + rest, "shards": shards}
 
 
 def join_positions(positions: list[Saved]) -> Saved:
@@ -84,58 +79,30 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises CheckpointError naming the first thing that a position depends on and that is not as it was."""
-    for name, value in current.items():
-        if saved.get(name) != value:
-            raise CheckpointError(
-                f"cannot continue exactly: {name} was {saved.get(name)}, now {value}; start a new run, or set it as it was"
-            )
-
-
-def _write_source(arrays: dict[str, np.ndarray], prefix: str, s: SourceState, dtype: type) -> dict[str, Any]:
-    _write_pieces(arrays, f"{prefix}buffer", list(s.buffer), dtype)
-    state: dict[str, Any] = {
-        "reader": s.reader,
-        "num_seen": s.num_seen,
-        "epoch": s.epoch,
-        "num_rows": s.num_rows,
-        "num_packed": s.num_packed,
-        "cut": asdict(s.cut),
+def _write_source(arrays: dict[str, np.ndarray], prefix: str, source: State, dtype: type) -> State:
+    """Token ids go into arrays; the JSON says how many pieces each row has, and its epoch."""
+    rows: dict[str, tuple[Row, ...]] = {name: source[name] for name in ROWS}
+    pieces = {name: [piece for row in rows[name] for piece in row.pieces] for name in ROWS}
+    for name, found in {"buffer": source["buffer"], **pieces}.items():
+        arrays[f"{prefix}{name}.ids"] = np.concatenate(found) if found else np.zeros(0, dtype)
+        arrays[f"{prefix}{name}.lengths"] = np.array([len(piece) for piece in found], dtype=np.int64)
+    return {
+        **{name: value for name, value in source.items() if name != "buffer"},
+        **{name: [[len(row.pieces), row.epoch] for row in rows[name]] for name in ROWS},
+        "ends": [number for number, row in enumerate(rows["ready"]) if row.ends_batch],
     }
-    ready = [(row.pieces, row.epoch) for row in s.ready]
-    state["ends"] = [number for number, row in enumerate(s.ready) if row.ends_batch]
-    for name, rows in (("open_rows", s.open_rows), ("ready", ready)):
-        _write_pieces(arrays, prefix + name, [piece for pieces, _ in rows for piece in pieces], dtype)
-        state[name] = [[len(pieces), epoch] for pieces, epoch in rows]
-    return state
 
 
-def _read_source(arrays: dict[str, np.ndarray], prefix: str, state: dict[str, Any]) -> SourceState:
-    ends = set(state["ends"])
-    rows = {name: _read_rows(arrays, prefix + name, state[name]) for name in ("open_rows", "ready")}
-    return SourceState(
-        reader=state["reader"],
-        buffer=tuple(_read_pieces(arrays, f"{prefix}buffer")),
-        num_seen=state["num_seen"],
-        open_rows=tuple(rows["open_rows"]),
-        ready=tuple(Row(*row, ends_batch=number in ends) for number, row in enumerate(rows["ready"])),
-        epoch=state["epoch"],
-        num_rows=state["num_rows"],
-        num_packed=state["num_packed"],
-        cut=TruncationStats(**state["cut"]),
-    )
+def _read_source(arrays: dict[str, np.ndarray], prefix: str, state: State) -> State:
+    def pieces(name: str) -> list[Ids]:
+        return np.split(arrays[f"{prefix}{name}.ids"], np.cumsum(arrays[f"{prefix}{name}.lengths"]))[:-1]
 
-
-def _write_pieces(arrays: dict[str, np.ndarray], name: str, pieces: list[Ids], dtype: type) -> None:
-    arrays[f"{name}.ids"] = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
-    arrays[f"{name}.lengths"] = np.array([len(piece) for piece in pieces], dtype=np.int64)
-
-
-def _read_pieces(arrays: dict[str, np.ndarray], name: str) -> list[Ids]:
-    return np.split(arrays[f"{name}.ids"], np.cumsum(arrays[f"{name}.lengths"]))[:-1]
-
-
-def _read_rows(arrays: dict[str, np.ndarray], name: str, shape: list[list[int]]) -> list[tuple[tuple[Ids, ...], int]]:
-    pieces = iter(_read_pieces(arrays, name))
-    return [(tuple(next(pieces) for _ in range(count)), epoch) for count, epoch in shape]
+    source = {name: value for name, value in state.items() if name != "ends"} | {"buffer": pieces("buffer")}
+    for name in ROWS:
+        rest = iter(pieces(name))
+        ends = state["ends"] if name == "ready" else []
+        source[name] = [
+            Row(tuple(next(rest) for _ in range(count)), epoch, ends_batch=number in ends)
+            for number, (count, epoch) in enumerate(state[name])
+        ]
+    return source

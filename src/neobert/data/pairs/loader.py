@@ -9,57 +9,28 @@ Shapes: B rows of this process, G rows of all, T row length, n texts of this pro
 """
 
 import math
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
 
+from neobert.data.batch import Batch, RowLayout
 from neobert.data.files.corpus import Corpus
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.rows import Unusable
-from neobert.data.layout import RowLayout, Share
-from neobert.data.mlm.masking import hash_key
-from neobert.data.mlm.readers import FETCH_TEXTS, permute
+from neobert.data.hashing import choose_sources, hash_key, hash_keys, permute
+from neobert.data.loader import Loader, Saved, require_same
+from neobert.data.mlm.readers import FETCH_TEXTS
 from neobert.data.mlm.row_source import describe_skips, first_skip
-from neobert.data.mlm.shards import choose_sources
-from neobert.data.mlm.state import require_same
 from neobert.data.pairs.table import PairTable
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
+from neobert.ranks import Ranks
 
 BATCHES_AHEAD = 4
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """n texts: B anchors, B positives, then hard negatives. Keys are those of all processes (model/embedding.py)."""
-
-    input_ids: torch.Tensor  # int64, n x T, or 1 x sum of lengths
-    attention_mask: torch.Tensor | None
-    document_lengths: tuple[int, ...] | None
-    keys: dict[str, Any]
-    num_targets: int
-    num_tokens: int
-    epoch: int
-
-    def inputs(self) -> dict[str, Any]:
-        """The keyword arguments of the model's forward."""
-        names = ("input_ids", "attention_mask", "document_lengths", "keys")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on a device."""
-        mask = self.attention_mask
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            keys={name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.keys.items()},
-        )
 
 
 @dataclass(frozen=True)
@@ -72,16 +43,6 @@ class Drawn:
     row_keys_G: np.ndarray
     anchor_keys_G: np.ndarray
     encode: Callable[[np.ndarray], list[Ids]]
-
-
-class Source(Protocol):
-    """Rows without end, with a position."""
-
-    def take(self, count: int) -> Drawn: ...
-
-    def state_dict(self) -> dict[str, int]: ...
-
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
 class PairSource:
@@ -101,7 +62,7 @@ class PairSource:
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            rows[chosen] = permute(offsets[chosen], len(table), int(hash_key(self.seed, int(epoch))[0]))
+            rows[chosen] = permute(offsets[chosen], len(table), hash_key(self.seed, int(epoch)))
         keys, positives = table.keys[rows], table.positives[rows]
         if table.is_labelled:
             positives = table.anchors[self._partners(rows, epochs)]
@@ -121,7 +82,7 @@ class PairSource:
         begins, sizes = self.begins[classes], self.sizes[classes]
         own = np.empty(len(self.table), dtype=np.int64)
         own[self.members] = np.arange(len(self.table))
-        steps = 1 + (hash_key(self.seed, epochs, rows) % (sizes - 1).astype(np.uint64)).astype(np.int64)
+        steps = 1 + (hash_keys(self.seed, epochs, rows) % (sizes - 1).astype(np.uint64)).astype(np.int64)
         return self.members[begins + (own[rows] - begins + steps) % sizes]
 
     def _ids(self, numbers: np.ndarray) -> list[Ids]:
@@ -178,7 +139,7 @@ class TextSource:
         """The next documents; None for one that is not used."""
         epoch, offset = divmod(self.position, len(self.corpus))
         places = np.arange(offset, min(offset + FETCH_TEXTS, len(self.corpus)))
-        found = self.corpus.fetch(permute(places, len(self.corpus), int(hash_key(self.seed, epoch)[0])))
+        found = self.corpus.fetch(permute(places, len(self.corpus), hash_key(self.seed, epoch)))
         for text in found:
             if isinstance(text, Unusable):
                 self.skips.add(text)
@@ -196,56 +157,51 @@ class TextSource:
         self.position, self.num_used = state["position"], state["num_used"]
 
 
-class PairLoader:
-    """Batches without end, prepared ahead by a thread. `state_dict()` is the position behind the last one used."""
+Source = PairSource | TextSource  # rows without end, with a position
+
+
+class PairLoader(Loader[dict[str, Any]]):
+    """Batches without end, made ahead by a thread, or when they are asked for."""
 
     def __init__(
         self,
-        sources: list[Source],
+        sources: Sequence[Source],
         weights: list[float],
         layout: RowLayout,
-        share: Share,
+        ranks: Ranks,
+        batch_size: int,
         seed: int,
         views: int,
         batches_per_epoch: int,
         fingerprint: dict[str, Any],
         ahead: bool = True,
     ):
-        """`views`: targets per row, 1, or 2 where positives are anchors too."""
-        self.sources, self.weights, self.layout, self.share, self.seed = sources, weights, layout, share, seed
-        self.views, self.batches_per_epoch = views, batches_per_epoch
-        self.fingerprint = {**fingerprint, "weights": weights, "rows": share.rows * share.world, "seed": seed}
+        """`batch_size`: of this process. `views`: targets per row, 1, or 2 where positives are anchors too."""
+        self.sources, self.weights, self.layout, self.ranks, self.seed = sources, weights, layout, ranks, seed
+        self.batch_size, self.views, self.batches_per_epoch = batch_size, views, batches_per_epoch
+        self.fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
         self.num_made = 0
-        self._used = self._position()
-        self._pool = ThreadPoolExecutor(1, "pairs") if ahead else None
-        self._ahead: deque[Future[tuple[PairBatch, dict[str, Any]]]] = deque()
+        super().__init__(self._made(), int(ahead), BATCHES_AHEAD)
 
-    def __iter__(self) -> "PairLoader":
-        return self
+    def _made(self) -> dict[str, Any]:
+        """The position after the last batch that was made."""
+        return {"num_batches": self.num_made, "sources": [source.state_dict() for source in self.sources]}
 
-    def __next__(self) -> PairBatch:
-        if self._pool is None:
-            batch, self._used = self._make()
-            return batch
-        while len(self._ahead) < BATCHES_AHEAD:
-            self._ahead.append(self._pool.submit(self._make))
-        batch, self._used = self._ahead.popleft().result()
-        return batch
+    def jobs(self) -> Iterator[Callable[[], tuple[Batch, dict[str, Any]]]]:
+        return repeat(self._make)
 
-    def _make(self) -> tuple[PairBatch, dict[str, Any]]:
-        """The next batch with the position behind it."""
+    def _make(self) -> tuple[Batch, dict[str, Any]]:
         number = int(choose_sources(np.array([self.num_made]), self.weights, self.seed)[0])
-        drawn = self.sources[number].take(self.share.rows * self.share.world)
+        drawn = self.sources[number].take(self.batch_size * self.ranks.world_size)
         self.num_made += 1
-        return self._collate(drawn), self._position()
+        return self._collate(drawn), self._made()
 
-    def _collate(self, drawn: Drawn) -> PairBatch:
-        B, world = self.share.rows, self.share.world
-        mine = slice(self.share.rank * B, (self.share.rank + 1) * B)
+    def _collate(self, drawn: Drawn) -> Batch:
+        B, world = self.batch_size, self.ranks.world_size
+        own = slice(self.ranks.rank * B, (self.ranks.rank + 1) * B)
         counts = np.array([len(part) for part in drawn.negatives])
         none = np.zeros(0, dtype=np.int64)
-        numbers = np.concatenate([drawn.anchors_G[mine], drawn.positives_G[mine], none, *drawn.negatives[mine]])
-        ids = drawn.encode(numbers)
+        numbers = np.concatenate([drawn.anchors_G[own], drawn.positives_G[own], none, *drawn.negatives[own]])
         keys: dict[str, Any] = {
             "row_keys_G": torch.from_numpy(drawn.row_keys_G),
             "anchor_keys_G": torch.from_numpy(drawn.anchor_keys_G),
@@ -253,46 +209,25 @@ class PairLoader:
             "negative_rows": torch.from_numpy(np.repeat(np.arange(B * world), counts)),
             "num_negatives": tuple(counts.reshape(world, B).sum(1).tolist()),
         }
-        return PairBatch(
-            self.layout.arrange(ids, self.layout.pad_id),
-            *self.layout.boundaries(ids),
-            keys,
-            num_targets=self.views * B,
-            num_tokens=sum(map(len, ids)),
-            epoch=self.num_made // self.batches_per_epoch,
-        )
-
-    def _position(self) -> dict[str, Any]:
-        return {"num_batches": self.num_made, "sources": [source.state_dict() for source in self.sources]}
+        epoch = self.num_made // self.batches_per_epoch
+        return self.layout.batch(drawn.encode(numbers), num_targets=self.views * B, epoch=epoch, keys=keys)
 
     def steps_left(self, num_epochs: int, accumulation: int) -> int:
         """Steps of `accumulation` batches until the end of so many epochs, each of which is a whole number of steps."""
         num_batches = math.ceil(self.batches_per_epoch / accumulation) * accumulation * num_epochs
-        return max(0, math.ceil((num_batches - self._used["num_batches"]) / accumulation))
+        return max(0, math.ceil((num_batches - self.position["num_batches"]) / accumulation))
 
-    @property
-    def position(self) -> dict[str, Any]:
-        """Behind the last batch that was used."""
-        return self._used
-
-    def state_dict(self, position: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """A `position`, or that behind the last batch that was used."""
-        return {**(position or self._used), "fingerprint": self.fingerprint}, {}
+    def state_dict(self, position: dict[str, Any] | None = None) -> Saved:
+        return {**(position or self.position), "fingerprint": self.fingerprint}, {}
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Continue behind a saved position. Raises CheckpointError when the data is not the same."""
         require_same(state.get("fingerprint", {}), self.fingerprint)
         self.num_made = state["num_batches"]
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
-        self._used = self._position()
+        self.position = self._made()
 
     def describe_used(self) -> list[str]:
-        """What was passed over in plain text so far, what was prepared ahead included."""
+        """What was passed over in plain text so far, what was made ahead included."""
         found = [(source.name, source.skips) for source in self.sources if isinstance(source, TextSource)]
         return [f"{name}: {describe_skips(s.counts)}{first_skip(s.first)}" for name, s in found if s.counts]
-
-    def close(self) -> None:
-        """Stop the thread."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.rows import Unusable, place, records, why_no_text
 from neobert.data.files.splits import column_names, slice_bounds
-from neobert.data.mlm.masking import hash_key
-from neobert.data.mlm.readers import permute
+from neobert.data.hashing import hash_key, permute
 from neobert.data.pairs.columns import Roles, find_roles
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
@@ -51,7 +50,7 @@ class Examples:
         size = len(self.rows)
         if size < 2:
             raise DataError(f"dataset.validation_split: {self.name} has one row, which cannot be split")
-        places = permute(np.arange(size), size, int(hash_key(seed, HELD_OUT_KEY)[0]))
+        places = permute(np.arange(size), size, hash_key(seed, HELD_OUT_KEY))
         cut = max(1, round(size * share))
         held, rest = ([self.rows[i] for i in np.sort(part)] for part in (places[:cut], places[cut:]))
         return Examples(self.roles, rest, self.name), Examples(self.roles, held, self.name)

@@ -12,14 +12,15 @@ from neobert.data.files.corpus import open_corpus
 from neobert.data.files.documents import Files, SkippedRows
 from neobert.data.files.hub import hub_files
 from neobert.data.files.splits import EVAL_NAMES, find_splits, fingerprint, local_splits, parse_slice
-from neobert.data.layout import RowLayout, Share
-from neobert.data.mlm.masking import hash_key
+from neobert.data.hashing import hash_key
 from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.pairs.columns import PAIR_SETS, Roles
 from neobert.data.pairs.loader import PairLoader, PairSource, Source, TextSource
 from neobert.data.pairs.table import Examples, build_table, encode_texts, read_examples, roles_of, training_rows
 from neobert.data.tokenizer import Ids, text_tokenizer
 from neobert.errors import ConfigError, DataError, Problem
+from neobert.ranks import Ranks
+from neobert.tasks.encoder import row_layout
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class ContrastiveData:
     has_text: bool
 
 
-def build_data(config: Config, hf_tokenizer: Any, rank: int, world: int) -> ContrastiveData:
+def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveData:
     """Read and tokenise all sources. Raises DataError and ConfigError."""
     trainer = config.trainer
-    rows = trainer.per_device_train_batch_size * world
+    rows = trainer.per_device_train_batch_size * ranks.world_size
     if rows < 2:
         why = "1 row has no other to be told from; use at least 2 (gradient accumulation does not help: batches are apart)"
         raise ConfigError(Problem("trainer.per_device_train_batch_size", why))
@@ -80,8 +81,9 @@ def build_data(config: Config, hf_tokenizer: Any, rank: int, world: int) -> Cont
     loader = PairLoader(
         [one.source for one in sources],
         weights,
-        build_layout(config, hf_tokenizer),
-        Share(rank, world, trainer.per_device_train_batch_size),
+        row_layout(config, hf_tokenizer.pad_token_id, longest_text(config)),
+        ranks,
+        trainer.per_device_train_batch_size,
         config.seed,
         views=2 if config.contrastive.loss_type == "supcon" else 1,
         batches_per_epoch=per_epoch,
@@ -101,17 +103,6 @@ def _fingerprint(config: Config, hf_tokenizer: Any, sources: list[OpenSource]) -
         "max_length": longest_text(config),
         "loss_type": config.contrastive.loss_type,
     }
-
-
-def build_layout(config: Config, hf_tokenizer: Any) -> RowLayout:
-    """How texts become tensors."""
-    collator, padded = config.datacollator, config.tokenizer.padding == "max_length"
-    return RowLayout(
-        hf_tokenizer.pad_token_id,
-        collator.pack_sequences,
-        longest_text(config) if padded else None,
-        collator.pad_to_multiple_of or 1,
-    )
 
 
 def longest_text(config: Config) -> int:
@@ -180,7 +171,7 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, weight: float, 
     split, begin, end = choose_split(place, dataset.train_split, usual, f"{place.key}.train_split")
     wanted = dataset.columns or ({"text": dataset.text_column} if dataset.text_column else {})
     roles = roles_of(place.splits[split], wanted, f"{place.key}.columns")
-    seed = int(hash_key(config.seed, number)[0])
+    seed = hash_key(config.seed, number)
     if roles.kind == "texts":
         return _open_texts(config, hf_tokenizer, place, roles, weight, seed)
     skips = SkippedRows(dataset.bad_rows == "refuse")

@@ -16,11 +16,13 @@ from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import CheckpointError
 from neobert.inference.embed import EmbeddingModel
 from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
-from neobert.model.embedding import ContrastiveSettings, HFEncoderForEmbedding, NeoBERTForEmbedding
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding
+from neobert.optim.sharding import load_whole
 from neobert.tasks.contrastive.data import longest_text
 from neobert.tasks.encoder import checkpoint_config, load_encoder, load_hf_encoder, model_config
 from neobert.training.run import Storage
-from neobert.training.runtime import load_whole, whole_weights
+from neobert.training.runtime import whole_weights
 
 
 def build_model(config: Config, start: InitialWeights, vocab_size: int, pad_id: int) -> tuple[EmbeddingModel, str]:

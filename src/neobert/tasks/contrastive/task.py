@@ -15,8 +15,9 @@ from neobert.config.load import Loaded, dump_config
 from neobert.config.schema import Config
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.inference.embed import EmbeddingModel
-from neobert.model.embedding import HFEncoderForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding
 from neobert.optim.schedule import Schedule
+from neobert.ranks import Ranks
 from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
 from neobert.tasks.contrastive.evaluation import build_evaluation, check_evaluators, find_sets, mean_metrics
 from neobert.tasks.contrastive.model import build_model, build_storage
@@ -50,7 +51,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
     check_length(config, start, "dataset.max_seq_length", longest_text(config))
     if config.debug:
         print(show_config(config, loaded.origins))
-    data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime.rank, runtime.world_size))
+    data = runtime.main_first(lambda: build_data(config, hf_tokenizer, Ranks(runtime.rank, runtime.world_size)))
     sets = find_sets(config, data)
     if sets:
         check_evaluators()
@@ -76,7 +77,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
     print_summary(facts, [*notes, *opened.told, *warnings, *data.notes, *advice(config, data)], folder)
     return Job(
         config, runtime, model, optimizer, schedule, data.train,
-        fetch=lambda: [next(data.train) for _ in range(accumulation)],
+        fetch=partial(data.train.next_step, accumulation),
         size=size,
         length=length,
         measure=build_evaluation(config, wrapped, hf_tokenizer, sets, runtime, interrupt),

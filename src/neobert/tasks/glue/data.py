@@ -5,10 +5,12 @@ from functools import lru_cache
 from typing import Any
 
 from neobert.config.schema import Config
-from neobert.data.labelled.loader import EpochLoader, LabelCollator, Rows, tokenize_rows
+from neobert.data.batch import RowLayout
+from neobert.data.labelled.loader import EpochLoader, Rows, tokenize_rows
 from neobert.data.labelled.tasks import REPOSITORY, GlueTask, Source, find_files, read_split
-from neobert.data.layout import Share
 from neobert.data.tokenizer import text_tokenizer
+from neobert.ranks import Ranks
+from neobert.tasks.encoder import row_layout
 
 MOST_THREADS = 64
 
@@ -19,12 +21,12 @@ class GlueData:
 
     train: EpochLoader
     evaluation: tuple[Rows, ...]
-    collator: LabelCollator
+    layout: RowLayout
     num_steps: int
     notes: list[str]
 
 
-def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, rank: int = 0, world: int = 1) -> GlueData:
+def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) -> GlueData:
     """Read and tokenise the splits. Raises DataError."""
     glue, trainer = config.glue, config.trainer
     source = glue_source(config)
@@ -33,11 +35,10 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, rank: int = 0,
     shared = Shared(hf_tokenizer, fingerprint)
     train = encode_split(source, task, "train", True, shared, limits)
     evaluation = [encode_split(source, task, split, True, shared, limits) for split in task.evaluation]
-    collator = build_collator(config, task, hf_tokenizer.pad_token_id)
-    num_threads = min(glue.num_workers, MOST_THREADS)
+    layout = row_layout(config, hf_tokenizer.pad_token_id, glue.max_seq_length)
     loader = EpochLoader(
-        train, collator, Share(rank, world, trainer.per_device_train_batch_size), config.seed, glue.group_by_length,
-        num_threads,
+        train, layout, ranks, trainer.per_device_train_batch_size, config.seed, glue.group_by_length,
+        min(glue.num_workers, MOST_THREADS),
         {"task": task.name, "tokenizer": fingerprint, "max_seq_length": glue.max_seq_length,
          "accumulation": trainer.gradient_accumulation_steps},
     )  # fmt: skip
@@ -50,7 +51,7 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, rank: int = 0,
             f"trainer.max_steps {trainer.max_steps:,} is not reached: {trainer.num_train_epochs} epochs are {num_steps:,} "
             "steps; raise num_train_epochs"
         ]
-    return GlueData(loader, tuple(evaluation), collator, num_steps, notes)
+    return GlueData(loader, tuple(evaluation), layout, num_steps, notes)
 
 
 def glue_source(config: Config) -> Source:
@@ -64,18 +65,6 @@ def find_all_files(config: Config, task: GlueTask) -> None:
     """Raises DataError where a split that training needs is missing."""
     for split in ("train", *task.evaluation):
         find_files(glue_source(config), task.name, split)
-
-
-def build_collator(config: Config, task: GlueTask, pad_id: int) -> LabelCollator:
-    """Rows to batches, as the configuration says."""
-    padded = config.tokenizer.padding == "max_length"
-    return LabelCollator(
-        pad_id,
-        config.datacollator.pack_sequences,
-        config.glue.max_seq_length if padded else None,
-        config.datacollator.pad_to_multiple_of or 1,
-        is_regression=not task.labels,
-    )
 
 
 @dataclass(frozen=True)
@@ -100,12 +89,6 @@ def encode_split(
     found = read_split(source, task, split, with_labels)
     max_length, truncate, num_proc = limits
     what = f"{source}, {task.name}, {split}"
-    return tokenize_rows(tokenizer.hf_tokenizer, found.texts, found.labels, max_length, truncate, num_proc, what)
-
-
-def first_rows(rows: Rows, most: int | None) -> Rows:
-    """The first rows of a split."""
-    if most is None or most >= len(rows):
-        return rows
-    segments = None if rows.segments is None else rows.segments[:most]
-    return Rows(rows.ids[:most], segments, None if rows.labels is None else rows.labels[:most])
+    return tokenize_rows(
+        tokenizer.hf_tokenizer, found.texts, found.labels, max_length, truncate, num_proc, what, not task.labels
+    )

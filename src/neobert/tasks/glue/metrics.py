@@ -1,22 +1,34 @@
 """GLUE's metrics, from scikit-learn and scipy, and the score they make up."""
 
-import importlib.util
-from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
 from neobert.data.labelled.tasks import GlueTask
 from neobert.errors import UserError
 
-Metric = Callable[[np.ndarray, np.ndarray], float]
+SUFFIXES = ("", "_mm")  # after the names of metrics, by evaluation split: MNLI's are matched and mismatched
+METRICS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: (module, function, arguments)
+    "accuracy": ("sklearn.metrics", "accuracy_score", {}),
+    "f1": ("sklearn.metrics", "f1_score", {"zero_division": 0.0}),
+    "matthews": ("sklearn.metrics", "matthews_corrcoef", {}),
+    "pearson": ("scipy.stats", "pearsonr", {}),
+    "spearman": ("scipy.stats", "spearmanr", {}),
+}
 
 
 def check_metrics() -> None:
     """Raises UserError where the packages are missing, before anything is trained."""
     for module in ("sklearn", "scipy"):
-        if importlib.util.find_spec(module) is None:
+        if find_spec(module) is None:
             raise UserError(f"GLUE's metrics need {module}: pip install 'neobert[glue]'")
+
+
+def metric_names(task: GlueTask) -> list[str]:
+    """The metrics of a task on one split: those of its score, and the accuracy of every classification."""
+    return list(dict.fromkeys([*task.metrics, *(["accuracy"] if task.labels else [])]))
 
 
 def predictions(task: GlueTask, logits: np.ndarray) -> np.ndarray:
@@ -25,60 +37,22 @@ def predictions(task: GlueTask, logits: np.ndarray) -> np.ndarray:
 
 
 def measure(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Every metric of the task on one split; a classification also gets its accuracy."""
+    """Every metric of the task on one split."""
     predicted = predictions(task, logits)
-    names = dict.fromkeys([*task.metrics, *(["accuracy"] if task.labels else [])])
-    return {name: float(METRICS[name](labels, predicted)) for name in names}
+    return {name: _compute(name, labels, predicted) for name in metric_names(task)}
+
+
+def _compute(name: str, labels: np.ndarray, predicted: np.ndarray) -> float:
+    """A correlation is 0 where it is not defined: a model that says the same of every example has learnt nothing."""
+    module, function, arguments = METRICS[name]
+    is_correlation = module == "scipy.stats"
+    if is_correlation and (len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predicted) == 0):
+        return 0.0
+    found = getattr(import_module(module), function)(labels, predicted, **arguments)
+    return float(found[0] if is_correlation else found)
 
 
 def score(task: GlueTask, values: dict[str, float]) -> float:
-    """GLUE's score of a task: the mean of its metrics (MNLI: of matched and mismatched accuracy)."""
-    names = [f"{metric}{suffix}" for suffix in suffixes(task) for metric in task.metrics]
-    return float(np.mean([values[name] for name in names]))
-
-
-def suffixes(task: GlueTask) -> list[str]:
-    """Behind the names of the metrics of every evaluation split."""
-    return ["", "_mm"][: len(task.evaluation)]
-
-
-def _accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
-    return _sklearn().accuracy_score(labels, predicted)
-
-
-def _f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    return _sklearn().f1_score(labels, predicted, zero_division=0.0)
-
-
-def _matthews(labels: np.ndarray, predicted: np.ndarray) -> float:
-    return _sklearn().matthews_corrcoef(labels, predicted)
-
-
-def _pearson(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, labels, predicted)
-
-
-def _spearman(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, labels, predicted)
-
-
-def _correlation(function: Callable[..., tuple[float, float]], labels: np.ndarray, predicted: np.ndarray) -> float:
-    """0 where it is not defined: a model that says the same of every row has learnt nothing."""
-    if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predicted) == 0:
-        return 0.0
-    return function(labels, predicted)[0]
-
-
-def _sklearn() -> ModuleType:
-    from sklearn import metrics
-
-    return metrics
-
-
-METRICS: dict[str, Metric] = {
-    "accuracy": _accuracy, "f1": _f1, "matthews": _matthews, "pearson": _pearson, "spearman": _spearman,
-}  # fmt: skip
+    """GLUE's score of a task: the mean of its metrics over its evaluation splits."""
+    suffixes = SUFFIXES[: len(task.evaluation)]
+    return float(np.mean([values[f"{metric}{suffix}"] for suffix in suffixes for metric in task.metrics]))

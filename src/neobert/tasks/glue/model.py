@@ -16,9 +16,10 @@ from neobert.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fol
 from neobert.errors import CheckpointError
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
+from neobert.optim.sharding import load_whole
 from neobert.tasks.encoder import checkpoint_config, load_encoder, load_hf_encoder, model_config
 from neobert.training.run import Storage
-from neobert.training.runtime import load_whole, whole_weights
+from neobert.training.runtime import whole_weights
 
 Classifier = NeoBERTForSequenceClassification | HFEncoderForSequenceClassification
 POOLING = {"cls": "bos", "mean": "mean"}  # ours -> transformers' names

@@ -10,7 +10,8 @@ from neobert.config.schema import Config
 from neobert.data.labelled.tasks import TASKS, GlueTask, has_split
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import CheckpointError, DataError, UserError
-from neobert.tasks.glue.data import Shared, build_collator, encode_split, glue_source
+from neobert.tasks.encoder import row_layout
+from neobert.tasks.glue.data import Shared, encode_split, glue_source
 from neobert.tasks.glue.metrics import predictions
 from neobert.tasks.glue.model import load_finetuned
 from neobert.tasks.glue.task import predict_logits, read_result
@@ -47,7 +48,7 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
     model, hf_tokenizer, task = load_finetuned(checkpoint, config)
     trainer, glue, source = config.trainer, config.glue, glue_source(config)
     model.to(runtime.device)
-    collator = build_collator(config, task, hf_tokenizer.pad_token_id)
+    layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)
     shared = Shared(hf_tokenizer, text_tokenizer(hf_tokenizer).fingerprint)
     limits = (glue.max_seq_length, config.tokenizer.truncation, glue.preprocessing_num_proc)
     written = []
@@ -57,9 +58,7 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
                 print(f"note: no split {split} of {one.name} in {source}: {name} is not written")
                 continue
             rows = encode_split(source, one, split, False, shared, limits)
-            logits, _ = predict_logits(
-                model, one.num_labels, rows, collator, trainer.per_device_eval_batch_size, runtime
-            )
+            logits, _ = predict_logits(model, one.num_labels, rows, layout, trainer.per_device_eval_batch_size, runtime)
             written.append(write_submission(output / name, one, logits))
             print(f"{output / name}: {len(rows):,} predictions, by {checkpoint}")
     return written

@@ -4,16 +4,17 @@
     <output_dir>/results.json  results.md  submission/
 
 A suite that was stopped goes on: finished runs stand, a run in progress resumes from its checkpoint, exactly. Of a finished
-run only the weights of its result are kept.
+run only the weights of its result are kept. The table has mean, spread and every seed, the protocol, and published figures.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import list_steps, write_json, write_text
+from neobert.checkpoints.format import list_steps
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.checkpoints.retention import prune, strip_checkpoint
 from neobert.config.load import Loaded, load_config
@@ -23,12 +24,30 @@ from neobert.tasks.glue import task as glue
 from neobert.tasks.glue.data import find_all_files
 from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.predict import FOLDER, write_predictions
-from neobert.tasks.glue.table import summarize, to_markdown, to_terminal
+from neobert.training.metrics import markdown_table, write_table
 from neobert.training.run import main_prints_only, start_runtime
 from neobert.training.run_folder import hold_folder
 from neobert.training.runtime import Runtime
 
 TRANSFERRED = ("rte", "mrpc", "stsb")  # from mnli, with glue.transfer_from_task
+TRAINED = [task.name for task in TASKS.values() if task.trains]
+HIDDEN = ("optimizer", "scheduler", "weights_identity")  # of the protocol: shown in shorter form, or not at all
+# Development-set figures as their authors give them: one number a task, in percent. RTE, MRPC and STS-B of RoBERTa, NeoBERT and
+# ModernBERT start from an MNLI checkpoint.
+PUBLISHED = {
+    "BERT-base": ("110M; arXiv 2412.13663, table 5, from arXiv 2312.17482, table S3", {
+        "cola": 59.0, "sst2": 93.1, "mrpc": 89.5, "stsb": 89.4, "qqp": 91.4, "mnli": 85.4, "qnli": 91.6, "rte": 78.2}),
+    "RoBERTa-base": ("125M; arXiv 1907.11692, table 8", {
+        "cola": 63.6, "sst2": 94.8, "mrpc": 90.2, "stsb": 91.2, "qqp": 91.9, "mnli": 87.6, "qnli": 92.8, "rte": 78.7}),
+    "NeoBERT": ("250M, 4,096 tokens; arXiv 2502.19587", {
+        "cola": 66.2, "sst2": 95.6, "mrpc": 93.4, "stsb": 91.8, "qqp": 90.7, "mnli": 89.0, "qnli": 93.7, "rte": 91.3}),
+    "ModernBERT-base": ("149M; arXiv 2412.13663, table 5", {
+        "cola": 65.1, "sst2": 96.0, "mrpc": 92.2, "stsb": 91.8, "qqp": 92.1, "mnli": 89.1, "qnli": 93.9, "rte": 87.4}),
+}  # fmt: skip
+PUBLISHED_NOTE = (
+    "Published figures are development-set figures, one metric a task as their authors chose it (MRPC and QQP: F1 or "
+    "accuracy; STS-B: Pearson or Spearman), most of them the best of a search without a spread."
+)
 
 
 @dataclass(frozen=True)
@@ -63,11 +82,45 @@ def run_suite(
         with hold_folder(output, runtime):
             results, code = run_plan(plan, runtime, after_run)
             if not code:
-                runtime.on_main(lambda: write_table(results, output))
+                runtime.on_main(lambda: print_table(results, output))
                 if predict:
                     runtime.on_main(lambda: predict_best(plan, results, output / FOLDER, runtime))
     runtime.close()
     return code
+
+
+def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[str], num_seeds: int) -> list[Planned]:
+    """The runs in their order; those that transfer come after the mnli they start from."""
+    output, transfer = Path(base.config.trainer.output_dir), base.config.glue.transfer_from_task
+    if transfer and "mnli" not in tasks:
+        problem = "a suite transfers from mnli to rte, mrpc and stsb, and --tasks has no mnli"
+        raise ConfigError(Problem("glue.transfer_from_task", problem))
+    plan = []
+    for task in sorted(tasks, key=lambda name: transfer and name in TRANSFERRED):
+        transfers = transfer and task in TRANSFERRED
+        for seed in range(base.config.seed, base.config.seed + num_seeds):
+            folder = output / task / f"seed-{seed}"
+            own = [
+                f"glue.task_name={task}", f"glue.num_labels={TASKS[task].num_labels}", f"seed={seed}",
+                f"trainer.output_dir={folder}", "trainer.resume_from_checkpoint=latest",
+                f"glue.transfer_from_task={str(transfers).lower()}",
+            ]  # fmt: skip
+            if transfers:
+                donor = output / "mnli" / f"seed-{seed}"
+                own += [f"glue.pretrained_checkpoint_dir={donor}", "glue.pretrained_checkpoint=latest"]
+            loaded = load_config(files, [*overrides, *own], "glue")
+            plan.append(Planned(task, seed, folder, replace(loaded, warnings=[])))  # the suite gives them once
+    return plan
+
+
+def check_plan(plan: list[Planned]) -> None:
+    """Find at once what would stop a run hours later: metrics, files, weights. Raises UserError."""
+    for one in {planned.task: planned for planned in plan}.values():
+        config = one.loaded.config
+        glue.check_best_metric(config, TASKS[one.task])
+        find_all_files(config, TASKS[one.task])
+        if not config.glue.transfer_from_task:
+            find_initial_weights(config)
 
 
 def run_plan(
@@ -84,60 +137,11 @@ def run_plan(
             if finished.exit_code:
                 print(f"\n{len(results)} of {len(plan)} runs are finished; the same command goes on with the rest")
                 return results, finished.exit_code
-            result = runtime.on_main(partial(take_result, one))
+            result = runtime.on_main(partial(glue.read_result, one.folder))
+        assert result is not None
+        runtime.on_main(partial(keep_weights_only, one.folder, result["step"]))
         results.append(result)
     return results, 0
-
-
-def take_result(one: Planned) -> dict[str, Any]:
-    """What a run came to; only its weights are kept."""
-    result = glue.read_result(one.folder)
-    assert result is not None
-    keep_weights_only(one.folder, result["step"])
-    return result
-
-
-def write_table(results: list[dict[str, Any]], output: Path) -> None:
-    """results.json, results.md, and the same on the console."""
-    summary = summarize(results)
-    write_json(output / "results.json", summary)
-    write_text(output / "results.md", to_markdown(summary))
-    print("\n" + to_terminal(summary) + f"\ntable       {output / 'results.md'}, {output / 'results.json'}")
-
-
-def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[str], num_seeds: int) -> list[Planned]:
-    """The runs in their order; those that transfer come behind the mnli they start from."""
-    glue_config, output = base.config.glue, Path(base.config.trainer.output_dir)
-    transfer = glue_config.transfer_from_task
-    if transfer and "mnli" not in tasks:
-        problem = "a suite transfers from mnli to rte, mrpc and stsb, and --tasks has no mnli"
-        raise ConfigError(Problem("glue.transfer_from_task", problem))
-    ordered = sorted(tasks, key=lambda name: transfer and name in TRANSFERRED)
-    plan = []
-    for task in ordered:
-        for seed in range(base.config.seed, base.config.seed + num_seeds):
-            folder = output / task / f"seed-{seed}"
-            words = [
-                f"glue.task_name={task}", f"glue.num_labels={TASKS[task].num_labels}", f"seed={seed}",
-                f"trainer.output_dir={folder}", "trainer.resume_from_checkpoint=latest",
-                f"glue.transfer_from_task={str(transfer and task in TRANSFERRED).lower()}",
-            ]  # fmt: skip
-            if transfer and task in TRANSFERRED:
-                donor = output / "mnli" / f"seed-{seed}"
-                words += [f"glue.pretrained_checkpoint_dir={donor}", "glue.pretrained_checkpoint=latest"]
-            loaded = load_config(files, [*overrides, *words], "glue")
-            plan.append(Planned(task, seed, folder, replace(loaded, warnings=[])))  # the suite gives them once
-    return plan
-
-
-def check_plan(plan: list[Planned]) -> None:
-    """Find at once what would stop a run hours later: metrics, files, weights. Raises UserError."""
-    for one in {planned.task: planned for planned in plan}.values():
-        config = one.loaded.config
-        glue.check_best_metric(config, TASKS[one.task])
-        find_all_files(config, TASKS[one.task])
-        if not config.glue.transfer_from_task:
-            find_initial_weights(config)
 
 
 def finished_result(one: Planned, runtime: Runtime) -> dict[str, Any] | None:
@@ -145,23 +149,19 @@ def finished_result(one: Planned, runtime: Runtime) -> dict[str, Any] | None:
     result = glue.read_result(one.folder)
     if result is None:
         return None
-    start = find_initial_weights(one.loaded.config)
-    task = TASKS[one.task]
-    now = glue.protocol(glue.settle(one.loaded.config, task, start, {}), start, runtime)
-    changed = [name for name, value in now.items() if result["protocol"].get(name) != value]
-    if changed:
-        was, is_now = result["protocol"].get(changed[0]), now[changed[0]]
-        problem = (
-            f"{one.folder} was run with {changed[0]} {was}, not {is_now}; choose another folder, or remove that one"
-        )
-        raise ConfigError(Problem("trainer.output_dir", problem))
+    config = one.loaded.config
+    start = find_initial_weights(config)
+    now = glue.protocol(glue.settle(config, TASKS[one.task], start, {}), start, runtime)
+    for name, value in now.items():
+        if (was := result["protocol"].get(name)) != value:
+            problem = f"{one.folder} was run with {name} {was}, not {value}; choose another folder, or remove that one"
+            raise ConfigError(Problem("trainer.output_dir", problem))
     print(f"{one.task}, seed {one.seed}: finished, score {result['score']:.4f}")
-    keep_weights_only(one.folder, result["step"])
     return result
 
 
 def keep_weights_only(folder: Path, step: int) -> None:
-    """Of a finished run keep the checkpoint of its result, without what resuming needs."""
+    """Keep the checkpoint of a finished run's result, without what resuming needs."""
     root = folder / "checkpoints"
     if step in list_steps(root):
         strip_checkpoint(root / str(step))
@@ -170,7 +170,138 @@ def keep_weights_only(folder: Path, step: int) -> None:
 
 def predict_best(plan: list[Planned], results: list[dict[str, Any]], output: Path, runtime: Runtime) -> None:
     """The submission of every task, by the seed that scored best on the evaluation split."""
-    for task in dict.fromkeys(one.task for one in plan):
-        pairs = [(r["score"], one) for one, r in zip(plan, results, strict=True) if one.task == task]
-        best = max(pairs, key=lambda pair: pair[0])[1]
-        write_predictions(best.loaded.config, best.folder, output, runtime.alone())
+    best: dict[str, tuple[float, Planned]] = {}
+    for one, result in zip(plan, results, strict=True):
+        if one.task not in best or result["score"] > best[one.task][0]:
+            best[one.task] = (result["score"], one)
+    for _, one in best.values():
+        write_predictions(one.loaded.config, one.folder, output, runtime.alone())
+
+
+# --- the table -----------
+
+
+def print_table(results: list[dict[str, Any]], output: Path) -> None:
+    """Write results.json and results.md, and print the same."""
+    summary = summarize(results)
+    where = write_table(output, "results", summary, to_markdown(summary))
+    print(f"\n{to_terminal(summary)}\n{where}")
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything the table says, as data. Figures are fractions, not percent."""
+    seeds = list(dict.fromkeys(result["seed"] for result in results))
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_task.setdefault(result["task"], []).append(result)
+
+    def average(tasks: list[str]) -> dict[str, Any]:
+        """GLUE's average of the tasks' scores, seed by seed."""
+        scores = {(result["task"], result["seed"]): result["score"] for result in results}
+        return spread([statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds] if tasks else [0.0])
+
+    return {
+        "tasks": {
+            name: {
+                "title": TASKS[name].title,
+                "score": spread([run["score"] for run in runs]),
+                "score_of": list(TASKS[name].metrics),
+                "metrics": {metric: spread([run["metrics"][metric] for run in runs]) for metric in runs[0]["metrics"]},
+                "seeds": [run["seed"] for run in runs],
+                "steps": [run["step"] for run in runs],
+                "transferred_from": runs[0]["transferred_from"],
+                "weights": [run["weights"] for run in runs],
+                "protocol": runs[0]["protocol"],
+            }
+            for name, runs in by_task.items()
+        },
+        "seeds": seeds,
+        "average": average(list(by_task)),
+        "average_without_wnli": average([name for name in by_task if name != "wnli"]),
+        "is_whole": set(by_task) == set(TRAINED),
+        "published": {name: {"source": source, "percent": figures} for name, (source, figures) in PUBLISHED.items()},
+    }
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None of one value), and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "values": values}
+
+
+def to_markdown(summary: dict[str, Any]) -> list[str]:
+    """The lines of results.md."""
+    rows = []
+    for name, task in summary["tasks"].items():
+        seeds = " ".join(f"{100 * value:.2f}" for value in task["score"]["values"])
+        of = " and ".join(task["score_of"]) + (", matched and mismatched" if name == "mnli" else "")
+        published = [str(figures.get(name, "")) for _, figures in PUBLISHED.values()]
+        rows.append([task["title"], of, _percent(task["score"]), "; ".join(_metrics(task)), seeds, *published])
+    return [
+        "# GLUE, development set", "",
+        *markdown_table(["task", "metric", "score", "mean ± sd", "seeds", *PUBLISHED], rows), "",
+        *_averages(summary), "",
+        "## Protocol", "", *(f"- {line}" for line in protocol_lines(summary)), "",
+        "## Published", "", *(f"- {name}: {source}" for name, (source, _) in PUBLISHED.items()), "", PUBLISHED_NOTE,
+    ]  # fmt: skip
+
+
+def to_terminal(summary: dict[str, Any]) -> str:
+    """The same in columns of text, without the published figures."""
+    lines = [f"{'task':<8}{'score':>16}   {'seeds':<32}metrics"]
+    for task in summary["tasks"].values():
+        seeds = " ".join(f"{100 * value:.1f}" for value in task["score"]["values"])
+        lines.append(f"{task['title']:<8}{_percent(task['score']):>16}   {seeds:<32}{'  '.join(_metrics(task))}")
+    return "\n".join([*lines, "", *_averages(summary), *protocol_lines(summary)])
+
+
+def protocol_lines(summary: dict[str, Any]) -> list[str]:
+    """How the scores came about; what differs between tasks names its tasks."""
+    tasks, lines = summary["tasks"], []
+    protocols = {name: _shown(task["protocol"]) for name, task in tasks.items()}
+    for key in next(iter(protocols.values())):
+        by_value: dict[str, list[str]] = {}
+        for name, shown in protocols.items():
+            by_value.setdefault(str(shown[key]), []).append(name)
+        lines += [
+            f"{key}: {value}" + (f" ({', '.join(names)})" if len(by_value) > 1 else "")
+            for value, names in by_value.items()
+        ]
+    transferred = ", ".join(name for name, task in tasks.items() if task["transferred_from"])
+    return [
+        *lines,
+        f"transferred: {f'{transferred} from mnli of the same seed' if transferred else 'nothing'}",
+        f"seeds: {', '.join(map(str, summary['seeds']))}; they draw the head, the order of the rows and dropout",
+    ]
+
+
+def _shown(protocol: dict[str, Any]) -> dict[str, Any]:
+    """A protocol with its optimizer and schedule in a line each."""
+    optimizer, scheduler = protocol["optimizer"], protocol["scheduler"]
+    percent, steps = scheduler["warmup_percent"], scheduler["warmup_steps"]
+    warmup = f"{steps:,} steps of warmup" if percent is None else f"{percent:g} % warmup"
+    shown = {name: value for name, value in protocol.items() if name not in HIDDEN and value is not None}
+    return shown | {
+        "optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}",
+        "schedule": f"{scheduler['name']}, {warmup}",
+    }
+
+
+def _averages(summary: dict[str, Any]) -> list[str]:
+    average = _percent(summary["average"])
+    missing = [name for name in TRAINED if name not in summary["tasks"]]
+    if not missing:
+        without = f"without WNLI: {_percent(summary['average_without_wnli'])} (eight tasks, as papers print it)"
+        return [f"GLUE average: {average} (all nine tasks)", without]
+    if missing == ["wnli"]:
+        return [f"average: {average} (eight tasks, without WNLI, as papers print it)"]
+    return [f"average of these tasks: {average} (not GLUE's: {', '.join(missing)} missing)"]
+
+
+def _metrics(task: dict[str, Any]) -> list[str]:
+    return [f"{name} {_percent(values)}" for name, values in task["metrics"].items() if name not in ("loss", "score")]
+
+
+def _percent(values: dict[str, Any]) -> str:
+    deviation = "" if values["std"] is None else f" ± {100 * values['std']:.2f}"
+    return f"{100 * values['mean']:.2f}{deviation}"

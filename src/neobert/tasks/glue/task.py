@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from neobert.checkpoints.initial_weights import (
 from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
 from neobert.config.schema import Config
-from neobert.data.labelled.loader import LabelCollator, Rows, in_order
+from neobert.data.batch import RowLayout
+from neobert.data.labelled.loader import Rows, in_order
 from neobert.data.labelled.tasks import REPOSITORY, TASKS, GlueTask
-from neobert.data.layout import Share
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification
+from neobert.ranks import Ranks
 from neobert.tasks.encoder import build_vocabulary, hf_encoder_dropout, prepare_model
 from neobert.tasks.glue import metrics as glue_metrics
-from neobert.tasks.glue.data import MOST_THREADS, GlueData, build_data, first_rows
+from neobert.tasks.glue.data import MOST_THREADS, GlueData, build_data
 from neobert.tasks.glue.model import Classifier, build_classifier, build_storage
 from neobert.training.choices import precision_name
 from neobert.training.hooks import Evaluation
@@ -66,7 +68,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
     check_length(config, start, "glue.max_seq_length", config.glue.max_seq_length)
     if config.debug:
         print(show_config(config, loaded.origins))
-    data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, runtime.rank, runtime.world_size))
+    data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, Ranks(runtime.rank, runtime.world_size)))
     model, weights_line = build_classifier(config, task, start, vocab_size, hf_tokenizer.pad_token_id)
     model.to(runtime.device)
     kernels = describe_kernels(config, model, runtime)
@@ -96,7 +98,7 @@ def build_job(loaded: Loaded, runtime: Runtime, interrupt: Interrupt, opened: Op
 
     return Job(
         config, runtime, model, optimizer, schedule, data.train,
-        fetch=data.train.steps_of(trainer.gradient_accumulation_steps),
+        fetch=partial(data.train.next_step, trainer.gradient_accumulation_steps),
         size=step_size(config, runtime.world_size), length=Length(data.num_steps), measure=measure,
         storage=storage, opened=opened, state=state,
         wrapped=wrapped, interrupt=interrupt, clip=clip, on_finish=on_finish,
@@ -214,7 +216,7 @@ def predict_logits(
     model: nn.Module,
     num_labels: int,
     rows: Rows,
-    collator: LabelCollator,
+    layout: RowLayout,
     batch_size: int,
     runtime: Runtime,
     interrupt: Interrupt | None = None,
@@ -226,7 +228,7 @@ def predict_logits(
     """
     model.eval()
     logits, loss = torch.zeros((len(rows), num_labels)), 0.0
-    for places, batch in in_order(rows, collator, Share(runtime.rank, runtime.world_size, batch_size)):
+    for places, batch in in_order(rows, layout, Ranks(runtime.rank, runtime.world_size), batch_size):
         if interrupt is not None and runtime.all_max(interrupt.wanted)[0]:
             break
         with runtime.autocast():
@@ -243,12 +245,12 @@ def build_evaluation(
     """Loss, metrics and score on the evaluation splits. `model` as it is called."""
     trainer = config.trainer
     size, most = trainer.per_device_eval_batch_size, trainer.eval_max_batches
-    splits = [first_rows(rows, None if most is None else most * size) for rows in data.evaluation]
+    splits = [rows.first(None if most is None else most * size) for rows in data.evaluation]
 
     def measure() -> dict[str, float] | None:
         values, losses = {}, 0.0
-        for rows, suffix in zip(splits, glue_metrics.suffixes(task), strict=True):
-            logits, loss = predict_logits(model, task.num_labels, rows, data.collator, size, runtime, interrupt)
+        for rows, suffix in zip(splits, glue_metrics.SUFFIXES, strict=False):
+            logits, loss = predict_logits(model, task.num_labels, rows, data.layout, size, runtime, interrupt)
             assert rows.labels is not None
             values |= {f"{k}{suffix}": v for k, v in glue_metrics.measure(task, logits, rows.labels).items()}
             losses += loss
@@ -268,8 +270,8 @@ def build_evaluation(
 def check_best_metric(config: Config, task: GlueTask) -> None:
     """Raises ConfigError where `metric_for_best_model` is none of the task's."""
     name = (config.trainer.metric_for_best_model or "score").removeprefix("eval_")
-    metrics = dict.fromkeys([*task.metrics, *(["accuracy"] if task.labels else [])])
-    known = ["loss", "score", *(f"{m}{suffix}" for suffix in glue_metrics.suffixes(task) for m in metrics)]
+    suffixes, metrics = glue_metrics.SUFFIXES[: len(task.evaluation)], glue_metrics.metric_names(task)
+    known = ["loss", "score", *(f"{metric}{suffix}" for suffix in suffixes for metric in metrics)]
     if name not in known:
         problem = f"{task.name} has no metric {name!r}; there are: {', '.join(known)}"
         raise ConfigError(Problem("trainer.metric_for_best_model", problem))

@@ -5,24 +5,26 @@
       <model>.json  <model>.md                  scores, averages, prompts and settings
 
 A run that was stopped goes on with the tasks that have no result. A revision names weights and settings, so results of other
-weights are not taken for these. A task whose data cannot be had is named, and the others go on.
+weights are not taken for these. A task whose data cannot be had is named, and the others go on. Averages are the leaderboard's:
+over tasks, and over the means of the types of task.
 """
 
-import json
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, find_checkpoint, write_text_atomic
+from neobert.checkpoints.format import STATE, find_checkpoint
 from neobert.checkpoints.hf import model_folder
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.inference.embed import Embedder, load_embedder
-from neobert.tasks.mteb.table import Score, summarize, to_markdown, to_terminal
 from neobert.training.choices import describe_arithmetic
+from neobert.training.metrics import markdown_table, write_table
 from neobert.training.runtime import build_runtime
 
 TOKENS_OF_A_TEXT = 128  # that `mteb_batch_size` counts
@@ -37,11 +39,27 @@ class Subject:
     embedder: Embedder
     settings: dict[str, Any]
 
+    @property
+    def file_name(self) -> str:
+        """The name of its summaries, without suffix."""
+        return self.name.replace("/", "__")
 
-def check_mteb() -> None:
-    """Raises UserError when the library is not installed."""
-    if find_spec("mteb") is None:
-        raise UserError("task: mteb needs the mteb library: pip install 'neobert[mteb]'")
+
+@dataclass(frozen=True)
+class Score:
+    """A task's main score, from 0 to 1, and the prompts that its texts got."""
+
+    name: str
+    type: str
+    metric: str
+    score: float
+    prompts: dict[str, str]
+
+    @staticmethod
+    def of(task: Any, result: Any, prompts: dict[str, str]) -> "Score":
+        """From the library's task and its result: the mean over its splits and subsets, as the library computes it."""
+        metadata = task.metadata
+        return Score(metadata.name, metadata.type, metadata.main_score, float(result.get_score()), prompts)
 
 
 def run(loaded: Loaded, model: str | None = None) -> int:
@@ -49,7 +67,8 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 
     Returns the exit code: 2 when a task could not run. Raises UserError for what can be seen before the first task.
     """
-    check_mteb()
+    if find_spec("mteb") is None:
+        raise UserError("task: mteb needs the mteb library: pip install 'neobert[mteb]'")
     config = loaded.config
     print_notes(loaded.warnings)
     from neobert.tasks.mteb.tasks import check_prompts, choose_tasks
@@ -62,16 +81,17 @@ def run(loaded: Loaded, model: str | None = None) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(Problem("trainer.output_dir", f"cannot write to {output}: {error.strerror}")) from None
+    names = [task.metadata.name for task in tasks]
     print(f"model       {subject.folder}")
     print(f"device      {subject.embedder.runtime.describe}")
-    print(f"settings    {', '.join(f'{name} {value}' for name, value in subject.settings.items())}")
-    print(
-        f"tasks       {len(tasks)}: {', '.join(task.metadata.name for task in tasks[:8])}{', ...' if tasks[8:] else ''}"
-    )
-    summary = evaluate(subject, tasks, output, config.mteb_overwrite_results)
-    print("\n" + to_terminal(summary))
-    print(f"table       {output / file_name(subject)}.md, {output / file_name(subject)}.json")
+    print(f"settings    {_listed(subject.settings)}")
+    print(f"tasks       {len(tasks)}: {', '.join([*names[:8], *(['...'] if names[8:] else [])])}")
+    summary, where = evaluate(subject, tasks, output, config.mteb_overwrite_results)
+    print(f"\n{to_terminal(summary)}\n{where}")
     return 2 if summary["not_run"] else 0
+
+
+# --- the model -----------
 
 
 def load_subject(config: Config, model: str | None) -> Subject:
@@ -89,19 +109,19 @@ def load_subject(config: Config, model: str | None) -> Subject:
     if found.similarity not in ("cosine", "dot"):
         raise CheckpointError(f"{folder}: similarity_fn_name {found.similarity!r} is not computed by MTEB's encoders")
     arithmetic = describe_arithmetic(runtime.dtype, runtime.device.type, runtime.tf32)
-    # What most models have at its default is left out, so that results of before are found again.
+    # What most models have at its default is left out, so that results of earlier versions are found again.
     unusual = {
         "similarity": found.similarity != "cosine" and found.similarity,
         "default_prompt": found.default_prompt,
         "arithmetic": arithmetic != "float32" and arithmetic,
     }
     settings = {
-        "pooling": {"avg": "mean"}.get(chosen, chosen),
+        "pooling": "mean" if chosen == "avg" else chosen,
         "normalize": found.normalize is not False,
         "max_length": embedder.max_length,
         "prompts": {**found.prompts, **config.mteb_prompts},
         **{name: value for name, value in unusual.items() if value},
-    }  # fmt: skip
+    }
     return Subject(_name(model, folder), folder, embedder, settings)
 
 
@@ -124,8 +144,11 @@ def _name(model: str | None, folder: Path) -> str:
     return f"local/{full.name}"
 
 
-def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) -> dict[str, Any]:
-    """Run what has no result yet; writes the summary after every task, and returns it."""
+# --- the tasks -----------
+
+
+def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) -> tuple[dict[str, Any], str]:
+    """Run what has no result yet; writes the summary after every task, and returns it with a line that says where it is."""
     import mteb
     from mteb.cache import ResultCache
     from mteb.results import TaskResult
@@ -133,14 +156,12 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
     from neobert.tasks.mteb.model import EncoderForMTEB, build_meta, weights_identity
     from neobert.tasks.mteb.tasks import drop_unusable, network_errors, reason_of
 
-    meta = build_meta(
-        subject.name, weights_identity(subject.embedder.settings.folder), subject.settings, subject.embedder
-    )
+    identity = weights_identity(subject.embedder.settings.folder)
+    meta = build_meta(subject.name, identity, subject.settings, subject.embedder)
     encoder = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"])
     cache = ResultCache(output)
     scores: list[Score] = []
     not_run: list[dict[str, str]] = []
-    summary: dict[str, Any] = {}
     for number, task in enumerate(tasks, 1):
         name, begin = task.metadata.name, time.perf_counter()
         path = cache.get_task_result_path(name, meta)
@@ -154,17 +175,89 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
             )  # fmt: skip
         except network_errors() as error:
             not_run.append({"name": name, "reason": reason_of(error)})
-            print(f"[{number}/{len(tasks)}] {name}: not run: {not_run[-1]['reason']}", flush=True)
+            result = f"not run: {not_run[-1]['reason']}"
         else:
             scores.append(Score.of(task, TaskResult.from_disk(path), encoder.prompts_of(task.metadata)))
             how = "had a result" if was_there else f"{time.perf_counter() - begin:.1f} s"
-            print(f"[{number}/{len(tasks)}] {name}: {100 * scores[-1].score:.2f} ({how})", flush=True)
-        summary = summarize(meta.name, meta.revision, subject.settings, scores, not_run, len(tasks))
-        write_text_atomic(output / f"{file_name(subject)}.json", json.dumps(summary, indent=2))
-        write_text_atomic(output / f"{file_name(subject)}.md", to_markdown(summary))
-    return summary
+            result = f"{_percent(scores[-1].score)} ({how})"
+        print(f"[{number}/{len(tasks)}] {name}: {result}", flush=True)
+        summary = summarize(meta, subject.settings, scores, not_run, len(tasks))
+        where = write_table(output, subject.file_name, summary, to_markdown(summary))
+    return summary, where
 
 
-def file_name(subject: Subject) -> str:
-    """Of the summaries of a model, without suffix."""
-    return subject.name.replace("/", "__")
+# --- the table -----------
+
+
+def summarize(
+    meta: Any, settings: dict[str, Any], scores: list[Score], not_run: list[dict[str, str]], num_tasks: int
+) -> dict[str, Any]:
+    """What <model>.json holds. `meta` is the library's description of the model."""
+    return {
+        "model": meta.name,
+        "revision": meta.revision,
+        "mteb": version("mteb"),
+        "settings": settings,
+        "num_tasks": num_tasks,
+        "tasks": [asdict(one) for one in sorted(scores, key=lambda one: (one.type, one.name))],
+        "averages": averages(scores),
+        "not_run": not_run,
+    }
+
+
+def averages(scores: list[Score]) -> dict[str, Any]:
+    """`mean_task`, `mean_task_type`, and the mean of every type."""
+    by_type: dict[str, list[float]] = {}
+    for one in scores:
+        by_type.setdefault(one.type, []).append(one.score)
+    means = {kind: statistics.fmean(values) for kind, values in sorted(by_type.items())}
+    return {
+        "mean_task": statistics.fmean(one.score for one in scores) if scores else None,
+        "mean_task_type": statistics.fmean(means.values()) if means else None,
+        "types": means,
+    }
+
+
+def _rows(summary: dict[str, Any]) -> list[list[str]]:
+    """The cells of the table, its head first. An average of fewer tasks than were asked for says so: it is not comparable."""
+    tasks, means, num_tasks = summary["tasks"], summary["averages"], summary["num_tasks"]
+    rows = [["task", "type", "metric", "score"]]
+    rows += [[one["name"], one["type"], one["metric"], _percent(one["score"])] for one in tasks]
+    if tasks:
+        share = "" if len(tasks) == num_tasks else f" ({len(tasks)} of {num_tasks} tasks)"
+        named = {f"mean of {kind}": value for kind, value in means["types"].items()}
+        named |= {f"mean over tasks{share}": means["mean_task"], f"mean over types{share}": means["mean_task_type"]}
+        rows += [[name, "", "", _percent(value)] for name, value in named.items()]
+    return rows
+
+
+def to_terminal(summary: dict[str, Any]) -> str:
+    """Columns, and what could not run."""
+    rows = _rows(summary)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *_not_run(summary)])
+
+
+def to_markdown(summary: dict[str, Any]) -> list[str]:
+    """The lines of <model>.md: the table with its settings and prompts."""
+    head, *rows = _rows(summary)
+    prompts = [(one["name"], *prompt) for one in summary["tasks"] for prompt in one["prompts"].items()]
+    return [
+        f"# MTEB: {summary['model']}", "", f"Revision {summary['revision']}, mteb {summary['mteb']}.", "",
+        *markdown_table(head, rows), "", *(f"- {line}" for line in _not_run(summary)), "",
+        f"Settings: {_listed(summary['settings'])}", "",
+        *(f"- prompt of {name}, {kind}: `{text}`" for name, kind, text in prompts),
+    ]  # fmt: skip
+
+
+def _not_run(summary: dict[str, Any]) -> list[str]:
+    return [f"not run: {one['name']}: {one['reason']}" for one in summary["not_run"]]
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _percent(score: float) -> str:
+    return f"{100 * score:.2f}"

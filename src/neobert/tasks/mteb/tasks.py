@@ -2,8 +2,9 @@
 
 import difflib
 import json
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import mteb
 from mteb.abstasks.abstask import AbsTask
@@ -28,72 +29,56 @@ def choose_tasks(chosen: str, local: str | None) -> list[AbsTask]:
 
     Raises ConfigError with what there is.
     """
-    if local is not None:
-        from neobert.tasks.mteb.local import find_local_tasks
+    from neobert.tasks.mteb.local import find_local_tasks  # which imports this module
 
-        own = find_local_tasks(local)
-    else:
-        own = []
+    own = find_local_tasks(local) if local is not None else []
     if chosen == "all" or chosen in TYPES:
         tasks = own if local is not None else list(mteb.get_benchmark(ENGLISH).tasks)
         found = [task for task in tasks if chosen == "all" or task.metadata.type == TYPES[chosen]]
         if not found:
-            raise ConfigError(
-                Problem("mteb_task_type", f"{chosen}: no such task in {local}; there are: {_listed(own)}")
-            )
+            problem = f"{chosen}: no such task in {local}; there are: {', '.join(_names(own))}"
+            raise ConfigError(Problem("mteb_task_type", problem))
         return found
-    if (benchmark := _benchmark(chosen)) is not None:
-        return list(benchmark.tasks)
+    with suppress(KeyError):
+        return list(mteb.get_benchmark(chosen).tasks)
     names = [name.strip() for name in chosen.split(",") if name.strip()]
-    return [_named(name, own) for name in names]
-
-
-def _benchmark(name: str) -> Any:
-    try:
-        return mteb.get_benchmark(name)
-    except KeyError:
-        return None
+    return [_named(name, own) for name in names or [chosen]]
 
 
 def _named(name: str, own: list[AbsTask]) -> AbsTask:
     for task in own:
         if task.metadata.name == name:
             return task
-    try:
+    with suppress(KeyError):
         return mteb.get_task(name)
-    except KeyError:
-        known = [*TYPES, *(task.metadata.name for task in own), *(b.name for b in mteb.get_benchmarks())]
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(
-            Problem(
-                "mteb_task_type",
-                f"no task, type or benchmark {name!r}{hint or '.'} There are: all, {', '.join(TYPES)}, "
-                f"{_listed(own) + ', ' if own else ''}names of tasks as STS12, and benchmarks as {ENGLISH}",
-            )
-        ) from None
+    hint = _near(name, [*TYPES, *_names(own), *(benchmark.name for benchmark in mteb.get_benchmarks())])
+    there = ", ".join(["all", *TYPES, *_names(own), "names of tasks as STS12"])
+    problem = f"no task, type or benchmark {name!r}{hint or '.'} There are: {there}, and benchmarks as {ENGLISH}"
+    raise ConfigError(Problem("mteb_task_type", problem))
 
 
-def _listed(tasks: list[AbsTask]) -> str:
-    return ", ".join(task.metadata.name for task in tasks)
+def _names(tasks: list[AbsTask]) -> list[str]:
+    return [task.metadata.name for task in tasks]
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_prompts(prompts: dict[str, str], tasks: list[AbsTask]) -> None:
     """Raises ConfigError for a prompt that no text would ever get."""
-    names = {*(task.metadata.name for task in tasks), *(task.metadata.type for task in tasks)}
+    names = {*_names(tasks), *(task.metadata.type for task in tasks)}
     known = {"query", "document", *names, *(f"{name}-{side}" for name in names for side in ("query", "document"))}
     problems = [
-        Problem(f"mteb_prompts.{name}", f"names no task that runs{_near(name, known)}; types are as {TYPES['sts']}")
+        Problem(
+            f"mteb_prompts.{name}", f"names no task that runs{_near(name, sorted(known))}; types are as {TYPES['sts']}"
+        )
         for name in prompts
         if name not in known
     ]
     if problems:
         raise ConfigError(*problems)
-
-
-def _near(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def drop_unusable(path: Path, task: AbsTask) -> None:
@@ -121,17 +106,10 @@ def network_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    return (
-        ConnectionError,
-        FileNotFoundError,
-        DatasetsError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from_hub = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    return (ConnectionError, FileNotFoundError, DatasetsError, *from_hub)
 
 
 def reason_of(error: Exception) -> str:
-    """One line."""
-    text = first_line(error)
-    return f"its data is not on this machine, and the hub was not reached: {text}"
+    """Why a task did not run, in one line."""
+    return f"its data is not on this machine, and the hub was not reached: {first_line(error)}"

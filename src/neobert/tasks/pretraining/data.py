@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neobert.config.schema import Config
-from neobert.data.batch import Batch, Collator
+from neobert.data.batch import Batch, RowLayout
 from neobert.data.files.corpus import Corpus
 from neobert.data.files.documents import Files
 from neobert.data.files.tokenize_corpus import cores
-from neobert.data.mlm.masking import Masker
+from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Loader, Pipeline, shards_of
-from neobert.data.mlm.readers import Rank, Reader, RememberedReader
-from neobert.data.mlm.row_source import RowSource, ShuffleBuffer, Workers
-from neobert.data.mlm.shards import Shard
+from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
+from neobert.data.mlm.readers import Reader, RememberedReader
+from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer
+from neobert.ranks import Ranks
 from neobert.tasks.pretraining.sources import (
     Source,
     build_eval_reader,
@@ -35,7 +35,7 @@ EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses comp
 class PretrainingData:
     """The training loader, evaluation batches (a new pass at each call) if any, and lines for the summary."""
 
-    train: Loader
+    train: PipelineLoader
     evaluation: Callable[[], Iterator[Batch]] | None
     count_left: Callable[[], int]  # microbatches from where `train` stands to the end of its data, by reading it
     row_length: int  # tokens, padding included, at most
@@ -45,7 +45,7 @@ class PretrainingData:
 def build_data(
     config: Config,
     tokenizer: TextTokenizer,
-    rank: Rank,
+    ranks: Ranks,
     output_dir: Path,
     on_cuda: bool,
     main_first: Callable[[Callable[[], list[Source]]], list[Source]] = lambda function: function(),
@@ -58,12 +58,12 @@ def build_data(
     notes = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         notes.append("dataset.pin_memory is for CUDA; this run has none")
-    pipeline = _training_pipeline(config, tokenizer, sources, rank)
-    loader = Loader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
+    pipeline = _training_pipeline(config, tokenizer, sources, ranks)
+    loader = PipelineLoader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
 
     def count_left() -> int:
-        counting = _training_pipeline(config, tokenizer, sources, rank)
-        counting.restore(loader.position)
+        counting = _training_pipeline(config, tokenizer, sources, ranks)
+        counting.load_state_dict(loader.position)
         return counting.count_batches()
 
     notes[0] += f"; {_describe_workers(pipeline, sources)}"
@@ -71,7 +71,7 @@ def build_data(
         loader,
         _evaluation_pass(config, tokenizer, sources),
         count_left,
-        pipeline.collator.row_length or piece_length(config),
+        pipeline.collator.layout.row_length or piece_length(config),
         [*notes, _describe_rows(config), _describe_evaluation([source.evaluation for source in sources])],
     )
 
@@ -83,10 +83,10 @@ def _num_epochs(config: Config) -> int | None:
     return 1 if config.dataset.mixture and config.dataset.mixture_exhausted != "repeat" else None
 
 
-def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[Source], rank: Rank) -> Pipeline:
+def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[Source], ranks: Ranks) -> Pipeline:
     """Documents to masked batches of a rank."""
     dataset, packed = config.dataset, config.datacollator.pack_sequences
-    num_shards = dataset.num_shards or rank.world
+    num_shards = dataset.num_shards or ranks.world_size
     batch_size = config.trainer.per_device_train_batch_size
     is_text = not all(source.is_tokenized for source in sources)
     workers = Workers(
@@ -104,7 +104,7 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[S
                 _row_source(
                     config,
                     workers,
-                    build_reader(config, source.train, Rank(number, num_shards)),
+                    build_reader(config, source.train, Ranks(number, num_shards)),
                     _num_epochs(config),
                     min_rows,
                     source,
@@ -115,9 +115,11 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[S
             dataset.mixture_exhausted,
             config.seed,
         )
-        for number in shards_of(rank.index, rank.world, num_shards)
+        for number in shards_of(ranks, num_shards)
     ]
-    num_rows = max(0, config.trainer.max_steps) * config.trainer.gradient_accumulation_steps * batch_size * rank.world
+    num_rows = (
+        max(0, config.trainer.max_steps) * config.trainer.gradient_accumulation_steps * batch_size * ranks.world_size
+    )
     return Pipeline(
         shards,
         workers,
@@ -168,7 +170,7 @@ def _evaluation_pass(
             build_collator(config, tokenizer, EVAL_SEED, None),
             config.trainer.per_device_eval_batch_size,
         )
-        with closing(Loader(pipeline)) as loader:
+        with closing(PipelineLoader(pipeline)) as loader:
             yield from loader
 
     return batches
@@ -190,7 +192,7 @@ def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows
     to_full_length = packed or config.tokenizer.padding == "max_length"
     length = (row_length(config) if packed else piece_length(config)) if to_full_length else None
     multiple = None if packed else datacollator.pad_to_multiple_of
-    return Collator(masker, tokenizer.pad_id, packed, length, multiple or 1)
+    return Collator(masker, RowLayout(tokenizer.pad_id, packed, length, multiple or 1))
 
 
 # --- words for the summary -----------

@@ -10,14 +10,13 @@ import numpy as np
 
 from neobert.checkpoints.initial_weights import load_named_tokenizer
 from neobert.config.schema import Config
-from neobert.data.batch import Batch
+from neobert.data.batch import IGNORED, Batch
 from neobert.data.files.documents import Files, SkippedRows
 from neobert.data.files.splits import num_bytes
-from neobert.data.mlm.masking import IGNORED
 from neobert.data.mlm.packing import Segmenter, TruncationStats
-from neobert.data.mlm.readers import Rank
 from neobert.data.mlm.row_source import describe_skips, first_skip
 from neobert.data.tokenizer import TextTokenizer, text_tokenizer
+from neobert.ranks import Ranks
 from neobert.tasks.pretraining.data import build_data
 from neobert.tasks.pretraining.sources import Source, build_reader, long_documents, open_sources, piece_length
 
@@ -44,7 +43,7 @@ def describe_data(config: Config, num_rows: int, num_documents: int) -> Iterator
         sample = _look_at(config, tokenizer, source, num_documents)
         yield from ["", source.describe] if number else [source.describe]
         yield from _figures(source, sample, piece_length(config))
-    data = build_data(_without_workers(config), tokenizer, Rank(), folder, False)
+    data = build_data(_without_workers(config), tokenizer, Ranks(), folder, False)
     yield ""
     yield from data.describe[-2:]
     with closing(data.train) as loader:
@@ -73,7 +72,7 @@ def _without_workers(config: Config) -> Config:
 
 def _look_at(config: Config, tokenizer: TextTokenizer, source: Source, num_documents: int) -> Sample:
     """Tokenise the first documents in reading order (a random sample, where that is shuffled)."""
-    reader, sample = build_reader(config, source.train, Rank()), Sample()
+    reader, sample = build_reader(config, source.train, Ranks()), Sample()
     segmenter = Segmenter(piece_length(config), long_documents(config), tokenizer.cls_id, tokenizer.sep_id)
     while len(sample.lengths) < num_documents and not sample.is_all:
         block = reader.read()

@@ -16,10 +16,11 @@ from neobert.data.files.splits import find_splits, fingerprint, hold_out_head, n
 from neobert.data.files.token_store import TokenStore, is_token_store
 from neobert.data.files.tokenize_corpus import check_store, cores, open_tokenized
 from neobert.data.mlm.packing import LongDocuments
-from neobert.data.mlm.readers import CorpusReader, Pieces, Rank, Reader, StreamReader, Subset
+from neobert.data.mlm.readers import CorpusReader, Pieces, Reader, StreamReader, Subset
 from neobert.data.mlm.row_source import describe_skips
 from neobert.data.tokenizer import TextTokenizer
 from neobert.errors import DataError
+from neobert.ranks import Ranks
 
 Text = Files | Corpus  # a stream, or random access
 
@@ -167,18 +168,18 @@ def _random_access(config: Config, dataset: DatasetConfig, train: Any, evaluatio
 # --- readers -----------
 
 
-def build_reader(config: Config, text: Text, rank: Rank) -> Reader:
+def build_reader(config: Config, text: Text, ranks: Ranks) -> Reader:
     """A reader of one shard, in the order that the configuration asks for."""
     skips = SkippedRows(config.dataset.bad_rows == "refuse")
     if isinstance(text, Files):
-        return StreamReader(text, rank, skips)
-    return CorpusReader(text, config.seed if config.dataset.shuffle_buffer_size > 1 else None, rank, skips)
+        return StreamReader(text, ranks, skips)
+    return CorpusReader(text, config.seed if config.dataset.shuffle_buffer_size > 1 else None, ranks, skips)
 
 
 def build_eval_reader(config: Config, text: Text) -> CorpusReader | StreamReader:
     """A reader of evaluation text: all of it, in its own order."""
     skips = SkippedRows(config.dataset.bad_rows == "refuse")
-    return StreamReader(text, Rank(), skips) if isinstance(text, Files) else CorpusReader(text, None, Rank(), skips)
+    return StreamReader(text, Ranks(), skips) if isinstance(text, Files) else CorpusReader(text, None, Ranks(), skips)
 
 
 # --- lengths, and words for the summary -----------

@@ -1,6 +1,7 @@
 """`task: pretraining`: masked-LM pretraining, from a configuration to a checkpoint and a report."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,11 +13,10 @@ from neobert.config.explain import show_config
 from neobert.config.load import Loaded, dump_config
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
-from neobert.data.mlm.pipeline import build_steps
-from neobert.data.mlm.readers import Rank
 from neobert.data.tokenizer import save_tokenizer, text_tokenizer
 from neobert.errors import DataError, print_notes
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+from neobert.ranks import Ranks
 from neobert.tasks.encoder import checkpoint_config, prepare_model
 from neobert.tasks.pretraining.data import PretrainingData, build_data
 from neobert.tasks.pretraining.initial_weights import begin
@@ -81,7 +81,7 @@ def build_job(
     print_summary(facts, [*start.notes, *opened.told, *warnings], opened.folder)
     return Job(
         config, runtime, model, optimizer, schedule, data.train,
-        fetch=build_steps(data.train, config.trainer.gradient_accumulation_steps),
+        fetch=partial(data.train.next_step, config.trainer.gradient_accumulation_steps),
         empty_batch=data.train.pipeline.empty_batch,
         size=size,
         length=length,
@@ -104,7 +104,7 @@ def build_run_data(config: Config, tokenizer: Any, runtime: Runtime, folder: Any
     return build_data(
         config,
         tokenizer,
-        Rank(runtime.rank, runtime.world_size),
+        Ranks(runtime.rank, runtime.world_size),
         folder,
         runtime.device.type == "cuda",
         main_first=runtime.main_first,

@@ -1,0 +1,213 @@
+"""What a masked language model predicts: candidates for [MASK], and the pseudo-perplexity of text (arXiv 1910.14659).
+
+PPPL = exp(-(1/N) sum over tokens of log p(token | the rest of its piece)), over all N tokens of a corpus. A text is CLS,
+tokens, SEP; one that is longer than the model takes is cut into pieces. Special tokens are not counted.
+
+A piece of n tokens costs n forward passes of n + 2 tokens, so the inputs of all pieces are sorted by length and computed
+`batch_tokens` at a time, and the decoder, like the end of the last block, sees the masked tokens only.
+
+Shapes: B inputs, each with one masked token, T tokens of the longest, D width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from neobert.checkpoints.load import load_pretrained
+from neobert.data.files.documents import Files, SkippedRows, read_text, stream
+from neobert.data.files.rows import Unusable
+from neobert.data.mlm.row_source import why_empty
+from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
+from neobert.errors import DataError, UserError
+from neobert.inference.embed import batches_by_length
+from neobert.model.loss import LOGIT_BUDGET
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}  # on a CPU larger batches leave the cache: 1.6 times slower at 16,384
+TEXTS_AT_ONCE = 256  # tokenised together
+SHORTEST_BUCKET = 16  # tokens of the pieces that the table's first line counts; those after it double
+
+
+# --- fill-mask -----------
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """Candidates of every mask of a text, likeliest first: (token, probability)."""
+
+    text: str
+    masks: list[list[tuple[str, float]]]
+
+    def __str__(self) -> str:
+        lines = [self.text]
+        for number, candidates in enumerate(self.masks, 1):
+            lines += [f"  mask {number}"] if len(self.masks) > 1 else []
+            lines += [f"  {probability:6.1%}  {token}" for token, probability in candidates]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def fill_masks(checkpoint: str | Path, texts: list[str], top: int) -> Iterator[Guesses]:
+    """Guesses for each text. Raises DataError for a text without a mask, UserError for one that is too long."""
+    model, tokenizer = load_pretrained(str(checkpoint))
+    facts, longest = text_tokenizer(tokenizer), model.config.max_position_embeddings
+    forbidden = [i for i in facts.special_ids if i < model.config.vocab_size]
+    for text in texts:
+        if tokenizer.mask_token not in text:
+            raise DataError(f"{text!r}: no {tokenizer.mask_token} in it")
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        if ids.shape[1] > longest:
+            raise UserError(f"the text has {ids.shape[1]} tokens; the model takes {longest}")
+        logits_TV = model(input_ids=ids).logits[0].float()
+        logits_TV[:, forbidden] = -torch.inf
+        found = logits_TV[ids[0] == tokenizer.mask_token_id].softmax(-1).topk(min(top, facts.num_real), dim=-1)
+        yield Guesses(
+            text,
+            [
+                list(zip(tokenizer.convert_ids_to_tokens(indices), values.tolist(), strict=True))
+                for values, indices in zip(*found, strict=True)
+            ],
+        )
+
+
+# --- pseudo-perplexity -----------
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over pieces: of log p(token), in nats, and of tokens."""
+
+    log_likelihood: float
+    num_tokens: int
+    num_pieces: int
+
+    @staticmethod
+    def of(pieces: list[tuple[float, int]]) -> "Tally":
+        return Tally(sum(value for value, _ in pieces), sum(count for _, count in pieces), len(pieces))
+
+    @property
+    def pseudo_perplexity(self) -> float:
+        mean = -self.log_likelihood / max(1, self.num_tokens)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "pseudo_perplexity": self.pseudo_perplexity}
+
+
+@dataclass(frozen=True)
+class Result:
+    """`pieces` are (log-likelihood, number of tokens) of each piece."""
+
+    pieces: list[tuple[float, int]]
+
+    @cached_property
+    def total(self) -> Tally:
+        return Tally.of(self.pieces)
+
+    @cached_property
+    def buckets(self) -> dict[int, Tally]:
+        """The sums by length of piece: the largest number of tokens of a bucket -> its sums, shortest first."""
+        by_bound: dict[int, list[tuple[float, int]]] = {}
+        for piece in self.pieces:
+            by_bound.setdefault(max(SHORTEST_BUCKET, 1 << (piece[1] - 1).bit_length()), []).append(piece)
+        return {bound: Tally.of(pieces) for bound, pieces in sorted(by_bound.items())}
+
+    def as_json(self) -> dict[str, Any]:
+        buckets = [{"max_tokens": bound, **tally.as_json()} for bound, tally in self.buckets.items()]
+        return {**self.total.as_json(), "buckets": buckets}
+
+    def __str__(self) -> str:
+        """The table for a terminal."""
+        named = {
+            f"{1 if bound == SHORTEST_BUCKET else bound // 2 + 1} to {bound}": t for bound, t in self.buckets.items()
+        }
+        lines = [f"{'piece length':<14}{'pieces':>10}{'tokens':>12}{'pseudo-perplexity':>20}"]
+        for name, tally in {**named, "all": self.total}.items():
+            lines.append(f"{name:<14}{tally.num_pieces:>10,}{tally.num_tokens:>12,}{tally.pseudo_perplexity:>20,.3f}")
+        return "\n".join(lines)
+
+
+def read_pieces(
+    files: Files, tokenizer: TextTokenizer, longest: int, limit: int | None, skips: SkippedRows
+) -> tuple[list[Ids], int]:
+    """(token ids of pieces of at most `longest` tokens, number of texts).
+
+    `limit` texts are read at most; rows without text are counted in `skips`. Raises DataError where there is no text at all.
+    """
+    pieces: list[Ids] = []
+    num_texts = 0
+    texts = islice(_texts(files, skips), limit)
+    while block := list(islice(texts, TEXTS_AT_ONCE)):
+        num_texts += len(block)
+        for ids in tokenizer.encode(block):
+            pieces += [ids[begin : begin + longest] for begin in range(0, len(ids), longest)]
+    if not pieces:
+        raise DataError(f"{', '.join(files.paths[:3])}: no text in it{why_empty(skips)}")
+    return pieces, num_texts
+
+
+def _texts(files: Files, skips: SkippedRows) -> Iterator[str]:
+    for row, begin, _ in stream(files, files.start, files.stop):
+        text = read_text(files, row, begin)
+        if isinstance(text, Unusable):
+            skips.add(text)
+        else:
+            yield text
+
+
+def pseudo_perplexity(
+    model: NeoBERTForMaskedLM,
+    tokenizer: TextTokenizer,
+    pieces: list[Ids],
+    batch_tokens: int | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Result:
+    """The log-likelihoods of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`.
+
+    `progress` gets the number of tokens of each batch. Raises DataError for a piece that is too long.
+    """
+    longest = model.config.max_position_embeddings - 2
+    if wrong := next((len(piece) for piece in pieces if len(piece) > longest), None):
+        raise DataError(f"a piece of {wrong} tokens, but the model takes {longest} and two special ones")
+    batch_tokens = batch_tokens or BATCH_TOKENS[model.lm_head.weight.device.type]
+    most = max(1, LOGIT_BUDGET // model.config.vocab_size)
+    inputs = [torch.tensor([tokenizer.cls_id, *piece.tolist(), tokenizer.sep_id]) for piece in pieces]
+    lengths = [len(piece) for piece in pieces]
+    piece_of = np.repeat(np.arange(len(pieces)), lengths)  # of every masked token
+    token_of = np.concatenate([np.arange(1, length + 1) for length in lengths]) if pieces else piece_of
+    sums = np.zeros(len(pieces))
+    for batch in batches_by_length(np.repeat(lengths, lengths) + 2, batch_tokens, most):
+        with autocast():
+            found = _log_likelihoods(model, tokenizer, [inputs[i] for i in piece_of[batch]], token_of[batch])
+        np.add.at(sums, piece_of[batch], found)
+        progress(len(batch))
+    return Result(list(zip(sums.tolist(), lengths, strict=True)))
+
+
+@torch.inference_mode()
+def _log_likelihoods(
+    model: NeoBERTForMaskedLM, tokenizer: TextTokenizer, inputs: list[torch.Tensor], masked: np.ndarray
+) -> np.ndarray:
+    """log p of the token at an index of every input given the rest of it, in nats: B, float64."""
+    device = model.lm_head.weight.device
+    ids_BT = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=tokenizer.pad_id)
+    mask_BT = torch.arange(ids_BT.shape[1]) < torch.tensor([len(ids) for ids in inputs])[:, None]
+    is_target_BT = torch.zeros_like(mask_BT)
+    is_target_BT[torch.arange(len(inputs)), torch.from_numpy(masked)] = True
+    true_B = ids_BT[is_target_BT].to(device)
+    ids_BT[is_target_BT] = tokenizer.mask_id
+    flat = model.model.flatten(ids_BT.to(device), mask_BT.to(device))
+    hidden_BD = model.model.encode(flat, flat.select(is_target_BT.to(device)).nonzero().squeeze(1))
+    logits_BV = F.linear(hidden_BD, model.decoder_weight(), model.lm_head.bias).float()
+    true_logits_B = logits_BV.gather(1, true_B[:, None]).squeeze(1)
+    return (true_logits_B - logits_BV.logsumexp(1)).double().cpu().numpy()

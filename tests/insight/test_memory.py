@@ -1,0 +1,97 @@
+"""The formula of a step's memory, against what PyTorch allocates; many processes are simulated by a process group that sends
+nothing, so that one process does the step of the first of 1,024.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from helpers.commands import spawn
+from neobert.insight.memory import Step, memory_per_process
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
+from neobert.training.runtime import Runtime
+
+SMALL = {
+    "width": 256, "num_layers": 3, "num_heads": 4, "intermediate_size": 1024, "vocab_size": 4096, "num_tokens": 2048,
+    "num_targets": 300, "document_length": 128,
+}  # fmt: skip
+STEPS = {
+    "one process": Step(**SMALL),
+    "1,024 processes": Step(**SMALL, world_size=1024, engine="fsdp2"),
+    "in bfloat16": Step(**SMALL, world_size=1024, engine="fsdp2", in_bfloat16=True),
+    "recomputed": Step(**SMALL, world_size=1024, engine="fsdp2", gradient_checkpointing=True),
+    "8 processes": Step(**SMALL, world_size=8, engine="fsdp2"),
+    "copies": Step(**SMALL, engine="ddp"),
+    "a large vocabulary": Step(**{**SMALL, "vocab_size": 32768, "num_targets": 1000}, world_size=1024, engine="fsdp2"),
+    "long documents in bfloat16": Step(
+        **{**SMALL, "document_length": 512}, world_size=1024, engine="fsdp2", in_bfloat16=True
+    ),
+    "long documents": Step(**{**SMALL, "document_length": 512}, world_size=1024, engine="fsdp2"),
+}
+
+
+def allocated(step):
+    """The most bytes that are allocated at a time during the second step, weights and optimizer included."""
+    dtype = torch.bfloat16 if step.in_bfloat16 else None
+    runtime = Runtime(device=torch.device("cpu"), dtype=dtype, world_size=step.world_size, engine=step.engine)
+    config = NeoBERTConfig(
+        hidden_size=step.width, num_hidden_layers=step.num_layers, num_attention_heads=step.num_heads,
+        intermediate_size=step.intermediate_size, vocab_size=step.vocab_size, max_position_embeddings=512,
+    )  # fmt: skip
+    input_ids = torch.randint(5, step.vocab_size, (step.num_tokens // 512, 512))
+    labels = torch.full_like(input_ids, -100)
+    labels.view(-1)[torch.randperm(step.num_tokens)[: step.num_targets]] = 7
+    lengths = torch.full((step.num_tokens // step.document_length,), step.document_length)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = NeoBERTForMaskedLM(config)
+        model.model.gradient_checkpointing = step.gradient_checkpointing
+        wrapped = runtime.distribute(model, model.model.layers)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for number in range(2):
+            with torch.profiler.record_function(f"step {number}"):
+                with runtime.autocast():
+                    output = wrapped(input_ids=input_ids, labels=labels, document_lengths=lengths, masked_only=True)
+                    loss = output.loss_sum
+                runtime.backward(wrapped, loss)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                del loss, output
+    events = recorded.profiler.kineto_results.events()
+    (second,) = (event for event in events if event.name() == "step 1")
+    total = peak = 0
+    for start, num_bytes in sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    ):
+        total += num_bytes
+        peak = max(peak, total) if second.start_ns() <= start <= second.end_ns() else peak
+    return peak
+
+
+def worker(_, path):
+    torch.set_num_threads(1)
+    found = {}
+    for name, step in STEPS.items():
+        if step.engine == "fsdp2":
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.world_size)
+        elif step.engine == "ddp":  # holds the same on any number of processes
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        found[name] = allocated(step)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    torch.save(found, path)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("memory") / "bytes"
+    spawn(worker, (path,), 1)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_formula_is_within_a_tenth(measured, name):
+    memory = memory_per_process(STEPS[name])
+    print(f"{name}: {measured[name] / 2**20:.1f} MiB, formula {memory.peak / 2**20:.1f} ({memory})")
+    assert memory.peak == pytest.approx(measured[name], rel=0.1)

@@ -1,0 +1,274 @@
+"""Which kernels run and why; kernels that need a GPU, as far as a CPU can tell; torch.compile."""
+
+import inspect
+import itertools
+import shutil
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from helpers.models import assert_same, build, gradients, packed_batch
+from neobert.errors import ConfigError
+from neobert.model import kernels
+from neobert.model.attention import Layout
+from neobert.training import machine
+from neobert.training.choices import (
+    check_compile,
+    choose_attention,
+    choose_kernels,
+    choose_precision,
+    precision_name,
+)
+from neobert.training.machine import compile_blocks, find_kernels
+from neobert.training.runtime import Runtime
+
+BF16 = torch.bfloat16
+
+
+AMPERE, TURING = (8, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "facts", "dtype", "words"),
+    [
+        ("bf16", "cuda", {"capability": AMPERE}, BF16, ""),
+        ("bf16", "cpu", {"cpu_has_amx": True}, BF16, ""),
+        ("bf16", "cpu", {}, None, "no AMX"),
+        ("bf16", "cuda", {"capability": TURING}, None, "capability 7.5"),
+        ("bf16", "cuda", {"capability": TURING, "trains": False}, torch.float16, "float16 is used"),
+        ("fp16", "cuda", {}, None, "loss scaling; float32 is used"),
+        ("fp16", "cpu", {}, None, "loss scaling; float32 is used"),
+        ("fp16", "cuda", {"trains": False}, torch.float16, ""),
+        ("fp16", "cpu", {"trains": False}, None, "only CUDA"),
+        *((name, device, {}, None, "") for name in ("no", "fp32") for device in ("cpu", "cuda")),
+    ],
+)
+def test_precision(requested, device, facts, dtype, words):
+    """What is not what was asked for says so."""
+    chosen, note = choose_precision(requested, device, **facts)
+    assert chosen == dtype
+    assert words in note
+    assert bool(words) == bool(note) == ({"fp32": "no"}.get(requested, requested) != precision_name(chosen))
+
+
+FLASH, OWN, BROKEN = {"flash_attn": ""}, {"torch_varlen": ""}, {"flash_attn": "undefined symbol: x"}
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "facts", "kernel", "words"),
+    [
+        ("sdpa", "cpu", {}, "sdpa", "every document is attended to by itself"),
+        ("flash_attn_varlen", "cpu", {}, "sdpa", "needs CUDA"),
+        ("sdpa", "cuda", {"packages": FLASH}, "sdpa", "scaled_dot_product_attention"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH | OWN}, "torch_varlen", "torch's own"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH | OWN, "dropout": 0.1}, "flash_attn", "flash-attn package"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH}, "flash_attn", "flash-attn package"),
+        ("flash_attn_varlen", "cuda", {"packages": OWN}, "torch_varlen", "torch's own"),
+        ("flash_attn_varlen", "cuda", {"packages": BROKEN | OWN}, "torch_varlen", "torch's own"),
+        ("flash_attn_varlen", "cuda", {"packages": BROKEN | OWN, "dropout": 0.1}, "sdpa", "undefined symbol: x"),
+        ("flash_attn_varlen", "cuda", {"packages": BROKEN}, "sdpa", "undefined symbol: x"),
+        ("flash_attn_varlen", "cuda", {"packages": OWN, "dropout": 0.1}, "sdpa", "no dropout"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH, "dtype": None}, "sdpa", "mixed_precision: bf16"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH, "capability": TURING}, "sdpa", "has 7.5"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH, "head_width": 20}, "sdpa", "20 wide"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH, "head_width": 264}, "sdpa", "264 wide"),
+        ("flash_attn_varlen", "cuda", {}, "sdpa", "neobert[flash]"),
+    ],
+)
+def test_attention(requested, device, facts, kernel, words):
+    chosen, why = choose_attention(requested, device, **facts)
+    assert chosen == kernel
+    assert words in why
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "problem", "is_compiled"),
+    itertools.product(("auto", "liger", "torch"), ("cpu", "cuda"), ("", None, "no triton"), (False, True)),
+)
+def test_kernels(requested, device, problem, is_compiled):
+    if (requested, device) == ("liger", "cuda") and problem != "":
+        with pytest.raises(ConfigError, match=problem or r"pip install 'neobert\[liger\]'"):
+            choose_kernels(requested, device, problem, is_compiled)
+        return
+    chosen, why = choose_kernels(requested, device, problem, is_compiled)
+    uses_liger = device == "cuda" and problem == "" and requested != "torch" and not is_compiled
+    assert chosen == ("liger" if uses_liger else "torch")
+    assert ("needs CUDA" in why) == (requested == "liger" and device == "cpu")
+    assert ("no triton" in why) == ((requested, device, problem, is_compiled) == ("auto", "cuda", "no triton", False))
+
+
+def test_kernels_that_cannot_be_imported(tmp_path, monkeypatch):
+    """Packages that are installed and broken are not chosen, and the reason is told; absent ones are not mentioned."""
+    for name, text in (
+        ("flash_attn", "raise ImportError('undefined symbol: x\\nmore')"),
+        ("liger_kernel", "import absent"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = find_kernels()
+    assert found == {"flash_attn": "undefined symbol: x", "torch_varlen": "", "liger": "No module named 'absent'"}
+    shutil.rmtree(tmp_path / "flash_attn")
+    assert "flash_attn" not in find_kernels()
+
+
+LIGER = """
+def liger_rms_norm(x, weight, eps, in_place):
+    return weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+def liger_swiglu(gate, up):
+    return gate * gate.sigmoid() * up
+"""
+LIGER_LOSS = """
+class LigerFusedLinearCrossEntropyLoss:
+    def __init__(self, reduction, accum_dtype):
+        pass
+
+    def __call__(self, weight, hidden, labels, bias):
+        from torch.nn.functional import cross_entropy
+        assert 1 / len(labels)  # as the original, which divides by it
+        return cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+"""
+
+
+@pytest.fixture
+def liger(tmp_path, monkeypatch):
+    """A package with the names and arguments of liger-kernel's, which runs on the CPU."""
+    folder = tmp_path / "liger_kernel" / "transformers"
+    folder.mkdir(parents=True)
+    (folder / "functional.py").write_text(LIGER)
+    (folder / "fused_linear_cross_entropy.py").write_text(LIGER_LOSS)
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels.liger.cache_clear()
+    yield
+    kernels.liger.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
+        del sys.modules[name]
+
+
+def test_liger_equals_torch(liger):
+    """Arguments and results fit; a batch without a target, which the package divides by, has a loss of zero."""
+    inputs = batch_of((5, 30, 29), (64,))
+    model = build()
+    expected = gradients(model, **inputs)
+    model.choose_kernels("liger")
+    assert_same(expected, gradients(model, **inputs))
+    loss, grads = gradients(model, **{**inputs, "labels": torch.full_like(inputs["labels"], -100)})
+    assert loss == 0
+    assert all(torch.all(grad == 0) for grad in grads.values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compiled_models_do_without_liger(device, liger):
+    """What is chosen for a compiled model with Liger installed runs; Liger's kernels themselves are not traced."""
+    torch._dynamo.reset()
+    model, inputs = build(), batch_of((5, 30, 29), (64,))
+    expected = gradients(model, **inputs)
+    model.choose_kernels(choose_kernels("auto", device, find_kernels()["liger"], is_compiled=True)[0])
+    compile_blocks(model.model, "cpu", "aot_eager", None)
+    assert_same(expected, gradients(model, **inputs))
+
+
+def test_variable_length_arguments():
+    """What the CUDA kernels get: torch's own takes these arguments, and the boundaries are those of the documents."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = (5, 1, 30)
+    starts, longest = Layout(lengths=lengths).cumulative(torch.device("cpu"))
+    assert (starts.dtype, longest) == (torch.int32, 30)
+    tokens = torch.arange(36)
+    pieces = [tokens[a:b] for a, b in itertools.pairwise(starts.tolist())]
+    assert all(torch.equal(a, b) for a, b in zip(pieces, tokens.split(lengths), strict=True))
+    q = torch.zeros(36, 2, 8)
+    inspect.signature(varlen_attn).bind(q, q, q, starts, starts, longest, longest, scale=0.1)
+
+
+# --- torch.compile -----------
+
+
+CPU = Runtime(device=torch.device("cpu"))
+
+
+def batch_of(*rows):
+    """A packed batch of the given document lengths; every row has 64 tokens."""
+    ids, labels, _ = packed_batch()
+    return {
+        "input_ids": ids[: len(rows)],
+        "labels": labels[: len(rows)],
+        "document_lengths": torch.tensor([n for row in rows for n in row]),
+    }
+
+
+@pytest.mark.parametrize("variant", [{}, {"ngpt": True}, {"rms_norm": False, "hidden_act": "gelu"}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_equals_eager(variant, checkpointing):
+    torch._dynamo.reset()
+    eager, compiled = build(**variant), build(**variant)
+    compiled.model.gradient_checkpointing = checkpointing
+    compile_blocks(compiled.model, "cpu", "aot_eager", None)
+    inputs = batch_of((5, 30, 29), (64,))
+    assert_same(gradients(eager, **inputs), gradients(compiled, **inputs))
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+
+
+def test_inductor_equals_eager():
+    torch._dynamo.reset()
+    eager, compiled = build(num_hidden_layers=1), build(num_hidden_layers=1)
+    compile_blocks(compiled.model, "cpu", "inductor", None)
+    inputs = batch_of((5, 30, 29), (64,))
+    assert_same(gradients(eager, **inputs), gradients(compiled, **inputs))
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """A backend that counts what is compiled."""
+    monkeypatch.setattr("neobert.training.machine.check_compile", lambda *_: None)
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("eager")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_packed_batches_do_not_recompile(dynamic, counter):
+    """Three blocks, ten batches of other document lengths: two graphs, compiled once."""
+    model = build()
+    compile_blocks(model.model, "cpu", counter, dynamic)
+    for n in range(1, 11):
+        gradients(model, **batch_of((n, 64 - n), (64,)))
+    assert counter.frame_count == 2
+
+
+def test_padded_batches_stop_recompiling(counter):
+    """Batches of ever other sizes: after the second, torch compiles for any size and never again."""
+    model = build()
+    compile_blocks(model.model, "cpu", counter, None)
+    counts = []
+    for n in range(10, 20):
+        ids = torch.randint(5, 100, (3, n))
+        mask = (torch.arange(n) < torch.tensor([n, 5, n - 3])[:, None]).long()
+        gradients(model, input_ids=ids, attention_mask=mask, labels=ids)
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[1] <= 4
+
+
+@pytest.mark.parametrize("most", [64, 4])
+def test_every_shape_anew(most, counter, monkeypatch):
+    """`torch_compile_dynamic: false` compiles shapes as they come; those beyond the limit run uncompiled."""
+    monkeypatch.setattr(machine, "MOST_SHAPES", most)
+    eager, model = build(num_hidden_layers=1), build(num_hidden_layers=1)
+    compile_blocks(model.model, "cpu", counter, False)
+    for n in range(10, 22):
+        ids = torch.randint(5, 100, (2, n))
+        inputs = {"input_ids": ids, "labels": ids}
+        assert_same(gradients(eager, **inputs), gradients(model, **inputs))
+    assert counter.frame_count == 2 * min(most, 12)
+
+
+def test_compile_backends_are_checked():
+    with pytest.raises(ConfigError, match="no backend 'nonsense'; there are: eager, inductor"):
+        check_compile("nonsense", {"inductor", "eager"}, "cpu", True)
+    with pytest.raises(ConfigError, match="needs a C"):
+        check_compile("inductor", {"inductor"}, "cpu", False)
+    check_compile("inductor", {"inductor"}, "cuda", False)
+    check_compile("eager", {"eager"}, "cpu", False)
