@@ -1,5 +1,6 @@
 """The configuration explained: one key, one file with its origins, two files compared, a starter file, the reference page."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -89,7 +90,8 @@ def diff_configs(a: Config, b: Config) -> list[str]:
 
 
 def changed_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a saved configuration, as YAML gives it, that are not at their defaults, by dotted name."""
+    """The keys of a saved configuration, as YAML gives it, that are not at their defaults, by their present dotted names."""
+    values = copy.deepcopy(values)
     apply_legacy(values, {}, [])
     found = {dotted: look(values, dotted) for dotted in known_keys()}
     return {dotted: value for dotted, value in found.items() if value not in (ABSENT, known_keys()[dotted].default)}
