@@ -97,7 +97,7 @@ def prepare_model(config: Config, model: Model | HFModel, runtime: Runtime) -> d
     )
     liger = packages.get("liger")
     kernels, kernels_why = choose_kernels(config.model.kernel_backend, kind, liger, trainer.torch_compile)
-    model.model.attention_kernel = attention
+    model.model.attention_kernel = attention  # type: ignore[assignment]
     model.choose_kernels(kernels)
     compiled = "no"
     if trainer.torch_compile:
