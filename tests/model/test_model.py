@@ -53,7 +53,7 @@ def test_paths_agree(changed, variant, monkeypatch):
     model = build(**variant)
     model.model.gradient_checkpointing = changed.get("gradient_checkpointing", False)
     if "chunks" in changed:
-        monkeypatch.setattr("neobert.model.loss.LOGIT_BUDGET", changed["chunks"] * VOCABULARY)
+        monkeypatch.setattr("neobert.model.kernels.LOGIT_BUDGET", changed["chunks"] * VOCABULARY)
     assert_same(expected, gradients(model, **inputs, masked_only=changed.get("masked_only", True)))
 
 

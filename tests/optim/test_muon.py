@@ -10,8 +10,7 @@ from helpers.models import build as build_model
 from neobert.checkpoints.layouts import FUSED, eurobert_config, to_eurobert
 from neobert.errors import UserError
 from neobert.optim.build import OptimizerSettings, build_optimizer, parameter_groups
-from neobert.optim.muon import SCALE, Muon, MuonSettings
-from neobert.optim.orthogonalize import orthogonalize_, quintics
+from neobert.optim.muon import SCALE, Muon, MuonSettings, orthogonalize_, quintics
 
 PARTS = {name: len(parts) for name, parts in FUSED.items()}
 
@@ -81,7 +80,7 @@ def test_a_stack_is_worked_off_in_runs(monkeypatch):
     stack = torch.randn(7, 8, 12)
     stack[3] = 0
     whole = orthogonalize_(stack.clone())
-    monkeypatch.setattr("neobert.optim.orthogonalize.CPU_ELEMENTS", 200)
+    monkeypatch.setattr("neobert.optim.muon.CPU_ELEMENTS", 200)
     torch.testing.assert_close(orthogonalize_(stack.clone()), whole, rtol=1e-6, atol=1e-6)
     assert torch.equal(whole[3], torch.zeros(8, 12))
     assert whole.isfinite().all()

@@ -22,9 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from .attention import Kernel, Rotary
 from .bucket_attention import FINE_GRANULARITY
-from .kernels import compute_dtype, round_up_tokens
+from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
-from .loss import IGNORED, full_cross_entropy, linear_cross_entropy
 from .unpadding import Lengths, Pooling, UnpaddedBatch, flatten
 
 

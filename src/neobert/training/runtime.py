@@ -25,8 +25,14 @@ from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error
 from neobert.optim.sharding import local
 from neobert.ranks import Ranks, launched_ranks
-from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
-from neobert.training.machine import gpu_capability, keep_memory
+from neobert.training.choices import (
+    choose_device,
+    choose_engine,
+    choose_precision,
+    describe_arithmetic,
+    gpu_capability,
+    keep_memory,
+)
 
 ENGINES = {
     "ddp": "DDP (every process holds the whole model)",
