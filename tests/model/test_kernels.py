@@ -35,7 +35,7 @@ AMPERE, TURING = (8, 0), (7, 5)
     ("requested", "device", "facts", "dtype", "words"),
     [
         ("bf16", "cuda", {"capability": AMPERE}, BF16, ""),
-        ("bf16", "cpu", {"cpu_has_amx": True}, BF16, ""),
+        ("bf16", "cpu", {"has_amx": True}, BF16, ""),
         ("bf16", "cpu", {}, None, "no AMX"),
         ("bf16", "cuda", {"capability": TURING}, None, "capability 7.5"),
         ("bf16", "cuda", {"capability": TURING, "trains": False}, torch.float16, "float16 is used"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.models import VARIANTS, VOCABULARY, assert_same, build, gradients, packed_batch, unpacked
-from neobert.model import loss
+from neobert.model import kernels
 from neobert.model import unpadding as unpadded
 from neobert.model.attention import CPU_CALL, Layout, Rotary, attend, attend_documents, uses_buckets
 from neobert.model.bucket_attention import BucketAttention
@@ -248,7 +248,7 @@ def test_padding_tokens_change_nothing(variant, monkeypatch):
     assert filled[1].shape == (len(lengths), 32)
     assert filled[0][1]["model.embed_tokens.weight"][0].abs().max() == 0  # the padding's token
     monkeypatch.setattr(unpadded, "round_up_tokens", lambda rows, *_: rows)
-    monkeypatch.setattr(loss, "round_up_tokens", lambda rows, *_: rows)
+    monkeypatch.setattr(kernels, "round_up_tokens", lambda rows, *_: rows)
     padding = 0
     plain = outcome()
     assert_same(filled[0], plain[0], 2e-2)

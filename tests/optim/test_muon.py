@@ -191,7 +191,7 @@ def test_zero_and_absent_gradients():
 def test_matrices_that_do_not_fit():
     named = [("layers.0.w", torch.nn.Parameter(torch.ones(8, 4)))]
     with pytest.raises(ValueError, match=r"layers.0.w has 8 rows, which are not 3 equal matrices"):
-        Muon(parameter_groups(named, weight_decay=0.0, muon_decay=0.0, fused={"w": 3}), lr=0.1)
+        Muon(parameter_groups(named, OptimizerSettings("muonclip", lr=0.1), {"w": 3}), lr=0.1)
     group = {"params": [torch.nn.Parameter(torch.ones(8))], "param_names": ["v"], "parts": [1], "algorithm": "muon"}
     with pytest.raises(ValueError, match=r"muon takes matrices, and v has shape \(8,\)"):
         Muon([group], lr=0.1)

@@ -13,6 +13,7 @@ from neobert.optim.build import (
     optimizer_state,
     parameter_groups,
 )
+from neobert.optim.muon import MuonSettings
 from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
 
 
@@ -27,10 +28,11 @@ def parameters():
     return [(name, torch.nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
 
 
-def groups_of(named, **settings):
+def groups_of(named, muon_decay=None, rules=()):
     """`{name: (algorithm, weight decay, lr_scale)}`."""
     keys = ("algorithm", "weight_decay", "lr_scale")
-    groups = parameter_groups(named, **{"weight_decay": 0.1, **settings})
+    name, muon = "adamw" if muon_decay is None else "muonclip", MuonSettings(weight_decay=muon_decay or 0.0)
+    groups = parameter_groups(named, OptimizerSettings(name, lr=0.1, weight_decay=0.1, muon=muon, rules=rules))
     return {name: tuple(group[key] for key in keys) for group in groups for name in group["param_names"]}
 
 

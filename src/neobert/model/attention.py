@@ -125,29 +125,21 @@ def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float
     q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
     if rotary is not None:
         q_NHK, k_NHK = rotary.rotate(q_NHK), rotary.rotate(k_NHK)
-    if layout.lengths is None:
-        return _attend_padded(q_NHK, k_NHK, v_NHK, layout, scale)
-    return _attend_varlen(q_NHK, k_NHK, v_NHK, layout, scale)
-
-
-def _attend_padded(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, scale: float) -> Tensor:
-    assert layout.mask_BT is not None
-    B, T = layout.mask_BT.shape
-    q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q_NHK, k_NHK, v_NHK))
-    mask = layout.mask_BT[:, None, None, :]
-    out_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=layout.dropout, scale=scale)
-    return out_BHTK.transpose(1, 2).reshape(q_NHK.shape)
-
-
-def _attend_varlen(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, scale: float) -> Tensor:
+    dropout = layout.dropout
+    if layout.mask_BT is not None:
+        B, T = layout.mask_BT.shape
+        q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q_NHK, k_NHK, v_NHK))
+        mask = layout.mask_BT[:, None, None, :]
+        out_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return out_BHTK.transpose(1, 2).reshape(q_NHK.shape)
     starts, longest = layout.cumulative(q_NHK.device)
+    spans = (starts, starts, longest, longest)
     if layout.kernel == "flash_attn":
-        return import_module("flash_attn").flash_attn_varlen_func(
-            q_NHK, k_NHK, v_NHK, starts, starts, longest, longest, dropout_p=layout.dropout, softmax_scale=scale
-        )
+        attend_varlen = import_module("flash_attn").flash_attn_varlen_func
+        return attend_varlen(q_NHK, k_NHK, v_NHK, *spans, dropout_p=dropout, softmax_scale=scale)
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q_NHK, k_NHK, v_NHK, starts, starts, longest, longest, scale=scale)
+    return varlen_attn(q_NHK, k_NHK, v_NHK, *spans, scale=scale)
 
 
 def attend_documents(qkv_N3HK: Tensor, layout: Layout, scale: float) -> Tensor:

@@ -40,11 +40,6 @@ class ContrastiveLoss(nn.Module):
         self.settings = settings
         self._last_pairs: tuple[Tensor, Tensor] | None = None  # anchors and positives, at most `OBSERVED` of each
 
-    def output(self, embeddings_nD: Tensor, keys: dict[str, Any] | None) -> LossOutput:
-        """What a model returns for these embeddings: the loss is in it where there are `keys`, the arguments of `forward`."""
-        loss_sum, num_correct = (None, None) if keys is None else self(embeddings_nD, **keys)
-        return LossOutput(embeddings=embeddings_nD, loss_sum=loss_sum, num_correct=num_correct)
-
     def forward(
         self,
         embeddings_nD: Tensor,
@@ -100,14 +95,14 @@ def _blocks(of_rows_G: Tensor, of_negatives: Tensor, num_negatives: tuple[int, .
     return torch.cat([part for block, negatives in pairs for part in (*[block] * per_row, negatives)])
 
 
-class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
-    """Our encoder under a contrastive loss."""
+class EmbeddingHead:
+    """The forward pass of a model that has `contrastive`, its loss, and `embed`."""
 
-    def __init__(self, config: NeoBERTConfig, settings: ContrastiveSettings | None = None):
-        super().__init__(config)
-        self.model = NeoBERT(config)
-        self.contrastive = ContrastiveLoss(settings or ContrastiveSettings())
-        self.post_init()
+    contrastive: ContrastiveLoss
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+        """One vector per row, or per document of packed rows: n x D in float32. Raises ValueError for one without tokens."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -118,11 +113,25 @@ class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
         **_: Any,
     ) -> LossOutput:
         """Embeddings of all texts; with `keys` (the arguments of `ContrastiveLoss`) also their loss."""
-        pooling = self.contrastive.settings.pooling
-        return self.contrastive.output(self.model.embed(input_ids, attention_mask, document_lengths, pooling), keys)
+        vectors_nD = self.embed(input_ids, attention_mask, document_lengths)
+        loss_sum, num_correct = (None, None) if keys is None else self.contrastive(vectors_nD, **keys)
+        return LossOutput(embeddings=vectors_nD, loss_sum=loss_sum, num_correct=num_correct)
 
 
-# --- losses and measures of vectors of length 1, in float32 -----------
+class NeoBERTForEmbedding(EmbeddingHead, NeoBERTPreTrainedModel):
+    """Our encoder under a contrastive loss."""
+
+    def __init__(self, config: NeoBERTConfig, settings: ContrastiveSettings | None = None):
+        super().__init__(config)
+        self.model = NeoBERT(config)
+        self.contrastive = ContrastiveLoss(settings or ContrastiveSettings())
+        self.post_init()
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+        return self.model.embed(input_ids, attention_mask, document_lengths, self.contrastive.settings.pooling)
+
+
+# Losses and measures of vectors of length 1, in float32.
 
 
 def info_nce(logits_AC: Tensor, own_A: Tensor) -> tuple[Tensor, Tensor]:

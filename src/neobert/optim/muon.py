@@ -94,8 +94,9 @@ class Muon(torch.optim.Optimizer):
         quintics(self.settings.method, self.settings.num_steps)
         super().__init__(list(groups), {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps})
         for group in self.param_groups:
-            if group["algorithm"] == "muon":
-                _check(group)
+            for name, parameter, parts in zip(group["param_names"], group["params"], group["parts"], strict=True):
+                if group["algorithm"] == "muon":
+                    _check(name, parameter, parts)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -122,8 +123,6 @@ class Muon(torch.optim.Optimizer):
                 f"the gradient of {', '.join(names[:3])}{more} is not finite; the weights were not touched. Resume from the "
                 "last checkpoint with a lower optimizer.lr, a longer warmup or trainer.gradient_clipping"
             )
-
-    # --- muon -----------
 
     def _muon_step(self, group: Group) -> None:
         by_placement: dict[Placement, list[tuple[Tensor, int]]] = {}
@@ -170,34 +169,34 @@ class Muon(torch.optim.Optimizer):
             orthogonalize_(stack_BRC, settings.method, settings.num_steps)
         return solved
 
-    # --- adamw -----------
-
     def _adamw_step(self, group: Group) -> None:
         """torch's own fused kernel; elementwise, so each rank updates what it holds."""
         members = [parameter for _, parameter, _ in _members(group)]
+        if not members:
+            return
         for parameter in members:
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), device=local(parameter).device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-        if members:
-            adamw(
-                [local(p) for p in members],
-                [local(p.grad) for p in members],
-                [local(self.state[p]["exp_avg"]) for p in members],
-                [local(self.state[p]["exp_avg_sq"]) for p in members],
-                [],
-                [self.state[p]["step"] for p in members],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+        weights, gradients = [local(p) for p in members], [local(p.grad) for p in members]
+        moments = [[local(self.state[p][kind]) for p in members] for kind in ("exp_avg", "exp_avg_sq")]
+        steps, (beta1, beta2) = [self.state[p]["step"] for p in members], group["betas"]
+        numbers = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        adamw(
+            weights,
+            gradients,
+            *moments,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            **numbers,
+        )
 
 
 def _members(group: Group) -> Iterator[tuple[str, Any, int]]:
@@ -207,17 +206,16 @@ def _members(group: Group) -> Iterator[tuple[str, Any, int]]:
             yield name, parameter, parts
 
 
-def _check(group: Group) -> None:
+def _check(name: str, parameter: Tensor, parts: int) -> None:
     """Raises ValueError for a parameter that Muon cannot update."""
-    for name, parameter, parts in zip(group["param_names"], group["params"], group["parts"], strict=True):
-        if parameter.ndim != 2:
-            raise ValueError(f"muon takes matrices, and {name} has shape {tuple(parameter.shape)}")
-        if parameter.shape[0] % parts:
-            raise ValueError(f"{name} has {parameter.shape[0]} rows, which are not {parts} equal matrices")
-        try:
-            placement(parameter)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    if parameter.ndim != 2:
+        raise ValueError(f"muon takes matrices, and {name} has shape {tuple(parameter.shape)}")
+    if parameter.shape[0] % parts:
+        raise ValueError(f"{name} has {parameter.shape[0]} rows, which are not {parts} equal matrices")
+    try:
+        placement(parameter)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def quintics(method: str, num_steps: int) -> list[Quintic]:

@@ -93,9 +93,6 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
     }
 
 
-# --- logits and factors -----------
-
-
 def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.device) -> list[Tensor]:
     """Numbers of the tokens of documents that lie one after the other, n x T for n documents of about the same length.
 
@@ -155,9 +152,6 @@ def scale_rows_(weight: Tensor, factors_R: Tensor, start: int = 0) -> None:
     rows[start : start + len(factors_R)] = factors_R
     scale = rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.ndim - 1))
     local(weight).mul_(local(part_of(scale, weight)))
-
-
-# --- attention blocks -----------
 
 
 @dataclass
@@ -267,12 +261,7 @@ class QKClip:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        settings: QKClipSettings,
-        *,
-        pad_id: int | None,
-        mapping: Mapping[str, str] | None = None,
+        self, model: nn.Module, settings: QKClipSettings, pad_id: int | None, mapping: Mapping[str, str] | None = None
     ):
         self.settings, self.pad_id = settings, pad_id
         self._fused = [module for module in model.modules() if isinstance(module, Attention)]
@@ -287,8 +276,6 @@ class QKClip:
         self._documents: Documents | None = None  # of this forward pass, where it is looked at
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
-
-    # --- what the loop calls -----------
 
     def prepare(self, update: int, is_last_microbatch: bool) -> None:
         """Look at the next forward pass, where that is due for update number `update` (the first is 1)."""
@@ -323,15 +310,12 @@ class QKClip:
                 heads.scale_(q_H, k_G)
         return ClipReport(maxima_LH, factors_LH)
 
-    # --- what the forward pass calls -----------
-
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_armed:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             kept_N, lengths = _real_documents(ids, kwargs, self.pad_id)
-            self._documents = Documents(
-                kept_N, sum(lengths), group_documents(lengths, self.settings.chunk_size, ids.device)
-            )
+            groups_nT = group_documents(lengths, self.settings.chunk_size, ids.device)
+            self._documents = Documents(kept_N, sum(lengths), groups_nT)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._documents, self._is_armed = None, False

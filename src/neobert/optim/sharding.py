@@ -19,9 +19,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 Compute = Callable[[list[int], list[Tensor]], list[Tensor]]  # (numbers of matrices, whole matrices) -> results
 
 
-# --- rows of a tensor -----------
-
-
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is in this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -62,9 +59,6 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load whole tensors; each process takes its part."""
     own = model.state_dict()
     model.load_state_dict({name: part_of(weights[name], tensor) for name, tensor in own.items()})
-
-
-# --- matrices and their owners -----------
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def choose_precision(
     requested: str,
     device_type: str,
     *,
-    cpu_has_amx: bool = False,
+    has_amx: bool = False,
     capability: tuple[int, int] = MIN_CAPABILITY,
     trains: bool = True,
 ) -> tuple[torch.dtype | None, str]:
@@ -81,7 +81,7 @@ def choose_precision(
     if requested == "fp16":
         why = "training in it needs loss scaling" if trains else "only CUDA devices compute in it"
         return half, "" if half else f"fp16 was asked for, but {why}; float32 is used"
-    if device_type == "cpu" and not cpu_has_amx:
+    if device_type == "cpu" and not has_amx:
         return None, "bf16 was asked for, but this CPU has no AMX and would emulate it many times slower"
     if device_type == "cuda" and capability < MIN_CAPABILITY:
         found = f"this GPU has compute capability {capability[0]}.{capability[1]}, and bfloat16 begins with 8.0"
@@ -188,19 +188,17 @@ def find_kernels() -> dict[str, str]:
 
     They are imported, since a package built for another torch or CUDA is installed, too, and fails only then.
     """
-    return {name: problem for name, where in KERNELS.items() if (problem := _import_problem(*where)) is not None}
-
-
-def _import_problem(module: str, name: str) -> str | None:
-    """What keeps `name` from being imported from a module: "" where nothing does, None where it is not installed."""
-    try:
-        getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        is_itself = error.name is not None and f"{module}.".startswith(f"{error.name}.")
-        return None if is_itself else first_line(error)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return first_line(error)
-    return ""
+    found = {}
+    for kernel, (module, function) in KERNELS.items():
+        try:
+            getattr(importlib.import_module(module), function)
+            found[kernel] = ""
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # else the package is not installed
+                found[kernel] = first_line(error)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            found[kernel] = first_line(error)
+    return found
 
 
 def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None) -> None:

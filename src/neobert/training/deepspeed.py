@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from neobert.errors import ConfigError, Problem
 
@@ -39,11 +40,7 @@ def check_installed() -> None:
 
 
 def initialize(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    options: Mapping[str, Any],
-    device: str,
-    dtype: torch.dtype | None,
+    model: nn.Module, optimizer: Optimizer, options: Mapping[str, Any], device: str, dtype: torch.dtype | None
 ) -> tuple[nn.Module, Any]:
     """(the engine, which is called as the model is; the optimizer that steps it)."""
     os.environ["DS_ACCELERATOR"] = device

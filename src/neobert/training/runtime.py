@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import neobert.training.deepspeed as zero
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
@@ -89,8 +90,6 @@ class Runtime(Ranks):
         """Context of the forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    # --- the model -----------
-
     def distribute(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """The model as it is to be called. FSDP2 replaces parameters by shards, so the optimizer is built afterwards."""
         if self.engine == "ddp":
@@ -105,7 +104,7 @@ class Runtime(Ranks):
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         return model
 
-    def wrap_deepspeed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def wrap_deepspeed(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """The model to call and the optimizer to step: DeepSpeed's, or with other engines what `distribute` gave."""
         if self.engine != "deepspeed":
             return model, optimizer
@@ -146,8 +145,6 @@ class Runtime(Ranks):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
         return norm
-
-    # --- the other processes -----------
 
     def all_sum(self, *values: float) -> list[float]:
         """Sums over all processes, in float64 (exact for counts)."""
@@ -256,13 +253,8 @@ def build_runtime(
     else:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    dtype, note = choose_precision(
-        mixed_precision,
-        kind,
-        cpu_has_amx=torch.cpu._is_amx_tile_supported(),
-        capability=gpu_capability(device),
-        trains=trains,
-    )
+    has_amx, capability = torch.cpu._is_amx_tile_supported(), gpu_capability(device)
+    dtype, note = choose_precision(mixed_precision, kind, has_amx=has_amx, capability=capability, trains=trains)
     owns_group = ranks.world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -287,9 +279,6 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=START_PATIENCE)
     dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
     return group
-
-
-# --- tensors that are split over processes -----------
 
 
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
@@ -331,9 +320,6 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process has ended."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv, got 0 bytes")
     return any(sign in str(error) for sign in signs)
-
-
-# --- this process -----------
 
 
 def seed_everything(*parts: int) -> None:
