@@ -143,12 +143,10 @@ class _Noise:
     """Dropout of attention weights, drawn part by part from a seed, so that the backward pass draws the same."""
 
     def __init__(self, probability: float, seed: int | None = None):
-        self.probability = probability
+        self.probability, self.seed = probability, seed
         if probability:
             self.seed = int(torch.randint(2**62, ())) if seed is None else seed
             self.generator = torch.Generator().manual_seed(self.seed)
-        else:
-            self.seed = 0
 
     def drop(self, weights: Tensor, grad: Tensor | None = None) -> Tensor:
         """The weights after dropout; `grad`, of the dropped weights, becomes in place that of the weights."""

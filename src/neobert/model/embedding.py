@@ -65,7 +65,9 @@ class ContrastiveLoss(nn.Module):
             per_row = 2 if is_supcon else 1  # candidates
             anchors_AD = vectors[: per_row * B]
             counts = tuple(per_row * B + m for m in num_negatives)
-            candidates_CD = gather_rows(vectors if is_supcon else vectors[B:], counts)
+            candidates_CD = vectors if is_supcon else vectors[B:]
+            if world_size > 1:
+                candidates_CD = _GatherRows.apply(candidates_CD, counts)
             rows_G = torch.arange(len(row_keys_G), device=vectors.device)
             keys_C = _blocks(row_keys_G, negative_keys, num_negatives, per_row)
             owners_C = _blocks(torch.full_like(rows_G, -1), negative_rows, num_negatives, per_row)
@@ -171,7 +173,7 @@ def uniformity(vectors_AD: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all processes one after the other; their gradients come back to where they were computed, summed."""
+    """Rows of all processes, which have `counts` each; their gradients come back to where they were computed, summed."""
 
     @staticmethod
     def forward(ctx, rows_ND: Tensor, counts: tuple[int, ...]):  # type: ignore
@@ -187,8 +189,3 @@ class _GatherRows(torch.autograd.Function):
         total = grad.clone()
         dist.all_reduce(total)
         return total.split(ctx.counts)[dist.get_rank()], None
-
-
-def gather_rows(rows_ND: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The rows of all processes, with gradients; `counts` says how many each of them has."""
-    return rows_ND if len(counts) == 1 else _GatherRows.apply(rows_ND, counts)

@@ -1,4 +1,4 @@
-"""The optimizer of a run: which parameter is updated how, and its state as plain tensors.
+"""The optimizer of a run: which parameter is updated how, at what rate, and its state as plain tensors.
 
 Without rules of the user's:
 
@@ -11,11 +11,12 @@ Without rules of the user's:
 Rules are ordered patterns over names, as in a shell (`*`, `?`, `[abc]`); the first that matches a name decides for it.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from neobert.optim.sharding import local_rows, part_of
 
 Named = Iterable[tuple[str, nn.Parameter]]
 Tensors = dict[str, Tensor]
+Shape = Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt"]
 
 _IN_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 
@@ -167,3 +169,36 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> 
             )
         stays = not value.ndim and parameter.device.type == "cpu"  # a step count
         optimizer.state[parameter][kind] = part_of(value, parameter).to(value.device if stays else parameter.device)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the step, from 0: linear warmup, then a fall to `floor` at `decay_end`, then the floor."""
+
+    name: Shape
+    warmup_steps: int
+    decay_end: int
+    floor: float = 0.0  # ratio of the peak
+    num_cycles: float = 0.5  # cosine
+    power: float = 2.0  # polynomial
+    decay_start: int = 0  # wsd: until here the rate stays at the peak
+
+
+def lr_scale(step: float, schedule: Schedule) -> float:
+    """Ratio of the peak learning rate for update `step` (the first is 0; fractions where a run had steps of another size)."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.name == "constant":
+        return 1.0
+    if step >= schedule.decay_end:
+        return schedule.floor
+    if schedule.name == "inverse_sqrt":
+        return max(schedule.floor, math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
+    start = max(schedule.warmup_steps, schedule.decay_start if schedule.name == "wsd" else 0)
+    progress = max(0, step - start) / max(1, schedule.decay_end - start)
+    height = 1.0 - progress  # from 1 at the peak to 0 at the floor: linear, and the last phase of wsd
+    if schedule.name == "polynomial":
+        height = height**schedule.power
+    elif schedule.name == "cosine":
+        height = 0.5 * (1.0 + math.cos(math.pi * 2.0 * schedule.num_cycles * progress))
+    return schedule.floor + (1.0 - schedule.floor) * height
