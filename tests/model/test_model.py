@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.models import VARIANTS, VOCABULARY, assert_same, build, gradients, packed_batch, unpacked
 from neobert.model import kernels
 from neobert.model import unpadding as unpadded
-from neobert.model.attention import CPU_CALL, Layout, Rotary, attend, attend_documents, uses_buckets
-from neobert.model.bucket_attention import BucketAttention
+from neobert.model.attention import CPU_CALL, BucketAttention, Layout, Rotary, attend, attend_documents, uses_buckets
 from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, round_up_tokens
 from neobert.model.modeling_neobert import IGNORED, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.model.unpadding import UnpaddedBatch
@@ -115,7 +114,7 @@ def loop_of_sdpa(qkv, rotary, lengths, scale):
 def test_attention_equals_a_loop_over_documents(dtype, tolerance, lengths, kernel, monkeypatch):
     """Both kernels of the CPU, whichever of them the arithmetic gets: outputs and gradients."""
     monkeypatch.setattr("neobert.model.attention.uses_buckets", lambda dtype: kernel == "buckets")
-    monkeypatch.setattr("neobert.model.bucket_attention.SCORE_BUDGET", 2**21 if sum(lengths) > 512 else 1)
+    monkeypatch.setattr("neobert.model.attention.SCORE_BUDGET", 2**21 if sum(lengths) > 512 else 1)
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 4, 64).to(dtype).requires_grad_()
     rotary = Rotary.of(max(lengths), 64, torch.cat([torch.arange(n) for n in lengths]))

@@ -137,9 +137,8 @@ class NeoBERTForEmbedding(EmbeddingHead, NeoBERTPreTrainedModel):
 
 
 def info_nce(logits_AC: Tensor, own_A: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, how many anchors are nearest to their own positive): InfoNCE (arXiv 1807.03748).
-
-    Candidate `own_A[i]` is the positive of anchor i, all others with a finite logit are negatives.
+    """(sum of the losses, how many anchors are nearest to their own positive): InfoNCE (arXiv 1807.03748). Candidate
+    `own_A[i]` is the positive of anchor i, all others with a finite logit are negatives.
     """
     return F.cross_entropy(logits_AC, own_A, reduction="sum"), (logits_AC.argmax(1) == own_A).sum()
 

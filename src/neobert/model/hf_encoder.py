@@ -113,9 +113,8 @@ def group_by_length(lengths: Sequence[int]) -> tuple[list[int], list[list[int]]]
 
 
 def longest_input(encoder: Any) -> int | None:
-    """How many tokens of a text an encoder takes; None where nothing limits them.
-
-    RoBERTa and its kin count positions from after the id of the padding token: the rows of their table up to it are not used.
+    """How many tokens of a text an encoder takes; None where nothing limits them. RoBERTa and its kin count positions from
+    after the id of the padding token: the rows of their table up to it are not used.
     """
     for name, module in encoder.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from .attention import Kernel, Rotary
-from .bucket_attention import FINE_GRANULARITY
+from .attention import FINE_GRANULARITY, Kernel, Rotary
 from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
 from .unpadding import Lengths, Pooling, UnpaddedBatch, flatten
@@ -118,7 +117,8 @@ def build_norm(config: NeoBERTConfig) -> nn.Module:
     """The norm of the variant; nGPT has none."""
     if config.ngpt:
         return nn.Identity()
-    return (RMSNorm if config.rms_norm else LayerNorm)(config.hidden_size, config.norm_eps)
+    width, eps = config.hidden_size, config.norm_eps
+    return RMSNorm(width, eps) if config.rms_norm else LayerNorm(width, eps, bias=False)
 
 
 class NeoBERTPreTrainedModel(PreTrainedModel):

@@ -24,9 +24,8 @@ def host_lengths(document_lengths: Lengths) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class UnpaddedBatch:
-    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were.
-
-    After the tokens there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
+    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were. After the tokens
+    there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
     """
 
     ids_N: Tensor
@@ -58,7 +57,6 @@ class UnpaddedBatch:
 
     def pool(self, x_ND: Tensor, how: Pooling) -> Tensor:
         """One vector per document, n x D in float32: its tokens' mean ("mean", "avg"), maximum, or its first one ("cls").
-
         Documents are rows, or the pieces of packed rows. Raises ValueError for a document without tokens.
         """
         x_ND, lengths = x_ND.float(), self.layout.lengths
@@ -95,9 +93,8 @@ def pool_rows(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
 def flatten(
     ids_BT: Tensor, mask_BT: Tensor | None, document_lengths: Lengths | None, limit: int, dropout: float, kernel: Kernel
 ) -> UnpaddedBatch:
-    """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out.
-
-    Raises ValueError when `document_lengths` do not sum to B*T, or when a document is longer than `limit` tokens.
+    """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out. Raises
+    ValueError when `document_lengths` do not sum to B*T, or when a document is longer than `limit` tokens.
     """
     (B, T), kind = ids_BT.shape, ids_BT.device.type
     ids_N, kept_N, lengths = ids_BT.flatten(), None, (T,) * B

@@ -59,7 +59,6 @@ def build_optimizer(
     named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer, with torch's fused kernels. The learning rate of a step is to be multiplied by a group's `lr_scale`.
-
     `fused` as in `parameter_groups`. Raises ValueError as `parameter_groups` and `Muon` do.
     """
     groups = parameter_groups(named_parameters, settings, fused)
@@ -146,9 +145,8 @@ def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Restore what `optimizer_state` gave; whole tensors are split as their parameter is.
-
-    Raises ValueError when a parameter is unknown or has another shape, or the state is another algorithm's.
+    """Restore what `optimizer_state` gave; whole tensors are split as their parameter is. Raises ValueError when a parameter
+    is unknown or has another shape, or the state is another algorithm's.
     """
     members = {
         name: (parameter, group.get("algorithm", "adamw"))
@@ -173,7 +171,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate as a function of the step, from 0: linear warmup, then a fall to `floor` at `decay_end`, then the floor."""
+    """Linear warmup from 0, then a fall to `floor` at `decay_end`, then the floor. Steps count from 0."""
 
     name: Shape
     warmup_steps: int

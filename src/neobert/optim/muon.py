@@ -152,9 +152,8 @@ class Muon(torch.optim.Optimizer):
         return grad.lerp(momentum, beta) if self.settings.nesterov else momentum
 
     def _solve(self, parts: list[int], numbers: list[int], matrices: list[Tensor]) -> list[Tensor]:
-        """Orthogonalise whole matrices in stacks of one shape; results in the settings' dtype, shaped as `matrices`.
-
-        The parts of a fused matrix are neighbours in their stack, so going in is one copy and coming out a view.
+        """Orthogonalise whole matrices in stacks of one shape; results in the settings' dtype, shaped as `matrices`. The
+        parts of a fused matrix are neighbours in their stack, so going in is one copy and coming out a view.
         """
         stacks: dict[tuple[int, int], list[int]] = {}
         for index, (number, matrix) in enumerate(zip(numbers, matrices, strict=True)):
@@ -183,20 +182,8 @@ class Muon(torch.optim.Optimizer):
         weights, gradients = [local(p) for p in members], [local(p.grad) for p in members]
         moments = [[local(self.state[p][kind]) for p in members] for kind in ("exp_avg", "exp_avg_sq")]
         steps, (beta1, beta2) = [self.state[p]["step"] for p in members], group["betas"]
-        numbers = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        adamw(
-            weights,
-            gradients,
-            *moments,
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            beta1=beta1,
-            beta2=beta2,
-            **numbers,
-        )
+        numbers = {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in ("lr", "weight_decay", "eps")}}
+        adamw(weights, gradients, *moments, [], steps, fused=True, amsgrad=False, maximize=False, **numbers)
 
 
 def _members(group: Group) -> Iterator[tuple[str, Any, int]]:

@@ -70,9 +70,8 @@ class Placement:
 
 
 def placement(parameter: Tensor) -> Placement:
-    """Where `parameter` lies; plain tensors are copies, which all ranks hold.
-
-    Raises ValueError for matrices that are split along columns or more than once.
+    """Where `parameter` lies; plain tensors are copies, which all ranks hold. Raises ValueError for matrices that are split
+    along columns or more than once.
     """
     group: dist.ProcessGroup | None = None
     if isinstance(parameter, DTensor):
@@ -97,9 +96,8 @@ def owners(sizes: Sequence[int], num_ranks: int) -> list[int]:
 
 
 def distribute(where: Placement, matrices: list[Tensor], num_rows: list[int], compute: Compute) -> list[Tensor]:
-    """`compute` every matrix at its owner; returns this rank's part of each result.
-
-    `matrices` are what this rank holds of each, all of one dtype; `num_rows` are the rows of the whole ones.
+    """`compute` every matrix at its owner; returns this rank's part of each result. `matrices` are what this rank holds of
+    each, all of one dtype; `num_rows` are the rows of the whole ones.
     """
     if where.group is None:
         return compute(list(range(len(matrices))), matrices)

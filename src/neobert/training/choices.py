@@ -17,6 +17,7 @@ import torch
 from neobert.errors import ConfigError, Problem, first_line
 from neobert.model.attention import Kernel
 
+Capability = tuple[int, int]  # of a CUDA device
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that multiply bfloat16 and run flash attention
 MOST_SHAPES = 64  # versions of a block that are compiled: shapes, arithmetic, with gradients or without
 KERNELS = {
@@ -34,9 +35,8 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 def choose_engine(
     requested: str, world_size: int, wants_deepspeed: bool, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run.
-
-    `environment` is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
+    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run. `environment`
+    is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
     """
     launched = {"fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true", "deepspeed": wants_deepspeed}
     asked = [engine for engine, is_launched in launched.items() if is_launched]
@@ -62,12 +62,7 @@ def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool)
 
 
 def choose_precision(
-    requested: str,
-    device_type: str,
-    *,
-    has_amx: bool = False,
-    capability: tuple[int, int] = MIN_CAPABILITY,
-    trains: bool = True,
+    requested: str, device: str, *, has_amx: bool = False, capability: Capability = MIN_CAPABILITY, trains: bool = True
 ) -> tuple[torch.dtype | None, str]:
     """(autocast type or None for float32, note where that is not what was asked for). `capability`: of a CUDA device;
     `trains`: gradients are computed, too.
@@ -77,13 +72,13 @@ def choose_precision(
     """
     if requested in ("no", "fp32"):
         return None, ""
-    half = torch.float16 if device_type == "cuda" and not trains else None
+    half = torch.float16 if device == "cuda" and not trains else None
     if requested == "fp16":
         why = "training in it needs loss scaling" if trains else "only CUDA devices compute in it"
         return half, "" if half else f"fp16 was asked for, but {why}; float32 is used"
-    if device_type == "cpu" and not has_amx:
+    if device == "cpu" and not has_amx:
         return None, "bf16 was asked for, but this CPU has no AMX and would emulate it many times slower"
-    if device_type == "cuda" and capability < MIN_CAPABILITY:
+    if device == "cuda" and capability < MIN_CAPABILITY:
         found = f"this GPU has compute capability {capability[0]}.{capability[1]}, and bfloat16 begins with 8.0"
         return half, f"bf16 was asked for, but {found}; {'float16' if half else 'float32'} is used"
     return torch.bfloat16, ""
@@ -102,11 +97,10 @@ def choose_attention(
     dropout: float = 0.0,
     head_width: int = 64,
     packages: Mapping[str, str] = MappingProxyType({}),
-    capability: tuple[int, int] = MIN_CAPABILITY,
+    capability: Capability = MIN_CAPABILITY,
 ) -> tuple[Kernel, str]:
-    """(kernel of unpadded batches; why). `packages` as `find_kernels` finds them.
-
-    A request that cannot be honoured falls back to SDPA, which computes the same, and the reason says what would help.
+    """(kernel of unpadded batches; why). `packages` as `find_kernels` finds them. A request that cannot be honoured falls
+    back to SDPA, which computes the same, and the reason says what would help.
     """
     if device_type == "cpu":
         why = "flash_attn_varlen needs CUDA; " if requested == "flash_attn_varlen" else ""
@@ -160,15 +154,13 @@ def check_compile(backend: str, known: Collection[str], device_type: str, has_co
         names = ", ".join(sorted(known))
         raise ConfigError(Problem("trainer.torch_compile_backend", f"no backend {backend!r}; there are: {names}"))
     if backend == "inductor" and device_type == "cpu" and not has_compiler:
-        raise ConfigError(
-            Problem("trainer.torch_compile", "inductor needs a C++ compiler on the CPU; install g++ or set it to false")
-        )
+        why = "inductor needs a C++ compiler on the CPU; install g++ or set it to false"
+        raise ConfigError(Problem("trainer.torch_compile", why))
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory instead of giving it back, so that a step reuses the pages of the step before.
-
-    Large tensors are otherwise mapped and zeroed by the kernel again and again: 10 to 15 % of a training step on a CPU.
+    """Let glibc keep freed memory instead of giving it back, so that a step reuses the pages of the step before. Large
+    tensors are otherwise mapped and zeroed by the kernel again and again: 10 to 15 % of a training step on a CPU.
     """
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
     if sys.platform == "linux":
@@ -178,15 +170,14 @@ def keep_memory() -> None:
                 library.mallopt(option, value)
 
 
-def gpu_capability(device: torch.device) -> tuple[int, int]:
+def gpu_capability(device: torch.device) -> Capability:
     """CUDA's compute capability; (0, 0) for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def find_kernels() -> dict[str, str]:
-    """Kernels that are installed, each with what keeps it from being imported: "" where nothing does.
-
-    They are imported, since a package built for another torch or CUDA is installed, too, and fails only then.
+    """Kernels that are installed, each with what keeps it from being imported: "" where nothing does. They are imported,
+    since a package built for another torch or CUDA is installed, too, and fails only then.
     """
     found = {}
     for kernel, (module, function) in KERNELS.items():

@@ -34,9 +34,8 @@ def check_installed() -> None:
     """Raises ConfigError where DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         how = "pip install setuptools wheel ninja, then pip install --no-build-isolation 'neobert[deepspeed]'"
-        raise ConfigError(
-            Problem("use_deepspeed", f"DeepSpeed is not installed: {how}; or use trainer.engine: ddp or fsdp2")
-        )
+        why = f"DeepSpeed is not installed: {how}; or use trainer.engine: ddp or fsdp2"
+        raise ConfigError(Problem("use_deepspeed", why))
 
 
 def initialize(

@@ -69,9 +69,8 @@ Hook = Callable[[TrainState, StepResult | None], None]  # None: no step was made
 
 
 class Interrupt:
-    """What may end a run from outside, at any moment and in any process: signals, and the failure of a write.
-
-    Every process says whether it is `wanted`; all act on it at the same step, or they would wait for each other forever.
+    """What may end a run from outside, at any moment and in any process: signals, and the failure of a write. Every process
+    says whether it is `wanted`; all act on it at the same step, or they would wait for each other forever.
     """
 
     def __init__(self) -> None:
@@ -248,11 +247,7 @@ def _refuse(value: float, step: int, micro: int, optimizer: Optimizer, what: str
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    runtime: Runtime,
-    max_batches: int | None,
-    interrupt: Interrupt | None = None,
+    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, max_batches: int | None, interrupt: Interrupt
 ) -> dict[str, float] | None:
     """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode.
 
@@ -269,8 +264,7 @@ def evaluate(
             some = list(itertools.islice(rest, runtime.world_size))
         except UserError as failure:
             error = failure
-        stops = interrupt is not None and interrupt.wanted
-        failed, is_over, is_interrupted = map(bool, runtime.all_max(error is not None, not some, stops))
+        failed, is_over, is_interrupted = map(bool, runtime.all_max(error is not None, not some, interrupt.wanted))
         if failed:
             raise runtime.first_error(error)
         if is_over or is_interrupted:

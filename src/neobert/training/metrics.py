@@ -154,9 +154,8 @@ def duration(seconds: float) -> str:
 def build_trackers(
     names: list[str], project: str, logging_dir: Path, config: Mapping[str, Any], wandb: dict[str, Any]
 ) -> list[Any]:
-    """Start the trackers and give each the flat configuration. `wandb` are keyword arguments of `wandb.init`.
-
-    Raises ConfigError for a name that no adapter has, UserError for one that is not installed or cannot start.
+    """Start the trackers and give each the flat configuration. `wandb` are keyword arguments of `wandb.init`. Raises
+    ConfigError for a name that no adapter has, UserError for one that is not installed or cannot start.
     """
     if not names:
         return []
