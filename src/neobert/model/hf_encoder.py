@@ -25,9 +25,10 @@ class HFEncoder(nn.Module):
         super().__init__()
         self.config, self.model = encoder.config, encoder
 
-    def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, **segments: Tensor) -> Tensor:
-        """One vector per row, B x D in float32, as `pool_rows` makes it."""
-        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **segments).last_hidden_state
+    def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, segments_BT: Tensor | None = None) -> Tensor:
+        """One vector per row, B x D in float32, as `pool_rows` makes it. `segments_BT` are token types, if any are known."""
+        more = {} if segments_BT is None else {"token_type_ids": segments_BT}
+        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state
         return pool_rows(hidden_BTD, mask_BT.bool(), pooling)
 
     def normalize_matrices(self) -> None:
@@ -55,10 +56,8 @@ class HFEncoderForSequenceClassification(HFEncoder):
     ) -> LossOutput:
         """Logits B x num_labels in float32. `labels` B: class ids, or numbers where there is one label."""
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        segments = {
-            name: more[name] for name in ("token_type_ids",) if self.takes_segments and more.get(name) is not None
-        }
-        return classify(self, self.pool(input_ids, mask_BT, self.pooling, **segments), labels)
+        segments_BT = more.get("token_type_ids") if self.takes_segments else None
+        return classify(self, self.pool(input_ids, mask_BT, self.pooling, segments_BT), labels)
 
     def to_checkpoint(self, weights: Tensors) -> Tensors:
         """This model's tensors under the names of the encoder's own task models, so that `AutoModel` reads the encoder."""

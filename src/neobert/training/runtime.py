@@ -26,7 +26,14 @@ from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error
 from neobert.optim.sharding import local
 from neobert.ranks import Ranks, launched_ranks
-from neobert.training import choices
+from neobert.training.choices import (
+    choose_device,
+    choose_engine,
+    choose_precision,
+    describe_arithmetic,
+    gpu_capability,
+    keep_memory,
+)
 
 ENGINES = {
     "ddp": "DDP (every process holds the whole model)",
@@ -68,7 +75,7 @@ class Runtime(Ranks):
         is_cpu = self.device.type == "cpu"
         name = f"cpu, {torch.get_num_threads()} threads" if is_cpu else torch.cuda.get_device_name(self.device)
         note = f" ({self.note})" if self.note else ""
-        return f"{name}, {choices.describe_arithmetic(self.dtype, self.device.type, self.tf32)}{note}"
+        return f"{name}, {describe_arithmetic(self.dtype, self.device.type, self.tf32)}{note}"
 
     @property
     def describe_engine(self) -> str:
@@ -235,18 +242,18 @@ def build_runtime(
     is asked for; `trains`: gradients are computed. Raises ConfigError.
     """
     ranks = launched_ranks()
-    engine, why = choices.choose_engine(engine, ranks.world_size, zero_options is not None, os.environ)
+    engine, why = choose_engine(engine, ranks.world_size, zero_options is not None, os.environ)
     if engine == "deepspeed":
         zero.check_installed()
-    kind = choices.choose_device(use_cpu, torch.cuda.is_available())
+    kind = choose_device(use_cpu, torch.cuda.is_available())
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cpu":
-        choices.keep_memory()
+        keep_memory()
     else:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    has_amx, capability = torch.cpu._is_amx_tile_supported(), choices.gpu_capability(device)
-    dtype, note = choices.choose_precision(mixed_precision, kind, has_amx=has_amx, capability=capability, trains=trains)
+    has_amx, capability = torch.cpu._is_amx_tile_supported(), gpu_capability(device)
+    dtype, note = choose_precision(mixed_precision, kind, has_amx=has_amx, capability=capability, trains=trains)
     owns_group = ranks.world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
