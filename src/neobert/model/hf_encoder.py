@@ -19,11 +19,13 @@ Tensors = dict[str, Tensor]
 
 
 class HFEncoder(nn.Module):
-    """`model` maps padded rows to `last_hidden_state` B x T x D; models of ours put a head on it."""
+    """`model` maps padded rows to `last_hidden_state` B x T x D; models of ours put a head on it. In checkpoints its tensors
+    have the names that `AutoModel` reads: those of the encoder itself, or after `prefix` those of its own task models.
+    """
 
-    def __init__(self, encoder: Any):
+    def __init__(self, encoder: Any, prefix: str = ""):
         super().__init__()
-        self.config, self.model = encoder.config, encoder
+        self.config, self.model, self.prefix = encoder.config, encoder, prefix
 
     def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, segments_BT: Tensor | None = None) -> Tensor:
         """One vector per row, B x D in float32, as `pool_rows` makes it. `segments_BT` are token types, if any are known."""
@@ -34,6 +36,14 @@ class HFEncoder(nn.Module):
     def normalize_matrices(self) -> None:
         """Nothing: only nGPT has matrices of length 1."""
 
+    def to_checkpoint(self, weights: Tensors) -> Tensors:
+        """This model's tensors under the names of a checkpoint."""
+        return _renamed(weights, "model.", self.prefix)
+
+    def from_checkpoint(self, weights: Tensors) -> Tensors:
+        """The inverse of `to_checkpoint`."""
+        return _renamed(weights, self.prefix, "model.")
+
 
 class HFEncoderForSequenceClassification(HFEncoder):
     """An encoder under our classifier. `pooling` is "bos" (the first token) or "mean"."""
@@ -41,7 +51,7 @@ class HFEncoderForSequenceClassification(HFEncoder):
     def __init__(
         self, encoder: Any, num_labels: int, pooling: str, classifier_dropout: float, classifier_init_range: float
     ):
-        super().__init__(encoder)
+        super().__init__(encoder, f"{encoder.base_model_prefix}.")
         self.pooling = pooling
         width = encoder.config.hidden_size
         self.dense, self.classifier = nn.Linear(width, width), nn.Linear(width, num_labels)
@@ -58,14 +68,6 @@ class HFEncoderForSequenceClassification(HFEncoder):
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         segments_BT = more.get("token_type_ids") if self.takes_segments else None
         return classify(self, self.pool(input_ids, mask_BT, self.pooling, segments_BT), labels)
-
-    def to_checkpoint(self, weights: Tensors) -> Tensors:
-        """This model's tensors under the names of the encoder's own task models, so that `AutoModel` reads the encoder."""
-        return _renamed(weights, "model.", f"{self.model.base_model_prefix}.")
-
-    def from_checkpoint(self, weights: Tensors) -> Tensors:
-        """The inverse of `to_checkpoint`."""
-        return _renamed(weights, f"{self.model.base_model_prefix}.", "model.")
 
 
 def _renamed(weights: Tensors, old: str, new: str) -> Tensors:
