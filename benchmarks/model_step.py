@@ -36,7 +36,7 @@ from neobert.data.mlm.masking import Collator, Masker
 from neobert.data.mlm.packing import OnePerRow, Packer, Row
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.training.machine import compile_blocks, keep_memory
+from neobert.training.choices import compile_blocks, keep_memory
 
 VOCABULARY, LENGTH, MASKED = 30_592, 512, 0.15
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
