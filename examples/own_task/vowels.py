@@ -15,7 +15,7 @@ import torch
 from neobert.checkpoints.load import load_model_weights
 from neobert.config.load import load_config
 from neobert.data.batch import RowLayout
-from neobert.data.labelled.loader import EpochLoader, tokenize_rows
+from neobert.data.labelled import EpochLoader, tokenize_rows
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import DataError
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification

@@ -13,8 +13,7 @@ from helpers.runs import SHARED
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.data.batch import RowLayout
-from neobert.data.labelled.loader import EpochLoader, Rows
-from neobert.data.labelled.tasks import TASKS, Source, read_split
+from neobert.data.labelled import TASKS, EpochLoader, Rows, Source, read_split
 from neobert.errors import UserError
 from neobert.ranks import Ranks
 from neobert.tasks.glue import metrics as glue_metrics

@@ -18,7 +18,7 @@ import numpy as np
 
 from neobert.data.batch import State
 from neobert.data.hashing import choose_sources, hash_keys
-from neobert.data.mlm.packing import OnePerRow, Packer, Row, Segmenter, TruncationStats
+from neobert.data.mlm.packing import Packer, Row, Segmenter, TruncationStats
 from neobert.data.mlm.readers import Reader, StreamReader
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
@@ -107,7 +107,7 @@ class RowSource:
     reader: Reader
     workers: Workers
     segmenter: Segmenter
-    packer: Packer | OnePerRow
+    packer: Packer
     buffer: ShuffleBuffer
     name: str = ""
     num_epochs: int | None = None
@@ -147,20 +147,16 @@ class RowSource:
     def _take(self, documents: list[Ids], epoch: int, after: State) -> None:
         """Bring a block of documents into rows; an empty block ends an epoch."""
         pieces = self.segmenter.pieces(documents, self.cut)
-        self._pack(self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch), epoch)
+        for piece in self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch):
+            self.ready.extend(self.packer.add(piece, epoch))
+            if self.group is not None:
+                self.num_packed += 1
+                if self.num_packed == self.group:
+                    self._flush()
         if not documents:
             self._flush()  # a row holds documents of one epoch
             self._check_epoch(epoch)
         self._after, self._frozen = after, None
-
-    def _pack(self, pieces: list[Ids], epoch: int) -> None:
-        ready, add, group = self.ready, self.packer.add, self.group
-        for piece in pieces:
-            ready.extend(add(piece, epoch))
-            if group is not None:
-                self.num_packed += 1
-                if self.num_packed == group:
-                    self._flush()
 
     def _flush(self) -> None:
         self.ready.extend(self.packer.flush())
@@ -241,7 +237,7 @@ class RowSource:
             "streaming": isinstance(self.reader, StreamReader),
             "piece_length": self.segmenter.max_length,
             "long_documents": self.segmenter.policy,
-            "row_length": getattr(self.packer, "row_length", None),
+            "row_length": self.packer.row_length or None,
             "shuffle_buffer_size": self.buffer.size,
             "group": self.group,
         }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.batch import Batch, Loader, RowLayout, Saved, require_same
+from neobert.data.batch import Batch, Loader, RowLayout
 from neobert.data.files.documents import Corpus, SkippedRows
 from neobert.data.files.rows import Unusable
 from neobert.data.hashing import choose_sources, hash_key, hash_keys, permute
@@ -63,15 +63,8 @@ class PairSource:
         keys, positives = table.keys[rows], table.positives[rows]
         if table.is_labelled:
             positives = table.anchors[self._partners(rows, epochs)]
-        anchors = table.anchors[rows]
-        return Drawn(
-            anchors,
-            positives,
-            [table.negatives[int(row)] for row in rows],
-            keys,
-            keys if table.is_labelled else anchors,
-            self._ids,
-        )
+        anchors, negatives = table.anchors[rows], [table.negatives[int(row)] for row in rows]
+        return Drawn(anchors, positives, negatives, keys, keys if table.is_labelled else anchors, self._ids)
 
     def _partners(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """For every row another one of its class, drawn by (seed, epoch, row)."""
@@ -92,22 +85,18 @@ class PairSource:
         self.num_used = state["num_used"]
 
 
+@dataclass
 class TextSource:
     """Texts of a corpus, each its own positive: two passes with different dropout (SimCSE). Shorter ones are passed over."""
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        seed: int,
-        min_length: int,
-        encode: Callable[[list[str]], list[Ids]],
-        skips: SkippedRows,
-        name: str,
-    ):
-        self.corpus, self.seed, self.min_length, self.encode = corpus, seed, min_length, encode
-        self.skips, self.name = skips, name
-        self.position = 0  # documents passed, over all epochs
-        self.num_used = 0
+    corpus: Corpus
+    seed: int
+    min_length: int
+    encode: Callable[[list[str]], list[Ids]]
+    skips: SkippedRows
+    name: str
+    position: int = 0  # documents passed, over all epochs
+    num_used: int = 0
 
     def take(self, count: int) -> Drawn:
         texts: list[str] = []
@@ -130,7 +119,13 @@ class TextSource:
         if count > 1 and len(different) == 1:
             raise DataError(f"{self.name}: {count:,} texts in a row are all the same; there is nothing to tell apart")
         none = [np.zeros(0, dtype=np.int64)] * count
-        return Drawn(rows, rows, none, rows, rows, lambda wanted: self._ids(different, wanted))
+
+        def encode(wanted: np.ndarray) -> list[Ids]:
+            chosen, indices = np.unique(wanted, return_inverse=True)
+            ids = self.encode([different[number] for number in chosen])
+            return [ids[index] for index in indices]
+
+        return Drawn(rows, rows, none, rows, rows, encode)
 
     def _fetch(self) -> list[str | None]:
         """The next documents; None for one that is not used."""
@@ -142,11 +137,6 @@ class TextSource:
                 self.skips.add(text)
         return [None if isinstance(text, Unusable) or len(text) < self.min_length else text for text in found]
 
-    def _ids(self, texts: list[str], wanted: np.ndarray) -> list[Ids]:
-        numbers, indices = np.unique(wanted, return_inverse=True)
-        ids = self.encode([texts[number] for number in numbers])
-        return [ids[index] for index in indices]
-
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position, "num_used": self.num_used}
 
@@ -157,7 +147,7 @@ class TextSource:
 Source = PairSource | TextSource  # rows without end, with a position
 
 
-class PairLoader(Loader[dict[str, Any]]):
+class PairLoader(Loader):
     """Batches without end, made ahead by a thread, or when they are asked for."""
 
     def __init__(
@@ -176,9 +166,9 @@ class PairLoader(Loader[dict[str, Any]]):
         """`batch_size`: of this process. `views`: targets per row, 1, or 2 where positives are anchors too."""
         self.sources, self.weights, self.layout, self.ranks, self.seed = sources, weights, layout, ranks, seed
         self.batch_size, self.views, self.batches_per_epoch = batch_size, views, batches_per_epoch
-        self.fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
         self.num_made = 0
-        super().__init__(self._made(), int(ahead), BATCHES_AHEAD)
+        fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
+        super().__init__(self._made(), fingerprint, int(ahead), BATCHES_AHEAD)
 
     def _made(self) -> dict[str, Any]:
         """The position after the last batch that was made."""
@@ -214,15 +204,11 @@ class PairLoader(Loader[dict[str, Any]]):
         num_batches = math.ceil(self.batches_per_epoch / accumulation) * accumulation * num_epochs
         return max(0, math.ceil((num_batches - self.position["num_batches"]) / accumulation))
 
-    def state_dict(self, position: dict[str, Any] | None = None) -> Saved:
-        return {**(position or self.position), "fingerprint": self.fingerprint}, {}
-
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        require_same(state.get("fingerprint", {}), self.fingerprint)
+        super().load_state_dict(state, arrays)
         self.num_made = state["num_batches"]
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
-        self.position = self._made()
 
     def describe_used(self) -> list[str]:
         """What was passed over in plain text so far, what was made ahead included."""
