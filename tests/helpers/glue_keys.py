@@ -118,14 +118,16 @@ def tokenized_by_threads(train, small):
     from helpers.runs import TOKENIZER, tokenizing_threads
     from neobert.data.tokenizer import load_tokenizer
 
-    texts = ([f"the congress met {n} times" for n in range(40)],)
+    split = classification.Split(([f"the congress met {n} times" for n in range(40)],), None)
     made, counts, before = [], [], classification.ROWS_PER_THREAD
     classification.ROWS_PER_THREAD = 20
     try:
         for number in (1, 2):
             tokenizer = load_tokenizer("", str(TOKENIZER))
             with tokenizing_threads() as started:
-                made.append(classification.tokenize_rows(tokenizer, texts, None, 32, True, number, "made"))
+                made.append(
+                    classification.tokenize_rows(tokenizer, split, 32, True, number, "made")
+                )
             counts.append(len(started))
     finally:
         classification.ROWS_PER_THREAD = before

@@ -78,15 +78,15 @@ class RowLayout:
 
     def pad(self, rows: Sequence[Ids], fill: int) -> np.ndarray:
         """int64, B x T."""
-        out = np.full((len(rows), self._width(rows)), fill, dtype=np.int64)
+        width = -(-(self.row_length or max(map(len, rows))) // self.multiple) * self.multiple
+        out = np.full((len(rows), width), fill, dtype=np.int64)
         for number, row in enumerate(rows):
             out[number, : len(row)] = row
         return out
 
     def mask(self, rows: Sequence[Ids]) -> torch.Tensor:
         """The attention mask of padded rows, int64, B x T."""
-        lengths = np.array([len(row) for row in rows])
-        return torch.from_numpy((np.arange(self._width(rows)) < lengths[:, None]).astype(np.int64))
+        return torch.from_numpy(self.pad([np.ones_like(row) for row in rows], 0))
 
     def batch(self, rows: Sequence[Ids], token_type_ids: Sequence[Ids] | None = None, **fields: Any) -> Batch:
         """The batch of rows; `fields` are further ones of `Batch`."""
@@ -100,9 +100,6 @@ class RowLayout:
 
     def _arrange(self, rows: Sequence[Ids], fill: int) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(rows).astype(np.int64)[None] if self.packed else self.pad(rows, fill))
-
-    def _width(self, rows: Sequence[Ids]) -> int:
-        return -(-(self.row_length or max(map(len, rows))) // self.multiple) * self.multiple
 
 
 class Loader(ABC, Iterator[Batch]):

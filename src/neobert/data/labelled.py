@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,16 +106,11 @@ class Source:
         return self.path or self.name
 
 
-@dataclass(frozen=True)
-class Split:
-    """The rows of a split: one or two columns of text, labels (float64; None where they were not asked for), and ids."""
+class Split(NamedTuple):
+    """The rows of a split: one or two columns of text, and labels (float64; None where they were not asked for)."""
 
     texts: tuple[list[str], ...]
     labels: np.ndarray | None
-    ids: list[Any]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = True) -> Split:
@@ -123,7 +118,6 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
     paths = find_files(source, task.name, split)
     texts: tuple[list[str], ...] = tuple([] for _ in task.columns)
     labels: list[float] = []
-    ids: list[Any] = []
     for path in paths:
         for row, begin in usable_records(path):
             wanted = [*task.columns, *(["label"] if with_labels else [])]
@@ -133,10 +127,9 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
                 into.append(text_in(row, column, path, begin))
             if with_labels:
                 labels.append(_label(row["label"], task, path, begin))
-            ids.append(row.get("idx", len(ids)))
-    if not ids:
+    if not texts[0]:
         raise DataError(f"{paths[0]}: the split {split} of {task.name} is empty")
-    return Split(texts, np.array(labels) if with_labels else None, ids)
+    return Split(texts, np.array(labels) if with_labels else None)
 
 
 def has_split(source: Source, task: GlueTask, split: str) -> bool:
@@ -227,15 +220,14 @@ class Rows:
 
 def tokenize_rows(
     hf_tokenizer: Any,
-    texts: tuple[list[str], ...],
-    labels: np.ndarray | None,
+    split: Split,
     max_length: int,
     truncate: bool,
     num_proc: int,
     what: str,
     is_regression: bool = False,
 ) -> Rows:
-    """One or two columns of text as rows of at most `max_length` tokens, special tokens included.
+    """The rows of a split as rows of at most `max_length` tokens, special tokens included.
 
     Of a pair the longer text is cut first. Raises DataError for longer rows where `truncate` is off.
     """
@@ -244,6 +236,7 @@ def tokenize_rows(
         cut = {"truncation": "longest_first", "max_length": max_length} if truncate else {}
         return tokenizer(*part, padding=False, return_attention_mask=False, **cut)
 
+    texts = split.texts
     num_proc = min(num_proc, -(-len(texts[0]) // ROWS_PER_THREAD))
     if num_proc > 1:
         bounds = np.linspace(0, len(texts[0]), num_proc + 1).astype(int)
@@ -260,7 +253,7 @@ def tokenize_rows(
                 f"{what}: row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}; raise that, or set "
                 "tokenizer.truncation: true"
             )
-    return Rows(ids, segments or None, labels, is_regression)
+    return Rows(ids, segments or None, split.labels, is_regression)
 
 
 # --- batches -----------

@@ -136,9 +136,7 @@ class Pipeline:
     batch_size: int
     seed: int = 0
     fill_last: bool = False  # a shard's last, short microbatch is filled up with empty rows
-
-    def __post_init__(self) -> None:
-        self.num_done = 0
+    num_done: int = 0
 
     def batches(self) -> Iterator[tuple[Batch, State]]:
         """Masked microbatches, each with the position after it."""

@@ -63,8 +63,8 @@ class PairSource:
         keys, positives = table.keys[rows], table.positives[rows]
         if table.is_labelled:
             positives = table.anchors[self._partners(rows, epochs)]
-        anchors, negatives = table.anchors[rows], [table.negatives[int(row)] for row in rows]
-        return Drawn(anchors, positives, negatives, keys, keys if table.is_labelled else anchors, self._ids)
+        anchors, negatives = table.anchors[rows], table.negatives.pick(rows)
+        return Drawn(anchors, positives, negatives, keys, keys if table.is_labelled else anchors, table.texts.pick)
 
     def _partners(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """For every row another one of its class, drawn by (seed, epoch, row)."""
@@ -74,9 +74,6 @@ class PairSource:
         own[self.members] = np.arange(len(self.table))
         steps = 1 + (hash_keys(self.seed, epochs, rows) % (sizes - 1).astype(np.uint64)).astype(np.int64)
         return self.members[begins + (own[rows] - begins + steps) % sizes]
-
-    def _ids(self, numbers: np.ndarray) -> list[Ids]:
-        return [self.table.texts[int(number)] for number in numbers]
 
     def state_dict(self) -> dict[str, int]:
         return {"num_used": self.num_used}

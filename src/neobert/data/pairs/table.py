@@ -7,7 +7,7 @@ A text that occurs several times is kept and tokenised once, and its number says
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,7 @@ Kind = Literal["pairs", "labels", "scores", "texts"]
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "pairs": ("anchor", "positive"), "scores": ("text1", "text2", "score"), "labels": ("text", "label"), "texts": ("text",),
 }  # fmt: skip
+WAYS = "; or ".join(", ".join(needed) for needed in NEEDED.values())
 ROLES = ("anchor", "positive", "negative", "text", "label", "text1", "text2", "score")
 
 # Names of columns that are understood by themselves, most specific first; all of a line have to be there.
@@ -78,7 +79,7 @@ class PairSet:
 
 
 def _set(name: str, config: str | None, *columns: str) -> PairSet:
-    roles = NEEDED["scores"] if columns[-1] == "score" else ("anchor", "positive", "negative")
+    roles = NEEDED["scores"] if columns[-1] == "score" else ROLES
     return PairSet(f"sentence-transformers/{name}", config, dict(zip(roles, columns, strict=False)))
 
 
@@ -127,27 +128,19 @@ def find_roles(names: list[str], wanted: dict[str, str], path: str, key: str = "
         for kind, needed in NEEDED.items():
             if set(needed) <= set(wanted) and not set(wanted) - set(needed) - {"negative"}:
                 return _roles(kind, {role: wanted[role] for role in needed}, names, wanted.get("negative"))
-        raise DataError(f"{key}: {', '.join(wanted)} do not make a row; {_ways()}")
+        raise DataError(f"{key}: {', '.join(wanted)} do not make a row; {WAYS}")
     for kind, usual in USUAL:
         if set(usual) <= set(names):
             return _roles(kind, dict(zip(NEEDED[kind], usual, strict=True)), names, None)
     if len(names) == 1:
         return Roles("texts", {"text": names[0]})
-    raise DataError(f"{key}: {there}, and none of the usual ones; say what they are: {_ways()}")
-
-
-def _ways() -> str:
-    return "; or ".join(", ".join(needed) for needed in NEEDED.values())
+    raise DataError(f"{key}: {there}, and none of the usual ones; say what they are: {WAYS}")
 
 
 def _roles(kind: Kind, columns: dict[str, str], names: list[str], negative: str | None) -> Roles:
-    if kind != "pairs":
-        return Roles(kind, columns)
-    if negative is not None:
-        return Roles(kind, columns, (negative,))
-    numbered = [name for name in names if name.startswith("negative_")]
-    found = [name for name in names if name in NEGATIVES] + numbered
-    return Roles(kind, columns, tuple(name for name in found if name not in columns.values()))
+    found = [name for name in names if name in NEGATIVES] + [name for name in names if name.startswith("negative_")]
+    found = [name for name in found if name not in columns.values()] if negative is None else [negative]
+    return Roles(kind, columns, tuple(found) if kind == "pairs" else ())
 
 
 # --- rows of files -----------
@@ -295,11 +288,9 @@ class Ragged:
         ends = np.cumsum([0, *map(len, rows)])[1:]
         return Ragged(np.concatenate([np.zeros(0, dtype), *(np.asarray(row, dtype) for row in rows)]), ends)
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.values[self.ends[number - 1] if number else 0 : self.ends[number]]
+    def pick(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """The arrays with these numbers."""
+        return [self.values[self.ends[number - 1] if number else 0 : self.ends[number]] for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -344,10 +335,8 @@ def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Exa
     return rows, notes
 
 
-def build_table(
-    rows: list[Example], hf_tokenizer: Any, max_length: int, truncate: bool, name: str, show_bar: bool = False
-) -> PairTable:
-    """Rows with their texts tokenised. Raises DataError for longer texts where `truncate` is off."""
+def build_table(rows: list[Example], encode: Callable[[list[str]], list[Ids]]) -> PairTable:
+    """Rows with their texts as the token ids that `encode` gives."""
     numbers: dict[str, int] = {}
 
     def number(text: str) -> int:
@@ -359,8 +348,7 @@ def build_table(
     is_labelled = rows[0].value is not None and rows[0].anchor is rows[0].positive
     labels: dict[str, int] = {}
     keys = np.array([labels.setdefault(row.value, len(labels)) for row in rows]) if is_labelled else positives
-    ids = encode_texts(hf_tokenizer, list(numbers), max_length, truncate, name, show_bar)
-    return PairTable(Ragged.of(ids, np.int32), anchors, positives, negatives, keys, is_labelled)
+    return PairTable(Ragged.of(encode(list(numbers)), np.int32), anchors, positives, negatives, keys, is_labelled)
 
 
 def encode_texts(
@@ -371,14 +359,9 @@ def encode_texts(
     cut = {"truncation": True, "max_length": max_length} if truncate else {}
     begins = range(0, len(texts), TEXTS_AT_ONCE)
     for begin in tqdm(begins, f"tokenising {name}", unit_scale=TEXTS_AT_ONCE, disable=not show_bar, leave=False):
-        encoded = hf_tokenizer(
-            texts[begin : begin + TEXTS_AT_ONCE],
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            **cut,
-        )["input_ids"]
-        out += [np.array(ids, dtype=np.int32) for ids in encoded]
+        some = texts[begin : begin + TEXTS_AT_ONCE]
+        encoded = hf_tokenizer(some, padding=False, return_attention_mask=False, return_token_type_ids=False, **cut)
+        out += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
     if not truncate and (longest := max(map(len, out), default=0)) > max_length:
         text = texts[next(i for i, ids in enumerate(out) if len(ids) > max_length)]
         raise DataError(

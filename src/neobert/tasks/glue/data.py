@@ -1,6 +1,6 @@
 """The data of a GLUE run, as the configuration says, and its evaluation: predictions on splits, their loss, metrics, score."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -47,7 +47,7 @@ class GlueData:
 def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) -> GlueData:
     """Read and tokenise the splits. Raises DataError."""
     glue, trainer = config.glue, config.trainer
-    tokenizer = Shared(hf_tokenizer, text_tokenizer(hf_tokenizer).fingerprint)
+    tokenizer = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
     train, *evaluation = (encode_split(config, task, split, tokenizer) for split in ("train", *task.evaluation))
     layout = row_layout(config, hf_tokenizer.pad_token_id, glue.max_seq_length)
     loader = EpochLoader(
@@ -61,10 +61,8 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) 
     if 0 <= trainer.max_steps < num_steps:
         num_steps = trainer.max_steps
     elif trainer.max_steps >= 0 and trainer.max_steps != type(trainer).model_fields["max_steps"].default:
-        notes = [
-            f"trainer.max_steps {trainer.max_steps:,} is not reached: {trainer.num_train_epochs} epochs are {num_steps:,} "
-            "steps; raise num_train_epochs"
-        ]
+        epochs = f"{trainer.num_train_epochs} epochs are {num_steps:,} steps"
+        notes = [f"trainer.max_steps {trainer.max_steps:,} is not reached: {epochs}; raise num_train_epochs"]
     return GlueData(loader, tuple(evaluation), layout, num_steps, notes)
 
 
@@ -85,14 +83,8 @@ def find_all_files(config: Config, task: GlueTask) -> None:
 class Shared:
     """A tokenizer that counts as equal to another one with the same fingerprint: what was tokenised can be used again."""
 
-    hf_tokenizer: Any
     fingerprint: str
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shared) and other.fingerprint == self.fingerprint
+    hf_tokenizer: Any = field(compare=False)
 
 
 def encode_split(config: Config, task: GlueTask, split: str, tokenizer: Shared, with_labels: bool = True) -> Rows:
@@ -107,7 +99,7 @@ def _encode_split(
     source: Source, task: GlueTask, split: str, with_labels: bool, tokenizer: Shared, limits: tuple[int, bool, int]
 ) -> Rows:
     found, what = read_split(source, task, split, with_labels), f"{source}, {task.name}, {split}"
-    return tokenize_rows(tokenizer.hf_tokenizer, found.texts, found.labels, *limits, what, not task.labels)
+    return tokenize_rows(tokenizer.hf_tokenizer, found, *limits, what, not task.labels)
 
 
 # --- evaluation -----------

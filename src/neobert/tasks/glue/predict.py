@@ -50,7 +50,7 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
     trainer, source = config.trainer, glue_source(config)
     model.to(runtime.device)
     layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)
-    shared = Shared(hf_tokenizer, text_tokenizer(hf_tokenizer).fingerprint)
+    shared = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
     written = []
     for one in [task, *([TASKS["ax"]] if task.name == "mnli" else [])]:
         for split, name in one.tests:
