@@ -125,9 +125,7 @@ def tokenized_by_threads(train, small):
         for number in (1, 2):
             tokenizer = load_tokenizer("", str(TOKENIZER))
             with tokenizing_threads() as started:
-                made.append(
-                    classification.tokenize_rows(tokenizer, split, 32, True, number, "made")
-                )
+                made.append(classification.tokenize_rows(tokenizer, split, 32, True, number, "made"))
             counts.append(len(started))
     finally:
         classification.ROWS_PER_THREAD = before

@@ -111,6 +111,7 @@ class Split(NamedTuple):
 
     texts: tuple[list[str], ...]
     labels: np.ndarray | None
+    is_regression: bool = False
 
 
 def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = True) -> Split:
@@ -129,7 +130,7 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
                 labels.append(_label(row["label"], task, path, begin))
     if not texts[0]:
         raise DataError(f"{paths[0]}: the split {split} of {task.name} is empty")
-    return Split(texts, np.array(labels) if with_labels else None)
+    return Split(texts, np.array(labels) if with_labels else None, not task.labels)
 
 
 def has_split(source: Source, task: GlueTask, split: str) -> bool:
@@ -218,15 +219,7 @@ class Rows:
         return layout.batch([self.ids[i] for i in chosen], segments, **facts)
 
 
-def tokenize_rows(
-    hf_tokenizer: Any,
-    split: Split,
-    max_length: int,
-    truncate: bool,
-    num_proc: int,
-    what: str,
-    is_regression: bool = False,
-) -> Rows:
+def tokenize_rows(hf_tokenizer: Any, split: Split, max_length: int, truncate: bool, num_proc: int, what: str) -> Rows:
     """The rows of a split as rows of at most `max_length` tokens, special tokens included.
 
     Of a pair the longer text is cut first. Raises DataError for longer rows where `truncate` is off.
@@ -253,7 +246,7 @@ def tokenize_rows(
                 f"{what}: row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}; raise that, or set "
                 "tokenizer.truncation: true"
             )
-    return Rows(ids, segments or None, split.labels, is_regression)
+    return Rows(ids, segments or None, split.labels, split.is_regression)
 
 
 # --- batches -----------
@@ -263,16 +256,9 @@ class EpochLoader(Loader):
     """Batches of all rows, epoch after epoch, in an order drawn by (seed, epoch); the last batch of an epoch may be short."""
 
     def __init__(
-        self,
-        rows: Rows,
-        layout: RowLayout,
-        ranks: Ranks,
-        batch_size: int,
-        seed: int,
-        group_by_length: bool,
-        num_workers: int,
-        fingerprint: dict[str, Any],
-    ):
+        self, rows: Rows, layout: RowLayout, ranks: Ranks, batch_size: int, seed: int, group_by_length: bool,
+        num_workers: int, fingerprint: dict[str, Any],
+    ):  # fmt: skip
         """`batch_size`: of this process."""
         self.rows, self.layout, self.ranks, self.seed = rows, layout, ranks, seed
         self.batch_size, self.group_by_length = batch_size * ranks.world_size, group_by_length

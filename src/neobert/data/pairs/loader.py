@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.batch import Batch, Loader, RowLayout
+from neobert.data.batch import Batch, Loader, RowLayout, State
 from neobert.data.files.documents import Corpus, SkippedRows
 from neobert.data.files.rows import Unusable
 from neobert.data.hashing import choose_sources, hash_key, hash_keys, permute
@@ -99,16 +99,19 @@ class TextSource:
         texts: list[str] = []
         begin, size = self.position, len(self.corpus)
         while len(texts) < count:
-            for text in self._fetch():
+            epoch, offset = divmod(self.position, size)
+            indices = np.arange(offset, min(offset + FETCH_TEXTS, size))
+            for text in self.corpus.fetch(permute(indices, size, hash_key(self.seed, epoch))):
                 self.position += 1
-                if text is not None:
+                if isinstance(text, Unusable):
+                    self.skips.add(text)
+                elif len(text) >= self.min_length:
                     texts.append(text)
                 if len(texts) == count:
                     break
             if not self.num_used and not texts and self.position - begin >= size:
-                raise DataError(
-                    f"{self.name}: none of its {size:,} texts has {self.min_length:,} characters; lower dataset.min_length"
-                )
+                least = f"{self.min_length:,} characters; lower dataset.min_length"
+                raise DataError(f"{self.name}: none of its {size:,} texts has {least}")
         self.num_used += count
         numbers: dict[str, int] = {}
         rows = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
@@ -124,16 +127,6 @@ class TextSource:
 
         return Drawn(rows, rows, none, rows, rows, encode)
 
-    def _fetch(self) -> list[str | None]:
-        """The next documents; None for one that is not used."""
-        epoch, offset = divmod(self.position, len(self.corpus))
-        indices = np.arange(offset, min(offset + FETCH_TEXTS, len(self.corpus)))
-        found = self.corpus.fetch(permute(indices, len(self.corpus), hash_key(self.seed, epoch)))
-        for text in found:
-            if isinstance(text, Unusable):
-                self.skips.add(text)
-        return [None if isinstance(text, Unusable) or len(text) < self.min_length else text for text in found]
-
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position, "num_used": self.num_used}
 
@@ -148,43 +141,29 @@ class PairLoader(Loader):
     """Batches without end, made ahead by a thread, or when they are asked for."""
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        weights: list[float],
-        layout: RowLayout,
-        ranks: Ranks,
-        batch_size: int,
-        seed: int,
-        views: int,
-        batches_per_epoch: int,
-        fingerprint: dict[str, Any],
-        ahead: bool = True,
-    ):
+        self, sources: Sequence[Source], weights: list[float], layout: RowLayout, ranks: Ranks, batch_size: int, seed: int,
+        views: int, batches_per_epoch: int, fingerprint: dict[str, Any], ahead: bool = True,
+    ):  # fmt: skip
         """`batch_size`: of this process. `views`: targets per row, 1, or 2 where positives are anchors too."""
         self.sources, self.weights, self.layout, self.ranks, self.seed = sources, weights, layout, ranks, seed
-        self.batch_size, self.views, self.batches_per_epoch = batch_size, views, batches_per_epoch
-        self.num_made = 0
+        self.batch_size, self.views, self.batches_per_epoch, self.num_made = batch_size, views, batches_per_epoch, 0
         fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
         super().__init__(self._made(), fingerprint, int(ahead), BATCHES_AHEAD)
 
-    def _made(self) -> dict[str, Any]:
+    def _made(self) -> State:
         """The position after the last batch that was made."""
         return {"num_batches": self.num_made, "sources": [source.state_dict() for source in self.sources]}
 
-    def jobs(self) -> Iterator[Callable[[], tuple[Batch, dict[str, Any]]]]:
+    def jobs(self) -> Iterator[Callable[[], tuple[Batch, State]]]:
         return repeat(self._make)
 
-    def _make(self) -> tuple[Batch, dict[str, Any]]:
+    def _make(self) -> tuple[Batch, State]:
         number = int(choose_sources(np.array([self.num_made]), self.weights, self.seed)[0])
-        drawn = self.sources[number].take(self.batch_size * self.ranks.world_size)
+        B, world, rank = self.batch_size, self.ranks.world_size, self.ranks.rank
+        drawn = self.sources[number].take(B * world)
         self.num_made += 1
-        return self._collate(drawn), self._made()
-
-    def _collate(self, drawn: Drawn) -> Batch:
-        B, world = self.batch_size, self.ranks.world_size
-        own = slice(self.ranks.rank * B, (self.ranks.rank + 1) * B)
+        own, none = slice(rank * B, (rank + 1) * B), np.zeros(0, dtype=np.int64)
         counts = np.array([len(part) for part in drawn.negatives])
-        none = np.zeros(0, dtype=np.int64)
         numbers = np.concatenate([drawn.anchors_G[own], drawn.positives_G[own], none, *drawn.negatives[own]])
         keys: dict[str, Any] = {
             "row_keys_G": torch.from_numpy(drawn.row_keys_G),
@@ -194,7 +173,9 @@ class PairLoader(Loader):
             "num_negatives": tuple(counts.reshape(world, B).sum(1).tolist()),
         }
         epoch = self.num_made // self.batches_per_epoch
-        return self.layout.batch(drawn.encode(numbers), num_targets=self.views * B, epoch=epoch, keys=keys)
+        return self.layout.batch(
+            drawn.encode(numbers), num_targets=self.views * B, epoch=epoch, keys=keys
+        ), self._made()
 
     def steps_left(self, num_epochs: int, accumulation: int) -> int:
         """Steps of `accumulation` batches until the end of so many epochs, each of which is a whole number of steps."""

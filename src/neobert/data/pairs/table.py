@@ -37,20 +37,12 @@ ROLES = ("anchor", "positive", "negative", "text", "label", "text1", "text2", "s
 
 # Names of columns that are understood by themselves, most specific first; all of a line have to be there.
 USUAL: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-    ("pairs", ("anchor", "positive")),
-    ("pairs", ("query", "positive")),
-    ("pairs", ("query", "pos")),
-    ("pairs", ("query", "answer")),
-    ("pairs", ("question", "answer")),
-    ("scores", ("sentence1", "sentence2", "score")),
-    ("scores", ("text1", "text2", "score")),
-    ("scores", ("sentence1", "sentence2", "label")),
-    ("pairs", ("sentence1", "sentence2")),
-    ("pairs", ("text1", "text2")),
-    ("labels", ("text", "label")),
-    ("labels", ("sentence", "label")),
-    ("texts", ("text",)),
-)
+    ("pairs", ("anchor", "positive")), ("pairs", ("query", "positive")), ("pairs", ("query", "pos")),
+    ("pairs", ("query", "answer")), ("pairs", ("question", "answer")),
+    ("scores", ("sentence1", "sentence2", "score")), ("scores", ("text1", "text2", "score")),
+    ("scores", ("sentence1", "sentence2", "label")), ("pairs", ("sentence1", "sentence2")), ("pairs", ("text1", "text2")),
+    ("labels", ("text", "label")), ("labels", ("sentence", "label")), ("texts", ("text",)),
+)  # fmt: skip
 NEGATIVES = ("negative", "negatives", "neg")  # and negative_1, negative_2, ...
 
 

@@ -104,31 +104,20 @@ def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveDa
     if rows < 2:
         why = "1 row has no other to be told from; use at least 2 (gradient accumulation does not help: batches are apart)"
         raise ConfigError(Problem("trainer.per_device_train_batch_size", why))
-    sources = [
-        open_source(config, hf_tokenizer, place, hash_key(config.seed, number))
-        for number, place in enumerate(find_places(config))
-    ]
+    places = enumerate(find_places(config))
+    sources = [open_source(config, hf_tokenizer, place, hash_key(config.seed, number)) for number, place in places]
     weights, mixed = mixture_weights(config, sources)
-    pair_rows = sum(s.num_rows for s in sources if not s.is_text) or sum(s.num_rows for s in sources)
-    pair_share = sum(w for w, s in zip(weights, sources, strict=True) if not s.is_text) or 1.0
-    per_epoch = math.ceil(pair_rows / rows / pair_share)
+    pairs = [(weight, one.num_rows) for weight, one in zip(weights, sources, strict=True) if not one.is_text]
+    pair_rows = sum(number for _, number in pairs) or sum(one.num_rows for one in sources)
+    longest, views = longest_text(config), 2 if config.contrastive.loss_type == "supcon" else 1
     loader = PairLoader(
-        [one.source for one in sources],
-        weights,
-        row_layout(config, hf_tokenizer.pad_token_id, longest_text(config)),
-        ranks,
-        trainer.per_device_train_batch_size,
-        config.seed,
-        views=2 if config.contrastive.loss_type == "supcon" else 1,
-        batches_per_epoch=per_epoch,
-        fingerprint={
-            "sources": [one.fingerprint for one in sources],
-            "tokenizer": text_tokenizer(hf_tokenizer).fingerprint,
-            "max_length": longest_text(config),
-            "loss_type": config.contrastive.loss_type,
-        },
+        [one.source for one in sources], weights, row_layout(config, hf_tokenizer.pad_token_id, longest), ranks,
+        trainer.per_device_train_batch_size, config.seed, views,
+        batches_per_epoch=math.ceil(pair_rows / rows / (sum(weight for weight, _ in pairs) or 1.0)),
+        fingerprint={"sources": [one.fingerprint for one in sources], "tokenizer": text_tokenizer(hf_tokenizer).fingerprint,
+                     "max_length": longest, "loss_type": config.contrastive.loss_type},
         ahead=config.dataset.num_workers > 0,
-    )
+    )  # fmt: skip
     describe = [f"{w:.0%} of the batches: {one.describe}" for w, one in zip(weights, sources, strict=True)]
     held = {one.place.label: one.held_out for one in sources if one.held_out is not None}
     notes = [*mixed, *(note for one in sources for note in one.notes)]

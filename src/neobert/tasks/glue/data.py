@@ -98,8 +98,8 @@ def encode_split(config: Config, task: GlueTask, split: str, tokenizer: Shared, 
 def _encode_split(
     source: Source, task: GlueTask, split: str, with_labels: bool, tokenizer: Shared, limits: tuple[int, bool, int]
 ) -> Rows:
-    found, what = read_split(source, task, split, with_labels), f"{source}, {task.name}, {split}"
-    return tokenize_rows(tokenizer.hf_tokenizer, found, *limits, what, not task.labels)
+    found = read_split(source, task, split, with_labels)
+    return tokenize_rows(tokenizer.hf_tokenizer, found, *limits, f"{source}, {task.name}, {split}")
 
 
 # --- evaluation -----------
@@ -107,14 +107,9 @@ def _encode_split(
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module,
-    num_labels: int,
-    rows: Rows,
-    layout: RowLayout,
-    batch_size: int,
-    runtime: Runtime,
+    model: nn.Module, num_labels: int, rows: Rows, layout: RowLayout, batch_size: int, runtime: Runtime,
     interrupt: Interrupt | None = None,
-) -> tuple[np.ndarray, float]:
+) -> tuple[np.ndarray, float]:  # fmt: skip
     """(logits of every row in its order, sum of the losses; 0 without labels), in all processes, which share the work. `model`
     as it is called; it is left in evaluation mode.
 
