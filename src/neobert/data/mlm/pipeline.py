@@ -211,11 +211,9 @@ class PipelineLoader(Loader):
     """Batches of a pipeline, made ahead by one thread."""
 
     def __init__(self, pipeline: Pipeline, pin_memory: bool = False):
-        super().__init__(
-            pipeline.state_dict(), {}, num_threads=1, num_ahead=BATCHES_AHEAD
-        )  # its fingerprint reads files
-        self.pipeline = pipeline
-        self._pin = pin_memory
+        # The pipeline's fingerprint reads files: it is asked for when a position is saved or loaded.
+        super().__init__(pipeline.state_dict(), {}, num_threads=1, num_ahead=BATCHES_AHEAD)
+        self.pipeline, self._pin = pipeline, pin_memory
         self.observe: Callable[[Batch, int], None] | None = None  # called with every batch used and its number, from 1
 
     def __next__(self) -> Batch:
@@ -251,9 +249,8 @@ class PipelineLoader(Loader):
         for number in (shard.index for shard in self.pipeline.shards):
             shard = state["lanes"].get(str(number))
             if shard is None:
-                raise CheckpointError(
-                    f"the checkpoint holds no position of shard {number}; the files of a rank are missing"
-                )
+                missing = "the files of a rank are missing"
+                raise CheckpointError(f"the checkpoint holds no position of shard {number}; {missing}")
             sources = [_read_source(arrays, f"{number}.{n}.", source) for n, source in enumerate(shard["sources"])]
             shards[number] = {**shard, "sources": sources}
         rest = state["rest"] if state["lanes_per_rank"] == len(shards) else 0  # or else with the first shard again
@@ -310,9 +307,8 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"the data was dealt to {saved['lanes']} shards when the checkpoint was written, and {current['lanes']} processes "
             f"cannot share those equally: resume with a number of processes that divides {saved['lanes']}"
         )
-    changed = [
-        f"{name} (was {saved.get(name)}, is {current[name]})" for name in current if saved.get(name) != current[name]
-    ]
+    different = [name for name in current if saved.get(name) != current[name]]
+    changed = [f"{name} (was {saved.get(name)}, is {current[name]})" for name in different]
     if changed:
         raise CheckpointError(
             f"the data position of the checkpoint does not fit this run: changed {', '.join(changed)}. "

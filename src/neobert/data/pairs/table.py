@@ -172,11 +172,7 @@ class Examples:
 
 
 def read_examples(
-    paths: Sequence[str],
-    roles: Roles,
-    name: str,
-    skips: SkippedRows,
-    bounds: tuple[str | None, str | None] = (None, None),
+    paths: list[str], roles: Roles, name: str, skips: SkippedRows, bounds: tuple[str | None, str | None] = (None, None)
 ) -> Examples:
     """All rows of `paths`, or the slice of them that `bounds` says. Raises DataError, also when none can be used."""
     rows = [example for path in paths for example in _read_file(path, roles, skips)]
@@ -219,29 +215,25 @@ def _examples(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iter
     elif reason := _why_unusable([(role, cell) for role, cell in cells.items() if role.startswith("text")]):
         yield reason
     elif roles.kind == "scores":
-        score = _score(cells["score"], roles.columns["score"], path, offset)
+        score, column = _number(cells["score"]), roles.columns["score"]
+        if score is None or not math.isfinite(score):
+            raise DataError(f"{place(path, offset)}: {column} is {cells['score']!r}, and a score is a number")
         yield Example(cells["text1"], cells["text2"], (), score)
     else:
         label = _label(cells["label"], roles.columns["label"], path, offset) if roles.kind == "labels" else None
         yield Example(cells["text"], cells["text"], (), label)
 
 
-def _score(value: Any, column: str, path: str, offset: int) -> float:
+def _number(value: Any) -> float | None:
     try:
-        score = float(value)
+        return float(value)
     except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise DataError(f"{place(path, offset)}: {column} is {value!r}, and a score is a number")
-    return score
+        return None
 
 
 def _label(value: Any, column: str, path: str, offset: int) -> str:
     """A class as text. Raises DataError for what is no class."""
-    try:
-        number = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = None
+    number = None if isinstance(value, bool) else _number(value)
     if number is not None and not number.is_integer():
         raise DataError(
             f"{place(path, offset)}: {column} is {value!r}, a score where a label is expected (a whole number or a name); "
@@ -303,12 +295,12 @@ class PairTable:
 
 
 def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Example], list[str]]:
-    """The rows that make positive pairs, and notes on the others. Raises DataError when nothing can be told apart."""
-    rows, kind, name, notes = examples.rows, examples.roles.kind, examples.name, []
+    """The rows that make positive pairs, and messages on the others. Raises DataError when nothing can be told apart."""
+    rows, kind, name, messages = examples.rows, examples.roles.kind, examples.name, []
     if kind == "scores":
         least = POSITIVE_SHARE * max(row.value for row in rows) if min_score is None else min_score
         kept = [row for row in rows if row.value >= least]
-        notes = [f"{name}: {len(kept):,} of {len(rows):,} pairs have a score of at least {least:g} and are positives"]
+        messages = [f"{name}: {len(kept):,} of {len(rows):,} pairs have a score of at least {least:g} and are positives"]
         rows = kept
         if not rows:
             raise DataError(f"{name}: no score of at least {least:g}; lower contrastive.min_score")
@@ -318,13 +310,13 @@ def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Exa
             raise DataError(f"{name}: one class only, {next(iter(sizes))!r}; there is nothing to tell its texts from")
         kept = [row for row in rows if sizes[row.value] > 1]
         if alone := len(rows) - len(kept):
-            notes = [f"{name}: {alone:,} texts are alone in their class and left out"]
+            messages = [f"{name}: {alone:,} texts are alone in their class and left out"]
         rows = kept
     keys = {row.value for row in rows} if kind == "labels" else {row.positive for row in rows}
     if len({row.anchor for row in rows}) < 2 or (len(keys) < 2 and not any(row.negatives for row in rows)):
         what = "classes of two texts or more" if kind == "labels" else "different texts"
         raise DataError(f"{name}: its {len(rows):,} rows have no two {what}, so there is nothing to tell apart")
-    return rows, notes
+    return rows, messages
 
 
 def build_table(rows: list[Example], encode: Callable[[list[str]], list[Ids]]) -> PairTable:

@@ -79,7 +79,7 @@ class OpenSource:
     describe: str
     fingerprint: list[Any]
     held_out: Examples | None = None
-    notes: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     @property
     def is_text(self) -> bool:
@@ -93,7 +93,7 @@ class ContrastiveData:
     train: PairLoader
     held_out: dict[str, Examples]
     describe: list[str]
-    notes: list[str]
+    messages: list[str]
     has_text: bool
 
 
@@ -120,8 +120,8 @@ def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveDa
     )  # fmt: skip
     describe = [f"{w:.0%} of the batches: {one.describe}" for w, one in zip(weights, sources, strict=True)]
     held = {one.place.label: one.held_out for one in sources if one.held_out is not None}
-    notes = [*mixed, *(note for one in sources for note in one.notes)]
-    return ContrastiveData(loader, held, describe, notes, any(one.is_text for one in sources))
+    messages = [*mixed, *(message for one in sources for message in one.messages)]
+    return ContrastiveData(loader, held, describe, messages, any(one.is_text for one in sources))
 
 
 def longest_text(config: Config) -> int:
@@ -186,10 +186,10 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, seed: int) -> O
         held_out = place.read(chosen, roles, f"{place.key}.eval_split", skips)
     if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         examples, held_out = examples.hold_out(dataset.validation_split, config.seed)
-    rows, notes = training_rows(examples, config.contrastive.min_score)
+    rows, messages = training_rows(examples, config.contrastive.min_score)
     table = build_table(rows, partial(encode, show_bar=not config.trainer.disable_tqdm and os.isatty(2)))
     if skipped := skips.describe():
-        notes.append(f"{place.name}: {skipped}")
+        messages.append(f"{place.name}: {skipped}")
     what = {"pairs": "pairs", "scores": "pairs with a score", "labels": "labelled texts"}[roles.kind]
     negatives = f", {len(table.negatives.values):,} hard negatives" if len(table.negatives.values) else ""
     return OpenSource(
@@ -197,7 +197,7 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, seed: int) -> O
         f"{len(table):,} {what}{negatives}, {len(table.texts.values):,} tokens, {place.origin} ({roles.describe})",
         [fingerprint(Files(tuple(place.splits[split]), None)), roles.describe, dataset.train_split, len(table)],
         None if roles.kind == "labels" else held_out,
-        notes,
+        messages,
     )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def _open_texts(
 
 
 def mixture_weights(config: Config, sources: list[OpenSource]) -> tuple[list[float], list[str]]:
-    """(the share of batches of every source, notes): plain text gets `pretraining_prob` of them where there are pairs too."""
+    """(the share of batches of every source, messages): of them plain text gets `pretraining_prob` where there are pairs too."""
     dataset = config.dataset
     temperature = dataset.mixture_temperature
     raw = [one.num_rows ** (1 / temperature) if temperature else one.place.weight for one in sources]

@@ -43,7 +43,7 @@ def build(context: Context) -> Parts:
         facts=describe(config, model, data, runtime.world_size, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"evaluated on": evaluated or "nothing"},
-        messages=[*begun.messages, *data.notes, *advice(config, data)],
+        messages=[*begun.messages, *data.messages, *advice(config, data)],
         log_metrics=lambda: mean_metrics(runtime, model.contrastive.observe()),
         end_messages=data.train.describe_used,
         next_command='neobert similarity {checkpoint} "one text" "another text"',

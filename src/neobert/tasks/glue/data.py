@@ -41,7 +41,7 @@ class GlueData:
     evaluation: tuple[Rows, ...]
     layout: RowLayout
     num_steps: int
-    notes: list[str]
+    messages: list[str]
 
 
 def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) -> GlueData:
@@ -57,13 +57,13 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) 
          "accumulation": trainer.gradient_accumulation_steps},
     )  # fmt: skip
     steps_per_epoch = -(-loader.batches_per_epoch // trainer.gradient_accumulation_steps)
-    num_steps, notes = steps_per_epoch * trainer.num_train_epochs, []
+    num_steps, messages = steps_per_epoch * trainer.num_train_epochs, []
     if 0 <= trainer.max_steps < num_steps:
         num_steps = trainer.max_steps
     elif trainer.max_steps >= 0 and trainer.max_steps != type(trainer).model_fields["max_steps"].default:
         epochs = f"{trainer.num_train_epochs} epochs are {num_steps:,} steps"
-        notes = [f"trainer.max_steps {trainer.max_steps:,} is not reached: {epochs}; raise num_train_epochs"]
-    return GlueData(loader, tuple(evaluation), layout, num_steps, notes)
+        messages = [f"trainer.max_steps {trainer.max_steps:,} is not reached: {epochs}; raise num_train_epochs"]
+    return GlueData(loader, tuple(evaluation), layout, num_steps, messages)
 
 
 def glue_source(config: Config) -> Source:
@@ -117,13 +117,13 @@ def predict_logits(
     """
     model.eval()
     logits, loss = torch.zeros((len(rows), num_labels)), 0.0
-    for places, batch in in_order(rows, layout, runtime, batch_size):
+    for indices, batch in in_order(rows, layout, runtime, batch_size):
         if interrupt is not None and runtime.all_max(interrupt.wanted)[0]:
             break
         with runtime.autocast():
             output = model(**batch.to(runtime.device).inputs())
-        if len(places):
-            logits[torch.from_numpy(places)] = output.logits.float().cpu()
+        if len(indices):
+            logits[torch.from_numpy(indices)] = output.logits.float().cpu()
             loss += 0.0 if output.loss_sum is None else float(output.loss_sum)
     return runtime.sum_tensor(logits).numpy(), runtime.all_sum(loss)[0]
 

@@ -53,7 +53,7 @@ def build(context: Context) -> Parts:
         facts=describe(config, task, data, runtime, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"result of": _selection(config)},
-        messages=[*begun.messages, *data.notes],
+        messages=[*begun.messages, *data.messages],
         on_finish=partial(write_result, config, task, start, protocol(config, start, runtime), weights),
         next_command=f"neobert glue {context.opened.folder / 'config.yaml'} --predict",
     )
