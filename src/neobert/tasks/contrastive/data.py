@@ -221,7 +221,7 @@ def _open_texts(
 
 
 def mixture_weights(config: Config, sources: list[OpenSource]) -> tuple[list[float], list[str]]:
-    """(share of the batches of every source, messages): plain text gets `pretraining_prob` of them where there are pairs too."""
+    """(share of the batches of every source, messages): plain text gets `pretraining_prob` where there are pairs too."""
     dataset = config.dataset
     temperature = dataset.mixture_temperature
     raw = [one.num_rows ** (1 / temperature) if temperature else one.place.weight for one in sources]
