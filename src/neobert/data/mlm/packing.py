@@ -74,14 +74,14 @@ class Segmenter:
         cut.num_documents += len(lengths)
         cut.num_tokens += sum(lengths)
         cut.num_empty += lengths.count(0)
-        parts: list[Ids] = []
-        for document, length in zip(documents, lengths, strict=True):
-            kept = length
-            if length > room:
-                cut.num_long += 1
-                kept = {"split": length, "truncate": room, "drop": 0}[self.policy]
+        parts = documents
+        if 0 in lengths or max(lengths, default=0) > room:
+            parts = []
+            for document, length in zip(documents, lengths, strict=True):
+                kept = {"split": length, "truncate": room, "drop": 0}[self.policy] if length > room else length
+                cut.num_long += length > room
                 cut.num_cut += length - kept
-            parts += [document[start : start + room] for start in range(0, kept, room)]
+                parts += [document[start : start + room] for start in range(0, kept, room)]
         for begin in range(0, len(parts), 64):
             group = parts[begin : begin + 64]
             first, last = (np.array([token], dtype=group[0].dtype) for token in (self.cls_id, self.sep_id))

@@ -300,7 +300,9 @@ def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Exa
     if kind == "scores":
         least = POSITIVE_SHARE * max(row.value for row in rows) if min_score is None else min_score
         kept = [row for row in rows if row.value >= least]
-        messages = [f"{name}: {len(kept):,} of {len(rows):,} pairs have a score of at least {least:g} and are positives"]
+        messages = [
+            f"{name}: {len(kept):,} of {len(rows):,} pairs have a score of at least {least:g} and are positives"
+        ]
         rows = kept
         if not rows:
             raise DataError(f"{name}: no score of at least {least:g}; lower contrastive.min_score")

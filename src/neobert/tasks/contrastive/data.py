@@ -137,12 +137,13 @@ def find_places(config: Config) -> list[Place]:
     dataset = config.dataset
     if not dataset.mixture:
         return [find_place(dataset, "dataset")]
-    places: dict[str, Place] = {}
+    places: list[Place] = []
     for number, entry in enumerate(dataset.mixture):
         place = find_place(entry.laid_over(dataset), f"dataset.mixture, entry {number}")
-        label = f"{place.label}_{number}" if place.label in places else place.label
-        places[label] = replace(place, label=label, weight=entry.weight)
-    return list(places.values())
+        is_taken = place.label in [other.label for other in places]
+        label = f"{place.label}_{number}" if is_taken else place.label
+        places.append(replace(place, label=label, weight=entry.weight))
+    return places
 
 
 def find_place(dataset: DatasetConfig, key: str) -> Place:
