@@ -8,9 +8,8 @@ from pathlib import Path
 from neobert.config.schema import Config
 from neobert.data.batch import Batch, RowLayout
 from neobert.data.files.documents import Corpus, Files
-from neobert.data.mlm.masking import Collator, Masker
-from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
+from neobert.data.mlm.packing import Packer, Segmenter
+from neobert.data.mlm.pipeline import Collator, Masker, Pipeline, PipelineLoader, shards_of
 from neobert.data.mlm.readers import Reader, RememberedReader
 from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer, cores
@@ -136,7 +135,7 @@ def _row_source(
         reader,
         workers,
         Segmenter(piece_length(config), long_documents(config), tokenizer.cls_id, tokenizer.sep_id),
-        Packer(config.row_length) if packed else OnePerRow(),
+        Packer(config.row_length if packed else 0),
         ShuffleBuffer(config.dataset.shuffle_buffer_size if training and config.dataset.streaming else 0, config.seed),
         source.name if source else "",
         num_epochs,
