@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from neobert.inference.fill_mask import fill_masks
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -29,6 +28,7 @@ from neobert.checkpoints.layouts import from_eurobert
 from neobert.config.load import load_config
 from neobert.export.write import Wanted, export_model
 from neobert.inference.embed import load_embedder
+from neobert.inference.masked_lm import fill_masks
 from neobert.tasks.contrastive import task as contrastive
 from neobert.tasks.glue import predict
 from neobert.tasks.glue import task as glue
@@ -88,7 +88,7 @@ def test_it_goes_on(old):
 
 def test_it_is_exported_and_evaluated(old, tmp_path):
     task, run, words, following = old
-    assert all(check.is_met for check in export_model(str(run), tmp_path / "out", Wanted(), say=lambda text: None))
+    assert all(check.is_met for check in export_model(str(run), tmp_path / "out", Wanted(), log=lambda text: None))
     if task == "pretraining":
         (guesses,) = fill_masks(str(run), [MASKED], 3)
         assert [token for token, _ in guesses.masks[0]] == following["guesses"]
