@@ -42,7 +42,7 @@ WORDS = [
     "dataset.streaming=true", "dataset.shuffle_buffer_size=200", f"tokenizer.path={TOKENIZER}",
     "datacollator.pack_sequences=true", "datacollator.mlm_probability=0.3", "datacollator.mlm_probability_final=0.15",
     "optimizer.name=muonclip", "optimizer.muon_config.clipping_threshold=0.0001", "optimizer.muon_config.clipping_interval=2",
-    "scheduler.name=wsd", "scheduler.warmup_steps=5", "scheduler.wsd_decay_percent=30", f"trainer.max_steps={STEPS}",
+    "scheduler.name=wsd", "scheduler.warmup_steps=5", "scheduler.wsd_decay_percent=30",
     "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.eval_steps=4", "trainer.eval_max_batches=4",
     "trainer.per_device_eval_batch_size=4", "optimizer.lr=1e-3", "trainer.save_steps=3",
     "trainer.save_total_limit=2", "trainer.resume_from_checkpoint=latest",
@@ -50,18 +50,18 @@ WORDS = [
 ]  # fmt: skip
 
 
-def words(folder: Path) -> list[str]:
+def words(folder: Path, steps: int = STEPS) -> list[str]:
     """The overrides of the run in a folder."""
     mixture = f"dataset.mixture=[{{path: {TEXT}, weight: 2}}, {{path: {TEXT}/validation.txt, weight: 1}}]"
-    return [*WORDS, mixture, f"trainer.output_dir={folder}"]
+    return [*WORDS, mixture, f"trainer.output_dir={folder}", f"trainer.max_steps={steps}"]
 
 
-def run(folder: Path, nproc: int) -> int:
+def run(folder: Path, nproc: int, steps: int = STEPS) -> int:
     """Train, from the newest checkpoint where there is one; returns the exit status."""
 
     def train() -> None:
         end_with_launcher()
-        assert not pretraining.run(load_config([], words(folder))).exit_code
+        assert not pretraining.run(load_config([], words(folder, steps))).exit_code
 
     work = ending_at_once(train)
     return launch(work, Launch(nproc), True) if nproc > 1 else work()
@@ -97,17 +97,17 @@ def alive(group: int) -> list[int]:
     return found
 
 
-def outcome(folder: Path) -> tuple[bytes, dict[tuple[str, int], float]]:
+def outcome(folder: Path, steps: int = STEPS) -> tuple[bytes, dict[tuple[str, int], float]]:
     """Final weights, and the losses by kind and step."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {(row["kind"], row["step"]): row.get("loss", row.get("eval_loss")) for row in rows}
-    return (folder / f"checkpoints/{STEPS}/model.safetensors").read_bytes(), losses
+    return (folder / f"checkpoints/{steps}/model.safetensors").read_bytes(), losses
 
 
-def look(folder: Path) -> tuple[bool, str]:
+def look(folder: Path, steps: int = STEPS) -> tuple[bool, str]:
     """(whether every checkpoint in a folder is whole, what the run was at)."""
     root = folder / "checkpoints"
-    if (root / str(STEPS)).is_dir():
+    if (root / str(steps)).is_dir():
         at = "at its end"
     elif list(root.glob(".*.tmp")):
         at = "saving"
@@ -126,14 +126,14 @@ def look(folder: Path) -> tuple[bool, str]:
     return True, at
 
 
-def whole_run(nproc: int) -> tuple[float, tuple[bytes, dict[tuple[str, int], float]]]:
+def whole_run(nproc: int, steps: int = STEPS) -> tuple[float, tuple[bytes, dict[tuple[str, int], float]]]:
     """(seconds, outcome) of the run that nobody kills. Its clip has to act."""
     with tempfile.TemporaryDirectory() as name:
-        complete(Path(name), partial(run, Path(name) / "warm", nproc))
-        seconds = complete(Path(name), partial(run, Path(name) / "whole", nproc))
+        complete(Path(name), partial(run, Path(name) / "warm", nproc, steps))
+        seconds = complete(Path(name), partial(run, Path(name) / "whole", nproc, steps))
         rows = [json.loads(line) for line in (Path(name) / "whole/metrics.jsonl").read_text().splitlines()]
-        assert sum(row.get("qk_clipped_heads", 0) for row in rows) > STEPS
-        return seconds, outcome(Path(name) / "whole")
+        assert sum(row.get("qk_clipped_heads", 0) for row in rows) > steps
+        return seconds, outcome(Path(name) / "whole", steps)
 
 
 def main() -> None:
@@ -141,37 +141,35 @@ def main() -> None:
         __doc__,
         kills={"type": int, "default": 100},
         nproc={"type": int, "default": 1},
+        steps={"type": int, "default": STEPS},
         seed={"type": int, "default": 0},
     )
-    kills, nproc, draw = (
-        10 // options.nproc if options.quick else options.kills,
-        options.nproc,
-        random.Random(options.seed),
-    )
+    kills = 10 // options.nproc if options.quick else options.kills
+    nproc, steps, draw = options.nproc, options.steps, random.Random(options.seed)
     victims = ["launcher", "process", "all"] if nproc > 1 else ["all"]
     seen: Counter[tuple[str, str]] = Counter()
     num_readable = num_equal = num_left = 0
     longest = 0.0
-    seconds, wanted = whole_run(nproc)
+    seconds, wanted = whole_run(nproc, steps)
     for _ in range(kills):
         with tempfile.TemporaryDirectory() as name:
             folder, victim = Path(name) / "out", draw.choice(victims)
-            pid, at_second = fork(Path(name), partial(run, folder, nproc)), draw.uniform(0, seconds)
+            pid, at_second = fork(Path(name), partial(run, folder, nproc, steps)), draw.uniform(0, seconds)
             time.sleep(at_second)
             until_none = kill(pid, victim)
             longest = max(longest, until_none)
-            readable, at = look(folder)
+            readable, at = look(folder, steps)
             seen[at, victim if nproc > 1 else "process"] += 1
             num_readable += readable
             left = [path.name for path in (Path(name) / "tmp").glob("*")]
             num_left += bool(left)
-            complete(Path(name), partial(run, folder, nproc))
-            equal = outcome(folder) == wanted
+            complete(Path(name), partial(run, folder, nproc, steps))
+            equal = outcome(folder, steps) == wanted
             num_equal += equal
             facts = [f"{victim} killed after {at_second:.2f} s, {at}", f"none left after {until_none:.1f} s", *left]
             print(", ".join([*facts, "equal" if equal else "DIFFERENT"]), file=sys.stderr)
     table([("killed while", "killed", "times"), *((*which, str(count)) for which, count in seen.most_common())])
-    print(f"{kills} kills over {seconds:.2f} s of {STEPS} steps; {num_equal} equal to the bit, {num_readable} readable")
+    print(f"{kills} kills over {seconds:.2f} s of {steps} steps; {num_equal} equal to the bit, {num_readable} readable")
     name = "crash_test" if nproc == 1 else f"crash_test_{nproc}"
     bar(f"{name}_equal", num_equal / kills, 1.0)
     bar(f"{name}_readable", num_readable / kills, 1.0)

@@ -25,10 +25,17 @@ from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.ranks import Ranks
+from neobert.tasks import encoder
 from neobert.tasks.encoder import build_model
 from neobert.tasks.pretraining.data import build_data
-from neobert.training import background
-from neobert.training.choices import choose_device, describe_arithmetic
+from neobert.training import hooks, runtime
+from neobert.training.choices import (
+    choose_attention,
+    choose_device,
+    choose_engine,
+    choose_kernels,
+    describe_arithmetic,
+)
 from neobert.training.optimizer import build_clip, build_run_optimizer
 
 COMPILE_EAGER = "trainer.torch_compile_backend=eager"
@@ -37,15 +44,6 @@ COMPILE_EAGER = "trainer.torch_compile_backend=eager"
 def losses(*words):
     """The losses of a run differ from those of the same run without the first word."""
     return lambda train, small: train(*small, *words).losses != train(*small, *words[1:]).losses
-
-
-def printed(text, *words):
-    """The run prints `text`, and without the first word it does not."""
-
-    def row(train, small):
-        return text in train(*small, *words).printed and text not in train(*small, *words[1:]).printed
-
-    return row
 
 
 def observed(observe, expected, *words):
@@ -95,7 +93,7 @@ def pins(train, small):
 
 def saves_before_the_next_step(train, small):
     """A save that takes longer than a step is over before the next one begins, or not."""
-    found, save = [], background.save_checkpoint
+    found, save = [], hooks.save_checkpoint
     for word in ("trainer.save_in_background=false", "trainer.save_in_background=true"):
         events = []
 
@@ -106,7 +104,7 @@ def saves_before_the_next_step(train, small):
 
         hook = register_optimizer_step_pre_hook(lambda *given, _events=events: _events.append("step"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(background, "save_checkpoint", slowly)
+            patch.setattr(hooks, "save_checkpoint", slowly)
             train(*small, word, "trainer.save_steps=2", "trainer.max_steps=3")
         hook.remove()
         found.append(events[:3])
@@ -133,6 +131,30 @@ def data_of(small, *words):
     """The data of a run that is not started."""
     config = load_config([], [*TINY, *small, *words]).config
     return build_data(config, text_tokenizer(load_tokenizer("", str(TOKENIZER))), Ranks(), Path("absent"), False)
+
+
+def reads_a_file_once(train, small):
+    """Whether batches stay as they are when the file is overwritten after it was opened."""
+    path = Path(small[0].removeprefix("dataset.path=")) / "train.txt"
+    text, found = path.read_text(), []
+    for word in ("true", "false"):
+        batches = []
+        for later in (text, "x" * len(text)):
+            path.write_text(text)
+            loader = data_of(small, f"dataset.load_all_from_disk={word}").train
+            with open(path, "r+") as file:
+                file.write(later)
+            batches.append([next(loader).input_ids.tolist() for _ in range(40)][-1])  # some epochs later
+            loader.close()
+        found.append(batches[0] == batches[1])
+    return found == [True, False]
+
+
+def computes_in_bfloat16(train, small):
+    """On a processor that says it has AMX; where it has not, the products are emulated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        return losses("trainer.mixed_precision=bf16", "trainer.max_steps=2")(train, small)
 
 
 def in_state(name):
@@ -515,8 +537,20 @@ ROWS = {
     "model.dropout_prob": losses("model.dropout_prob=0.2"),
     "model.norm_eps": losses("model.norm_eps=0.5"),
     "model.rms_norm": losses("model.rms_norm=false"),
-    "model.attn_backend": printed("flash_attn_varlen needs CUDA", "model.attn_backend=flash_attn_varlen"),
-    "model.kernel_backend": printed("liger needs CUDA", "model.kernel_backend=liger"),
+    "model.attn_backend": called(
+        encoder,
+        "choose_attention",
+        lambda requested, *_, **__: choose_attention(requested, "cuda", packages={"torch_varlen": ""})[0],
+        "torch_varlen",
+        "model.attn_backend=flash_attn_varlen",
+    ),
+    "model.kernel_backend": called(
+        encoder,
+        "choose_kernels",
+        lambda requested, *_: choose_kernels(requested, "cuda", "")[0],
+        "torch",
+        "model.kernel_backend=torch",
+    ),
     "model.rope": losses("model.rope=false"),
     "model.ngpt": losses("model.ngpt=true"),
     "model.base_scale": losses("model.base_scale=0.5", "model.ngpt=true"),
@@ -550,7 +584,7 @@ ROWS = {
     "dataset.pre_tokenize": tokenises_beforehand,
     "dataset.pre_tokenize_output": tokens_elsewhere,
     "dataset.cache_dir": cached,
-    "dataset.load_all_from_disk": printed(", held in memory", "dataset.load_all_from_disk=true"),
+    "dataset.load_all_from_disk": reads_a_file_once,
     "dataset.force_redownload": tokenises_again,
     "dataset.config": hub_variants,
     "dataset.trust_remote_code": noted("no longer runs code of a dataset", "dataset.trust_remote_code=true"),
@@ -575,9 +609,7 @@ ROWS = {
     "trainer.output_dir": lambda train, small: (
         train(*small, f"trainer.output_dir={small[0][13:]}/x").folder.name == "x"
     ),
-    "trainer.mixed_precision": printed(
-        " autocast" if torch.cpu._is_amx_tile_supported() else "no AMX", "trainer.mixed_precision=bf16"
-    ),
+    "trainer.mixed_precision": computes_in_bfloat16,
     "trainer.gradient_checkpointing": recomputes,
     "trainer.gradient_clipping": losses("trainer.gradient_clipping=0.001"),
     "trainer.enforce_full_packed_batches": losses("trainer.enforce_full_packed_batches=false"),
@@ -631,7 +663,13 @@ ROWS = {
     ),
     "trainer.disable_tqdm": bars,
     "trainer.dataloader_num_workers": acts_as("dataset.num_workers", 3, "trainer.dataloader_num_workers=3"),
-    "trainer.engine": printed("trainer.engine: fsdp2 is for several processes", "trainer.engine=fsdp2"),
+    "trainer.engine": called(
+        runtime,
+        "choose_engine",
+        lambda requested, *_: choose_engine(requested, 2, False, {})[0],
+        "fsdp2",
+        "trainer.engine=fsdp2",
+    ),
     "trainer.deepspeed_config_file": refused(
         "absent.json: No such file", "trainer.deepspeed_config_file=absent.json", "trainer.engine=deepspeed"
     ),
@@ -712,7 +750,9 @@ ROWS = {
     "seed": losses("seed=1"),
     "use_deepspeed": stage_counts,
     "accelerate_config_file": stage_counts,
-    "debug": printed("shuffle_buffer_size: 10000", "debug=true"),
+    "debug": observed(
+        lambda run: [row["step"] for row in run.train], [1, 2, 3, 4, 5, 6], "debug=true", "trainer.logging_steps=3"
+    ),
     "pretraining_metadata": observed(in_state("metadata"), {"corpus": "mine"}, "pretraining_metadata={corpus: mine}"),
     "config_path": lambda train, small: (
         yaml.safe_load((train(*small, "config_path=here").folder / "config.yaml").read_text())["config_path"] == "here"

@@ -23,10 +23,11 @@ HELPERS = Path(__file__).parent
 
 
 @functools.cache
-def server():
-    """The socket of this process's fork server, which is started when it is first asked for."""
+def server(is_clean=False):
+    """The socket of this process's fork server, which is started when it is first asked for. A clean one has no neobert."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, str(HELPERS / "fork_server.py"), str(theirs.fileno())]
+    options, kind = (["-I"], ["clean"]) if is_clean else ([], [])
+    command = [sys.executable, *options, str(HELPERS / "fork_server.py"), str(theirs.fileno()), *kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [HELPERS.parent]))}
     process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
@@ -43,12 +44,23 @@ class Forked:
     """A process that the server forks, with the part of subprocess.Popen's interface that the tests use."""
 
     def __init__(
-        self, arguments, *, call=None, env=None, cwd=ROOT, unbuffered=False, discard=False, max_file_bytes=None
+        self,
+        arguments,
+        *,
+        call=None,
+        script=False,
+        env=None,
+        cwd=ROOT,
+        unbuffered=False,
+        discard=False,
+        max_file_bytes=None,
     ):
-        """`unbuffered` is python's -u; `discard` leaves what it prints unread; `max_file_bytes` is a disk that is soon full."""
+        """`script`: the first argument is one, which finds nothing of neobert imported. `unbuffered` is python's -u; `discard`
+        leaves what it prints unread; `max_file_bytes` is a disk that is soon full.
+        """
         self.args, self.returncode = list(map(str, arguments)), None
         request = {
-            "arguments": self.args, "call": call, "cwd": str(cwd), "path": sys.path, "unbuffered": unbuffered,
+            "arguments": self.args, "call": call, "script": script, "cwd": str(cwd), "path": sys.path, "unbuffered": unbuffered,
             "env": {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, "max_file_bytes": max_file_bytes,
         }  # fmt: skip
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -58,7 +70,7 @@ class Forked:
         with open(os.devnull, "r+b") as null:
             files = [null, null if discard else write, self._errors, theirs]
             files = [file if isinstance(file, int) else file.fileno() for file in files]
-            socket.send_fds(server(), [json.dumps(request).encode()], files)
+            socket.send_fds(server(script), [json.dumps(request).encode()], files)
         os.close(write)
         theirs.close()
         self.pid = int(self._status.recv(64))
@@ -126,6 +138,14 @@ def run_neobert(*arguments, timeout=120, env=None, cwd=ROOT, real=False, **optio
 def start_function(function, *arguments, **options):
     """Call a function of a module that can be imported by its name, in a process of its own; see Forked."""
     return Forked([], call=[function.__module__, function.__qualname__, pickle.dumps(arguments).hex()], **options)
+
+
+def run_clean_script(command, *, env, cwd, **_):
+    """As subprocess.run of `python -I -W ignore <script> ...` does it, but by a fork of a process without neobert."""
+    assert command[1:4] == ["-I", "-W", "ignore"]
+    process = Forked(command[4:], script=True, env=env, cwd=cwd)
+    out, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 def run_script(path, cwd):

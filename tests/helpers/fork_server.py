@@ -6,6 +6,9 @@ fresh interpreter by nothing that our code could notice: it has its own session,
 signal handlers, runs `neobert.__main__` under that name, and ends as the interpreter ends. Requests come over the socket whose
 number is the first argument; each has a JSON text and four file descriptors: stdin, stdout, stderr and a socket that is sent
 the child's process id and, when it ends, its exit status. The server ends with the process that started it.
+
+With a second argument, `clean`, nothing of neobert is imported, but what loads an exported folder: the children are what
+`python -I -W ignore <script> ...` would be.
 """
 
 import atexit
@@ -26,6 +29,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 
 LIBRARIES = (
     "transformers.models.auto.modeling_auto",
@@ -39,6 +43,7 @@ LIBRARIES = (
     "pyarrow.parquet",
     "pytest",
 )
+LOADERS = ("transformers.models.roberta.modeling_roberta", "onnxruntime", "sentence_transformers")
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -106,8 +111,13 @@ def become(request, files):
 
 
 def perform(request):
-    """`python -m neobert ...`, or a function of some module with arguments."""
-    if request["call"] is None:
+    """`python -m neobert ...`, a script, or a function of some module with arguments."""
+    if request["script"]:
+        sys.argv = request["arguments"]
+        # transformers read the variable when it was imported
+        sys.modules["transformers.dynamic_module_utils"].HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    elif request["call"] is None:
         sys.argv = ["neobert", *request["arguments"]]
         runpy.run_module("neobert", run_name="__main__", alter_sys=True)
     else:
@@ -145,10 +155,15 @@ def main():
     import torch
 
     torch.set_num_threads(1)
-    import neobert
+    if "clean" in sys.argv:
+        warnings.simplefilter("ignore")
+        ours = LOADERS
+    else:
+        import neobert
 
-    ours = (module.name for module in pkgutil.walk_packages(neobert.__path__, "neobert."))
-    for name in (*LIBRARIES, *(name for name in ours if not name.endswith("__main__"))):
+        found = (module.name for module in pkgutil.walk_packages(neobert.__path__, "neobert."))
+        ours = [name for name in found if not name.endswith("__main__")]
+    for name in (*LIBRARIES, *ours):
         with contextlib.suppress(ImportError):  # an optional library
             importlib.import_module(name)
     gc.collect()

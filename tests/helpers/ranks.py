@@ -10,7 +10,7 @@ from neobert.config.load import load_config
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.metrics import read_metrics
 
-STEPS, HALF = 20, 10
+STEPS, HALF = 12, 6
 
 
 BASE = [

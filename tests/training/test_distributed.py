@@ -79,7 +79,7 @@ PAIRS = [("one", "ddp"), ("one", "fsdp2"), ("one muon", "fsdp2 muon"), ("one ngp
 
 @pytest.mark.parametrize(("one", "two"), PAIRS)
 def test_two_processes_equal_one(root, one, two):
-    """Losses of training and evaluation, and weights behind 20 steps with clipping."""
+    """Losses of training and evaluation, and weights after all steps, with clipping."""
     loss, weight = differences(root, one, two)
     print(f"{two}: losses {loss:.1e}, weights {weight:.1e}")
     assert loss <= 1e-6
@@ -115,8 +115,8 @@ def test_optimizer_state_is_split_as_the_engine_splits_it(root):
     assert len(sizes["fsdp2"]) == 2
     assert all(size < 0.52 * sizes["one"][0] for size in sizes["fsdp2"])
     assert (
-        load_file(root / "fsdp2/checkpoints/20/model.safetensors").keys()
-        == load_file(root / "one/checkpoints/20/model.safetensors").keys()
+        load_file(root / f"fsdp2/checkpoints/{STEPS}/model.safetensors").keys()
+        == load_file(root / f"one/checkpoints/{STEPS}/model.safetensors").keys()
     )
 
 
@@ -130,7 +130,7 @@ def test_runs_in_one_process_group_leave_nothing_open(root, rank):
 
 @pytest.mark.parametrize("missing", ["optimizer/rank00001.safetensors", "data_rank00001.json"])
 def test_a_missing_file_of_a_rank_is_named(root, tmp_path, missing):
-    folder = shutil.copytree(root / "fsdp2/checkpoints/20", tmp_path / "20")
+    folder = shutil.copytree(root / f"fsdp2/checkpoints/{STEPS}", tmp_path / str(STEPS))
     (folder / missing).unlink()
     with pytest.raises(CheckpointError, match=f"{missing}: missing"):
         verify_checkpoint(folder)

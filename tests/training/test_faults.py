@@ -331,7 +331,16 @@ def test_killed_at_random_moments_and_resumed(kills, nproc):
     """Kills over training, evaluation and saving, of a process, a launcher or all: nothing is left of them, and every
     resumed run equals the uninterrupted one to the bit.
     """
-    command = [sys.executable, ROOT / "benchmarks/crash_test.py", "--kills", str(kills), "--nproc", str(nproc)]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/crash_test.py",
+        "--kills",
+        str(kills),
+        "--nproc",
+        str(nproc),
+        "--steps",
+        "18",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert f"{kills} equal to the bit, {kills} readable" in done.stdout

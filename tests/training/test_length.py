@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from collections import Counter
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers.commands import run_neobert, start_neobert
+from helpers.commands import run_neobert, start_function, start_neobert
 from helpers.pairs import CONTRASTIVE_TINY, made_pairs, write_rows
 from helpers.runs import TEXT, TINY
 from helpers.uneven import UNEVEN, run_noting, write_uneven
@@ -22,6 +24,7 @@ from neobert.errors import DataError, UserError
 from neobert.ranks import Ranks
 from neobert.tasks.contrastive import task as contrastive
 from neobert.tasks.pretraining import task as pretraining
+from neobert.tasks.pretraining import verify_resume
 from neobert.tasks.pretraining.data import build_data
 from neobert.training.metrics import read_metrics
 
@@ -227,14 +230,19 @@ def test_a_logged_loss_is_that_of_an_uninterrupted_run(tmp_path):
     assert half == {step: whole[step] for step in (8, 12)}
 
 
-def test_verify_resume_compares_the_lines_that_the_user_has(tmp_path):
-    (tmp_path / "config.yaml").write_text("task: pretraining\n")
-    result = run_neobert("verify-resume", tmp_path / "config.yaml", *TINY, "trainer.logging_steps=4", "--steps", "10")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "resume is exact" in result.stdout
-    logged = [
-        line.split()[0] for line in result.stdout.splitlines() if line[:4].strip().isdigit() and " - " not in line
-    ]
+def train_in_a_fork(command, **_):
+    """As subprocess.run of `python -m neobert.tasks.pretraining.verify_resume <job>` does it, but not from its start."""
+    process = start_function(verify_resume._child, *json.loads(command[3]))
+    _, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, "", errors)
+
+
+def test_verify_resume_compares_the_lines_that_the_user_has(capsys, monkeypatch):
+    monkeypatch.setattr(verify_resume, "subprocess", SimpleNamespace(run=train_in_a_fork))
+    assert verify_resume.verify([], [*TINY, "trainer.logging_steps=4"], 10)
+    output = capsys.readouterr().out
+    assert "resume is exact" in output
+    logged = [line.split()[0] for line in output.splitlines() if line[:4].strip().isdigit() and " - " not in line]
     assert logged == ["4", "8", "10"]
 
 
