@@ -33,7 +33,7 @@ from neobert.errors import DataError
 from neobert.inference.embed_file import read_rows
 from neobert.tasks.contrastive.data import find_places
 from neobert.tasks.pretraining import task as pretraining
-from neobert.tasks.pretraining.sources import find_files, open_sources
+from neobert.tasks.pretraining.data import find_files, open_sources
 
 TEXTS = ["first, of all", "a \u2028 separator", "  spaces\u00a0", 'with "quotes"', "déjà vu", "the last"]
 LINES = [json.dumps({"sentence": text, "label": n % 2}, ensure_ascii=False) for n, text in enumerate(TEXTS)]

@@ -33,6 +33,7 @@ from neobert.data.files.rows import (
     refuse_utf16,
     why_no_text,
 )
+from neobert.data.hashing import draw_share
 from neobert.errors import DataError
 
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 256, 1_000_000  # a block ends with the document that reaches one of them
@@ -211,7 +212,7 @@ def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_d
         return _CachedCorpus(files, fingerprint, cache_dir)
     first, last = files.rows
     last = len(corpus) if last is None else min(last, len(corpus))
-    return corpus if (first, last) == (0, len(corpus)) else Span(corpus, first, last)
+    return corpus if (first, last) == (0, len(corpus)) else Subset(corpus, range(min(first, last), last))
 
 
 class _TextCorpus:
@@ -223,18 +224,37 @@ class _TextCorpus:
         self.files, self.fingerprint = files, fingerprint
 
 
-class Span:
-    """Rows `first` to `last` (excluded) of a corpus."""
+class Subset:
+    """Documents of a corpus by their numbers there; `name` tells this choice of them from others in the fingerprint."""
 
-    def __init__(self, corpus: Corpus, first: int, last: int):
-        self.corpus, self.first, self.size = corpus, min(first, last), max(0, last - first)
-        self.fingerprint, self.is_tokenized = corpus.fingerprint, corpus.is_tokenized
+    def __init__(self, corpus: Corpus, indices: np.ndarray | range, name: str = ""):
+        self.corpus: Any = corpus  # of tokens: it has `lengths` too
+        self.indices, self.fingerprint, self.is_tokenized = indices, corpus.fingerprint + name, corpus.is_tokenized
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        lengths: np.ndarray = self.corpus.lengths[self._of(np.arange(len(self)))]
+        return lengths
 
     def fetch(self, indices: np.ndarray) -> list[Any]:
-        return self.corpus.fetch(indices + self.first)
+        documents: list[Any] = self.corpus.fetch(self._of(indices))
+        return documents
+
+    def _of(self, indices: np.ndarray) -> np.ndarray:
+        return self.indices.start + indices if isinstance(self.indices, range) else self.indices[indices]
+
+
+def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Subset, Subset]:
+    """(the rest, the `share` of the documents that `seed` draws)."""
+    drawn = [draw_share(len(corpus), share, seed, complement) for complement in (True, False)]
+    rest, held_out = (
+        Subset(corpus, indices, f"/{share}/{seed}/{name}")
+        for indices, name in zip(drawn, ("rest", "first"), strict=True)
+    )
+    return rest, held_out
 
 
 class _TextsInMemory(_TextCorpus):

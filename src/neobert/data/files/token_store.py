@@ -74,9 +74,14 @@ class Manifest:
         reasons = {reason for shard in self.shards for reason in shard.skipped}
         return {reason: sum(shard.skipped.get(reason, 0) for shard in self.shards) for reason in sorted(reasons)}
 
-    def describe_skipped(self) -> str:
-        """As `3 rows passed over: 3 no text`; empty when there are none."""
-        return SkippedRows(counts=self.skipped).describe()
+    @property
+    def counts(self) -> str:
+        """`12 documents, 345 tokens`."""
+        return f"{self.num_documents:,} documents, {self.num_tokens:,} tokens"
+
+    def describe_skipped(self, form: str = "{}") -> str:
+        """As `3 rows passed over: 3 no text`, put into `form`; empty when there are none."""
+        return SkippedRows(counts=self.skipped).describe(form=form)
 
 
 # --- reading -----------

@@ -24,8 +24,7 @@ from neobert.data.files.documents import (
     stream,
 )
 from neobert.data.files.rows import Raw, Unusable
-from neobert.data.files.token_store import TokenStore
-from neobert.data.hashing import draw_share, hash_key, permute
+from neobert.data.hashing import hash_key, permute
 from neobert.data.tokenizer import Ids
 from neobert.ranks import Ranks
 
@@ -186,27 +185,6 @@ class RememberedReader:
 
 
 Reader = CorpusReader | StreamReader | RememberedReader
-
-
-class Subset:
-    """A share of a corpus, drawn by `seed`: the first `share` of a permutation, or the rest (`complement`)."""
-
-    def __init__(self, corpus: Corpus, share: float, seed: int, complement: bool):
-        self.corpus = corpus
-        self.indices = draw_share(len(corpus), share, seed, complement)
-        self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
-        self.is_tokenized = corpus.is_tokenized
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        assert isinstance(self.corpus, TokenStore)
-        return self.corpus.lengths[self.indices]
-
-    def fetch(self, indices: np.ndarray) -> list[Any]:
-        return self.corpus.fetch(self.indices[indices])
 
 
 class Pieces:
