@@ -39,8 +39,10 @@ from neobert.tasks.pretraining.data import (
     open_sources,
     piece_length,
 )
+from neobert.training.metrics import read_metrics
 
 BAR_WIDTH, SHOWN_TOKENS, FILL_BATCHES = 50, 120, 50
+BATCHES = "batches.jsonl"  # checksums of what a run of verify-resume was trained on
 
 
 @dataclass
@@ -231,22 +233,23 @@ def _run_child(files: list[str], overrides: list[str], folder: str, kill_at: int
     from neobert.tasks.pretraining import task as pretraining
 
     try:
-        pretraining.run(load_config(files, overrides), Recorder(Path(folder) / "batches.jsonl", kill_at))
+        pretraining.run(load_config(files, overrides), Recorder(Path(folder) / BATCHES, kill_at))
     except UserError as error:
         (Path(folder) / "error").write_text(str(error))
         sys.exit(2)
 
 
 def _batches(folder: Path) -> list[dict[str, int]]:
-    path = folder / "batches.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    path = folder / BATCHES
+    return read_metrics(path) if path.is_file() else []
 
 
 def _compare(folder: Path, killed: list[dict[str, int]], num_steps: int, half: int, micro: int) -> bool:
     """Print one line per step, and whether all of them are equal."""
     whole = {one["number"]: one for one in _batches(folder / "whole")}
     resumed = _batches(folder / "broken")[len(killed) :]
-    losses = [_losses(folder / name / "out/metrics.jsonl") for name in ("whole", "broken")]
+    metrics = [read_metrics(folder / name / "out/metrics.jsonl") for name in ("whole", "broken")]
+    losses = [{row["step"]: row["loss"] for row in rows if row["kind"] == "train"} for rows in metrics]
     before, after = ({one["number"]: one for one in part} for part in (killed, resumed))
     all_equal = list(after) == list(range(half * micro + 1, num_steps * micro + 1))
     print("step           tokens     masks      loss       resumed")
@@ -265,11 +268,6 @@ def _compare(folder: Path, killed: list[dict[str, int]], num_steps: int, half: i
         all_equal = all_equal and all(same.values()) and a == b
     print(f"\n{'resume is exact: every token, mask and loss is equal' if all_equal else 'resume is NOT exact'}")
     return all_equal
-
-
-def _losses(path: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
 
 
 if __name__ == "__main__":

@@ -91,18 +91,11 @@ def find_files(dataset: DatasetConfig) -> tuple[Files, Files | None]:
     """The files of a local path, or of a dataset of the hub when no path is given or it does not exist."""
     named = dataset.name not in ("", type(dataset).model_fields["name"].default)
     is_there = os.path.exists(dataset.path) or has_magic(dataset.path)
+    wanted = (dataset.text_column, dataset.train_split, dataset.eval_split)
     if dataset.path and (is_there or not named):
-        return find_splits(dataset.path, dataset.text_column, dataset.train_split, dataset.eval_split)
-    return find_hub_splits(
-        dataset.name,
-        dataset.config,
-        dataset.streaming,
-        dataset.text_column,
-        dataset.train_split,
-        dataset.eval_split,
-        dataset.cache_dir,
-        dataset.force_redownload,
-    )
+        return find_splits(dataset.path, *wanted)
+    where = (dataset.cache_dir, dataset.force_redownload)
+    return find_hub_splits(dataset.name, dataset.config, dataset.streaming, *wanted, *where)
 
 
 def _tokenize(config: Config, tokenizer: TextTokenizer, folder: Path, files: Files) -> tuple[TokenStore, str]:
