@@ -50,13 +50,11 @@ def open_binary(path: str) -> Any:
     if path.lower().endswith(".gz"):
         return gzip.open(remote or path)
     raw = remote or open(path, "rb")  # noqa: SIM115
-    if not path.lower().endswith(".zst"):
-        return raw
-    import pyarrow
+    if path.lower().endswith(".zst"):
+        import pyarrow
 
-    return io.BufferedReader(
-        pyarrow.CompressedInputStream(raw, "zstd"), 2**16
-    )  # of a damaged file all but that is read
+        raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 2**16)  # reads most of a damaged file
+    return raw
 
 
 @contextmanager
@@ -126,9 +124,6 @@ class RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._offset
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END:
             offset += self._try(lambda file: int(file.size))
@@ -165,7 +160,7 @@ class RemoteFile(io.RawIOBase):
                 raise
             except _network_errors() as error:
                 self._file = None
-                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                reason = first_line(error)
             if attempt < ATTEMPTS:
                 what = f"reading on from byte {self._offset:,}, attempt {attempt + 1} of {ATTEMPTS}"
                 print(f"note: {self.url}: {reason}; {what}", file=sys.stderr, flush=True)

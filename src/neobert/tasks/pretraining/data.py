@@ -26,6 +26,7 @@ from neobert.ranks import Ranks
 EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses compare across seeds
 
 Text = Files | Corpus  # a stream, or random access
+BatchPass = Callable[[], Iterator[Batch]]
 
 
 @dataclass(frozen=True)
@@ -157,25 +158,17 @@ class PretrainingData:
     """The training loader, evaluation batches (a new pass at each call) if any, and lines for the summary."""
 
     train: PipelineLoader
-    evaluation: Callable[[], Iterator[Batch]] | None
+    evaluation: BatchPass | None
     count_left: Callable[[], int]  # microbatches from where `train` stands to the end of its data, by reading it
     row_length: int  # tokens, padding included, at most
     describe: list[str]
 
 
 def build_data(
-    config: Config,
-    tokenizer: TextTokenizer,
-    ranks: Ranks,
-    output_dir: Path,
-    on_cuda: bool,
-    main_first: Callable[[Callable[[], list[CorpusSource]]], list[CorpusSource]] = lambda function: function(),
+    config: Config, tokenizer: TextTokenizer, ranks: Ranks, output_dir: Path, on_cuda: bool
 ) -> PretrainingData:
-    """Open, and if asked for tokenise, the corpus; the other ranks find what the first one wrote.
-
-    `main_first` calls a function in the first rank, then in the others. Raises DataError.
-    """
-    sources = main_first(lambda: open_sources(config, tokenizer, output_dir))
+    """Open the corpus, tokenised if asked for; call it in the first rank first, the others find its files. Raises DataError."""
+    sources = open_sources(config, tokenizer, output_dir)
     messages = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         messages.append("dataset.pin_memory is for CUDA; this run has none")
@@ -209,10 +202,10 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[C
     min_rows = batch_size if num_shards == len(sources) == 1 else 1
 
     def shard(number: int) -> Shard:
-        readers = [build_reader(config, source.train, Ranks(number, num_shards)) for source in sources]
+        own = Ranks(number, num_shards)
         rows = [
-            _row_source(config, workers, reader, num_epochs, min_rows, source)
-            for reader, source in zip(readers, sources, strict=True)
+            _row_source(config, workers, build_reader(config, source.train, own), num_epochs, min_rows, source)
+            for source in sources
         ]
         weights = [source.weight for source in sources]
         return Shard(number, num_shards, rows, weights, dataset.mixture_exhausted, config.seed)
@@ -253,9 +246,7 @@ def _row_source(
     )
 
 
-def _evaluation_pass(
-    config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource]
-) -> Callable[[], Iterator[Batch]] | None:
+def _evaluation_pass(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource]) -> BatchPass | None:
     """A function that gives all evaluation batches; text is tokenised the first time only."""
     used = [(source.evaluation, source.weight) for source in sources if source.evaluation is not None]
     readers = [build_reader(config, text, Ranks(), trains=False) for text, _ in used]
@@ -278,16 +269,9 @@ def _evaluation_pass(
 def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows: int | None) -> Collator:
     """Rows to masked batches. `num_rows`: of the whole run; None for evaluation, whose rate is constant."""
     datacollator, packed = config.datacollator, config.datacollator.pack_sequences
-    masker = Masker(
-        seed,
-        datacollator.mlm_probability,
-        datacollator.mask_all,
-        tokenizer.mask_id,
-        tokenizer.special_ids,
-        tokenizer.num_real,
-        None if num_rows is None else datacollator.mlm_probability_final,
-        num_rows or 0,
-    )
+    ids = (tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
+    final = None if num_rows is None else datacollator.mlm_probability_final
+    masker = Masker(seed, datacollator.mlm_probability, datacollator.mask_all, *ids, final, num_rows or 0)
     to_full_length = packed or config.tokenizer.padding == "max_length"
     length = (config.row_length if packed else piece_length(config)) if to_full_length else None
     multiple = None if packed else datacollator.pad_to_multiple_of
