@@ -67,17 +67,15 @@ def find_hub_splits(
 def _choose_splits(
     splits: Paths, source: str, text_column: str | None, train_split: str | None, eval_split: str | None
 ) -> tuple[Files, Files | None]:
-    def files(choice: Choice, what: str) -> Files:
-        name, begin, end = choice
-        return _slice_rows(_with_column(splits[name], text_column), begin, end, what)
+    def find(wanted: str | None, usual: str | None, key: str) -> tuple[str, Files]:
+        name, begin, end = choose_split(splits, wanted, usual, source, key)
+        return name, _slice_rows(_with_column(splits[name], text_column), begin, end, f"{key}: {wanted}")
 
-    train = choose_split(splits, train_split, usual_training(splits), source, "dataset.train_split")
-    training = files(train, f"dataset.train_split: {train_split}")
-    usual = usual_evaluation(splits, train[0])
+    train, files = find(train_split, usual_training(splits), "dataset.train_split")
+    usual = usual_evaluation(splits, train)
     if not eval_split and usual is None:
-        return training, None
-    evaluation = choose_split(splits, eval_split, usual, source, "dataset.eval_split")
-    return training, files(evaluation, f"dataset.eval_split: {eval_split}")
+        return files, None
+    return files, find(eval_split, usual, "dataset.eval_split")[1]
 
 
 def usual_training(splits: Paths) -> str | None:

@@ -350,20 +350,14 @@ def _cuts(files: Files, target: int, known_sizes: bool) -> Iterator[tuple[Positi
             yield Position(number), 1
             continue
         size, offsets = num_bytes(replace(files, paths=(path,))), [0]
-        if layout_of(path) == "table":
-            offsets = _table_cuts(path, max(1, size // target))
+        if kind_of(path) == ".parquet":
+            offsets = group_starts(open_table(path))[:-1] or [0]
+        elif layout_of(path) == "table":
+            num_rows, num_pieces = num_table_rows(open_table(path)), max(1, size // target)
+            offsets = [num_rows * n // num_pieces for n in range(num_pieces)]
         elif is_seekable_text(path):
             cuts = range(target, size, target)
-            offsets = sorted(
-                {0, *(next((begin for _, begin, _ in lines(path, cut) if begin > cut), 0) for cut in cuts)}
-            )
+            begins = (next((begin for _, begin, _ in lines(path, cut) if begin > cut), 0) for cut in cuts)
+            offsets = sorted({0, *begins})
         for offset in offsets:
             yield Position(number, offset), size // len(offsets)
-
-
-def _table_cuts(path: str, num_pieces: int) -> list[int]:
-    """The first rows of row groups, or of pieces of equal size."""
-    table = open_table(path)
-    if kind_of(path) == ".parquet":
-        return group_starts(table)[:-1] or [0]
-    return [num_table_rows(table) * n // num_pieces for n in range(num_pieces)]
