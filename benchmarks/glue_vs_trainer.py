@@ -64,7 +64,7 @@ def first_head_and_order(args, name: str, seed: int, hf_tokenizer):
     import numpy as np
 
     from neobert.checkpoints.initial_weights import find_initial_weights
-    from neobert.data.labelled.tasks import TASKS
+    from neobert.data.labelled import TASKS
     from neobert.ranks import Ranks
     from neobert.tasks.glue.data import build_data
     from neobert.tasks.glue.model import build_classifier
@@ -93,7 +93,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
     )
 
     from neobert.checkpoints.format import find_checkpoint
-    from neobert.data.labelled.tasks import TASKS, Source, read_split
+    from neobert.data.labelled import TASKS, Source, read_split
     from neobert.tasks.glue import metrics as glue_metrics
 
     task, checkpoint = TASKS[name], find_checkpoint(args.weights)

@@ -18,7 +18,7 @@ def measure(masked_only: bool) -> None:
     import torch
     import torch.nn.functional as F
 
-    from neobert.model.loss import IGNORED, full_cross_entropy
+    from neobert.model.kernels import IGNORED, full_cross_entropy
     from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 
     torch.manual_seed(0)

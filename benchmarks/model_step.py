@@ -32,11 +32,11 @@ from transformers import (
 )
 
 from neobert.data.batch import Batch, RowLayout
-from neobert.data.mlm.masking import Collator, Masker
-from neobert.data.mlm.packing import OnePerRow, Packer, Row
+from neobert.data.mlm.packing import Packer, Row
+from neobert.data.mlm.pipeline import Collator, Masker
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.training.machine import compile_blocks, keep_memory
+from neobert.training.choices import compile_blocks, keep_memory
 
 VOCABULARY, LENGTH, MASKED = 30_592, 512, 0.15
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +80,7 @@ def batches(documents: list[list[int]], rows: int, packed: bool) -> Iterator[Bat
     """Endless batches as our loader makes them: 512-token rows filled by best fit, or documents padded to the longest."""
     masker = Masker(0, MASKED, False, MASK_ID, frozenset(range(5)), 8192)
     collate = Collator(masker, RowLayout(0, packed, LENGTH if packed else None))
-    maker = Packer(LENGTH) if packed else OnePerRow()
+    maker = Packer(LENGTH if packed else 0)
     ready: list[Row] = []
     for epoch in itertools.count():
         for document in documents:

@@ -16,8 +16,7 @@ from neobert.checkpoints.layouts import FUSED
 from neobert.data.batch import Batch
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.optim.build import OptimizerSettings, build_optimizer
-from neobert.optim.muon import SCALE, MuonSettings
-from neobert.optim.orthogonalize import quintics
+from neobert.optim.muon import SCALE, MuonSettings, quintics
 from neobert.optim.qk_clip import QKClip, QKClipSettings
 from neobert.training.loop import StepSettings, Window, train_step
 from neobert.training.metrics import Stopwatch

@@ -15,7 +15,7 @@ import torch
 from neobert.checkpoints.load import load_model_weights
 from neobert.config.load import load_config
 from neobert.data.batch import RowLayout
-from neobert.data.labelled.loader import EpochLoader, tokenize_rows
+from neobert.data.labelled import EpochLoader, Split, tokenize_rows
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import DataError
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
@@ -43,7 +43,7 @@ def build(context: Context) -> Parts:
     except ValueError as error:
         raise DataError(f"{path}: not lines of text, tab, number: {error}") from None
     longest = config.dataset.max_seq_length
-    rows = tokenize_rows(hf_tokenizer, (texts,), numbers, longest, True, 1, str(path), is_regression=True)
+    rows = tokenize_rows(hf_tokenizer, Split((texts,), numbers, is_regression=True), longest, True, 1, str(path))
     layout = RowLayout(hf_tokenizer.pad_token_id)
     size = trainer.per_device_train_batch_size
     batches = EpochLoader(rows, layout, runtime, size, config.seed, False, 0, {"path": str(path)})

@@ -12,9 +12,8 @@ from neobert.data.files.documents import fingerprint, open_corpus
 from neobert.data.files.splits import find_splits
 from neobert.data.files.token_store import TokenStore, tokenize_files
 from neobert.data.hashing import choose_sources
-from neobert.data.mlm.masking import Collator, Masker
-from neobert.data.mlm.packing import OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, join_positions, shards_of
+from neobert.data.mlm.packing import Packer, Segmenter
+from neobert.data.mlm.pipeline import Collator, Masker, Pipeline, PipelineLoader, join_positions, shards_of
 from neobert.data.mlm.readers import CorpusReader, Pieces, StreamReader
 from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.errors import CheckpointError, DataError
@@ -64,7 +63,7 @@ def make_loader(
             reader(kind, store, Ranks(lane, lanes), path),
             workers,
             Segmenter(LENGTH, "split", tokenizer.cls_id, tokenizer.sep_id),
-            Packer(LENGTH) if packed else OnePerRow(),
+            Packer(LENGTH if packed else 0),
             ShuffleBuffer(settings["shuffle"], 3),
             num_epochs=settings["num_epochs"],
             min_rows=4 if sources == 1 == lanes else 1,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from neobert.data.batch import IGNORED
-from neobert.data.mlm.masking import Masker
+from neobert.data.mlm.pipeline import Masker
 
 SPECIAL = frozenset({0, 1, 2, 3, 4, 1000})  # 1000 is inert: beyond the real vocabulary
 

@@ -16,7 +16,7 @@ def documents(lengths):
 def pack(lengths, row_length, policy="split"):
     segmenter, packer, cut = Segmenter(row_length, policy, 1, 2), Packer(row_length), TruncationStats()
     pieces, again = segmenter.pieces(documents(lengths), cut), TruncationStats()
-    one_by_one = [piece for document in documents(lengths) for piece in segmenter(document, again)]
+    one_by_one = [piece for document in documents(lengths) for piece in segmenter.pieces([document], again)]
     assert [piece.tolist() for piece in pieces] == [piece.tolist() for piece in one_by_one]
     assert again == cut
     rows = [row for piece in pieces for row in packer.add(piece, 0)]
@@ -46,7 +46,9 @@ def test_shipped_text_fills_rows(tokenizer):
     """The bar: at 512 tokens at least 99 % are real."""
     lines = (TEXT / "train.txt").read_text().splitlines()
     segmenter, packer, cut = Segmenter(512, "split", tokenizer.cls_id, tokenizer.sep_id), Packer(512), TruncationStats()
-    rows = [row for ids in tokenizer.encode(lines) for piece in segmenter(ids, cut) for row in packer.add(piece, 0)]
+    rows = [
+        row for ids in tokenizer.encode(lines) for piece in segmenter.pieces([ids], cut) for row in packer.add(piece, 0)
+    ]
     assert sum(row.num_tokens for row in rows) / (512 * len(rows)) >= 0.99
 
 

@@ -27,7 +27,7 @@ from neobert.data.files import token_store as prepare
 from neobert.data.files.documents import Files, SkippedRows, fingerprint, open_corpus, stream
 from neobert.data.files.splits import find_splits
 from neobert.data.files.token_store import TokenStore, tokenize_files
-from neobert.data.labelled.tasks import TASKS, Source, read_split
+from neobert.data.labelled import TASKS, Source, read_split
 from neobert.data.mlm.readers import CorpusReader, StreamReader
 from neobert.data.pairs.table import read_examples, roles_of
 from neobert.errors import DataError

@@ -15,7 +15,7 @@ from neobert.checkpoints.convert import convert
 from neobert.checkpoints.format import list_steps
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.config.load import load_config
-from neobert.data.labelled.tasks import TASKS
+from neobert.data.labelled import TASKS
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.export.importing import import_model
 from neobert.export.source import load_source

@@ -7,7 +7,7 @@ import pyarrow.parquet
 
 from helpers.runs import TEXT, TINY, TOKENIZER
 from neobert.config.load import load_config
-from neobert.data.labelled.tasks import TASKS
+from neobert.data.labelled import TASKS
 from neobert.tasks.glue import task as glue
 from neobert.tasks.pretraining import task as pretraining
 

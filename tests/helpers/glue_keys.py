@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from helpers.glue import RANDOM, load_glue, pretrain_tiny, run_glue, write_local
 from neobert.checkpoints.initial_weights import find_initial_weights
-from neobert.data.labelled import loader as classification
+from neobert.data import labelled as classification
 from neobert.errors import UserError
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification
 
@@ -98,7 +98,7 @@ def head_spread(section):
 
 def threads(train, small):
     """As many threads as asked for put batches together; that they change nothing is a law of test_glue.py."""
-    from neobert.data.labelled.tasks import TASKS
+    from neobert.data.labelled import TASKS
     from neobert.data.tokenizer import load_tokenizer
     from neobert.ranks import Ranks
     from neobert.tasks.glue.data import build_data
@@ -118,14 +118,14 @@ def tokenized_by_threads(train, small):
     from helpers.runs import TOKENIZER, tokenizing_threads
     from neobert.data.tokenizer import load_tokenizer
 
-    texts = ([f"the congress met {n} times" for n in range(40)],)
+    split = classification.Split(([f"the congress met {n} times" for n in range(40)],), None)
     made, counts, before = [], [], classification.ROWS_PER_THREAD
     classification.ROWS_PER_THREAD = 20
     try:
         for number in (1, 2):
             tokenizer = load_tokenizer("", str(TOKENIZER))
             with tokenizing_threads() as started:
-                made.append(classification.tokenize_rows(tokenizer, texts, None, 32, True, number, "made"))
+                made.append(classification.tokenize_rows(tokenizer, split, 32, True, number, "made"))
             counts.append(len(started))
     finally:
         classification.ROWS_PER_THREAD = before

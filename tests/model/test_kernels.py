@@ -13,15 +13,16 @@ from helpers.models import assert_same, build, gradients, packed_batch
 from neobert.errors import ConfigError
 from neobert.model import kernels
 from neobert.model.attention import Layout
-from neobert.training import machine
+from neobert.training import choices
 from neobert.training.choices import (
     check_compile,
     choose_attention,
     choose_kernels,
     choose_precision,
+    compile_blocks,
+    find_kernels,
     precision_name,
 )
-from neobert.training.machine import compile_blocks, find_kernels
 from neobert.training.runtime import Runtime
 
 BF16 = torch.bfloat16
@@ -34,7 +35,7 @@ AMPERE, TURING = (8, 0), (7, 5)
     ("requested", "device", "facts", "dtype", "words"),
     [
         ("bf16", "cuda", {"capability": AMPERE}, BF16, ""),
-        ("bf16", "cpu", {"cpu_has_amx": True}, BF16, ""),
+        ("bf16", "cpu", {"has_amx": True}, BF16, ""),
         ("bf16", "cpu", {}, None, "no AMX"),
         ("bf16", "cuda", {"capability": TURING}, None, "capability 7.5"),
         ("bf16", "cuda", {"capability": TURING, "trains": False}, torch.float16, "float16 is used"),
@@ -224,7 +225,7 @@ def test_inductor_equals_eager():
 @pytest.fixture
 def counter(monkeypatch):
     """A backend that counts what is compiled."""
-    monkeypatch.setattr("neobert.training.machine.check_compile", lambda *_: None)
+    monkeypatch.setattr("neobert.training.choices.check_compile", lambda *_: None)
     torch._dynamo.reset()
     return CompileCounterWithBackend("eager")
 
@@ -255,7 +256,7 @@ def test_padded_batches_stop_recompiling(counter):
 @pytest.mark.parametrize("most", [64, 4])
 def test_every_shape_anew(most, counter, monkeypatch):
     """`torch_compile_dynamic: false` compiles shapes as they come; those beyond the limit run uncompiled."""
-    monkeypatch.setattr(machine, "MOST_SHAPES", most)
+    monkeypatch.setattr(choices, "MOST_SHAPES", most)
     eager, model = build(num_hidden_layers=1), build(num_hidden_layers=1)
     compile_blocks(model.model, "cpu", counter, False)
     for n in range(10, 22):

@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.models import VARIANTS, VOCABULARY, assert_same, build, gradients, packed_batch, unpacked
-from neobert.model import loss
+from neobert.model import kernels
 from neobert.model import unpadding as unpadded
-from neobert.model.attention import CPU_CALL, Layout, Rotary, attend, attend_documents, uses_buckets
-from neobert.model.bucket_attention import BucketAttention
+from neobert.model.attention import CPU_CALL, BucketAttention, Layout, Rotary, attend, attend_documents, uses_buckets
 from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, round_up_tokens
 from neobert.model.modeling_neobert import IGNORED, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.model.unpadding import UnpaddedBatch
@@ -53,7 +52,7 @@ def test_paths_agree(changed, variant, monkeypatch):
     model = build(**variant)
     model.model.gradient_checkpointing = changed.get("gradient_checkpointing", False)
     if "chunks" in changed:
-        monkeypatch.setattr("neobert.model.loss.LOGIT_BUDGET", changed["chunks"] * VOCABULARY)
+        monkeypatch.setattr("neobert.model.kernels.LOGIT_BUDGET", changed["chunks"] * VOCABULARY)
     assert_same(expected, gradients(model, **inputs, masked_only=changed.get("masked_only", True)))
 
 
@@ -115,7 +114,7 @@ def loop_of_sdpa(qkv, rotary, lengths, scale):
 def test_attention_equals_a_loop_over_documents(dtype, tolerance, lengths, kernel, monkeypatch):
     """Both kernels of the CPU, whichever of them the arithmetic gets: outputs and gradients."""
     monkeypatch.setattr("neobert.model.attention.uses_buckets", lambda dtype: kernel == "buckets")
-    monkeypatch.setattr("neobert.model.bucket_attention.SCORE_BUDGET", 2**21 if sum(lengths) > 512 else 1)
+    monkeypatch.setattr("neobert.model.attention.SCORE_BUDGET", 2**21 if sum(lengths) > 512 else 1)
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 4, 64).to(dtype).requires_grad_()
     rotary = Rotary.of(max(lengths), 64, torch.cat([torch.arange(n) for n in lengths]))
@@ -248,7 +247,7 @@ def test_padding_tokens_change_nothing(variant, monkeypatch):
     assert filled[1].shape == (len(lengths), 32)
     assert filled[0][1]["model.embed_tokens.weight"][0].abs().max() == 0  # the padding's token
     monkeypatch.setattr(unpadded, "round_up_tokens", lambda rows, *_: rows)
-    monkeypatch.setattr(loss, "round_up_tokens", lambda rows, *_: rows)
+    monkeypatch.setattr(kernels, "round_up_tokens", lambda rows, *_: rows)
     padding = 0
     plain = outcome()
     assert_same(filled[0], plain[0], 2e-2)

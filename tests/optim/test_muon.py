@@ -10,8 +10,7 @@ from helpers.models import build as build_model
 from neobert.checkpoints.layouts import FUSED, eurobert_config, to_eurobert
 from neobert.errors import UserError
 from neobert.optim.build import OptimizerSettings, build_optimizer, parameter_groups
-from neobert.optim.muon import SCALE, Muon, MuonSettings
-from neobert.optim.orthogonalize import orthogonalize_, quintics
+from neobert.optim.muon import SCALE, Muon, MuonSettings, orthogonalize_, quintics
 
 PARTS = {name: len(parts) for name, parts in FUSED.items()}
 
@@ -81,7 +80,7 @@ def test_a_stack_is_worked_off_in_runs(monkeypatch):
     stack = torch.randn(7, 8, 12)
     stack[3] = 0
     whole = orthogonalize_(stack.clone())
-    monkeypatch.setattr("neobert.optim.orthogonalize.CPU_ELEMENTS", 200)
+    monkeypatch.setattr("neobert.optim.muon.CPU_ELEMENTS", 200)
     torch.testing.assert_close(orthogonalize_(stack.clone()), whole, rtol=1e-6, atol=1e-6)
     assert torch.equal(whole[3], torch.zeros(8, 12))
     assert whole.isfinite().all()
@@ -192,7 +191,7 @@ def test_zero_and_absent_gradients():
 def test_matrices_that_do_not_fit():
     named = [("layers.0.w", torch.nn.Parameter(torch.ones(8, 4)))]
     with pytest.raises(ValueError, match=r"layers.0.w has 8 rows, which are not 3 equal matrices"):
-        Muon(parameter_groups(named, weight_decay=0.0, muon_decay=0.0, fused={"w": 3}), lr=0.1)
+        Muon(parameter_groups(named, OptimizerSettings("muonclip", lr=0.1), {"w": 3}), lr=0.1)
     group = {"params": [torch.nn.Parameter(torch.ones(8))], "param_names": ["v"], "parts": [1], "algorithm": "muon"}
     with pytest.raises(ValueError, match=r"muon takes matrices, and v has shape \(8,\)"):
         Muon([group], lr=0.1)

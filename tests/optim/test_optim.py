@@ -5,15 +5,20 @@ import math
 import pytest
 import torch
 
+from neobert.config.sections import SchedulerConfig
+from neobert.errors import ConfigError
 from neobert.optim.build import (
     GroupRule,
     OptimizerSettings,
+    Schedule,
     build_optimizer,
     load_optimizer_state,
+    lr_scale,
     optimizer_state,
     parameter_groups,
 )
-from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
+from neobert.optim.muon import MuonSettings
+from neobert.training.optimizer import build_schedule
 
 
 def parameters():
@@ -27,10 +32,11 @@ def parameters():
     return [(name, torch.nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
 
 
-def groups_of(named, **settings):
+def groups_of(named, muon_decay=None, rules=()):
     """`{name: (algorithm, weight decay, lr_scale)}`."""
     keys = ("algorithm", "weight_decay", "lr_scale")
-    groups = parameter_groups(named, **{"weight_decay": 0.1, **settings})
+    name, muon = "adamw" if muon_decay is None else "muonclip", MuonSettings(weight_decay=muon_decay or 0.0)
+    groups = parameter_groups(named, OptimizerSettings(name, lr=0.1, weight_decay=0.1, muon=muon, rules=rules))
     return {name: tuple(group[key] for key in keys) for group in groups for name in group["param_names"]}
 
 
@@ -181,7 +187,7 @@ def test_schedules_equal_their_closed_forms(name, floor, warmup, end):
 
 def build(name="cosine", num_steps=200, **changed):
     keys = {"warmup_steps": 5, "final_lr_ratio": 0.1, **changed}
-    return build_schedule(ScheduleSettings(name, **keys), num_steps)
+    return build_schedule(SchedulerConfig(name=name, **keys), num_steps)
 
 
 def test_percentages_win_over_steps():
@@ -192,7 +198,7 @@ def test_percentages_win_over_steps():
     assert build("wsd", total_steps=400, decay_percent=90.0, wsd_decay_percent=10.0).decay_start == 320
     assert build("wsd", warmup_steps=190, wsd_decay_percent=100.0).decay_start == 190
     assert lr_scale(199, build(warmup_steps=300)) == pytest.approx(200 / 301)
-    with pytest.raises(ValueError, match="before the warmup of 60 steps is over"):
+    with pytest.raises(ConfigError, match="before the warmup of 60 steps is over"):
         build(warmup_steps=60, decay_steps=50)
 
 

@@ -81,7 +81,7 @@ def test_two_ranks_have_the_batches_of_one(tmp_path):
 def test_a_labelled_text_goes_with_another_one_of_its_class(tmp_path):
     path = write_rows(tmp_path / "labels.jsonl", [*made_labels(30), {"text": "alone", "label": 9}])
     data = data_of(f"dataset.path={path}", "contrastive.loss_type=supcon")
-    assert any("1 texts are alone" in note for note in data.notes)
+    assert any("1 texts are alone" in message for message in data.messages)
     tokenizer = load_tokenizer("", CONTRASTIVE_TINY[6].partition("=")[2])
     for _ in range(10):
         batch = next(data.train)
@@ -96,9 +96,9 @@ def test_pairs_with_a_high_score_are_positives(tmp_path):
     path = write_rows(tmp_path / "scores.csv", [])
     rows = made_scores(24)
     path.write_text("sentence1,sentence2,score\n" + "".join(f"{','.join(map(str, row.values()))}\n" for row in rows))
-    notes = data_of(f"dataset.path={path}").notes
-    assert any("8 of 24 pairs have a score of at least 4 " in note for note in notes)
-    assert any("12 of 24" in note for note in data_of(f"dataset.path={path}", "contrastive.min_score=3").notes)
+    messages = data_of(f"dataset.path={path}").messages
+    assert any("8 of 24 pairs have a score of at least 4 " in message for message in messages)
+    assert any("12 of 24" in message for message in data_of(f"dataset.path={path}", "contrastive.min_score=3").messages)
 
 
 FORMATS = {
@@ -316,8 +316,8 @@ def test_bad_input_is_one_line(name, tmp_path):
 def test_bad_rows_are_counted(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(PAIR + row(anchor="a") + row(anchor=3, positive="b"))
-    notes = data_of(f"dataset.path={path}").notes
-    assert any("2 rows passed over" in note and "pairs.jsonl:3" in note for note in notes)
+    messages = data_of(f"dataset.path={path}").messages
+    assert any("2 rows passed over" in message and "pairs.jsonl:3" in message for message in messages)
 
 
 def test_the_command_tells_what_is_wrong(tmp_path):

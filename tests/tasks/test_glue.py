@@ -13,8 +13,7 @@ from helpers.runs import SHARED
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.data.batch import RowLayout
-from neobert.data.labelled.loader import EpochLoader, Rows
-from neobert.data.labelled.tasks import TASKS, Source, read_split
+from neobert.data.labelled import TASKS, EpochLoader, Rows, Source, read_split
 from neobert.errors import UserError
 from neobert.ranks import Ranks
 from neobert.tasks.glue import metrics as glue_metrics
@@ -116,7 +115,7 @@ def test_the_real_data_is_read(name):
     if not (SHARED / "data/glue").is_dir():
         pytest.skip(f"the GLUE data is not at {SHARED / 'data/glue'}")
     task, source = TASKS[name], Source(str(SHARED / "data/glue"))
-    sizes = [len(read_split(source, task, split)) for split in ("train", "validation")]
+    sizes = [len(read_split(source, task, split).texts[0]) for split in ("train", "validation")]
     assert sizes == {"cola": [8551, 1043], "mrpc": [3668, 408], "rte": [2490, 277], "stsb": [5749, 1500]}[name]
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.commands import spawn
 from helpers.glue import GLUE_TINY, RANDOM, foreign_model, made_rows, run_glue, write_local
-from neobert.data.labelled.tasks import TASKS
+from neobert.data.labelled import TASKS
 from neobert.tasks.glue import suite as glue_suite
 from neobert.training.metrics import read_metrics
 

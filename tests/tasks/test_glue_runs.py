@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from helpers.commands import run_neobert, start_neobert
 from helpers.glue import GLUE_TINY, RANDOM, pretrain_tiny, run_glue, write_local
 from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
-from neobert.data.labelled.loader import in_order
+from neobert.data.labelled import in_order
 from neobert.errors import UserError
+from neobert.tasks.glue import data as glue_data
 from neobert.tasks.glue import suite as glue_suite
-from neobert.tasks.glue import task as glue
 from neobert.tasks.glue.suite import summarize, to_markdown, to_terminal
 
 DROPOUT = ["model.dropout_prob=0.1", "trainer.num_train_epochs=2"]
@@ -86,7 +86,7 @@ def test_an_evaluation_that_a_signal_breaks_off_is_made_up_for(local, tmp_path, 
                 os.kill(os.getpid(), signal.SIGTERM)
             yield places, batch
 
-    monkeypatch.setattr(glue, "in_order", signal_in_the_second_batch)
+    monkeypatch.setattr(glue_data, "in_order", signal_in_the_second_batch)
     broken, result = run_glue(*words)
     assert (broken.exit_code, result, len(shown)) == (128 + signal.SIGTERM, None, 2)
     assert broken.state.is_evaluation_open

@@ -143,7 +143,7 @@ def glue(
 
 def parse_tasks(text: str) -> list[str]:
     """`all` or `cola,rte` -> names in the order of GLUE's table. Raises ConfigError."""
-    from neobert.data.labelled.tasks import TASKS
+    from neobert.data.labelled import TASKS
 
     trained = [task.name for task in TASKS.values() if task.trains]
     names = trained if text == "all" else [name.strip() for name in text.split(",")]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from neobert.errors import CheckpointError
 
 State = dict[str, Any]  # plain data and arrays, which are shared with what is running and never written to
 Saved = tuple[dict[str, Any], dict[str, np.ndarray]]  # JSON, arrays
-Position = TypeVar("Position")
 
 IGNORED = -100  # the label of a token or row that is not predicted
 INPUTS = ("input_ids", "labels", "attention_mask", "document_lengths", "token_type_ids", "keys")
@@ -29,12 +28,14 @@ class Batch:
     """A microbatch of any task. Either `attention_mask` or `document_lengths` says which tokens belong together."""
 
     input_ids: torch.Tensor  # int64, B x T
-    labels: torch.Tensor | None  # int64, B x T; of a row each B, int64 or float32; None where the model needs none
-    attention_mask: torch.Tensor | None  # int64, B x T
-    document_lengths: tuple[int, ...] | None  # their sum is B * T
-    num_targets: int
-    num_tokens: int  # without padding
-    epoch: int  # that the run is in after it
+    labels: torch.Tensor | None = (
+        None  # int64, B x T; of a row each B, int64 or float32; None where the model needs none
+    )
+    attention_mask: torch.Tensor | None = None  # int64, B x T
+    document_lengths: tuple[int, ...] | None = None  # their sum is B * T
+    num_targets: int = 0
+    num_tokens: int = 0  # without padding
+    epoch: int = 0  # that the run is in after it
     ends_epoch: bool = False
     token_type_ids: torch.Tensor | None = None  # int64, B x T
     keys: dict[str, Any] | None = None  # of all processes' texts, the arguments of `ContrastiveLoss`
@@ -77,72 +78,61 @@ class RowLayout:
 
     def pad(self, rows: Sequence[Ids], fill: int) -> np.ndarray:
         """int64, B x T."""
-        out = np.full((len(rows), self._width(rows)), fill, dtype=np.int64)
+        width = -(-(self.row_length or max(map(len, rows))) // self.multiple) * self.multiple
+        out = np.full((len(rows), width), fill, dtype=np.int64)
         for number, row in enumerate(rows):
             out[number, : len(row)] = row
         return out
 
     def mask(self, rows: Sequence[Ids]) -> torch.Tensor:
         """The attention mask of padded rows, int64, B x T."""
-        lengths = np.array([len(row) for row in rows])
-        return torch.from_numpy((np.arange(self._width(rows)) < lengths[:, None]).astype(np.int64))
+        return torch.from_numpy(self.pad([np.ones_like(row) for row in rows], 0))
 
-    def batch(
-        self,
-        rows: Sequence[Ids],
-        token_type_ids: Sequence[Ids] | None = None,
-        labels: torch.Tensor | None = None,
-        num_targets: int = 0,
-        epoch: int = 0,
-        ends_epoch: bool = False,
-        keys: dict[str, Any] | None = None,
-    ) -> Batch:
-        """Rows with what belongs to them."""
-        return Batch(
-            self._arrange(rows, self.pad_id),
-            labels,
-            None if self.packed else self.mask(rows),
-            tuple(map(len, rows)) if self.packed else None,
-            num_targets=num_targets,
-            num_tokens=sum(map(len, rows)),
-            epoch=epoch,
-            ends_epoch=ends_epoch,
-            token_type_ids=None if token_type_ids is None else self._arrange(token_type_ids, 0),
-            keys=keys,
-        )
+    def batch(self, rows: Sequence[Ids], token_type_ids: Sequence[Ids] | None = None, **fields: Any) -> Batch:
+        """The batch of rows; `fields` are further ones of `Batch`."""
+        if self.packed:
+            fields["document_lengths"] = tuple(map(len, rows))
+        else:
+            fields["attention_mask"] = self.mask(rows)
+        if token_type_ids is not None:
+            fields["token_type_ids"] = self._arrange(token_type_ids, 0)
+        return Batch(self._arrange(rows, self.pad_id), num_tokens=sum(map(len, rows)), **fields)
 
     def _arrange(self, rows: Sequence[Ids], fill: int) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(rows).astype(np.int64)[None] if self.packed else self.pad(rows, fill))
 
-    def _width(self, rows: Sequence[Ids]) -> int:
-        return -(-(self.row_length or max(map(len, rows))) // self.multiple) * self.multiple
 
-
-class Loader(ABC, Iterator[Batch], Generic[Position]):
+class Loader(ABC, Iterator[Batch]):
     """Batches in an order that depends neither on threads nor on time; without threads each is made when it is asked for.
 
-    `position` is that after the last batch used: what was made ahead and not used is made again after a resume.
+    `position` is that after the last batch used: what was made ahead and not used is made again after a resume. It holds for
+    data of the same `fingerprint`.
     """
 
-    def __init__(self, position: Position, num_threads: int, num_ahead: int):
-        self.position = position
-        self.num_threads = num_threads
-        self._num_ahead = num_ahead
+    def __init__(self, position: State, fingerprint: dict[str, Any], num_threads: int, num_ahead: int):
+        self.position, self.fingerprint = position, fingerprint
+        self.num_threads, self._num_ahead = num_threads, num_ahead
         self._pool = ThreadPoolExecutor(num_threads, "batches") if num_threads else None
-        self._jobs: Iterator[Callable[[], tuple[Batch, Position]]] | None = None
-        self._ahead: deque[Future[tuple[Batch, Position]]] = deque()
+        self._jobs: Iterator[Callable[[], tuple[Batch, State]]] | None = None
+        self._ahead: deque[Future[tuple[Batch, State]]] = deque()
 
     @abstractmethod
-    def jobs(self) -> Iterator[Callable[[], tuple[Batch, Position]]]:
+    def jobs(self) -> Iterator[Callable[[], tuple[Batch, State]]]:
         """Functions that make the batches from `position` on, each with the position after it. Several threads call several."""
 
-    @abstractmethod
-    def state_dict(self, position: Position | None = None) -> Saved:
+    def state_dict(self, position: State | None = None) -> Saved:
         """A `position`, or that after the last batch used, as JSON and arrays."""
+        return {**(position or self.position), "fingerprint": self.fingerprint}, {}
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Continue from a saved position, before the first batch. Raises CheckpointError when the data is not the same."""
+        saved = state.get("fingerprint", {})
+        for name, value in self.fingerprint.items():
+            if saved.get(name) != value:
+                raise CheckpointError(
+                    f"cannot continue exactly: {name} was {saved.get(name)}, now {value}; start a new run, or set it as it was"
+                )
+        self.position = {name: value for name, value in state.items() if name != "fingerprint"}
 
     def __next__(self) -> Batch:
         """The next batch. Raises StopIteration at the end of the data, and what making it raised, also when asked again."""
@@ -171,12 +161,3 @@ class Loader(ABC, Iterator[Batch], Generic[Position]):
         """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-
-
-def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises CheckpointError naming the first thing that a position depends on and that is not as it was."""
-    for name, value in current.items():
-        if saved.get(name) != value:
-            raise CheckpointError(
-                f"cannot continue exactly: {name} was {saved.get(name)}, now {value}; start a new run, or set it as it was"
-            )

@@ -22,8 +22,7 @@ from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.model.unpadding import Pooling
-from neobert.training.choices import choose_attention
-from neobert.training.machine import find_kernels, gpu_capability
+from neobert.training.choices import choose_attention, find_kernels, gpu_capability
 from neobert.training.runtime import Runtime, build_runtime
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # 2,048 stay in the cache of a CPU core

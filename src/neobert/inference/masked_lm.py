@@ -27,7 +27,7 @@ from neobert.data.files.documents import Files, SkippedRows, blocks_of, texts_of
 from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
 from neobert.errors import DataError, UserError
 from neobert.inference.embed import batches_by_length
-from neobert.model.loss import LOGIT_BUDGET
+from neobert.model.kernels import LOGIT_BUDGET
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}  # on a CPU larger batches leave the cache: 1.6 times slower at 16,384

@@ -9,9 +9,9 @@ or 2 under bfloat16 autocast).
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.model.bucket_attention import GRANULARITY, KEPT_LENGTH, SCORE_BUDGET
+from neobert.model.attention import GRANULARITY, KEPT_LENGTH, SCORE_BUDGET
+from neobert.model.kernels import LOGIT_BUDGET
 from neobert.model.layers import swiglu_width
-from neobert.model.loss import LOGIT_BUDGET
 
 FLOAT = 4  # bytes of a float32
 

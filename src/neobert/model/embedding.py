@@ -40,11 +40,6 @@ class ContrastiveLoss(nn.Module):
         self.settings = settings
         self._last_pairs: tuple[Tensor, Tensor] | None = None  # anchors and positives, at most `OBSERVED` of each
 
-    def output(self, embeddings_nD: Tensor, keys: dict[str, Any] | None) -> LossOutput:
-        """What a model returns for these embeddings: the loss is in it where there are `keys`, the arguments of `forward`."""
-        loss_sum, num_correct = (None, None) if keys is None else self(embeddings_nD, **keys)
-        return LossOutput(embeddings=embeddings_nD, loss_sum=loss_sum, num_correct=num_correct)
-
     def forward(
         self,
         embeddings_nD: Tensor,
@@ -70,7 +65,9 @@ class ContrastiveLoss(nn.Module):
             per_row = 2 if is_supcon else 1  # candidates
             anchors_AD = vectors[: per_row * B]
             counts = tuple(per_row * B + m for m in num_negatives)
-            candidates_CD = gather_rows(vectors if is_supcon else vectors[B:], counts)
+            candidates_CD = vectors if is_supcon else vectors[B:]
+            if world_size > 1:
+                candidates_CD = _GatherRows.apply(candidates_CD, counts)
             rows_G = torch.arange(len(row_keys_G), device=vectors.device)
             keys_C = _blocks(row_keys_G, negative_keys, num_negatives, per_row)
             owners_C = _blocks(torch.full_like(rows_G, -1), negative_rows, num_negatives, per_row)
@@ -100,14 +97,14 @@ def _blocks(of_rows_G: Tensor, of_negatives: Tensor, num_negatives: tuple[int, .
     return torch.cat([part for block, negatives in pairs for part in (*[block] * per_row, negatives)])
 
 
-class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
-    """Our encoder under a contrastive loss."""
+class EmbeddingHead:
+    """The forward pass of a model that has `contrastive`, its loss, and `embed`."""
 
-    def __init__(self, config: NeoBERTConfig, settings: ContrastiveSettings | None = None):
-        super().__init__(config)
-        self.model = NeoBERT(config)
-        self.contrastive = ContrastiveLoss(settings or ContrastiveSettings())
-        self.post_init()
+    contrastive: ContrastiveLoss
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+        """One vector per row, or per document of packed rows: n x D in float32. Raises ValueError for one without tokens."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -118,17 +115,30 @@ class NeoBERTForEmbedding(NeoBERTPreTrainedModel):
         **_: Any,
     ) -> LossOutput:
         """Embeddings of all texts; with `keys` (the arguments of `ContrastiveLoss`) also their loss."""
-        pooling = self.contrastive.settings.pooling
-        return self.contrastive.output(self.model.embed(input_ids, attention_mask, document_lengths, pooling), keys)
+        vectors_nD = self.embed(input_ids, attention_mask, document_lengths)
+        loss_sum, num_correct = (None, None) if keys is None else self.contrastive(vectors_nD, **keys)
+        return LossOutput(embeddings=vectors_nD, loss_sum=loss_sum, num_correct=num_correct)
 
 
-# --- losses and measures of vectors of length 1, in float32 -----------
+class NeoBERTForEmbedding(EmbeddingHead, NeoBERTPreTrainedModel):
+    """Our encoder under a contrastive loss."""
+
+    def __init__(self, config: NeoBERTConfig, settings: ContrastiveSettings | None = None):
+        super().__init__(config)
+        self.model = NeoBERT(config)
+        self.contrastive = ContrastiveLoss(settings or ContrastiveSettings())
+        self.post_init()
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+        return self.model.embed(input_ids, attention_mask, document_lengths, self.contrastive.settings.pooling)
+
+
+# Losses and measures of vectors of length 1, in float32.
 
 
 def info_nce(logits_AC: Tensor, own_A: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, how many anchors are nearest to their own positive): InfoNCE (arXiv 1807.03748).
-
-    Candidate `own_A[i]` is the positive of anchor i, all others with a finite logit are negatives.
+    """(sum of the losses, how many anchors are nearest to their own positive): InfoNCE (arXiv 1807.03748). Candidate
+    `own_A[i]` is the positive of anchor i, all others with a finite logit are negatives.
     """
     return F.cross_entropy(logits_AC, own_A, reduction="sum"), (logits_AC.argmax(1) == own_A).sum()
 
@@ -162,7 +172,7 @@ def uniformity(vectors_AD: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all processes one after the other; their gradients come back to where they were computed, summed."""
+    """Rows of all processes, which have `counts` each; their gradients come back to where they were computed, summed."""
 
     @staticmethod
     def forward(ctx, rows_ND: Tensor, counts: tuple[int, ...]):  # type: ignore
@@ -178,8 +188,3 @@ class _GatherRows(torch.autograd.Function):
         total = grad.clone()
         dist.all_reduce(total)
         return total.split(ctx.counts)[dist.get_rank()], None
-
-
-def gather_rows(rows_ND: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The rows of all processes, with gradients; `counts` says how many each of them has."""
-    return rows_ND if len(counts) == 1 else _GatherRows.apply(rows_ND, counts)

@@ -9,25 +9,49 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embedding import ContrastiveLoss, ContrastiveSettings
-from .modeling_neobert import LossOutput, classifier_output
+from .embedding import ContrastiveLoss, ContrastiveSettings, EmbeddingHead
+from .modeling_neobert import LossOutput, classify
 from .unpadding import Lengths, check_not_empty, host_lengths, pool_rows
 
 Tensors = dict[str, Tensor]
 
 
-class HFEncoderForSequenceClassification(nn.Module):
-    """`encoder` maps padded rows to `last_hidden_state` B x T x D. `pooling` is "bos" (the first token) or "mean"."""
+class HFEncoder(nn.Module):
+    """`model` maps padded rows to `last_hidden_state` B x T x D; models of ours put a head on it. In checkpoints its tensors
+    have the names that `AutoModel` reads: those of the encoder itself, or after `prefix` those of its own task models.
+    """
+
+    def __init__(self, encoder: Any, prefix: str = ""):
+        super().__init__()
+        self.config, self.model, self.prefix = encoder.config, encoder, prefix
+
+    def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, segments_BT: Tensor | None = None) -> Tensor:
+        """One vector per row, B x D in float32, as `pool_rows` makes it. `segments_BT` are token types, if any are known."""
+        more = {} if segments_BT is None else {"token_type_ids": segments_BT}
+        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state
+        return pool_rows(hidden_BTD, mask_BT.bool(), pooling)
+
+    def normalize_matrices(self) -> None:
+        """Nothing: only nGPT has matrices of length 1."""
+
+    def to_checkpoint(self, weights: Tensors) -> Tensors:
+        """This model's tensors under the names of a checkpoint."""
+        return _renamed(weights, "model.", self.prefix)
+
+    def from_checkpoint(self, weights: Tensors) -> Tensors:
+        """The inverse of `to_checkpoint`."""
+        return _renamed(weights, self.prefix, "model.")
+
+
+class HFEncoderForSequenceClassification(HFEncoder):
+    """An encoder under our classifier. `pooling` is "bos" (the first token) or "mean"."""
 
     def __init__(
         self, encoder: Any, num_labels: int, pooling: str, classifier_dropout: float, classifier_init_range: float
     ):
-        super().__init__()
-        self.config = encoder.config
-        self.model = encoder
+        super().__init__(encoder, f"{encoder.base_model_prefix}.")
         self.pooling = pooling
         width = encoder.config.hidden_size
         self.dense, self.classifier = nn.Linear(width, width), nn.Linear(width, num_labels)
@@ -38,80 +62,44 @@ class HFEncoderForSequenceClassification(nn.Module):
         self.takes_segments = "token_type_ids" in inspect.signature(encoder.forward).parameters
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **more: Any
     ) -> LossOutput:
         """Logits B x num_labels in float32. `labels` B: class ids, or numbers where there is one label."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        segments = {"token_type_ids": token_type_ids} if self.takes_segments and token_type_ids is not None else {}
-        hidden_BTD = self.model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
-        pooled = pool_rows(hidden_BTD, attention_mask.bool(), self.pooling)
-        return classifier_output(self.classifier(self.dropout(F.gelu(self.dense(self.dropout(pooled))))), labels)
-
-    def normalize_matrices(self) -> None:
-        """Nothing: only nGPT has matrices of length 1."""
-
-    def to_checkpoint(self, weights: Tensors) -> Tensors:
-        """This model's tensors under the names of the encoder's own task models, so that `AutoModel` reads the encoder."""
-        return _renamed(weights, "model.", f"{self.model.base_model_prefix}.")
-
-    def from_checkpoint(self, weights: Tensors) -> Tensors:
-        """The inverse of `to_checkpoint`."""
-        return _renamed(weights, f"{self.model.base_model_prefix}.", "model.")
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        segments_BT = more.get("token_type_ids") if self.takes_segments else None
+        return classify(self, self.pool(input_ids, mask_BT, self.pooling, segments_BT), labels)
 
 
 def _renamed(weights: Tensors, old: str, new: str) -> Tensors:
     return {new + name.removeprefix(old) if name.startswith(old) else name: tensor for name, tensor in weights.items()}
 
 
-class HFEncoderForEmbedding(nn.Module):
+class HFEncoderForEmbedding(EmbeddingHead, HFEncoder):
     """An encoder under the contrastive loss. Texts of similar length are padded together, and only those."""
 
     def __init__(self, encoder: Any, settings: ContrastiveSettings, pad_id: int):
-        super().__init__()
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # of BERT's next-sentence task; vectors are pooled here
-        self.config = encoder.config
-        self.model = encoder
+        super().__init__(encoder)
         self.pad_id = pad_id
         self.contrastive = ContrastiveLoss(settings)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
-        keys: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> LossOutput:
-        """As `NeoBERTForEmbedding.forward`."""
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
         if document_lengths is None:
             assert attention_mask is not None
             document_lengths = attention_mask.sum(1)
             input_ids = input_ids[attention_mask.bool()][None]
         lengths = host_lengths(document_lengths)
         check_not_empty(lengths)
-        texts = input_ids[0].split(lengths)
+        texts, device = input_ids[0].split(lengths), input_ids.device
         order, groups = group_by_length(lengths)
-        vectors = torch.cat([self._embed([texts[number] for number in group]) for group in groups])
-        back = torch.empty(len(order), dtype=torch.int64)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return self.contrastive.output(vectors[back.to(vectors.device)], keys)
-
-    def _embed(self, texts: list[Tensor]) -> Tensor:
-        ids_BT = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.pad_id)
-        lengths = torch.tensor([len(text) for text in texts], device=ids_BT.device)
-        mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths[:, None]
-        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state
-        return pool_rows(hidden_BTD, mask_BT, self.contrastive.settings.pooling)
-
-    def normalize_matrices(self) -> None:
-        """Nothing: only nGPT has matrices of length 1."""
+        vectors = []
+        for group in groups:
+            ids_BT = nn.utils.rnn.pad_sequence([texts[number] for number in group], True, self.pad_id)
+            lengths_B1 = torch.tensor([[lengths[number]] for number in group], device=device)
+            mask_BT = torch.arange(ids_BT.shape[1], device=device) < lengths_B1
+            vectors.append(self.pool(ids_BT, mask_BT, self.contrastive.settings.pooling))
+        return torch.cat(vectors)[torch.tensor(order, device=device).argsort()]
 
 
 def group_by_length(lengths: Sequence[int]) -> tuple[list[int], list[list[int]]]:
@@ -126,9 +114,8 @@ def group_by_length(lengths: Sequence[int]) -> tuple[list[int], list[list[int]]]
 
 
 def longest_input(encoder: Any) -> int | None:
-    """How many tokens of a text an encoder takes; None where nothing limits them.
-
-    RoBERTa and its kin count positions from after the id of the padding token: the rows of their table up to it are not used.
+    """How many tokens of a text an encoder takes; None where nothing limits them. RoBERTa and its kin count positions from
+    after the id of the padding token: the rows of their table up to it are not used.
     """
     for name, module in encoder.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

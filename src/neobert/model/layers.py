@@ -32,9 +32,6 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm without bias, computed in float32 and returned in the dtype of the products that follow."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__(width, eps=eps, bias=False)
-
     def forward(self, x_ND: Tensor) -> Tensor:
         normed = F.layer_norm(x_ND.float(), self.normalized_shape, self.weight.float(), None, self.eps)
         return normed.to(compute_dtype(x_ND))
@@ -46,9 +43,8 @@ def unit(x: Tensor) -> Tensor:
 
 
 class LearnedScale(nn.Module):
-    """A learned vector that is `initial` at the start and stored as `stored` (nGPT, section 2.5).
-
-    An optimizer that moves every parameter by about the learning rate moves the value by `initial / stored` times that.
+    """A learned vector that is `initial` at the start and stored as `stored` (nGPT, section 2.5). An optimizer that moves
+    every parameter by about the learning rate moves the value by `initial / stored` times that.
     """
 
     def __init__(self, width: int, initial: float, stored: float):
@@ -135,9 +131,8 @@ class GELU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
-
-    Everything but attention itself is in `project` and `finish`: what torch.compile compiles, free of document lengths.
+    """x + attention(norm(x)), then x + feed_forward(norm(x)). Everything but attention itself is in `project` and `finish`:
+    what torch.compile compiles, free of document lengths.
     """
 
     def __init__(self, attention: Attention, ffn: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float):

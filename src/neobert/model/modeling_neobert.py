@@ -20,11 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from .attention import Kernel, Rotary
-from .bucket_attention import FINE_GRANULARITY
-from .kernels import compute_dtype, round_up_tokens
+from .attention import FINE_GRANULARITY, Kernel, Rotary
+from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
-from .loss import IGNORED, full_cross_entropy, linear_cross_entropy
 from .unpadding import Lengths, Pooling, UnpaddedBatch, flatten
 
 
@@ -72,12 +70,13 @@ class LossOutput(ModelOutput):
     num_correct: Tensor | None = None
 
 
-def classifier_output(logits: Tensor, labels: Tensor | None) -> LossOutput:
-    """The output for logits n x num_labels: cross-entropy with class ids n, or the squared error where there is one label.
-
-    Labels of -100, or NaN, count as none.
+def classify(head: Any, pooled_nD: Tensor, labels: Tensor | None) -> LossOutput:
+    """Logits n x num_labels in float32, of `head.dense`, GELU and `head.classifier` with `head.dropout` before each, as in
+    transformers' EuroBERT; and their cross-entropy with class ids n, or the squared error where there is one label. Labels of
+    -100, or NaN, count as none.
     """
-    logits = logits.float()
+    hidden_nD = F.gelu(head.dense(head.dropout(pooled_nD.to(head.dense.weight.dtype))))
+    logits = head.classifier(head.dropout(hidden_nD)).float()
     if labels is None:
         return LossOutput(logits=logits)
     if logits.shape[1] == 1:
@@ -118,7 +117,8 @@ def build_norm(config: NeoBERTConfig) -> nn.Module:
     """The norm of the variant; nGPT has none."""
     if config.ngpt:
         return nn.Identity()
-    return (RMSNorm if config.rms_norm else LayerNorm)(config.hidden_size, config.norm_eps)
+    width, eps = config.hidden_size, config.norm_eps
+    return RMSNorm(width, eps) if config.rms_norm else LayerNorm(width, eps, bias=False)
 
 
 class NeoBERTPreTrainedModel(PreTrainedModel):
@@ -208,14 +208,8 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths | None = None
     ) -> UnpaddedBatch:
         """The batch as this model takes it. Raises ValueError for lengths that do not fit it."""
-        return flatten(
-            input_ids,
-            attention_mask,
-            document_lengths,
-            longest=self.config.max_position_embeddings,
-            dropout=self.config.dropout_prob * self.training,
-            kernel=self.attention_kernel,
-        )
+        longest, dropout = self.config.max_position_embeddings, self.config.dropout_prob * self.training
+        return flatten(input_ids, attention_mask, document_lengths, longest, dropout, self.attention_kernel)
 
     def encode(
         self, unpadded: UnpaddedBatch, rows_M: Tensor | None = None, states: list[Tensor] | None = None
@@ -380,7 +374,6 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         states = new_states(self.config, extra)
         pooling: Pooling = "cls" if self.config.classifier_pooling == "bos" else self.config.classifier_pooling
         pooled = self.model.embed(input_ids, attention_mask, document_lengths, pooling, states)
-        pooled = self.dropout(pooled.to(self.dense.weight.dtype))
-        output = classifier_output(self.classifier(self.dropout(F.gelu(self.dense(pooled)))), labels)
+        output = classify(self, pooled, labels)
         output.hidden_states = None if states is None else tuple(states)
         return output

@@ -24,9 +24,8 @@ def host_lengths(document_lengths: Lengths) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class UnpaddedBatch:
-    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were.
-
-    After the tokens there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
+    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were. After the tokens
+    there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
     """
 
     ids_N: Tensor
@@ -58,7 +57,6 @@ class UnpaddedBatch:
 
     def pool(self, x_ND: Tensor, how: Pooling) -> Tensor:
         """One vector per document, n x D in float32: its tokens' mean ("mean", "avg"), maximum, or its first one ("cls").
-
         Documents are rows, or the pieces of packed rows. Raises ValueError for a document without tokens.
         """
         x_ND, lengths = x_ND.float(), self.layout.lengths
@@ -93,38 +91,31 @@ def pool_rows(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
 
 
 def flatten(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    document_lengths: Lengths | None,
-    *,
-    longest: int,
-    dropout: float = 0.0,
-    kernel: Kernel = "sdpa",
+    ids_BT: Tensor, mask_BT: Tensor | None, document_lengths: Lengths | None, limit: int, dropout: float, kernel: Kernel
 ) -> UnpaddedBatch:
-    """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out.
-
-    Raises ValueError when `document_lengths` do not sum to B*T, or when a document is longer than `longest` tokens.
+    """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out. Raises
+    ValueError when `document_lengths` do not sum to B*T, or when a document is longer than `limit` tokens.
     """
-    (B, T), kind = input_ids.shape, input_ids.device.type
-    ids_N, kept_N, lengths = input_ids.flatten(), None, (T,) * B
+    (B, T), kind = ids_BT.shape, ids_BT.device.type
+    ids_N, kept_N, lengths = ids_BT.flatten(), None, (T,) * B
     if document_lengths is not None:
         lengths = host_lengths(document_lengths)
         if sum(lengths) != B * T or min(lengths, default=1) < 1:
             raise ValueError(f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens")
-    is_static = document_lengths is None and attention_mask is not None and kind != "cpu" and kernel == "sdpa"
-    if document_lengths is None and attention_mask is not None and not is_static:
-        mask_BT = attention_mask.bool()
+    is_static = document_lengths is None and mask_BT is not None and kind != "cpu" and kernel == "sdpa"
+    if document_lengths is None and mask_BT is not None and not is_static:
+        mask_BT = mask_BT.bool()
         kept_N, lengths = mask_BT.flatten().nonzero().squeeze(1), tuple(mask_BT.sum(1).tolist())
         ids_N = ids_N[kept_N]
-    if max(lengths, default=0) > longest:
-        raise ValueError(f"a document of {max(lengths)} tokens, but max_position_embeddings is {longest}")
+    if max(lengths, default=0) > limit:
+        raise ValueError(f"a document of {max(lengths)} tokens, but max_position_embeddings is {limit}")
     if is_static:
-        return UnpaddedBatch.padded(input_ids, attention_mask, dropout)
+        return UnpaddedBatch.padded(ids_BT, mask_BT, dropout)
     lengths_n = torch.tensor(lengths, dtype=torch.int64)
     starts_N = (lengths_n.cumsum(0) - lengths_n).repeat_interleave(lengths_n, output_size=len(ids_N))
-    positions_N = (torch.arange(len(ids_N)) - starts_N).to(input_ids.device)  # from 0 in every document
-    padding = round_up_tokens(len(ids_N), kind, compute_dtype(input_ids)) - len(ids_N)
+    positions_N = (torch.arange(len(ids_N)) - starts_N).to(ids_BT.device)  # from 0 in every document
+    padding = round_up_tokens(len(ids_N), kind, compute_dtype(ids_BT)) - len(ids_N)
     if padding:
         ids_N, positions_N = (torch.cat((x, x.new_zeros(padding))) for x in (ids_N, positions_N))
     layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel, padding=padding)
-    return UnpaddedBatch(ids_N, positions_N, layout, input_ids.shape, kept_N)
+    return UnpaddedBatch(ids_N, positions_N, layout, ids_BT.shape, kept_N)

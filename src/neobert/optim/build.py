@@ -1,4 +1,4 @@
-"""The optimizer of a run: which parameter is updated how, and its state as plain tensors.
+"""The optimizer of a run: which parameter is updated how, at what rate, and its state as plain tensors.
 
 Without rules of the user's:
 
@@ -11,11 +11,12 @@ Without rules of the user's:
 Rules are ordered patterns over names, as in a shell (`*`, `?`, `[abc]`); the first that matches a name decides for it.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from neobert.optim.sharding import local_rows, part_of
 
 Named = Iterable[tuple[str, nn.Parameter]]
 Tensors = dict[str, Tensor]
+Shape = Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt"]
 
 _IN_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 
@@ -57,40 +59,25 @@ def build_optimizer(
     named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer, with torch's fused kernels. The learning rate of a step is to be multiplied by a group's `lr_scale`.
-
     `fused` as in `parameter_groups`. Raises ValueError as `parameter_groups` and `Muon` do.
     """
-    is_muon = settings.name == "muonclip"
-    groups = parameter_groups(
-        named_parameters,
-        weight_decay=settings.weight_decay,
-        muon_decay=settings.muon.weight_decay if is_muon else None,
-        rules=settings.rules,
-        fused=fused,
-    )
-    if is_muon:
+    groups = parameter_groups(named_parameters, settings, fused)
+    if settings.name == "muonclip":
         return Muon(groups, settings.lr, settings.betas, settings.eps, settings.muon)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.name]
     return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-# --- groups -----------
-
-
 def parameter_groups(
-    named_parameters: Named,
-    *,
-    weight_decay: float,
-    muon_decay: float | None = None,
-    rules: Sequence[GroupRule] = (),
-    fused: Mapping[str, int] | None = None,
+    named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, in order of first appearance; frozen parameters are left out.
 
-    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. `muon_decay` None: everything goes to AdamW.
-    `fused`: name endings of matrices that hold several, one below the other, and how many. Raises ValueError for a rule that
-    acts on nothing, for Muon on what is no matrix, and when nothing is left to train.
+    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. `fused`: name endings of matrices that hold several,
+    one below the other, and how many. Raises ValueError for a rule that acts on nothing, for Muon on what is no matrix, and
+    when nothing is left to train.
     """
+    rules, is_muon = settings.rules, settings.name == "muonclip"
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     used: set[int | None] = set()
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
@@ -100,8 +87,8 @@ def parameter_groups(
         number = next((number for number, rule in enumerate(rules) if fnmatchcase(name, rule.pattern)), None)
         used.add(number)
         rule = GroupRule("*") if number is None else rules[number]
-        settings = _settings(name, parameter, rule, weight_decay, muon_decay)
-        group = groups.setdefault(tuple(settings.values()), {"params": [], "param_names": [], "parts": [], **settings})
+        facts = _group_facts(name, parameter, rule, settings)
+        group = groups.setdefault(tuple(facts.values()), {"params": [], "param_names": [], "parts": [], **facts})
         group["params"].append(parameter)
         group["param_names"].append(name)
         group["parts"].append(next((n for ending, n in (fused or {}).items() if name.endswith(ending)), 1))
@@ -112,7 +99,7 @@ def parameter_groups(
             if any(fnmatchcase(name, rule.pattern) for name in names):
                 why = "acts on nothing: earlier patterns take all parameters that it matches"
             raise ValueError(f"pattern {rule.pattern!r} {why}")
-    if muon_decay is not None and not any(group["algorithm"] == "muon" for group in groups.values()):
+    if is_muon and not any(group["algorithm"] == "muon" for group in groups.values()):
         raise ValueError(
             "muonclip found no matrix in a numbered layer (layers.N.*); engines that hand over flattened weights (ZeRO) cannot "
             "be used with it: use adamw, or ZeRO stage 0"
@@ -120,22 +107,17 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _settings(
-    name: str, parameter: nn.Parameter, rule: GroupRule, weight_decay: float, muon_decay: float | None
-) -> dict[str, Any]:
+def _group_facts(name: str, parameter: nn.Parameter, rule: GroupRule, settings: OptimizerSettings) -> dict[str, Any]:
     algorithm, decay, is_embedding = rule.algorithm, rule.weight_decay, "embed" in name
     if algorithm is None:
         is_encoder_matrix = parameter.ndim == 2 and not is_embedding and _IN_LAYER.search(name) is not None
-        algorithm = "muon" if muon_decay is not None and is_encoder_matrix else "adamw"
+        algorithm = "muon" if settings.name == "muonclip" and is_encoder_matrix else "adamw"
     elif algorithm == "muon" and parameter.ndim != 2:
         raise ValueError(f"pattern {rule.pattern!r} gives {name} to muon, which takes matrices only")
     if decay is None:
-        decay = muon_decay if algorithm == "muon" and muon_decay is not None else weight_decay
+        decay = settings.muon.weight_decay if algorithm == "muon" else settings.weight_decay
         decay = decay if parameter.ndim >= 2 and not is_embedding else 0.0
     return {"algorithm": algorithm, "weight_decay": decay, "lr_scale": rule.lr_scale}
-
-
-# --- state -----------
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -163,9 +145,8 @@ def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Restore what `optimizer_state` gave; whole tensors are split as their parameter is.
-
-    Raises ValueError when a parameter is unknown or has another shape, or the state is another algorithm's.
+    """Restore what `optimizer_state` gave; whole tensors are split as their parameter is. Raises ValueError when a parameter
+    is unknown or has another shape, or the state is another algorithm's.
     """
     members = {
         name: (parameter, group.get("algorithm", "adamw"))
@@ -186,3 +167,36 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> 
             )
         stays = not value.ndim and parameter.device.type == "cpu"  # a step count
         optimizer.state[parameter][kind] = part_of(value, parameter).to(value.device if stays else parameter.device)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warmup from 0, then a fall to `floor` at `decay_end`, then the floor. Steps count from 0."""
+
+    name: Shape
+    warmup_steps: int
+    decay_end: int
+    floor: float = 0.0  # ratio of the peak
+    num_cycles: float = 0.5  # cosine
+    power: float = 2.0  # polynomial
+    decay_start: int = 0  # wsd: until here the rate stays at the peak
+
+
+def lr_scale(step: float, schedule: Schedule) -> float:
+    """Ratio of the peak learning rate for update `step` (the first is 0; fractions where a run had steps of another size)."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.name == "constant":
+        return 1.0
+    if step >= schedule.decay_end:
+        return schedule.floor
+    if schedule.name == "inverse_sqrt":
+        return max(schedule.floor, math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
+    start = max(schedule.warmup_steps, schedule.decay_start if schedule.name == "wsd" else 0)
+    progress = max(0, step - start) / max(1, schedule.decay_end - start)
+    height = 1.0 - progress  # from 1 at the peak to 0 at the floor: linear, and the last phase of wsd
+    if schedule.name == "polynomial":
+        height = height**schedule.power
+    elif schedule.name == "cosine":
+        height = 0.5 * (1.0 + math.cos(math.pi * 2.0 * schedule.num_cycles * progress))
+    return schedule.floor + (1.0 - schedule.floor) * height

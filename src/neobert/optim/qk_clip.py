@@ -28,8 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neobert.errors import ConfigError, Problem
-from neobert.model.attention import Layout, Rotary
-from neobert.model.bucket_attention import Buckets
+from neobert.model.attention import Buckets, Layout, Rotary
 from neobert.model.layers import Attention
 from neobert.model.unpadding import host_lengths
 from neobert.optim.sharding import local, part_of
@@ -93,12 +92,8 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
     }
 
 
-# --- logits and factors -----------
-
-
 def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.device) -> list[Tensor]:
     """Numbers of the tokens of documents that lie one after the other, n x T for n documents of about the same length.
-
     Shorter documents repeat their last token, which adds no other logit. A group has about `chunk_size` tokens at most.
     """
     buckets = Buckets.of(tuple(lengths))
@@ -112,7 +107,6 @@ def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.devic
 @torch.no_grad()
 def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], chunk_size: int) -> Tensor:
     """Largest q.k / sqrt(K) of each head (H, float32) over pairs within documents of `group_documents`; -inf without any.
-
     Products have full float32 precision. At most H x `chunk_size` x (longest document) logits exist at a time.
     """
     num_heads, width = q_NHK.shape[1:]
@@ -155,9 +149,6 @@ def scale_rows_(weight: Tensor, factors_R: Tensor, start: int = 0) -> None:
     rows[start : start + len(factors_R)] = factors_R
     scale = rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.ndim - 1))
     local(weight).mul_(local(part_of(scale, weight)))
-
-
-# --- attention blocks -----------
 
 
 @dataclass
@@ -236,7 +227,6 @@ class Documents:
     """The real documents of the batch in a forward pass."""
 
     kept_N: Tensor | None  # positions of their tokens in B*T; None: all
-    num_tokens: int
     groups_nT: list[Tensor]  # as `group_documents` makes them, for all blocks
 
 
@@ -262,17 +252,11 @@ def _real_documents(
 
 class QKClip:
     """Watches a model's attention blocks and clips them. `prepare` comes before each forward pass, `apply` after the update.
-
     `pad_id` marks padding in packed rows; `mapping` names separate projections. Raises ConfigError where it does not fit.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        settings: QKClipSettings,
-        *,
-        pad_id: int | None,
-        mapping: Mapping[str, str] | None = None,
+        self, model: nn.Module, settings: QKClipSettings, pad_id: int | None, mapping: Mapping[str, str] | None = None
     ):
         self.settings, self.pad_id = settings, pad_id
         self._fused = [module for module in model.modules() if isinstance(module, Attention)]
@@ -287,8 +271,6 @@ class QKClip:
         self._documents: Documents | None = None  # of this forward pass, where it is looked at
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
-
-    # --- what the loop calls -----------
 
     def prepare(self, update: int, is_last_microbatch: bool) -> None:
         """Look at the next forward pass, where that is due for update number `update` (the first is 1)."""
@@ -323,15 +305,12 @@ class QKClip:
                 heads.scale_(q_H, k_G)
         return ClipReport(maxima_LH, factors_LH)
 
-    # --- what the forward pass calls -----------
-
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_armed:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             kept_N, lengths = _real_documents(ids, kwargs, self.pad_id)
-            self._documents = Documents(
-                kept_N, sum(lengths), group_documents(lengths, self.settings.chunk_size, ids.device)
-            )
+            groups_nT = group_documents(lengths, self.settings.chunk_size, ids.device)
+            self._documents = Documents(kept_N, groups_nT)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._documents, self._is_armed = None, False
@@ -383,7 +362,7 @@ class QKClip:
             q, k = q_NHK.float(), k_NGK.float()
             if rotary is not None:
                 q, k = rotary.rotate(q), rotary.rotate(k)
-            if documents.kept_N is not None and len(q) != documents.num_tokens:
+            if documents.kept_N is not None and len(q) != len(documents.kept_N):
                 q, k = (x.index_select(0, documents.kept_N) for x in (q, k))
             maxima_H = largest_logits(q, k, documents.groups_nT, self.settings.chunk_size)
         heads.maxima_H = maxima_H if heads.maxima_H is None else torch.maximum(heads.maxima_H, maxima_H)

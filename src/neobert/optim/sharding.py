@@ -19,9 +19,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 Compute = Callable[[list[int], list[Tensor]], list[Tensor]]  # (numbers of matrices, whole matrices) -> results
 
 
-# --- rows of a tensor -----------
-
-
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is in this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -64,9 +61,6 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: part_of(weights[name], tensor) for name, tensor in own.items()})
 
 
-# --- matrices and their owners -----------
-
-
 @dataclass(frozen=True)
 class Placement:
     """Where a matrix lies: whole in this process, whole on every rank of `group`, or split by rows over them."""
@@ -76,9 +70,8 @@ class Placement:
 
 
 def placement(parameter: Tensor) -> Placement:
-    """Where `parameter` lies; plain tensors are copies, which all ranks hold.
-
-    Raises ValueError for matrices that are split along columns or more than once.
+    """Where `parameter` lies; plain tensors are copies, which all ranks hold. Raises ValueError for matrices that are split
+    along columns or more than once.
     """
     group: dist.ProcessGroup | None = None
     if isinstance(parameter, DTensor):
@@ -103,9 +96,8 @@ def owners(sizes: Sequence[int], num_ranks: int) -> list[int]:
 
 
 def distribute(where: Placement, matrices: list[Tensor], num_rows: list[int], compute: Compute) -> list[Tensor]:
-    """`compute` every matrix at its owner; returns this rank's part of each result.
-
-    `matrices` are what this rank holds of each, all of one dtype; `num_rows` are the rows of the whole ones.
+    """`compute` every matrix at its owner; returns this rank's part of each result. `matrices` are what this rank holds of
+    each, all of one dtype; `num_rows` are the rows of the whole ones.
     """
     if where.group is None:
         return compute(list(range(len(matrices))), matrices)

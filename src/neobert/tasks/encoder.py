@@ -17,8 +17,7 @@ from neobert.model.attention import uses_buckets
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
-from neobert.training.choices import choose_attention, choose_kernels
-from neobert.training.machine import compile_blocks, find_kernels, gpu_capability
+from neobert.training.choices import choose_attention, choose_kernels, compile_blocks, find_kernels, gpu_capability
 from neobert.training.runtime import Runtime
 
 

@@ -1,14 +1,30 @@
-"""What runs, decided from what was asked for and what the machine has: pure functions, each answer with its reason."""
+"""What runs: what this machine offers, and decisions from that and what was asked for.
 
+Decisions are pure functions, and each answer comes with its reason.
+"""
+
+import ctypes
+import importlib
+import os
+import shutil
+import sys
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, Problem, first_line
 from neobert.model.attention import Kernel
 
+Capability = tuple[int, int]  # of a CUDA device
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that multiply bfloat16 and run flash attention
+MOST_SHAPES = 64  # versions of a block that are compiled: shapes, arithmetic, with gradients or without
+KERNELS = {
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+    "liger": ("liger_kernel.transformers.functional", "liger_rms_norm"),
+}
 
 
 def choose_device(use_cpu: bool, has_cuda: bool) -> str:
@@ -19,9 +35,8 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 def choose_engine(
     requested: str, world_size: int, wants_deepspeed: bool, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run.
-
-    `environment` is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
+    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run. `environment`
+    is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
     """
     launched = {"fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true", "deepspeed": wants_deepspeed}
     asked = [engine for engine, is_launched in launched.items() if is_launched]
@@ -47,12 +62,7 @@ def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool)
 
 
 def choose_precision(
-    requested: str,
-    device_type: str,
-    *,
-    cpu_has_amx: bool = False,
-    capability: tuple[int, int] = MIN_CAPABILITY,
-    trains: bool = True,
+    requested: str, device: str, *, has_amx: bool = False, capability: Capability = MIN_CAPABILITY, trains: bool = True
 ) -> tuple[torch.dtype | None, str]:
     """(autocast type or None for float32, note where that is not what was asked for). `capability`: of a CUDA device;
     `trains`: gradients are computed, too.
@@ -62,13 +72,13 @@ def choose_precision(
     """
     if requested in ("no", "fp32"):
         return None, ""
-    half = torch.float16 if device_type == "cuda" and not trains else None
+    half = torch.float16 if device == "cuda" and not trains else None
     if requested == "fp16":
         why = "training in it needs loss scaling" if trains else "only CUDA devices compute in it"
         return half, "" if half else f"fp16 was asked for, but {why}; float32 is used"
-    if device_type == "cpu" and not cpu_has_amx:
+    if device == "cpu" and not has_amx:
         return None, "bf16 was asked for, but this CPU has no AMX and would emulate it many times slower"
-    if device_type == "cuda" and capability < MIN_CAPABILITY:
+    if device == "cuda" and capability < MIN_CAPABILITY:
         found = f"this GPU has compute capability {capability[0]}.{capability[1]}, and bfloat16 begins with 8.0"
         return half, f"bf16 was asked for, but {found}; {'float16' if half else 'float32'} is used"
     return torch.bfloat16, ""
@@ -87,11 +97,10 @@ def choose_attention(
     dropout: float = 0.0,
     head_width: int = 64,
     packages: Mapping[str, str] = MappingProxyType({}),
-    capability: tuple[int, int] = MIN_CAPABILITY,
+    capability: Capability = MIN_CAPABILITY,
 ) -> tuple[Kernel, str]:
-    """(kernel of unpadded batches; why). `packages` as `machine.find_kernels` finds them.
-
-    A request that cannot be honoured falls back to SDPA, which computes the same, and the reason says what would help.
+    """(kernel of unpadded batches; why). `packages` as `find_kernels` finds them. A request that cannot be honoured falls
+    back to SDPA, which computes the same, and the reason says what would help.
     """
     if device_type == "cpu":
         why = "flash_attn_varlen needs CUDA; " if requested == "flash_attn_varlen" else ""
@@ -145,6 +154,55 @@ def check_compile(backend: str, known: Collection[str], device_type: str, has_co
         names = ", ".join(sorted(known))
         raise ConfigError(Problem("trainer.torch_compile_backend", f"no backend {backend!r}; there are: {names}"))
     if backend == "inductor" and device_type == "cpu" and not has_compiler:
-        raise ConfigError(
-            Problem("trainer.torch_compile", "inductor needs a C++ compiler on the CPU; install g++ or set it to false")
-        )
+        why = "inductor needs a C++ compiler on the CPU; install g++ or set it to false"
+        raise ConfigError(Problem("trainer.torch_compile", why))
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory instead of giving it back, so that a step reuses the pages of the step before. Large
+    tensors are otherwise mapped and zeroed by the kernel again and again: 10 to 15 % of a training step on a CPU.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
+            for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+                library.mallopt(option, value)
+
+
+def gpu_capability(device: torch.device) -> Capability:
+    """CUDA's compute capability; (0, 0) for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def find_kernels() -> dict[str, str]:
+    """Kernels that are installed, each with what keeps it from being imported: "" where nothing does. They are imported,
+    since a package built for another torch or CUDA is installed, too, and fails only then.
+    """
+    found = {}
+    for kernel, (module, function) in KERNELS.items():
+        try:
+            getattr(importlib.import_module(module), function)
+            found[kernel] = ""
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # else the package is not installed
+                found[kernel] = first_line(error)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            found[kernel] = first_line(error)
+    return found
+
+
+def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None) -> None:
+    """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
+
+    Attention itself depends on the lengths of documents, which change with every batch, and stays as it is. Shapes beyond
+    `MOST_SHAPES` run uncompiled. Raises ConfigError for a backend that is unknown or cannot run here.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    check_compile(backend, torch._dynamo.list_backends(None), device_type, compiler is not None)
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    encoder.is_compiled = True
+    for block in encoder.layers:
+        for name in ("project", "finish"):
+            method = torch.compile(getattr(block, name), backend=backend, dynamic=dynamic)
+            setattr(block, name, method)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from neobert.errors import ConfigError, Problem
 
@@ -33,17 +34,12 @@ def check_installed() -> None:
     """Raises ConfigError where DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         how = "pip install setuptools wheel ninja, then pip install --no-build-isolation 'neobert[deepspeed]'"
-        raise ConfigError(
-            Problem("use_deepspeed", f"DeepSpeed is not installed: {how}; or use trainer.engine: ddp or fsdp2")
-        )
+        why = f"DeepSpeed is not installed: {how}; or use trainer.engine: ddp or fsdp2"
+        raise ConfigError(Problem("use_deepspeed", why))
 
 
 def initialize(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    options: Mapping[str, Any],
-    device: str,
-    dtype: torch.dtype | None,
+    model: nn.Module, optimizer: Optimizer, options: Mapping[str, Any], device: str, dtype: torch.dtype | None
 ) -> tuple[nn.Module, Any]:
     """(the engine, which is called as the model is; the optimizer that steps it)."""
     os.environ["DS_ACCELERATOR"] = device

@@ -14,44 +14,22 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from neobert.data.batch import Batch
 from neobert.errors import DataError, UserError
+from neobert.optim.qk_clip import ClipReport, QKClip
 from neobert.training.metrics import Stopwatch
 from neobert.training.runtime import Runtime, seed_everything
 
 
-class MicroBatch(Protocol):
-    """What the loop needs to know of a batch."""
-
-    @property
-    def num_targets(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def epoch(self) -> int: ...
-
-    def inputs(self) -> dict[str, Any]: ...
-
-    def to(self, device: torch.device) -> "MicroBatch": ...
-
-
-class WeightClip(Protocol):
-    """Something that watches forward passes and changes weights after the update. Updates count from 1."""
-
-    def prepare(self, update: int, is_last_microbatch: bool) -> None: ...
-
-    def apply(self, update: int) -> Any: ...
-
-
 @dataclass
 class StepResult:
-    """One optimizer step, over all processes. `loss` is the mean over `num_targets`, `clip` the weight clip's report."""
+    """One optimizer step, over all processes. `loss` is the mean over `num_targets`, `clip` the report of the QK-clip."""
 
     loss: float
     num_targets: int
@@ -59,7 +37,7 @@ class StepResult:
     num_correct: int
     lr: float
     grad_norm: float
-    clip: Any = None
+    clip: ClipReport | None = None
     is_interrupted: bool = False  # in some process: the interrupt has to be acted on
 
 
@@ -91,9 +69,8 @@ Hook = Callable[[TrainState, StepResult | None], None]  # None: no step was made
 
 
 class Interrupt:
-    """What may end a run from outside, at any moment and in any process: signals, and the failure of a write.
-
-    Every process says whether it is `wanted`; all act on it at the same step, or they would wait for each other forever.
+    """What may end a run from outside, at any moment and in any process: signals, and the failure of a write. Every process
+    says whether it is `wanted`; all act on it at the same step, or they would wait for each other forever.
     """
 
     def __init__(self) -> None:
@@ -128,16 +105,16 @@ class StepSettings:
     gradient_clipping: float | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
-    clip: WeightClip | None = None
+    clip: QKClip | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
-    empty_batch: Callable[[], MicroBatch] | None = None  # for a process whose data ends before that of others
+    empty_batch: Callable[[], Batch] | None = None  # for a process whose data ends before that of others
     rows_per_step: int = 0
 
 
 def train(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    fetch: Callable[[], Sequence[MicroBatch]],
+    optimizer: Optimizer,
+    fetch: Callable[[], Sequence[Batch]],
     runtime: Runtime,
     settings: StepSettings,
     state: TrainState,
@@ -176,16 +153,16 @@ def train(
 class Window:
     """The microbatches of a step, as many in every process; the number of targets and the epoch are those of all processes."""
 
-    micro: Sequence[MicroBatch]
+    micro: Sequence[Batch]
     num_targets: int
     epoch: int
 
 
 def fetch_window(
-    fetch: Callable[[], Sequence[MicroBatch]], runtime: Runtime, empty_batch: Callable[[], MicroBatch] | None = None
+    fetch: Callable[[], Sequence[Batch]], runtime: Runtime, empty_batch: Callable[[], Batch] | None = None
 ) -> Window | None:
     """The next window; None when the data of all processes has ended. Raises, in all of them, what `fetch` raised in one."""
-    micro: Sequence[MicroBatch] = []
+    micro: Sequence[Batch] = []
     error: UserError | None = None
     try:
         micro = fetch()
@@ -207,7 +184,7 @@ def fetch_window(
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     window: Window,
     runtime: Runtime,
     settings: StepSettings,
@@ -239,7 +216,7 @@ def train_step(
 
 
 def _accumulate(
-    model: nn.Module, micro: Sequence[MicroBatch], runtime: Runtime, settings: StepSettings, step: int, num_targets: int
+    model: nn.Module, micro: Sequence[Batch], runtime: Runtime, settings: StepSettings, step: int, num_targets: int
 ) -> tuple[float, int, int]:
     """Forward and backward of all microbatches; (sum of the losses, correct guesses, first microbatch whose loss is bad)."""
     total, num_correct, bad = 0.0, 0, len(micro)
@@ -259,7 +236,7 @@ def _accumulate(
     return total, num_correct, bad
 
 
-def _refuse(value: float, step: int, micro: int, optimizer: torch.optim.Optimizer, what: str = "loss") -> NoReturn:
+def _refuse(value: float, step: int, micro: int, optimizer: Optimizer, what: str = "loss") -> NoReturn:
     """Stop before the optimizer writes."""
     optimizer.zero_grad(set_to_none=True)
     raise UserError(
@@ -270,11 +247,7 @@ def _refuse(value: float, step: int, micro: int, optimizer: torch.optim.Optimize
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[MicroBatch],
-    runtime: Runtime,
-    max_batches: int | None,
-    interrupt: Interrupt | None = None,
+    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, max_batches: int | None, interrupt: Interrupt
 ) -> dict[str, float] | None:
     """Loss per target, accuracy and number of targets over a data set; leaves the model in training mode.
 
@@ -285,14 +258,13 @@ def evaluate(
     local, is_interrupted = [0.0, 0.0, 0.0], False
     rest = itertools.islice(batches, max_batches)
     while True:
-        some: list[MicroBatch] = []  # one for each process; at the end fewer
+        some: list[Batch] = []  # one for each process; at the end fewer
         error = None
         try:
             some = list(itertools.islice(rest, runtime.world_size))
         except UserError as failure:
             error = failure
-        stops = interrupt is not None and interrupt.wanted
-        failed, is_over, is_interrupted = map(bool, runtime.all_max(error is not None, not some, stops))
+        failed, is_over, is_interrupted = map(bool, runtime.all_max(error is not None, not some, interrupt.wanted))
         if failed:
             raise runtime.first_error(error)
         if is_over or is_interrupted:

@@ -52,26 +52,6 @@ class Stopwatch:
         return self.total_seconds["data"] / step if step else 0.0
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, written at once. Records after `step`, where the run starts, are removed."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if path.is_file():
-            kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
-            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append a record. Raises OSError when the disk is full."""
-        rest = (json.dumps(record) + "\n").encode()
-        while rest:
-            rest = rest[self._file.write(rest) :]
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
     records = []
@@ -84,25 +64,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Sinks:
-    """Where metrics go: metrics.jsonl, and every tracker."""
+    """Where metrics go: metrics.jsonl at `path`, one JSON object a line, written at once, and every tracker. Records after
+    `step`, where the run starts, are removed from it.
+    """
 
-    def __init__(self, file: MetricsFile, trackers: list[Any]):
-        self.file, self.trackers = file, trackers
+    def __init__(self, path: Path, step: int, trackers: list[Any]):
+        self.path, self.trackers = path, trackers
         self.failure: UserError | None = None  # of a write; all processes of a run end together on it
+        if path.is_file():
+            kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl; trackers get its numbers as `<kind>/<name>` at its step."""
-        kind, step = record["kind"], record["step"]
+        kind, step, rest = record["kind"], record["step"], (json.dumps(record) + "\n").encode()
         numbers = {f"{kind}/{name}": value for name, value in record.items() if isinstance(value, int | float)}
         try:
-            self.file.write(record)
+            while rest:
+                rest = rest[self._file.write(rest) :]
             for tracker in self.trackers:
                 tracker.log(numbers, step=step)
         except OSError as error:
-            self.failure = disk_error(error, self.file.path) or UserError(f"{self.file.path}: {first_line(error)}")
+            self.failure = disk_error(error, self.path) or UserError(f"{self.path}: {first_line(error)}")
 
     def close(self) -> None:
-        self.file.close()
+        self._file.close()
         for tracker in self.trackers:
             tracker.finish()
 
@@ -167,9 +154,8 @@ def duration(seconds: float) -> str:
 def build_trackers(
     names: list[str], project: str, logging_dir: Path, config: Mapping[str, Any], wandb: dict[str, Any]
 ) -> list[Any]:
-    """Start the trackers and give each the flat configuration. `wandb` are keyword arguments of `wandb.init`.
-
-    Raises ConfigError for a name that no adapter has, UserError for one that is not installed or cannot start.
+    """Start the trackers and give each the flat configuration. `wandb` are keyword arguments of `wandb.init`. Raises
+    ConfigError for a name that no adapter has, UserError for one that is not installed or cannot start.
     """
     if not names:
         return []

@@ -7,12 +7,11 @@ from torch import nn
 
 from neobert.checkpoints.layouts import fused_parts
 from neobert.config.schema import Config
-from neobert.config.sections import MuonConfig
+from neobert.config.sections import MuonConfig, SchedulerConfig
 from neobert.errors import ConfigError, Problem
-from neobert.optim.build import GroupRule, OptimizerSettings, build_optimizer
+from neobert.optim.build import GroupRule, OptimizerSettings, Schedule, build_optimizer, lr_scale
 from neobert.optim.muon import MuonSettings
 from neobert.optim.qk_clip import QKClip, QKClipSettings
-from neobert.optim.schedule import Schedule, ScheduleSettings, build_schedule, lr_scale
 
 
 def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | None) -> torch.optim.Optimizer:
@@ -75,12 +74,23 @@ def muon_config(config: Config) -> MuonConfig:
     return config.optimizer.muon_config or MuonConfig()
 
 
+def build_schedule(s: SchedulerConfig, num_steps: int) -> Schedule:
+    """The schedule of a run of `num_steps`, which may end before its warmup does. Percentages are of `total_steps` (None: of
+    the run) and win over absolute steps. Raises ConfigError when a decay that was asked for ends before the warmup does.
+    """
+    total = s.total_steps or num_steps
+    warmup = round(total * s.warmup_percent / 100) if s.warmup_percent is not None else s.warmup_steps
+    end = round(total * s.decay_percent / 100) if s.decay_percent is not None else s.decay_steps or total
+    if warmup >= end and (s.decay_steps or s.decay_percent):
+        why = f"the decay ends at step {end}, before the warmup of {warmup} steps is over; lower the warmup"
+        raise ConfigError(Problem("scheduler", why))
+    start = max(warmup, end - round(total * s.wsd_decay_percent / 100)) if s.name == "wsd" else 0
+    return Schedule(s.name, warmup, end, s.final_lr_ratio, s.num_cycles, s.power, start)
+
+
 def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[str]]:
     """The learning-rate schedule of `num_steps`, and messages. Raises ConfigError."""
-    try:
-        schedule = build_schedule(ScheduleSettings(**config.scheduler.model_dump()), num_steps)
-    except ValueError as error:
-        raise ConfigError(Problem("scheduler", str(error))) from None
+    schedule = build_schedule(config.scheduler, num_steps)
     if config.trainer.max_steps != num_steps and schedule.warmup_steps >= num_steps:
         peak = config.optimizer.lr * lr_scale(num_steps - 1, schedule)
         return schedule, [

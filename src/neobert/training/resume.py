@@ -33,7 +33,7 @@ class Batches(Protocol):
     @property
     def position(self) -> Any: ...
 
-    def next_step(self, accumulation: int, /) -> list[Any]: ...  # of MicroBatch
+    def next_step(self, accumulation: int, /) -> list[Any]: ...  # of `Batch`
 
     def state_dict(self, position: Any = None, /) -> tuple[dict[str, Any], dict[str, Any]]: ...
 

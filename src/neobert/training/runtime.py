@@ -19,14 +19,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import neobert.training.deepspeed as zero
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error
 from neobert.optim.sharding import local
 from neobert.ranks import Ranks, launched_ranks
-from neobert.training.choices import choose_device, choose_engine, choose_precision, describe_arithmetic
-from neobert.training.machine import gpu_capability, keep_memory
+from neobert.training.choices import (
+    choose_device,
+    choose_engine,
+    choose_precision,
+    describe_arithmetic,
+    gpu_capability,
+    keep_memory,
+)
 
 ENGINES = {
     "ddp": "DDP (every process holds the whole model)",
@@ -83,8 +90,6 @@ class Runtime(Ranks):
         """Context of the forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    # --- the model -----------
-
     def distribute(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """The model as it is to be called. FSDP2 replaces parameters by shards, so the optimizer is built afterwards."""
         if self.engine == "ddp":
@@ -99,7 +104,7 @@ class Runtime(Ranks):
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         return model
 
-    def wrap_deepspeed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def wrap_deepspeed(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """The model to call and the optimizer to step: DeepSpeed's, or with other engines what `distribute` gave."""
         if self.engine != "deepspeed":
             return model, optimizer
@@ -140,8 +145,6 @@ class Runtime(Ranks):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
         return norm
-
-    # --- the other processes -----------
 
     def all_sum(self, *values: float) -> list[float]:
         """Sums over all processes, in float64 (exact for counts)."""
@@ -197,10 +200,9 @@ class Runtime(Ranks):
         if self.is_main:
             try:
                 result = function()
-            except UserError as failure:
-                error = failure
-            except OSError as failure:
-                if (error := disk_error(failure)) is None:
+            except (UserError, OSError) as failure:
+                error = failure if isinstance(failure, UserError) else disk_error(failure)
+                if error is None:
                     raise
         sent: list[Any] = [result, error]
         dist.broadcast_object_list(sent, 0, group=self.cpu_group)
@@ -250,13 +252,8 @@ def build_runtime(
     else:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    dtype, note = choose_precision(
-        mixed_precision,
-        kind,
-        cpu_has_amx=torch.cpu._is_amx_tile_supported(),
-        capability=gpu_capability(device),
-        trains=trains,
-    )
+    has_amx, capability = torch.cpu._is_amx_tile_supported(), gpu_capability(device)
+    dtype, note = choose_precision(mixed_precision, kind, has_amx=has_amx, capability=capability, trains=trains)
     owns_group = ranks.world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -283,13 +280,9 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
     return group
 
 
-# --- tensors that are split over processes -----------
-
-
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
-    """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask.
-
-    Norms of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.
+    """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask. Norms
+    of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.
     """
     whole: list[Tensor] = []
     split: list[Tensor] = []
@@ -325,9 +318,6 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process has ended."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv, got 0 bytes")
     return any(sign in str(error) for sign in signs)
-
-
-# --- this process -----------
 
 
 def seed_everything(*parts: int) -> None:

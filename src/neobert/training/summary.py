@@ -8,7 +8,7 @@ from neobert.config.explain import plain_json, show_config
 from neobert.config.schema import Config, known_keys
 from neobert.ranks import Ranks
 from neobert.training.loop import TrainState
-from neobert.training.metrics import MetricsFile, Sinks, Stopwatch, build_trackers, duration, wandb_run_id
+from neobert.training.metrics import Sinks, Stopwatch, build_trackers, duration, wandb_run_id
 from neobert.training.run_folder import OpenRun
 
 
@@ -71,7 +71,7 @@ def print_end(
 def build_sinks(config: Config, opened: OpenRun, ranks: Ranks, step: int) -> Sinks:
     """metrics.jsonl, with its rows up to `step`, and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
     if not ranks.is_main:
-        return Sinks(MetricsFile(Path(os.devnull), 0), [])
+        return Sinks(Path(os.devnull), 0, [])
     names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
     wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
     if "wandb" in names:
@@ -79,4 +79,4 @@ def build_sinks(config: Config, opened: OpenRun, ranks: Ranks, step: int) -> Sin
         wandb["id"] = wandb_run_id(opened.folder, opened.goes_on and config.wandb.resume != "never")
     flat = {key: plain_json(config.value_of(key)) for key in known_keys() if "muon_config." not in key}
     trackers = build_trackers(names, config.wandb.project, opened.folder / "trackers", flat, wandb)
-    return Sinks(MetricsFile(opened.folder / "metrics.jsonl", step), trackers)
+    return Sinks(opened.folder / "metrics.jsonl", step, trackers)

@@ -9,7 +9,7 @@ batching, so that every microbatch is full, and its open rows are part of the po
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import numpy as np
@@ -64,47 +64,38 @@ class Segmenter:
     cls_id: int
     sep_id: int
 
-    def __call__(self, document: Ids, cut: TruncationStats) -> list[Ids]:
-        """Pieces of one document; what is left out is counted in `cut`. An empty document gives none."""
-        room = self.max_length - 2
-        cut.num_documents += 1
-        cut.num_tokens += len(document)
-        cut.num_empty += not len(document)
-        cut.num_long += len(document) > room
-        if len(document) > room and self.policy != "split":
-            kept = room if self.policy == "truncate" else 0
-            cut.num_cut += len(document) - kept
-            document = document[:kept]
-        return [self._wrap(document[start : start + room]) for start in range(0, len(document), room)]
-
     def pieces(self, documents: list[Ids], cut: TruncationStats) -> list[Ids]:
-        """Pieces of several documents. Short ones are laid out together, 64 at a time, which costs a third."""
-        room, out = self.max_length - 2, []
-        for begin in range(0, len(documents), 64):
-            group = documents[begin : begin + 64]
-            lengths = list(map(len, group))
-            if min(lengths) == 0 or max(lengths) > room:
-                out += [piece for document in group for piece in self(document, cut)]
-                continue
-            cut.num_documents += len(group)
-            cut.num_tokens += sum(lengths)
+        """Pieces of several documents; what is left out is counted in `cut`. An empty document gives none.
+
+        They are laid out together, 64 at a time, which costs a third.
+        """
+        room, out = self.max_length - 2, list[Ids]()
+        lengths = list(map(len, documents))
+        cut.num_documents += len(lengths)
+        cut.num_tokens += sum(lengths)
+        cut.num_empty += lengths.count(0)
+        parts = documents
+        if 0 in lengths or max(lengths, default=0) > room:
+            parts = []
+            for document, length in zip(documents, lengths, strict=True):
+                kept = {"split": length, "truncate": room, "drop": 0}[self.policy] if length > room else length
+                cut.num_long += length > room
+                cut.num_cut += length - kept
+                parts += [document[start : start + room] for start in range(0, kept, room)]
+        for begin in range(0, len(parts), 64):
+            group = parts[begin : begin + 64]
             first, last = (np.array([token], dtype=group[0].dtype) for token in (self.cls_id, self.sep_id))
             flat = np.concatenate([part for ids in group for part in (first, ids, last)])
-            ends = list(accumulate(length + 2 for length in lengths))
-            out += [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+            ends = list(accumulate(len(ids) + 2 for ids in group))
+            out += [flat[a:b] for a, b in pairwise([0, *ends])]
         return out
-
-    def _wrap(self, ids: Ids) -> Ids:
-        piece = np.empty(len(ids) + 2, dtype=ids.dtype)
-        piece[0], piece[1:-1], piece[-1] = self.cls_id, ids, self.sep_id
-        return piece
 
 
 @dataclass
 class Packer:
     """Best fit over open rows. `add` takes a piece and returns the rows that it closed."""
 
-    row_length: int
+    row_length: int  # 0: no packing, every piece is a row
     max_open: int = MAX_OPEN
     _open: dict[int, tuple[list[Ids], int]] = field(default_factory=dict)  # (pieces, epoch) by number, oldest first
     _rooms: list[tuple[int, int]] = field(default_factory=list)  # (tokens that still fit, number), sorted
@@ -159,20 +150,3 @@ class Packer:
         self._open = {number: (list(row.pieces), row.epoch) for number, row in enumerate(rows)}
         self._rooms = sorted((self.row_length - row.num_tokens, number) for number, row in enumerate(rows))
         self._next = len(rows)
-
-
-@dataclass
-class OnePerRow:
-    """No packing: every piece is a row. The same interface as `Packer`, and no state."""
-
-    def add(self, piece: Ids, epoch: int) -> list[Row]:
-        return [Row((piece,), epoch)]
-
-    def flush(self) -> list[Row]:
-        return []
-
-    def state_dict(self) -> list[Row]:
-        return []
-
-    def load_state_dict(self, rows: Sequence[Row]) -> None:
-        assert not rows

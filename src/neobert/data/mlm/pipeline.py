@@ -10,19 +10,25 @@ A rank owns the shards whose number is its own modulo the number of ranks, and t
 may go on with any number of ranks that divides the shards. A shard that has ended gives empty batches until all shards of its
 rank have; then the loader ends, and the training loop fills up with empty batches (`Pipeline.empty_batch`) while other ranks
 have some.
+
+Masks are a pure function of (seed, epoch, row index). No generator is kept: every token's random number is a hash of its row's
+key and its position in the row, so a replayed or resumed row is masked exactly as before, on any number of ranks. All rows of
+a batch are hashed at once (about 10 ns per token).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import repeat
 from typing import Any
 
 import numpy as np
+import torch
 
-from neobert.data.batch import Batch, Loader, Saved, State
+from neobert.data.batch import IGNORED, Batch, Loader, RowLayout, Saved, State
 from neobert.data.files.documents import SkippedRows
-from neobert.data.mlm.masking import Collator
+from neobert.data.hashing import GOLDEN, hash_keys, mix
 from neobert.data.mlm.packing import Row, TruncationStats
 from neobert.data.mlm.row_source import Shard, Workers
 from neobert.data.tokenizer import Ids
@@ -32,6 +38,92 @@ from neobert.ranks import Ranks
 BATCHES_AHEAD = 4
 FORMAT = 2  # of saved positions; their JSON keeps its names
 ROWS = ("open_rows", "ready")
+
+
+# --- masking -----------
+
+
+@dataclass(frozen=True)
+class Masker:
+    """How rows are corrupted. With `final_probability` the rate changes linearly with the row index until `num_rows`."""
+
+    seed: int
+    probability: float
+    mask_all: bool
+    mask_id: int
+    special_ids: frozenset[int]
+    num_real: int
+    final_probability: float | None = None
+    num_rows: int = 0  # of the whole run, over all ranks
+
+    def rate(self, rows: np.ndarray) -> np.ndarray:
+        """The probability at row indices, float64."""
+        if self.final_probability is None:
+            return np.full(len(rows), self.probability)
+        done = np.clip(rows / max(1, self.num_rows), 0.0, 1.0)
+        return self.probability + (self.final_probability - self.probability) * done
+
+    @cached_property
+    def _maskable(self) -> np.ndarray:
+        """Which ids may be selected, by id."""
+        maskable = np.ones(max([self.num_real, *self.special_ids]) + 1, dtype=bool)
+        maskable[list(self.special_ids)] = False
+        return maskable
+
+    @cached_property
+    def _replacements(self) -> np.ndarray:
+        """The ids for random replacement."""
+        return np.flatnonzero(self._maskable[: self.num_real])
+
+    def __call__(self, ids_BT: np.ndarray, epochs_B: np.ndarray, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Corrupted ids and labels (-100: not selected), both int64, B x T.
+
+        Each token that is not special is selected with the probability of its row; of the selected, 80 % become [MASK],
+        10 % a random token, 10 % stay (arXiv 1810.04805), or all become [MASK] with `mask_all`.
+        """
+        keys_B = hash_keys(self.seed, epochs_B, rows_B)
+        positions_T = np.arange(1, ids_BT.shape[1] + 1, dtype=np.uint64) * GOLDEN
+        bits = mix(keys_B[:, None] + positions_T[None, :])
+        # 32 bits choose whether a token is selected, 16 what becomes of it, and a second hash the random replacement.
+        threshold_B = np.round(self.rate(rows_B) * 2**32).astype(np.uint64) << np.uint64(32)
+        selected = bits < threshold_B[:, None]
+        selected &= self._maskable[ids_BT]
+        labels = np.where(selected, ids_BT, np.int64(IGNORED))
+        inputs = ids_BT.astype(np.int64)
+        if self.mask_all:
+            inputs[selected] = self.mask_id
+            return inputs, labels
+        choice = (bits[selected] & np.uint64(0xFFFF)).astype(np.float64) / 2**16
+        random_ids = self._replacements[mix(bits[selected]) % np.uint64(len(self._replacements))]
+        inputs[selected] = np.select([choice < 0.8, choice < 0.9], [self.mask_id, random_ids], labels[selected])
+        return inputs, labels
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows -> masked batch. A packed row of several pieces is padded, too; its padding counts as one more document."""
+
+    masker: Masker
+    layout: RowLayout
+
+    def __call__(self, rows: list[Row], epoch: int) -> Batch:
+        ids, packed = [row.ids for row in rows], self.layout.packed
+        epochs_B, indices_B = np.array([row.epoch for row in rows]), np.array([row.index for row in rows])
+        inputs, labels = self.masker(self.layout.pad(ids, self.layout.pad_id), epochs_B, indices_B)
+        T = inputs.shape[1]
+        lengths = (n for row in rows for n in (*map(len, row.pieces), T - row.num_tokens) if n)
+        return Batch(
+            torch.from_numpy(inputs),
+            torch.from_numpy(labels),
+            None if packed else self.layout.mask(ids),
+            tuple(lengths) if packed else None,
+            num_targets=int((labels != IGNORED).sum()),
+            num_tokens=sum(map(len, ids)),
+            epoch=epoch,
+        )
+
+
+# --- the pipeline -----------
 
 
 @dataclass
@@ -44,9 +136,7 @@ class Pipeline:
     batch_size: int
     seed: int = 0
     fill_last: bool = False  # a shard's last, short microbatch is filled up with empty rows
-
-    def __post_init__(self) -> None:
-        self.num_done = 0
+    num_done: int = 0
 
     def batches(self) -> Iterator[tuple[Batch, State]]:
         """Masked microbatches, each with the position after it."""
@@ -56,7 +146,12 @@ class Pipeline:
     def _microbatches(self) -> Iterator[list[Row]]:
         """The rows of the microbatches; shards take turns, those that have ended with empty rows."""
         while self.num_done % len(self.shards) or not all(shard.is_done() for shard in self.shards):
-            rows = self._take(self.shards[self.num_done % len(self.shards)])
+            shard, rows = self.shards[self.num_done % len(self.shards)], list[Row]()
+            while len(rows) < self.batch_size and not (rows and rows[-1].ends_batch):
+                row = shard.next()
+                if row is None:
+                    break
+                rows.append(row)
             if not rows or self.fill_last:
                 rows += self._empty_rows()[len(rows) :]
             self.num_done += 1
@@ -66,14 +161,6 @@ class Pipeline:
     def epoch(self) -> int:
         """The epoch that all of these shards have got to."""
         return min(shard.epoch for shard in self.shards)
-
-    def _take(self, shard: Shard) -> list[Row]:
-        rows: list[Row] = []
-        while len(rows) < self.batch_size and (row := shard.next()) is not None:
-            rows.append(row)
-            if row.ends_batch:
-                break
-        return rows
 
     def _empty_rows(self) -> list[Row]:
         """A batch of [CLS] [SEP]: nothing in it can be masked."""
@@ -120,13 +207,13 @@ class Pipeline:
         }
 
 
-class PipelineLoader(Loader[State]):
+class PipelineLoader(Loader):
     """Batches of a pipeline, made ahead by one thread."""
 
     def __init__(self, pipeline: Pipeline, pin_memory: bool = False):
-        super().__init__(pipeline.state_dict(), num_threads=1, num_ahead=BATCHES_AHEAD)
-        self.pipeline = pipeline
-        self._pin = pin_memory
+        # The pipeline's fingerprint reads files: it is asked for when a position is saved or loaded.
+        super().__init__(pipeline.state_dict(), {}, num_threads=1, num_ahead=BATCHES_AHEAD)
+        self.pipeline, self._pin = pipeline, pin_memory
         self.observe: Callable[[Batch, int], None] | None = None  # called with every batch used and its number, from 1
 
     def __next__(self) -> Batch:
@@ -145,12 +232,29 @@ class PipelineLoader(Loader[State]):
         self.pipeline.workers.close()
 
     def state_dict(self, position: State | None = None) -> Saved:
-        pipeline = self.pipeline
-        return write_position(position or self.position, pipeline.fingerprint(), pipeline.workers.tokenizer.dtype)
+        position, arrays = position or self.position, dict[str, np.ndarray]()
+        dtype = self.pipeline.workers.tokenizer.dtype
+        shards = {}
+        for number, shard in position["shards"].items():
+            found = enumerate(shard["sources"])
+            sources = [_write_source(arrays, f"{number}.{n}.", source, dtype) for n, source in found]
+            shards[str(number)] = {**shard, "sources": sources}
+        turns, rest = divmod(position["num_batches"], len(shards))
+        state = {"lanes_per_rank": len(shards), "turns": turns, "rest": rest, "lanes": shards}
+        return {"fingerprint": self.pipeline.fingerprint(), **state}, arrays
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        numbers = [shard.index for shard in self.pipeline.shards]
-        self.position = read_position((state, arrays), numbers, self.pipeline.fingerprint())
+        check_fingerprint(state["fingerprint"], self.pipeline.fingerprint())
+        shards = {}
+        for number in (shard.index for shard in self.pipeline.shards):
+            shard = state["lanes"].get(str(number))
+            if shard is None:
+                missing = "the files of a rank are missing"
+                raise CheckpointError(f"the checkpoint holds no position of shard {number}; {missing}")
+            sources = [_read_source(arrays, f"{number}.{n}.", source) for n, source in enumerate(shard["sources"])]
+            shards[number] = {**shard, "sources": sources}
+        rest = state["rest"] if state["lanes_per_rank"] == len(shards) else 0  # or else with the first shard again
+        self.position = {"num_batches": state["turns"] * len(shards) + rest, "shards": shards}
         self.pipeline.load_state_dict(self.position)
 
     def describe_used(self) -> list[str]:
@@ -183,38 +287,6 @@ def shards_of(ranks: Ranks, num_shards: int) -> list[int]:
 # --- positions on disk -----------
 
 
-def write_position(position: State, fingerprint: dict[str, Any], dtype: type) -> Saved:
-    """The position of `Pipeline.state_dict` as JSON and arrays."""
-    arrays: dict[str, np.ndarray] = {}
-    shards = {
-        str(number): {
-            **shard,
-            "sources": [_write_source(arrays, f"{number}.{n}.", one, dtype) for n, one in enumerate(shard["sources"])],
-        }
-        for number, shard in position["shards"].items()
-    }
-    turns, rest = divmod(position["num_batches"], len(shards))
-    state = {"lanes_per_rank": len(shards), "turns": turns, "rest": rest, "lanes": shards}
-    return {"fingerprint": fingerprint, **state}, arrays
-
-
-def read_position(saved: Saved, shard_numbers: list[int], fingerprint: dict[str, Any]) -> State:
-    """The position of the given shards. Raises CheckpointError when the data, or its deal to ranks, is not the same."""
-    state, arrays = saved
-    check_fingerprint(state["fingerprint"], fingerprint)
-    shards = {}
-    for number in shard_numbers:
-        shard = state["lanes"].get(str(number))
-        if shard is None:
-            raise CheckpointError(
-                f"the checkpoint holds no position of shard {number}; the files of a rank are missing"
-            )
-        sources = [_read_source(arrays, f"{number}.{n}.", one) for n, one in enumerate(shard["sources"])]
-        shards[number] = {**shard, "sources": sources}
-    rest = state["rest"] if state["lanes_per_rank"] == len(shards) else 0  # or else with the first shard again
-    return {"num_batches": state["turns"] * len(shards) + rest, "shards": shards}
-
-
 def join_positions(positions: list[Saved]) -> Saved:
     """What all ranks saved, as one position, from which any number of ranks that divides the shards can go on."""
     if "lanes" not in positions[0][0]:  # the same in all ranks
@@ -235,9 +307,8 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"the data was dealt to {saved['lanes']} shards when the checkpoint was written, and {current['lanes']} processes "
             f"cannot share those equally: resume with a number of processes that divides {saved['lanes']}"
         )
-    changed = [
-        f"{name} (was {saved.get(name)}, is {current[name]})" for name in current if saved.get(name) != current[name]
-    ]
+    different = [name for name in current if saved.get(name) != current[name]]
+    changed = [f"{name} (was {saved.get(name)}, is {current[name]})" for name in different]
     if changed:
         raise CheckpointError(
             f"the data position of the checkpoint does not fit this run: changed {', '.join(changed)}. "

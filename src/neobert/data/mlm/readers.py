@@ -49,26 +49,20 @@ class CorpusReader:
 
     def read(self) -> list[Any]:
         block: list[Any] = []
-        num_characters = 0
-        while self.position < len(self.corpus) and len(block) < BLOCK_DOCUMENTS and num_characters < BLOCK_CHARACTERS:
-            for document in self._fetch():
+        num_characters, size, world = 0, len(self.corpus), self.ranks.world_size
+        step = (FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS) * world
+        while self.position < size and len(block) < BLOCK_DOCUMENTS and num_characters < BLOCK_CHARACTERS:
+            indices = np.arange(self.position + self.ranks.rank, min(size, self.position + step), world)
+            self.position = min(size, self.position + step)
+            if self.seed is not None:
+                indices = permute(indices, size, hash_key(self.seed, self.epoch))
+            for document in self.corpus.fetch(indices) if len(indices) else []:
                 if isinstance(document, Unusable):
                     self.skips.add(document)
                     continue
                 block.append(document)
                 num_characters += len(document)
         return block
-
-    def _fetch(self) -> list[Any]:
-        count = FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS
-        end = min(len(self.corpus), self.position + count * self.ranks.world_size)
-        indices = np.arange(self.position + self.ranks.rank, end, self.ranks.world_size)
-        self.position = end
-        if not len(indices):
-            return []
-        if self.seed is not None:
-            indices = permute(indices, len(self.corpus), hash_key(self.seed, self.epoch))
-        return self.corpus.fetch(indices)
 
     def next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0

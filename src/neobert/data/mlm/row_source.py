@@ -18,7 +18,7 @@ import numpy as np
 
 from neobert.data.batch import State
 from neobert.data.hashing import choose_sources, hash_keys
-from neobert.data.mlm.packing import OnePerRow, Packer, Row, Segmenter, TruncationStats
+from neobert.data.mlm.packing import Packer, Row, Segmenter, TruncationStats
 from neobert.data.mlm.readers import Reader, StreamReader
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
@@ -88,15 +88,10 @@ class Workers:
             self.pool = tokenizing_threads(self.count)
         return self.pool.submit(self.tokenizer.encode, documents)
 
-    def end_epoch(self) -> None:
-        """Without `persistent`, new threads from now on; blocks in flight are still finished."""
-        if not self.persistent and self.pool is not None:
-            self.pool.shutdown(wait=False)
-            self.pool = None
-
-    def close(self) -> None:
+    def close(self, cancel: bool = True) -> None:
+        """Stop the threads; without `cancel` they finish the blocks in flight. Another text starts new ones."""
         if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool.shutdown(wait=False, cancel_futures=cancel)
             self.pool = None
 
 
@@ -107,19 +102,19 @@ class RowSource:
     reader: Reader
     workers: Workers
     segmenter: Segmenter
-    packer: Packer | OnePerRow
+    packer: Packer
     buffer: ShuffleBuffer
     name: str = ""
     num_epochs: int | None = None
     group: int | None = None  # pack so many pieces by themselves, and end the microbatch after them
     min_rows: int = 1  # that the first epoch must give; 0: none needed
+    ready: deque[Row] = field(default_factory=deque)
+    cut: TruncationStats = field(default_factory=TruncationStats)
+    epoch: int = 0  # of the newest row handed out
+    num_rows: int = 0  # handed out since the run began
+    num_packed: int = 0  # pieces since the last group
 
     def __post_init__(self) -> None:
-        self.ready: deque[Row] = deque()
-        self.cut = TruncationStats()
-        self.epoch = 0  # of the newest row handed out
-        self.num_rows = 0  # handed out since the run began
-        self.num_packed = 0  # pieces since the last group
         self._after = self.reader.state_dict()  # the last block taken
         self._blocks: Iterator[tuple[list[Ids], int, State]] | None = None
         self._frozen: State | None = None  # what of the position stays the same until the next block
@@ -147,20 +142,16 @@ class RowSource:
     def _take(self, documents: list[Ids], epoch: int, after: State) -> None:
         """Bring a block of documents into rows; an empty block ends an epoch."""
         pieces = self.segmenter.pieces(documents, self.cut)
-        self._pack(self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch), epoch)
+        for piece in self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch):
+            self.ready.extend(self.packer.add(piece, epoch))
+            if self.group is not None:
+                self.num_packed += 1
+                if self.num_packed == self.group:
+                    self._flush()
         if not documents:
             self._flush()  # a row holds documents of one epoch
             self._check_epoch(epoch)
         self._after, self._frozen = after, None
-
-    def _pack(self, pieces: list[Ids], epoch: int) -> None:
-        ready, add, group = self.ready, self.packer.add, self.group
-        for piece in pieces:
-            ready.extend(add(piece, epoch))
-            if group is not None:
-                self.num_packed += 1
-                if self.num_packed == group:
-                    self._flush()
 
     def _flush(self) -> None:
         self.ready.extend(self.packer.flush())
@@ -173,9 +164,8 @@ class RowSource:
         found = self.num_rows + len(self.ready)
         if epoch > 0 or found >= self.min_rows:
             return
-        of = f" ({self.name})" if self.name else ""
+        of, ranks = f" ({self.name})" if self.name else "", self.reader.ranks
         why = self.reader.skips.describe(self.cut.num_empty, " ({})")
-        ranks = self.reader.ranks
         if not found and ranks.world_size > 1:
             raise DataError(
                 f"reader {ranks.rank + 1} of {ranks.world_size} of the corpus{of} is empty{why}: documents are dealt to as "
@@ -206,8 +196,8 @@ class RowSource:
             pending.append((self.workers.submit(documents), epoch, self.reader.state_dict()))
             while len(pending) > self.workers.num_ahead or (pending and not documents):
                 yield oldest()
-            if not documents:
-                self.workers.end_epoch()
+            if not documents and not self.workers.persistent:
+                self.workers.close(cancel=False)
         while pending:
             yield oldest()
 
@@ -241,7 +231,7 @@ class RowSource:
             "streaming": isinstance(self.reader, StreamReader),
             "piece_length": self.segmenter.max_length,
             "long_documents": self.segmenter.policy,
-            "row_length": getattr(self.packer, "row_length", None),
+            "row_length": self.packer.row_length or None,
             "shuffle_buffer_size": self.buffer.size,
             "group": self.group,
         }
@@ -271,7 +261,7 @@ class Shard:
         if row is None:
             return None
         self.num_rows += 1
-        return Row(row.pieces, row.epoch, index, row.ends_batch)
+        return replace(row, index=index)
 
     def is_done(self) -> bool:
         """Whether there is no more row. Reads on where it has to; no row is taken."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.data.batch import Batch, Loader, RowLayout, Saved, require_same
+from neobert.data.batch import Batch, Loader, RowLayout, State
 from neobert.data.files.documents import Corpus, SkippedRows
 from neobert.data.files.rows import Unusable
 from neobert.data.hashing import choose_sources, hash_key, hash_keys, permute
@@ -63,15 +63,8 @@ class PairSource:
         keys, positives = table.keys[rows], table.positives[rows]
         if table.is_labelled:
             positives = table.anchors[self._partners(rows, epochs)]
-        anchors = table.anchors[rows]
-        return Drawn(
-            anchors,
-            positives,
-            [table.negatives[int(row)] for row in rows],
-            keys,
-            keys if table.is_labelled else anchors,
-            self._ids,
-        )
+        anchors, negatives = table.anchors[rows], table.negatives.pick(rows)
+        return Drawn(anchors, positives, negatives, keys, keys if table.is_labelled else anchors, table.texts.pick)
 
     def _partners(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """For every row another one of its class, drawn by (seed, epoch, row)."""
@@ -82,9 +75,6 @@ class PairSource:
         steps = 1 + (hash_keys(self.seed, epochs, rows) % (sizes - 1).astype(np.uint64)).astype(np.int64)
         return self.members[begins + (own[rows] - begins + steps) % sizes]
 
-    def _ids(self, numbers: np.ndarray) -> list[Ids]:
-        return [self.table.texts[int(number)] for number in numbers]
-
     def state_dict(self) -> dict[str, int]:
         return {"num_used": self.num_used}
 
@@ -92,37 +82,36 @@ class PairSource:
         self.num_used = state["num_used"]
 
 
+@dataclass
 class TextSource:
     """Texts of a corpus, each its own positive: two passes with different dropout (SimCSE). Shorter ones are passed over."""
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        seed: int,
-        min_length: int,
-        encode: Callable[[list[str]], list[Ids]],
-        skips: SkippedRows,
-        name: str,
-    ):
-        self.corpus, self.seed, self.min_length, self.encode = corpus, seed, min_length, encode
-        self.skips, self.name = skips, name
-        self.position = 0  # documents passed, over all epochs
-        self.num_used = 0
+    corpus: Corpus
+    seed: int
+    min_length: int
+    encode: Callable[[list[str]], list[Ids]]
+    skips: SkippedRows
+    name: str
+    position: int = 0  # documents passed, over all epochs
+    num_used: int = 0
 
     def take(self, count: int) -> Drawn:
         texts: list[str] = []
         begin, size = self.position, len(self.corpus)
         while len(texts) < count:
-            for text in self._fetch():
+            epoch, offset = divmod(self.position, size)
+            indices = np.arange(offset, min(offset + FETCH_TEXTS, size))
+            for text in self.corpus.fetch(permute(indices, size, hash_key(self.seed, epoch))):
                 self.position += 1
-                if text is not None:
+                if isinstance(text, Unusable):
+                    self.skips.add(text)
+                elif len(text) >= self.min_length:
                     texts.append(text)
                 if len(texts) == count:
                     break
             if not self.num_used and not texts and self.position - begin >= size:
-                raise DataError(
-                    f"{self.name}: none of its {size:,} texts has {self.min_length:,} characters; lower dataset.min_length"
-                )
+                least = f"{self.min_length:,} characters; lower dataset.min_length"
+                raise DataError(f"{self.name}: none of its {size:,} texts has {least}")
         self.num_used += count
         numbers: dict[str, int] = {}
         rows = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
@@ -130,22 +119,13 @@ class TextSource:
         if count > 1 and len(different) == 1:
             raise DataError(f"{self.name}: {count:,} texts in a row are all the same; there is nothing to tell apart")
         none = [np.zeros(0, dtype=np.int64)] * count
-        return Drawn(rows, rows, none, rows, rows, lambda wanted: self._ids(different, wanted))
 
-    def _fetch(self) -> list[str | None]:
-        """The next documents; None for one that is not used."""
-        epoch, offset = divmod(self.position, len(self.corpus))
-        indices = np.arange(offset, min(offset + FETCH_TEXTS, len(self.corpus)))
-        found = self.corpus.fetch(permute(indices, len(self.corpus), hash_key(self.seed, epoch)))
-        for text in found:
-            if isinstance(text, Unusable):
-                self.skips.add(text)
-        return [None if isinstance(text, Unusable) or len(text) < self.min_length else text for text in found]
+        def encode(wanted: np.ndarray) -> list[Ids]:
+            chosen, indices = np.unique(wanted, return_inverse=True)
+            ids = self.encode([different[number] for number in chosen])
+            return [ids[index] for index in indices]
 
-    def _ids(self, texts: list[str], wanted: np.ndarray) -> list[Ids]:
-        numbers, indices = np.unique(wanted, return_inverse=True)
-        ids = self.encode([texts[number] for number in numbers])
-        return [ids[index] for index in indices]
+        return Drawn(rows, rows, none, rows, rows, encode)
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position, "num_used": self.num_used}
@@ -157,47 +137,33 @@ class TextSource:
 Source = PairSource | TextSource  # rows without end, with a position
 
 
-class PairLoader(Loader[dict[str, Any]]):
+class PairLoader(Loader):
     """Batches without end, made ahead by a thread, or when they are asked for."""
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        weights: list[float],
-        layout: RowLayout,
-        ranks: Ranks,
-        batch_size: int,
-        seed: int,
-        views: int,
-        batches_per_epoch: int,
-        fingerprint: dict[str, Any],
-        ahead: bool = True,
-    ):
+        self, sources: Sequence[Source], weights: list[float], layout: RowLayout, ranks: Ranks, batch_size: int, seed: int,
+        views: int, batches_per_epoch: int, fingerprint: dict[str, Any], ahead: bool = True,
+    ):  # fmt: skip
         """`batch_size`: of this process. `views`: targets per row, 1, or 2 where positives are anchors too."""
         self.sources, self.weights, self.layout, self.ranks, self.seed = sources, weights, layout, ranks, seed
-        self.batch_size, self.views, self.batches_per_epoch = batch_size, views, batches_per_epoch
-        self.fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
-        self.num_made = 0
-        super().__init__(self._made(), int(ahead), BATCHES_AHEAD)
+        self.batch_size, self.views, self.batches_per_epoch, self.num_made = batch_size, views, batches_per_epoch, 0
+        fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
+        super().__init__(self._made(), fingerprint, int(ahead), BATCHES_AHEAD)
 
-    def _made(self) -> dict[str, Any]:
+    def _made(self) -> State:
         """The position after the last batch that was made."""
         return {"num_batches": self.num_made, "sources": [source.state_dict() for source in self.sources]}
 
-    def jobs(self) -> Iterator[Callable[[], tuple[Batch, dict[str, Any]]]]:
+    def jobs(self) -> Iterator[Callable[[], tuple[Batch, State]]]:
         return repeat(self._make)
 
-    def _make(self) -> tuple[Batch, dict[str, Any]]:
+    def _make(self) -> tuple[Batch, State]:
         number = int(choose_sources(np.array([self.num_made]), self.weights, self.seed)[0])
-        drawn = self.sources[number].take(self.batch_size * self.ranks.world_size)
+        B, world, rank = self.batch_size, self.ranks.world_size, self.ranks.rank
+        drawn = self.sources[number].take(B * world)
         self.num_made += 1
-        return self._collate(drawn), self._made()
-
-    def _collate(self, drawn: Drawn) -> Batch:
-        B, world = self.batch_size, self.ranks.world_size
-        own = slice(self.ranks.rank * B, (self.ranks.rank + 1) * B)
+        own, none = slice(rank * B, (rank + 1) * B), np.zeros(0, dtype=np.int64)
         counts = np.array([len(part) for part in drawn.negatives])
-        none = np.zeros(0, dtype=np.int64)
         numbers = np.concatenate([drawn.anchors_G[own], drawn.positives_G[own], none, *drawn.negatives[own]])
         keys: dict[str, Any] = {
             "row_keys_G": torch.from_numpy(drawn.row_keys_G),
@@ -207,22 +173,20 @@ class PairLoader(Loader[dict[str, Any]]):
             "num_negatives": tuple(counts.reshape(world, B).sum(1).tolist()),
         }
         epoch = self.num_made // self.batches_per_epoch
-        return self.layout.batch(drawn.encode(numbers), num_targets=self.views * B, epoch=epoch, keys=keys)
+        return self.layout.batch(
+            drawn.encode(numbers), num_targets=self.views * B, epoch=epoch, keys=keys
+        ), self._made()
 
     def steps_left(self, num_epochs: int, accumulation: int) -> int:
         """Steps of `accumulation` batches until the end of so many epochs, each of which is a whole number of steps."""
         num_batches = math.ceil(self.batches_per_epoch / accumulation) * accumulation * num_epochs
         return max(0, math.ceil((num_batches - self.position["num_batches"]) / accumulation))
 
-    def state_dict(self, position: dict[str, Any] | None = None) -> Saved:
-        return {**(position or self.position), "fingerprint": self.fingerprint}, {}
-
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        require_same(state.get("fingerprint", {}), self.fingerprint)
+        super().load_state_dict(state, arrays)
         self.num_made = state["num_batches"]
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
-        self.position = self._made()
 
     def describe_used(self) -> list[str]:
         """What was passed over in plain text so far, what was made ahead included."""

@@ -7,7 +7,7 @@ A text that occurs several times is kept and tokenised once, and its number says
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -32,24 +32,17 @@ Kind = Literal["pairs", "labels", "scores", "texts"]
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "pairs": ("anchor", "positive"), "scores": ("text1", "text2", "score"), "labels": ("text", "label"), "texts": ("text",),
 }  # fmt: skip
+WAYS = "; or ".join(", ".join(needed) for needed in NEEDED.values())
 ROLES = ("anchor", "positive", "negative", "text", "label", "text1", "text2", "score")
 
 # Names of columns that are understood by themselves, most specific first; all of a line have to be there.
 USUAL: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-    ("pairs", ("anchor", "positive")),
-    ("pairs", ("query", "positive")),
-    ("pairs", ("query", "pos")),
-    ("pairs", ("query", "answer")),
-    ("pairs", ("question", "answer")),
-    ("scores", ("sentence1", "sentence2", "score")),
-    ("scores", ("text1", "text2", "score")),
-    ("scores", ("sentence1", "sentence2", "label")),
-    ("pairs", ("sentence1", "sentence2")),
-    ("pairs", ("text1", "text2")),
-    ("labels", ("text", "label")),
-    ("labels", ("sentence", "label")),
-    ("texts", ("text",)),
-)
+    ("pairs", ("anchor", "positive")), ("pairs", ("query", "positive")), ("pairs", ("query", "pos")),
+    ("pairs", ("query", "answer")), ("pairs", ("question", "answer")),
+    ("scores", ("sentence1", "sentence2", "score")), ("scores", ("text1", "text2", "score")),
+    ("scores", ("sentence1", "sentence2", "label")), ("pairs", ("sentence1", "sentence2")), ("pairs", ("text1", "text2")),
+    ("labels", ("text", "label")), ("labels", ("sentence", "label")), ("texts", ("text",)),
+)  # fmt: skip
 NEGATIVES = ("negative", "negatives", "neg")  # and negative_1, negative_2, ...
 
 
@@ -78,7 +71,7 @@ class PairSet:
 
 
 def _set(name: str, config: str | None, *columns: str) -> PairSet:
-    roles = NEEDED["scores"] if columns[-1] == "score" else ("anchor", "positive", "negative")
+    roles = NEEDED["scores"] if columns[-1] == "score" else ROLES
     return PairSet(f"sentence-transformers/{name}", config, dict(zip(roles, columns, strict=False)))
 
 
@@ -127,27 +120,19 @@ def find_roles(names: list[str], wanted: dict[str, str], path: str, key: str = "
         for kind, needed in NEEDED.items():
             if set(needed) <= set(wanted) and not set(wanted) - set(needed) - {"negative"}:
                 return _roles(kind, {role: wanted[role] for role in needed}, names, wanted.get("negative"))
-        raise DataError(f"{key}: {', '.join(wanted)} do not make a row; {_ways()}")
+        raise DataError(f"{key}: {', '.join(wanted)} do not make a row; {WAYS}")
     for kind, usual in USUAL:
         if set(usual) <= set(names):
             return _roles(kind, dict(zip(NEEDED[kind], usual, strict=True)), names, None)
     if len(names) == 1:
         return Roles("texts", {"text": names[0]})
-    raise DataError(f"{key}: {there}, and none of the usual ones; say what they are: {_ways()}")
-
-
-def _ways() -> str:
-    return "; or ".join(", ".join(needed) for needed in NEEDED.values())
+    raise DataError(f"{key}: {there}, and none of the usual ones; say what they are: {WAYS}")
 
 
 def _roles(kind: Kind, columns: dict[str, str], names: list[str], negative: str | None) -> Roles:
-    if kind != "pairs":
-        return Roles(kind, columns)
-    if negative is not None:
-        return Roles(kind, columns, (negative,))
-    numbered = [name for name in names if name.startswith("negative_")]
-    found = [name for name in names if name in NEGATIVES] + numbered
-    return Roles(kind, columns, tuple(name for name in found if name not in columns.values()))
+    found = [name for name in names if name in NEGATIVES] + [name for name in names if name.startswith("negative_")]
+    found = [name for name in found if name not in columns.values()] if negative is None else [negative]
+    return Roles(kind, columns, tuple(found) if kind == "pairs" else ())
 
 
 # --- rows of files -----------
@@ -187,11 +172,7 @@ class Examples:
 
 
 def read_examples(
-    paths: Sequence[str],
-    roles: Roles,
-    name: str,
-    skips: SkippedRows,
-    bounds: tuple[str | None, str | None] = (None, None),
+    paths: list[str], roles: Roles, name: str, skips: SkippedRows, bounds: tuple[str | None, str | None] = (None, None)
 ) -> Examples:
     """All rows of `paths`, or the slice of them that `bounds` says. Raises DataError, also when none can be used."""
     rows = [example for path in paths for example in _read_file(path, roles, skips)]
@@ -234,29 +215,25 @@ def _examples(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iter
     elif reason := _why_unusable([(role, cell) for role, cell in cells.items() if role.startswith("text")]):
         yield reason
     elif roles.kind == "scores":
-        score = _score(cells["score"], roles.columns["score"], path, offset)
+        score, column = _number(cells["score"]), roles.columns["score"]
+        if score is None or not math.isfinite(score):
+            raise DataError(f"{place(path, offset)}: {column} is {cells['score']!r}, and a score is a number")
         yield Example(cells["text1"], cells["text2"], (), score)
     else:
         label = _label(cells["label"], roles.columns["label"], path, offset) if roles.kind == "labels" else None
         yield Example(cells["text"], cells["text"], (), label)
 
 
-def _score(value: Any, column: str, path: str, offset: int) -> float:
+def _number(value: Any) -> float | None:
     try:
-        score = float(value)
+        return float(value)
     except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise DataError(f"{place(path, offset)}: {column} is {value!r}, and a score is a number")
-    return score
+        return None
 
 
 def _label(value: Any, column: str, path: str, offset: int) -> str:
     """A class as text. Raises DataError for what is no class."""
-    try:
-        number = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = None
+    number = None if isinstance(value, bool) else _number(value)
     if number is not None and not number.is_integer():
         raise DataError(
             f"{place(path, offset)}: {column} is {value!r}, a score where a label is expected (a whole number or a name); "
@@ -295,11 +272,9 @@ class Ragged:
         ends = np.cumsum([0, *map(len, rows)])[1:]
         return Ragged(np.concatenate([np.zeros(0, dtype), *(np.asarray(row, dtype) for row in rows)]), ends)
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.values[self.ends[number - 1] if number else 0 : self.ends[number]]
+    def pick(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """The arrays with these numbers."""
+        return [self.values[self.ends[number - 1] if number else 0 : self.ends[number]] for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -320,12 +295,14 @@ class PairTable:
 
 
 def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Example], list[str]]:
-    """The rows that make positive pairs, and notes on the others. Raises DataError when nothing can be told apart."""
-    rows, kind, name, notes = examples.rows, examples.roles.kind, examples.name, []
+    """The rows that make positive pairs, and messages on the others. Raises DataError when nothing can be told apart."""
+    rows, kind, name, messages = examples.rows, examples.roles.kind, examples.name, []
     if kind == "scores":
         least = POSITIVE_SHARE * max(row.value for row in rows) if min_score is None else min_score
         kept = [row for row in rows if row.value >= least]
-        notes = [f"{name}: {len(kept):,} of {len(rows):,} pairs have a score of at least {least:g} and are positives"]
+        messages = [
+            f"{name}: {len(kept):,} of {len(rows):,} pairs have a score of at least {least:g} and are positives"
+        ]
         rows = kept
         if not rows:
             raise DataError(f"{name}: no score of at least {least:g}; lower contrastive.min_score")
@@ -335,19 +312,17 @@ def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Exa
             raise DataError(f"{name}: one class only, {next(iter(sizes))!r}; there is nothing to tell its texts from")
         kept = [row for row in rows if sizes[row.value] > 1]
         if alone := len(rows) - len(kept):
-            notes = [f"{name}: {alone:,} texts are alone in their class and left out"]
+            messages = [f"{name}: {alone:,} texts are alone in their class and left out"]
         rows = kept
     keys = {row.value for row in rows} if kind == "labels" else {row.positive for row in rows}
     if len({row.anchor for row in rows}) < 2 or (len(keys) < 2 and not any(row.negatives for row in rows)):
         what = "classes of two texts or more" if kind == "labels" else "different texts"
         raise DataError(f"{name}: its {len(rows):,} rows have no two {what}, so there is nothing to tell apart")
-    return rows, notes
+    return rows, messages
 
 
-def build_table(
-    rows: list[Example], hf_tokenizer: Any, max_length: int, truncate: bool, name: str, show_bar: bool = False
-) -> PairTable:
-    """Rows with their texts tokenised. Raises DataError for longer texts where `truncate` is off."""
+def build_table(rows: list[Example], encode: Callable[[list[str]], list[Ids]]) -> PairTable:
+    """Rows with their texts as the token ids that `encode` gives."""
     numbers: dict[str, int] = {}
 
     def number(text: str) -> int:
@@ -359,8 +334,7 @@ def build_table(
     is_labelled = rows[0].value is not None and rows[0].anchor is rows[0].positive
     labels: dict[str, int] = {}
     keys = np.array([labels.setdefault(row.value, len(labels)) for row in rows]) if is_labelled else positives
-    ids = encode_texts(hf_tokenizer, list(numbers), max_length, truncate, name, show_bar)
-    return PairTable(Ragged.of(ids, np.int32), anchors, positives, negatives, keys, is_labelled)
+    return PairTable(Ragged.of(encode(list(numbers)), np.int32), anchors, positives, negatives, keys, is_labelled)
 
 
 def encode_texts(
@@ -371,14 +345,9 @@ def encode_texts(
     cut = {"truncation": True, "max_length": max_length} if truncate else {}
     begins = range(0, len(texts), TEXTS_AT_ONCE)
     for begin in tqdm(begins, f"tokenising {name}", unit_scale=TEXTS_AT_ONCE, disable=not show_bar, leave=False):
-        encoded = hf_tokenizer(
-            texts[begin : begin + TEXTS_AT_ONCE],
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            **cut,
-        )["input_ids"]
-        out += [np.array(ids, dtype=np.int32) for ids in encoded]
+        some = texts[begin : begin + TEXTS_AT_ONCE]
+        encoded = hf_tokenizer(some, padding=False, return_attention_mask=False, return_token_type_ids=False, **cut)
+        out += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
     if not truncate and (longest := max(map(len, out), default=0)) > max_length:
         text = texts[next(i for i, ids in enumerate(out) if len(ids) > max_length)]
         raise DataError(

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +49,24 @@ class Place:
     weight: float = 1.0
 
     @property
+    def origin(self) -> str:
+        return self.dataset.path or self.dataset.name
+
+    @property
     def name(self) -> str:
-        return f"{self.key}: {self.dataset.path or self.dataset.name}"
+        return f"{self.key}: {self.origin}"
 
     def choose(self, key: str, wanted: str | None, usual: str | None) -> Choice:
         """(split, begin and end of its slice) that `wanted` says, or the usual one. Raises DataError saying what is there."""
-        return choose_split(self.splits, wanted, usual, self.dataset.path or self.dataset.name, f"{self.key}.{key}")
+        return choose_split(self.splits, wanted, usual, self.origin, f"{self.key}.{key}")
 
     def roles(self, split: str, columns: dict[str, str]) -> Roles:
         """What the rows of a split are. Raises DataError."""
         return roles_of(self.splits[split], columns, f"{self.key}.columns")
+
+    def read(self, choice: Choice, roles: Roles, name: str, skips: SkippedRows) -> Examples:
+        """The rows of a slice of a split. Raises DataError with `name`."""
+        return read_examples(self.splits[choice[0]], roles, name, skips, choice[1:])
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class OpenSource:
     describe: str
     fingerprint: list[Any]
     held_out: Examples | None = None
-    notes: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     @property
     def is_text(self) -> bool:
@@ -83,7 +93,7 @@ class ContrastiveData:
     train: PairLoader
     held_out: dict[str, Examples]
     describe: list[str]
-    notes: list[str]
+    messages: list[str]
     has_text: bool
 
 
@@ -94,35 +104,24 @@ def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveDa
     if rows < 2:
         why = "1 row has no other to be told from; use at least 2 (gradient accumulation does not help: batches are apart)"
         raise ConfigError(Problem("trainer.per_device_train_batch_size", why))
-    sources = [
-        open_source(config, hf_tokenizer, place, hash_key(config.seed, number))
-        for number, place in enumerate(find_places(config))
-    ]
+    places = enumerate(find_places(config))
+    sources = [open_source(config, hf_tokenizer, place, hash_key(config.seed, number)) for number, place in places]
     weights, mixed = mixture_weights(config, sources)
-    pair_rows = sum(s.num_rows for s in sources if not s.is_text) or sum(s.num_rows for s in sources)
-    pair_share = sum(w for w, s in zip(weights, sources, strict=True) if not s.is_text) or 1.0
-    per_epoch = math.ceil(pair_rows / rows / pair_share)
+    pairs = [(weight, one.num_rows) for weight, one in zip(weights, sources, strict=True) if not one.is_text]
+    pair_rows = sum(number for _, number in pairs) or sum(one.num_rows for one in sources)
+    longest, views = longest_text(config), 2 if config.contrastive.loss_type == "supcon" else 1
     loader = PairLoader(
-        [one.source for one in sources],
-        weights,
-        row_layout(config, hf_tokenizer.pad_token_id, longest_text(config)),
-        ranks,
-        trainer.per_device_train_batch_size,
-        config.seed,
-        views=2 if config.contrastive.loss_type == "supcon" else 1,
-        batches_per_epoch=per_epoch,
-        fingerprint={
-            "sources": [one.fingerprint for one in sources],
-            "tokenizer": text_tokenizer(hf_tokenizer).fingerprint,
-            "max_length": longest_text(config),
-            "loss_type": config.contrastive.loss_type,
-        },
+        [one.source for one in sources], weights, row_layout(config, hf_tokenizer.pad_token_id, longest), ranks,
+        trainer.per_device_train_batch_size, config.seed, views,
+        batches_per_epoch=math.ceil(pair_rows / rows / (sum(weight for weight, _ in pairs) or 1.0)),
+        fingerprint={"sources": [one.fingerprint for one in sources], "tokenizer": text_tokenizer(hf_tokenizer).fingerprint,
+                     "max_length": longest, "loss_type": config.contrastive.loss_type},
         ahead=config.dataset.num_workers > 0,
-    )
+    )  # fmt: skip
     describe = [f"{w:.0%} of the batches: {one.describe}" for w, one in zip(weights, sources, strict=True)]
     held = {one.place.label: one.held_out for one in sources if one.held_out is not None}
-    notes = [*mixed, *(note for one in sources for note in one.notes)]
-    return ContrastiveData(loader, held, describe, notes, any(one.is_text for one in sources))
+    messages = [*mixed, *(message for one in sources for message in one.messages)]
+    return ContrastiveData(loader, held, describe, messages, any(one.is_text for one in sources))
 
 
 def longest_text(config: Config) -> int:
@@ -141,8 +140,8 @@ def find_places(config: Config) -> list[Place]:
     places: list[Place] = []
     for number, entry in enumerate(dataset.mixture):
         place = find_place(entry.laid_over(dataset), f"dataset.mixture, entry {number}")
-        taken = any(place.label == other.label for other in places)
-        label = f"{place.label}_{number}" if taken else place.label
+        is_taken = place.label in [other.label for other in places]
+        label = f"{place.label}_{number}" if is_taken else place.label
         places.append(replace(place, label=label, weight=entry.weight))
     return places
 
@@ -161,12 +160,8 @@ def find_place(dataset: DatasetConfig, key: str) -> Place:
     known_set = PAIR_SETS.get(dataset.name)
     label = dataset.name.split("/")[-1]
     if known_set is not None:
-        found = {
-            "name": known_set.repository,
-            "config": dataset.config or known_set.config,
-            "columns": dataset.columns or known_set.columns,
-        }
-        dataset = dataset.model_copy(update=found)
+        own = {"config": dataset.config or known_set.config, "columns": dataset.columns or known_set.columns}
+        dataset = dataset.model_copy(update={"name": known_set.repository, **own})
     splits = hub_splits(dataset.name, dataset.config, dataset.cache_dir, dataset.force_redownload)
     return Place(dataset, splits, key, label)
 
@@ -177,81 +172,64 @@ def find_place(dataset: DatasetConfig, key: str) -> Place:
 def open_source(config: Config, hf_tokenizer: Any, place: Place, seed: int) -> OpenSource:
     """One source, read and tokenised. Raises DataError."""
     dataset = place.dataset
-    split, begin, end = place.choose("train_split", dataset.train_split, usual_training(place.splits))
+    chosen = place.choose("train_split", dataset.train_split, usual_training(place.splits))
+    split, usual = chosen[0], usual_evaluation(place.splits, chosen[0])
     wanted = dataset.columns or ({"text": dataset.text_column} if dataset.text_column else {})
     roles = place.roles(split, wanted)
-    if roles.kind == "texts":
-        return _open_texts(config, hf_tokenizer, place, roles.columns["text"], seed)
+    longest, truncate = longest_text(config), config.tokenizer.truncation
+    encode = partial(encode_texts, hf_tokenizer, max_length=longest, truncate=truncate, name=place.name)
     skips = SkippedRows(dataset.bad_rows == "refuse")
-    examples = read_examples(place.splits[split], roles, place.name, skips, (begin, end))
-    held_out = _held_out(place, roles, split, skips)
+    if roles.kind == "texts":
+        return _open_texts(place, split, roles.columns["text"], seed, encode, skips)
+    examples, held_out = place.read(chosen, roles, place.name, skips), None
+    if dataset.eval_split is not None or usual is not None:
+        chosen = place.choose("eval_split", dataset.eval_split, usual)
+        held_out = place.read(chosen, roles, f"{place.key}.eval_split", skips)
     if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         examples, held_out = examples.hold_out(dataset.validation_split, config.seed)
-    rows, notes = training_rows(examples, config.contrastive.min_score)
-    show_bar = not config.trainer.disable_tqdm and os.isatty(2)
-    table = build_table(rows, hf_tokenizer, longest_text(config), config.tokenizer.truncation, place.name, show_bar)
+    rows, messages = training_rows(examples, config.contrastive.min_score)
+    table = build_table(rows, partial(encode, show_bar=not config.trainer.disable_tqdm and os.isatty(2)))
     if skipped := skips.describe():
-        notes.append(f"{place.name}: {skipped}")
+        messages.append(f"{place.name}: {skipped}")
     what = {"pairs": "pairs", "scores": "pairs with a score", "labels": "labelled texts"}[roles.kind]
     negatives = f", {len(table.negatives.values):,} hard negatives" if len(table.negatives.values) else ""
     return OpenSource(
         place, PairSource(table, seed), len(table),
-        f"{len(table):,} {what}{negatives}, {len(table.texts.values):,} tokens, {dataset.path or dataset.name} "
-        f"({roles.describe})",
+        f"{len(table):,} {what}{negatives}, {len(table.texts.values):,} tokens, {place.origin} ({roles.describe})",
         [fingerprint(Files(tuple(place.splits[split]), None)), roles.describe, dataset.train_split, len(table)],
         None if roles.kind == "labels" else held_out,
-        notes,
+        messages,
     )  # fmt: skip
 
 
-def _held_out(place: Place, roles: Roles, train: str, skips: SkippedRows) -> Examples | None:
-    """The rows of the evaluation split, if there is one."""
-    wanted, usual = place.dataset.eval_split, usual_evaluation(place.splits, train)
-    if wanted is None and usual is None:
-        return None
-    split, begin, end = place.choose("eval_split", wanted, usual)
-    return read_examples(place.splits[split], roles, f"{place.key}.eval_split", skips, (begin, end))
-
-
-def _open_texts(config: Config, hf_tokenizer: Any, place: Place, column: str, seed: int) -> OpenSource:
-    dataset, name = place.dataset, place.name
+def _open_texts(
+    place: Place, split: str, column: str, seed: int, encode: Callable[[list[str]], list[Ids]], skips: SkippedRows
+) -> OpenSource:
+    dataset, files = place.dataset, Files(tuple(place.splits[split]), column)
     if dataset.path:
         files, _ = find_splits(dataset.path, column, dataset.train_split, dataset.eval_split)
-    else:
-        split, _, _ = place.choose("train_split", dataset.train_split, "train")
-        files = Files(tuple(place.splits[split]), column)
     corpus = open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
     if not len(corpus):
-        raise DataError(f"{name}: no text in it")
-
-    def encode(texts: list[str]) -> list[Ids]:
-        return encode_texts(hf_tokenizer, texts, longest_text(config), config.tokenizer.truncation, name)
-
+        raise DataError(f"{place.name}: no text in it")
     return OpenSource(
-        place,
-        TextSource(corpus, seed, dataset.min_length, encode, SkippedRows(dataset.bad_rows == "refuse"), name),
-        len(corpus),
-        f"{len(corpus):,} texts of at least {dataset.min_length:,} characters, each its own positive, "
-        f"{dataset.path or dataset.name}",
+        place, TextSource(corpus, seed, dataset.min_length, encode, skips, place.name), len(corpus),
+        f"{len(corpus):,} texts of at least {dataset.min_length:,} characters, each its own positive, {place.origin}",
         [corpus.fingerprint, column, dataset.min_length, len(corpus)],
-    )
+    )  # fmt: skip
 
 
 # --- mixing -----------
 
 
 def mixture_weights(config: Config, sources: list[OpenSource]) -> tuple[list[float], list[str]]:
-    """(the share of batches of every source, notes): plain text gets `pretraining_prob` of them where there are pairs too."""
+    """(share of the batches of every source, messages): plain text gets `pretraining_prob` where there are pairs too."""
     dataset = config.dataset
     temperature = dataset.mixture_temperature
     raw = [one.num_rows ** (1 / temperature) if temperature else one.place.weight for one in sources]
     kinds = {one.is_text for one in sources}
-    if kinds == {True, False}:
+    if len(kinds) == 2:
         totals = {kind: sum(w for w, one in zip(raw, sources, strict=True) if one.is_text == kind) for kind in kinds}
         part = {True: dataset.pretraining_prob, False: 1 - dataset.pretraining_prob}
-        raw = [w / totals[one.is_text] * part[one.is_text] for w, one in zip(raw, sources, strict=True)]
-        return raw, []
-    notes = []
-    if kinds == {False} and dataset.pretraining_prob:
-        notes = [f"dataset.pretraining_prob {dataset.pretraining_prob:g} has nothing to draw: no source is plain text"]
-    return [w / sum(raw) for w in raw], notes
+        return [w / totals[one.is_text] * part[one.is_text] for w, one in zip(raw, sources, strict=True)], []
+    idle = f"dataset.pretraining_prob {dataset.pretraining_prob:g} has nothing to draw: no source is plain text"
+    return [w / sum(raw) for w in raw], [idle] if kinds == {False} and dataset.pretraining_prob else []

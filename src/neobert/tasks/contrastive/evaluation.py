@@ -3,7 +3,6 @@
 Spearman's correlation of cosines with scores; MRR@10 and nDCG@10 of finding an anchor's positive among all texts of a set.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,8 +13,8 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.files.documents import SkippedRows
-from neobert.data.pairs.table import Examples, encode_texts, read_examples
-from neobert.errors import ConfigError, DataError, Problem, UserError
+from neobert.data.pairs.table import Examples, encode_texts
+from neobert.errors import ConfigError, DataError, Problem, check_installed
 from neobert.inference.embed import embed_ids, unit_rows
 from neobert.tasks.contrastive.data import ContrastiveData, find_place, longest_text
 from neobert.training.run import Context, Evaluation
@@ -44,32 +43,27 @@ class SentenceEncoder:
         return a @ b.T
 
 
-def check_evaluators() -> None:
-    """Raises UserError where the package is missing, before anything is trained."""
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError("evaluating embeddings needs sentence-transformers: pip install 'neobert[contrastive]'")
-
-
 def find_sets(config: Config, data: ContrastiveData) -> dict[str, Examples]:
-    """Everything to evaluate on, by name: held-out rows of the sources, then `contrastive.evaluation`. Raises DataError."""
+    """Everything to evaluate on, by name: held-out rows of the sources, then `contrastive.evaluation`. Raises DataError,
+    and UserError where the evaluators are missing, before anything is trained.
+    """
     sets = dict(data.held_out)
     for number, entry in enumerate(config.contrastive.evaluation):
         key = f"contrastive.evaluation, entry {number}"
         given = {**entry.model_dump(exclude={"split", "label"}), "eval_split": entry.split}
         place = find_place(config.dataset.model_copy(update=given), key)
         usual = next((name for name in ("test", "validation", *place.splits) if name in place.splits), None)
-        split, begin, end = place.choose("split", entry.split, usual)
-        roles = place.roles(split, place.dataset.columns)
+        chosen = place.choose("split", entry.split, usual)
+        roles, first = place.roles(chosen[0], place.dataset.columns), place.splits[chosen[0]][0]
         if roles.kind not in ("scores", "pairs"):
-            raise DataError(
-                f"{key}: {place.splits[split][0]} has {roles.kind}; pairs, or two texts and a score, can be evaluated"
-            )
+            raise DataError(f"{key}: {first} has {roles.kind}; pairs, or two texts and a score, can be evaluated")
         label = entry.label or place.label
         if label in sets:
-            raise ConfigError(
-                Problem("contrastive.evaluation", f"entry {number}: the name {label!r} is taken; set its label")
-            )
-        sets[label] = read_examples(place.splits[split], roles, key, SkippedRows(), (begin, end))
+            problem = f"entry {number}: the name {label!r} is taken; set its label"
+            raise ConfigError(Problem("contrastive.evaluation", problem))
+        sets[label] = place.read(chosen, roles, key, SkippedRows())
+    if sets:
+        check_installed("evaluating embeddings needs sentence-transformers", "contrastive", "sentence_transformers")
     return sets
 
 
@@ -129,22 +123,18 @@ def build_evaluation(
         for name, examples in shortened.items():
             if name not in evaluators:
                 evaluators[name] = build_evaluator(examples, size)
-            found = evaluate_set(evaluators[name], SentenceEncoder(embed))
-            values |= {f"{name}_{metric}": value for metric, value in found.items()}
+            for metric, value in evaluate_set(evaluators[name], SentenceEncoder(embed)).items():
+                values[f"{name}_{metric}"] = value
             if runtime.all_max(interrupt.wanted)[0]:
                 return None
         model.train()
-        return {**values, "score": score(values)}
+        counted = [value for name, value in values.items() if name.endswith(("_spearman", f"_ndcg@{TOP}"))]
+        return {**values, "score": float(np.mean(counted))}
 
     def headline(values: dict[str, float]) -> str:
         return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
     return Evaluation(measure, headline, "score")
-
-
-def score(values: dict[str, float]) -> float:
-    """The mean over sets of what counts in each."""
-    return float(np.mean([value for name, value in values.items() if name.endswith(("_spearman", f"_ndcg@{TOP}"))]))
 
 
 def mean_metrics(runtime: Runtime, sums: Iterable[float]) -> dict[str, float]:

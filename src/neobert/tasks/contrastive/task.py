@@ -8,7 +8,7 @@ from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.inference.embed import EmbeddingModel
 from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
-from neobert.tasks.contrastive.evaluation import build_evaluation, check_evaluators, find_sets, mean_metrics
+from neobert.tasks.contrastive.evaluation import build_evaluation, find_sets, mean_metrics
 from neobert.tasks.contrastive.model import build_model, build_storage
 from neobert.tasks.encoder import begin_fine_tuning, blocks_of, prepare_model, with_keys
 from neobert.training.run import Context, Finished, Parts, run_task
@@ -27,8 +27,6 @@ def build(context: Context) -> Parts:
     check_length(config, begun.start, "dataset.max_seq_length", longest_text(config))
     data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime))
     sets = find_sets(config, data)
-    if sets:
-        check_evaluators()
     model, weights = build_model(config, begun.start, begun.vocab_size, hf_tokenizer.pad_token_id)
     model.to(runtime.device)
     kernels = prepare_model(config, model, runtime)
@@ -45,7 +43,7 @@ def build(context: Context) -> Parts:
         facts=describe(config, model, data, runtime.world_size, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"evaluated on": evaluated or "nothing"},
-        messages=[*begun.messages, *data.notes, *advice(config, data)],
+        messages=[*begun.messages, *data.messages, *advice(config, data)],
         log_metrics=lambda: mean_metrics(runtime, model.contrastive.observe()),
         end_messages=data.train.describe_used,
         next_command='neobert similarity {checkpoint} "one text" "another text"',

@@ -1,16 +1,34 @@
-"""The data of a GLUE run: splits read, tokenised and turned into batches, as the configuration says."""
+"""The data of a GLUE run, as the configuration says, and its evaluation: predictions on splits, their loss, metrics, score."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
+from torch import nn
+
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
-from neobert.data.labelled.loader import EpochLoader, Rows, tokenize_rows
-from neobert.data.labelled.tasks import REPOSITORY, GlueTask, Source, find_files, read_split
+from neobert.data.labelled import (
+    REPOSITORY,
+    EpochLoader,
+    GlueTask,
+    Rows,
+    Source,
+    find_files,
+    in_order,
+    read_split,
+    tokenize_rows,
+)
 from neobert.data.tokenizer import text_tokenizer
+from neobert.errors import ConfigError, Problem
 from neobert.ranks import Ranks
 from neobert.tasks.encoder import row_layout
+from neobert.tasks.glue import metrics as glue_metrics
+from neobert.training.loop import Interrupt
+from neobert.training.run import Context, Evaluation
+from neobert.training.runtime import Runtime
 
 MOST_THREADS = 64
 
@@ -23,35 +41,29 @@ class GlueData:
     evaluation: tuple[Rows, ...]
     layout: RowLayout
     num_steps: int
-    notes: list[str]
+    messages: list[str]
 
 
 def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) -> GlueData:
     """Read and tokenise the splits. Raises DataError."""
     glue, trainer = config.glue, config.trainer
-    source = glue_source(config)
-    limits = (glue.max_seq_length, config.tokenizer.truncation, glue.preprocessing_num_proc)
-    fingerprint = text_tokenizer(hf_tokenizer).fingerprint
-    shared = Shared(hf_tokenizer, fingerprint)
-    train = encode_split(source, task, "train", True, shared, limits)
-    evaluation = [encode_split(source, task, split, True, shared, limits) for split in task.evaluation]
+    tokenizer = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
+    train, *evaluation = (encode_split(config, task, split, tokenizer) for split in ("train", *task.evaluation))
     layout = row_layout(config, hf_tokenizer.pad_token_id, glue.max_seq_length)
     loader = EpochLoader(
         train, layout, ranks, trainer.per_device_train_batch_size, config.seed, glue.group_by_length,
         min(glue.num_workers, MOST_THREADS),
-        {"task": task.name, "tokenizer": fingerprint, "max_seq_length": glue.max_seq_length,
+        {"task": task.name, "tokenizer": tokenizer.fingerprint, "max_seq_length": glue.max_seq_length,
          "accumulation": trainer.gradient_accumulation_steps},
     )  # fmt: skip
     steps_per_epoch = -(-loader.batches_per_epoch // trainer.gradient_accumulation_steps)
-    num_steps, notes = steps_per_epoch * trainer.num_train_epochs, []
+    num_steps, messages = steps_per_epoch * trainer.num_train_epochs, []
     if 0 <= trainer.max_steps < num_steps:
         num_steps = trainer.max_steps
     elif trainer.max_steps >= 0 and trainer.max_steps != type(trainer).model_fields["max_steps"].default:
-        notes = [
-            f"trainer.max_steps {trainer.max_steps:,} is not reached: {trainer.num_train_epochs} epochs are {num_steps:,} "
-            "steps; raise num_train_epochs"
-        ]
-    return GlueData(loader, tuple(evaluation), layout, num_steps, notes)
+        epochs = f"{trainer.num_train_epochs} epochs are {num_steps:,} steps"
+        messages = [f"trainer.max_steps {trainer.max_steps:,} is not reached: {epochs}; raise num_train_epochs"]
+    return GlueData(loader, tuple(evaluation), layout, num_steps, messages)
 
 
 def glue_source(config: Config) -> Source:
@@ -71,24 +83,83 @@ def find_all_files(config: Config, task: GlueTask) -> None:
 class Shared:
     """A tokenizer that counts as equal to another one with the same fingerprint: what was tokenised can be used again."""
 
-    hf_tokenizer: Any
     fingerprint: str
+    hf_tokenizer: Any = field(compare=False)
 
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shared) and other.fingerprint == self.fingerprint
+def encode_split(config: Config, task: GlueTask, split: str, tokenizer: Shared, with_labels: bool = True) -> Rows:
+    """A split as rows; the seeds of a suite share them. Raises DataError."""
+    glue = config.glue
+    limits = (glue.max_seq_length, config.tokenizer.truncation, glue.preprocessing_num_proc)
+    return _encode_split(glue_source(config), task, split, with_labels, tokenizer, limits)
 
 
 @lru_cache(maxsize=4)
-def encode_split(
+def _encode_split(
     source: Source, task: GlueTask, split: str, with_labels: bool, tokenizer: Shared, limits: tuple[int, bool, int]
 ) -> Rows:
-    """A split as rows; the seeds of a suite share them. Raises DataError."""
     found = read_split(source, task, split, with_labels)
-    max_length, truncate, num_proc = limits
-    what = f"{source}, {task.name}, {split}"
-    return tokenize_rows(
-        tokenizer.hf_tokenizer, found.texts, found.labels, max_length, truncate, num_proc, what, not task.labels
-    )
+    return tokenize_rows(tokenizer.hf_tokenizer, found, *limits, f"{source}, {task.name}, {split}")
+
+
+# --- evaluation -----------
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module, num_labels: int, rows: Rows, layout: RowLayout, batch_size: int, runtime: Runtime,
+    interrupt: Interrupt | None = None,
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """(logits of every row in its order, sum of the losses; 0 without labels), in all processes, which share the work. `model`
+    as it is called; it is left in evaluation mode.
+
+    Broken off, with zeros for the rest, when `interrupt` is wanted in one of them.
+    """
+    model.eval()
+    logits, loss = torch.zeros((len(rows), num_labels)), 0.0
+    for indices, batch in in_order(rows, layout, runtime, batch_size):
+        if interrupt is not None and runtime.all_max(interrupt.wanted)[0]:
+            break
+        with runtime.autocast():
+            output = model(**batch.to(runtime.device).inputs())
+        if len(indices):
+            logits[torch.from_numpy(indices)] = output.logits.float().cpu()
+            loss += 0.0 if output.loss_sum is None else float(output.loss_sum)
+    return runtime.sum_tensor(logits).numpy(), runtime.all_sum(loss)[0]
+
+
+def build_evaluation(context: Context, task: GlueTask, data: GlueData, model: nn.Module) -> Evaluation:
+    """Loss, metrics and score on the evaluation splits. `model` as it is called."""
+    trainer, runtime, interrupt = context.config.trainer, context.runtime, context.interrupt
+    size, most = trainer.per_device_eval_batch_size, trainer.eval_max_batches
+    splits = [rows.first(None if most is None else most * size) for rows in data.evaluation]
+
+    def measure() -> dict[str, float] | None:
+        values, losses = dict[str, float](), 0.0
+        for rows, suffix in zip(splits, glue_metrics.SUFFIXES, strict=False):
+            logits, loss = predict_logits(model, task.num_labels, rows, data.layout, size, runtime, interrupt)
+            assert rows.labels is not None
+            values |= {f"{k}{suffix}": v for k, v in glue_metrics.measure(task, logits, rows.labels).items()}
+            losses += loss
+        model.train()
+        if runtime.all_max(interrupt.wanted)[0]:
+            return None
+        loss = losses / sum(map(len, splits))
+        return {"loss": loss, "score": glue_metrics.score(task, values), **values}
+
+    return Evaluation(measure, list_values, "score")
+
+
+def list_values(values: dict[str, float]) -> str:
+    """The values in a line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def check_best_metric(config: Config, task: GlueTask) -> None:
+    """Raises ConfigError where `metric_for_best_model` is none of the task's."""
+    name = (config.trainer.metric_for_best_model or "score").removeprefix("eval_")
+    suffixes, metrics = glue_metrics.SUFFIXES[: len(task.evaluation)], glue_metrics.metric_names(task)
+    known = ["loss", "score", *(f"{metric}{suffix}" for suffix in suffixes for metric in metrics)]
+    if name not in known:
+        problem = f"{task.name} has no metric {name!r}; there are: {', '.join(known)}"
+        raise ConfigError(Problem("trainer.metric_for_best_model", problem))

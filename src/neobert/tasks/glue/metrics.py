@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from neobert.data.labelled.tasks import GlueTask
+from neobert.data.labelled import GlueTask
 from neobert.errors import check_installed
 
 SUFFIXES = ("", "_mm")  # after the names of metrics, by evaluation split: MNLI's are matched and mismatched

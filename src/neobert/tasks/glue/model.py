@@ -10,7 +10,7 @@ from neobert.checkpoints.initial_weights import InitialWeights, glue_task
 from neobert.checkpoints.layouts import is_eurobert
 from neobert.checkpoints.load import HF_ENCODER, load_model
 from neobert.config.schema import Config
-from neobert.data.labelled.tasks import TASKS, GlueTask
+from neobert.data.labelled import TASKS, GlueTask
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification

@@ -7,13 +7,12 @@ import numpy as np
 
 from neobert.checkpoints.format import STATE
 from neobert.config.schema import Config
-from neobert.data.labelled.tasks import TASKS, GlueTask, has_split
+from neobert.data.labelled import TASKS, GlueTask, has_split
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import CheckpointError, DataError, UserError
 from neobert.files import write_text
 from neobert.tasks.encoder import row_layout
-from neobert.tasks.glue.data import Shared, encode_split, glue_source
-from neobert.tasks.glue.evaluation import predict_logits
+from neobert.tasks.glue.data import Shared, encode_split, glue_source, predict_logits
 from neobert.tasks.glue.metrics import predictions
 from neobert.tasks.glue.model import load_finetuned
 from neobert.tasks.glue.task import read_result
@@ -48,18 +47,17 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
     if not (checkpoint / STATE).is_file():
         raise CheckpointError(f"{checkpoint}: the run kept no checkpoint of its result (trainer.save_model: false?)")
     model, hf_tokenizer, task = load_finetuned(checkpoint)
-    trainer, glue, source = config.trainer, config.glue, glue_source(config)
+    trainer, source = config.trainer, glue_source(config)
     model.to(runtime.device)
     layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)
-    shared = Shared(hf_tokenizer, text_tokenizer(hf_tokenizer).fingerprint)
-    limits = (glue.max_seq_length, config.tokenizer.truncation, glue.preprocessing_num_proc)
+    shared = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
     written = []
     for one in [task, *([TASKS["ax"]] if task.name == "mnli" else [])]:
         for split, name in one.tests:
             if not has_split(source, one, split):
                 print(f"note: no split {split} of {one.name} in {source}: {name} is not written")
                 continue
-            rows = encode_split(source, one, split, False, shared, limits)
+            rows = encode_split(config, one, split, shared, with_labels=False)
             logits, _ = predict_logits(model, one.num_labels, rows, layout, trainer.per_device_eval_batch_size, runtime)
             written.append(write_submission(output / name, one, logits))
             print(f"{output / name}: {len(rows):,} predictions, by {checkpoint}")

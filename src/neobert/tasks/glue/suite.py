@@ -18,11 +18,10 @@ from neobert.checkpoints.format import list_steps
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.checkpoints.retention import prune, strip_checkpoint
 from neobert.config.load import Loaded, load_config
-from neobert.data.labelled.tasks import TASKS
+from neobert.data.labelled import TASKS
 from neobert.errors import ConfigError, Problem, print_notes
 from neobert.tasks.glue import task as glue
-from neobert.tasks.glue.data import find_all_files
-from neobert.tasks.glue.evaluation import check_best_metric
+from neobert.tasks.glue.data import check_best_metric, find_all_files
 from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.predict import FOLDER, write_predictions
 from neobert.training.metrics import markdown_table, write_table

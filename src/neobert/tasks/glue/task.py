@@ -8,12 +8,11 @@ from typing import Any
 from neobert.checkpoints.initial_weights import InitialWeights, architecture_keys, check_length
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
-from neobert.data.labelled.tasks import REPOSITORY, TASKS, GlueTask
+from neobert.data.labelled import REPOSITORY, TASKS, GlueTask
 from neobert.errors import ConfigError, Problem
 from neobert.files import write_json
 from neobert.tasks.encoder import begin_fine_tuning, blocks_of, hf_encoder_dropout, prepare_model, with_keys
-from neobert.tasks.glue.data import MOST_THREADS, GlueData, build_data
-from neobert.tasks.glue.evaluation import build_evaluation, check_best_metric, list_values
+from neobert.tasks.glue.data import MOST_THREADS, GlueData, build_data, build_evaluation, check_best_metric, list_values
 from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.model import build_classifier, build_storage
 from neobert.training.choices import precision_name
@@ -54,7 +53,7 @@ def build(context: Context) -> Parts:
         facts=describe(config, task, data, runtime, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"result of": _selection(config)},
-        messages=[*begun.messages, *data.notes],
+        messages=[*begun.messages, *data.messages],
         on_finish=partial(write_result, config, task, start, protocol(config, start, runtime), weights),
         next_command=f"neobert glue {context.opened.folder / 'config.yaml'} --predict",
     )

@@ -97,9 +97,8 @@ def _look_at(config: Config, tokenizer: TextTokenizer, source: CorpusSource, num
         if block and isinstance(block[0], str):
             sample.num_bytes += sum(len(text.encode()) for text in block)
             block = tokenizer.encode(block)
-        for ids in block:
-            sample.lengths.append(len(ids))
-            segmenter(ids, sample.cut)
+        sample.lengths += map(len, block)
+        segmenter.pieces(block, sample.cut)
     sample.skips = reader.skips
     return sample
 

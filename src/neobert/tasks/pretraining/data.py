@@ -14,9 +14,8 @@ from neobert.data.batch import Batch, RowLayout
 from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint, hold_out, num_bytes, open_corpus
 from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
 from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
-from neobert.data.mlm.masking import Collator, Masker
-from neobert.data.mlm.packing import LongDocuments, OnePerRow, Packer, Segmenter
-from neobert.data.mlm.pipeline import Pipeline, PipelineLoader, shards_of
+from neobert.data.mlm.packing import LongDocuments, Packer, Segmenter
+from neobert.data.mlm.pipeline import Collator, Masker, Pipeline, PipelineLoader, shards_of
 from neobert.data.mlm.readers import CorpusReader, Pieces, Reader, RememberedReader, StreamReader
 from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer, cores
@@ -237,7 +236,7 @@ def _row_source(
         reader,
         workers,
         build_segmenter(config, workers.tokenizer),
-        Packer(config.row_length) if packed else OnePerRow(),
+        Packer(config.row_length if packed else 0),
         ShuffleBuffer(config.dataset.shuffle_buffer_size if source and config.dataset.streaming else 0, config.seed),
         source.name if source else "",
         num_epochs,
