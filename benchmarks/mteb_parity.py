@@ -84,7 +84,7 @@ def one(args) -> dict:
     warnings.simplefilter("ignore")
     import mteb
 
-    from neobert.tasks.mteb.local import find_local_tasks
+    from neobert.tasks.mteb.tasks import find_local_tasks
 
     logging.getLogger("mteb").setLevel(logging.ERROR)
     tasks = find_local_tasks(args.tasks)

@@ -66,7 +66,7 @@ def test_refinedweb_is_known_by_its_name(tmp_path, empty_config):
 
 def test_an_existing_path_wins_and_an_absent_one_falls_back(tmp_path):
     from neobert.config.schema import Config
-    from neobert.tasks.pretraining.sources import find_files
+    from neobert.tasks.pretraining.data import find_files
 
     dataset = Config().dataset.model_copy(
         update={"name": "me/tiny", "config": "en", "cache_dir": str(hub_cache(tmp_path))}

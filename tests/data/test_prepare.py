@@ -200,7 +200,7 @@ def test_verify_resume(tmp_path):
 
 def test_verify_resume_sees_what_differs(tmp_path, capsys):
     """A batch with other tokens is told from one that is equal."""
-    from neobert.tasks.pretraining import verify_resume
+    from neobert.tasks.pretraining import checks
 
     rows = [{"number": n, "ids": n, "labels": n} for n in range(1, 7)]
     for name, losses in (("whole", 6), ("broken", 6)):
@@ -215,7 +215,7 @@ def test_verify_resume_sees_what_differs(tmp_path, capsys):
     ):
         for name, found in (("whole", rows), ("broken", [*rows[:4], *resumed])):
             (tmp_path / name / "batches.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-        assert verify_resume._compare(tmp_path, rows[:4], 6, 3, 1) is equal
+        assert checks._compare(tmp_path, rows[:4], 6, 3, 1) is equal
     assert "NOT exact" in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from neobert.errors import DataError
 from neobert.inference.embed_file import read_rows
 from neobert.tasks.contrastive.data import find_places
 from neobert.tasks.pretraining import task as pretraining
-from neobert.tasks.pretraining.sources import find_files, open_sources
+from neobert.tasks.pretraining.data import find_files, open_sources
 
 TEXTS = ["first, of all", "a \u2028 separator", "  spaces\u00a0", 'with "quotes"', "déjà vu", "the last"]
 LINES = [json.dumps({"sentence": text, "label": n % 2}, ensure_ascii=False) for n, text in enumerate(TEXTS)]
@@ -101,13 +102,13 @@ def test_every_reader_sees_the_same_rows(name, tmp_path):
 
 def test_local_mteb_tasks_are_read_likewise(tmp_path):
     pytest.importorskip("mteb")
-    from neobert.tasks.mteb import local as mteb_local
+    from neobert.tasks.mteb import tasks as mteb_tasks
 
     (tmp_path / "test.jsonl").write_bytes(BOM + joined(LINES, "\r\n", "\n\n"))
-    assert [row["sentence"] for row in mteb_local.read_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
+    assert [row["sentence"] for row in mteb_tasks.read_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
     (tmp_path / "test.jsonl").write_bytes(joined(LINES[:2]) + b'{"sentence": "\xff"}\n')
     with pytest.raises(DataError, match=r"test.jsonl:3: not UTF-8"):
-        mteb_local.read_rows(tmp_path / "test.jsonl", ("sentence",))
+        mteb_tasks.read_rows(tmp_path / "test.jsonl", ("sentence",))
 
 
 # --- what cannot be used is counted, or named -----------
@@ -117,12 +118,13 @@ JSON = [json.dumps({"text": text}) for text in GOOD]
 
 
 def damaged(kind):
-    """A file with damage behind many good rows, and how many of those there are at least."""
+    """A file with damage after many good rows, and how many of those there are at least."""
+    noise = random.Random(0)
     if kind == "jsonl":  # no JSON at all, another type, and a last line that was cut
         return joined([*JSON[:40], "no json", "7", *JSON[40:]], last="") + b'\n{"text": "to', 3000
-    raw = joined([json.dumps({"text": f"{t} {os.urandom(9).hex()}"}) if kind == "jsonl.gz" else t for t in GOOD])
+    raw = joined([json.dumps({"text": f"{t} {noise.randbytes(9).hex()}"}) if kind == "jsonl.gz" else t for t in GOOD])
     if kind == "txt.zst":
-        rows = joined([os.urandom(30).hex() for _ in range(9000)])
+        rows = joined([noise.randbytes(30).hex() for _ in range(9000)])
         return zstd(rows)[:-9], 6000
     whole = bytearray(gzip.compress(raw))
     if kind == "jsonl.gz":

@@ -9,11 +9,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from helpers.corpora import TEXTS, files_at, write
-from neobert.data.files.documents import SkippedRows, fingerprint, num_bytes, open_corpus, read_text, stream
+from neobert.data.files.documents import SkippedRows, fingerprint, hold_out, num_bytes, open_corpus, read_text, stream
 from neobert.data.files.rows import columns_of
 from neobert.data.files.splits import count_rows, find_splits, hold_out_head
 from neobert.data.hashing import permute
-from neobert.data.mlm.readers import CorpusReader, RememberedReader, StreamReader, Subset
+from neobert.data.mlm.readers import CorpusReader, RememberedReader, StreamReader
 from neobert.errors import DataError
 from neobert.ranks import Ranks
 
@@ -38,7 +38,7 @@ def test_formats_agree(tmp_path, kind):
     rows = read_all(files)
     stripped = [text.strip() for text in TEXTS]
     assert texts_of(rows) == stripped
-    assert count_rows(files) == 50
+    assert sum(map(count_rows, files.paths)) == 50
     for place in (0, 13, 49):
         assert read_all(files, rows[place][1]) == rows[place + 1 :]
     corpus = open_corpus(files, fingerprint(files), cache_dir=str(tmp_path / "cache"))
@@ -267,6 +267,6 @@ def test_ranks_read_each_document_once(tmp_path, kind, world):
 def test_subsets_share_nothing(tmp_path):
     files, _ = find_splits(str(write(tmp_path / "data", "txt")), None, None, None)
     corpus = open_corpus(files, "", True)
-    held_out, rest = Subset(corpus, 0.2, 0, complement=False), Subset(corpus, 0.2, 0, complement=True)
+    rest, held_out = hold_out(corpus, 0.2, 0)
     assert len(held_out) == 10
     assert sorted([*held_out.indices, *rest.indices]) == list(range(50))

@@ -30,9 +30,9 @@ from neobert.inference.embed import load_embedder
 from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.tasks.mteb import task as mteb_task
-from neobert.tasks.mteb.local import KINDS, build_task, find_local_tasks
 from neobert.tasks.mteb.model import weights_identity
 from neobert.tasks.mteb.task import Score, averages
+from neobert.tasks.mteb.tasks import KINDS, build_task, find_local_tasks
 from neobert.training.runtime import Runtime
 
 WORDS = ("peace", "war", "trade", "law", "land", "money", "ships", "rivers")

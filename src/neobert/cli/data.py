@@ -45,9 +45,7 @@ def tokenize(
     if manifest is None:
         print("not whole yet: the other parts are missing")
         return
-    skipped = manifest.describe_skipped()
-    counts = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
-    print(f"whole: {counts}" + (f"; {skipped}" if skipped else ""))
+    print(f"whole: {manifest.counts}{manifest.describe_skipped('; {}')}")
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -102,7 +100,7 @@ def data(
       neobert data my.yaml --rows 5 dataset.path=corpus/
     """
     from neobert.config.load import load_config
-    from neobert.tasks.pretraining.show_data import describe_data
+    from neobert.tasks.pretraining.checks import describe_data
 
     loaded = load_config(*layers(config, context.args), "pretraining")
     for line in describe_data(loaded.config, rows, documents):
@@ -122,7 +120,7 @@ def verify_resume(
     Example:
       neobert verify-resume my.yaml dataset.path=corpus/
     """
-    from neobert.tasks.pretraining.verify_resume import verify
+    from neobert.tasks.pretraining.checks import verify
 
     if not verify(*layers(config, context.args), steps):
         raise typer.Exit(1)

@@ -18,13 +18,7 @@ from neobert.data.files.documents import SkippedRows, texts_of
 from neobert.data.files.splits import find_splits
 from neobert.errors import DataError, first_line
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 INERT = "[inert{}]"  # fills the vocabulary up to the model's size; never an input, a target or a prediction
 
 LONGEST_PART = 1_000_000  # characters encoded at once
@@ -122,10 +116,8 @@ def load_tokenizer(name: str, path: str | None) -> Any:
         raise DataError(f"{key}: {source!r} cannot be loaded: {first_line(error)}") from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, f"{name}_id") is None]
     if missing:
-        raise DataError(
-            f"tokenizer {source!r} has no {', '.join(missing)}; masked-LM training needs them. "
-            "`neobert tokenizer train` makes a tokenizer that has them"
-        )
+        hint = "masked-LM training needs them. `neobert tokenizer train` makes a tokenizer that has them"
+        raise DataError(f"tokenizer {source!r} has no {', '.join(missing)}; {hint}")
     return tokenizer
 
 
@@ -170,12 +162,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train_from_files(
-    paths: list[str], text_column: str | None, show_bar: bool, **settings: Any
-) -> tuple[int, SkippedRows]:
+def train_from_files(paths: list[str], column: str | None, show_bar: bool, **settings: Any) -> tuple[int, SkippedRows]:
     """`train_tokenizer` on files, folders or globs. Returns the size and what was passed over. Raises DataError."""
     skips = SkippedRows()
-    splits = [find_splits(path, text_column, None, None)[0] for path in paths]
+    splits = [find_splits(path, column, None, None)[0] for path in paths]
     texts = (text for files in splits for text in texts_of(files, skips))
     shown = iter(tqdm(texts, desc="reading", unit=" documents", disable=not show_bar, leave=False))
     first = next(shown, None)
@@ -188,8 +178,7 @@ def train_tokenizer(
     texts: Iterable[str], output: str | Path, vocab_size: int, lowercase: bool, max_length: int, kind: str = "wordpiece"
 ) -> int:
     """Train a `wordpiece` or byte-level `bpe` tokenizer and save it as a Hugging Face folder. Returns its size."""
-    train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}[kind]
-    fast = train(texts, vocab_size, lowercase, max_length)
+    fast = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}[kind](texts, vocab_size, lowercase, max_length)
     save_tokenizer(fast, output)
     return len(fast)
 
@@ -216,12 +205,10 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool, max_lengt
     backend.decoder = decoders.ByteLevel()
     special = list(SPECIAL_TOKENS.values())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    backend.train_from_iterator(texts, trainer)
     ends = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends

@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from neobert.checkpoints.load import load_pretrained
-from neobert.data.files.documents import Files, SkippedRows, read_text, stream
-from neobert.data.files.rows import Unusable
+from neobert.data.files.documents import Files, SkippedRows, blocks_of, texts_of
 from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
 from neobert.errors import DataError, UserError
 from neobert.inference.embed import batches_by_length
@@ -32,7 +31,6 @@ from neobert.model.kernels import LOGIT_BUDGET
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}  # on a CPU larger batches leave the cache: 1.6 times slower at 16,384
-TEXTS_AT_ONCE = 256  # tokenised together
 SHORTEST_BUCKET = 16  # tokens of the pieces that the table's first line counts; those after it double
 
 
@@ -144,23 +142,13 @@ def read_pieces(
     """
     pieces: list[Ids] = []
     num_texts = 0
-    texts = islice(_texts(files, skips), limit)
-    while block := list(islice(texts, TEXTS_AT_ONCE)):
+    for block in blocks_of(islice(texts_of(files, skips), limit)):
         num_texts += len(block)
         for ids in tokenizer.encode(block):
             pieces += [ids[begin : begin + longest] for begin in range(0, len(ids), longest)]
     if not pieces:
         raise DataError(f"{', '.join(files.paths[:3])}: no text in it{skips.describe(form=' ({})')}")
     return pieces, num_texts
-
-
-def _texts(files: Files, skips: SkippedRows) -> Iterator[str]:
-    for row, begin, _ in stream(files, files.start, files.stop):
-        text = read_text(files, row, begin)
-        if isinstance(text, Unusable):
-            skips.add(text)
-        else:
-            yield text
 
 
 def pseudo_perplexity(

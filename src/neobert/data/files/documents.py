@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,17 +22,17 @@ import numpy as np
 from neobert.data.files.opening import kind_of, named, num_table_rows, open_table
 from neobert.data.files.rows import (
     BOM,
-    HEAD_BYTES,
     LEAVE_IT,
     Raw,
     Unusable,
     is_seekable_text,
     layout_of,
+    line_spans,
     parse_row,
     raw_rows,
-    refuse_utf16,
     why_no_text,
 )
+from neobert.data.hashing import draw_share
 from neobert.errors import DataError
 
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 256, 1_000_000  # a block ends with the document that reaches one of them
@@ -89,8 +89,7 @@ class SkippedRows:
 class Files:
     """Files in reading order, and the text column of their rows (None: plain text).
 
-    `start` and `stop` bound a stream of them; `rows` are the same bounds as numbers of rows. A `save_to_disk` folder counts
-    as one file.
+    `start` and `stop` bound a stream of them; `rows` are the same bounds as numbers of rows. A saved dataset is one file.
     """
 
     paths: tuple[str, ...]
@@ -125,28 +124,35 @@ def read_text(files: Files, raw: Raw, begin: Position) -> str | Unusable:
     return Unusable(reason, path, begin.offset) if reason else text
 
 
+def read_all(files: Files) -> Iterator[tuple[str | Unusable, Position]]:
+    """(text or why there is none, where its row begins) of all rows in order. Raises DataError."""
+    return ((read_text(files, row, begin), begin) for row, begin, _ in stream(files, files.start, files.stop))
+
+
 def texts_of(files: Files, skips: SkippedRows) -> Iterator[str]:
     """All texts in order; rows without text are counted in `skips`. Raises DataError."""
-    for row, begin, _ in stream(files, files.start, files.stop):
-        text = read_text(files, row, begin)
+    for text, _ in read_all(files):
         if isinstance(text, Unusable):
             skips.add(text)
         else:
             yield text
 
 
-def blocks_of(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Texts by as many as are tokenised together."""
+def take_block(texts: Iterator[str]) -> list[str]:
+    """The next texts, as many as are tokenised together; an empty list at their end."""
     block: list[str] = []
     num_characters = 0
     for text in texts:
         block.append(text)
         num_characters += len(text)
         if len(block) == BLOCK_DOCUMENTS or num_characters >= BLOCK_CHARACTERS:
-            yield block
-            block, num_characters = [], 0
-    if block:
-        yield block
+            break
+    return block
+
+
+def blocks_of(texts: Iterator[str]) -> Iterator[list[str]]:
+    """All texts, by as many as are tokenised together."""
+    return iter(partial(take_block, texts), [])
 
 
 # --- what is in the files -----------
@@ -211,42 +217,68 @@ def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_d
         return _CachedCorpus(files, fingerprint, cache_dir)
     first, last = files.rows
     last = len(corpus) if last is None else min(last, len(corpus))
-    return corpus if (first, last) == (0, len(corpus)) else Span(corpus, first, last)
+    return corpus if (first, last) == (0, len(corpus)) else Subset(corpus, range(min(first, last), last))
+
+
+def locate(first: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the part, index in it) of every index of a whole whose parts begin at `first`."""
+    numbers = np.searchsorted(first, indices, side="right") - 1
+    return numbers, indices - first[numbers]
 
 
 class _TextCorpus:
-    """What corpora of text share."""
+    """What corpora of text share; `rows` are all of them."""
 
     is_tokenized = False
+    rows: Any = ()
 
     def __init__(self, files: Files, fingerprint: str):
         self.files, self.fingerprint = files, fingerprint
 
+    def __len__(self) -> int:
+        return len(self.rows)
 
-class Span:
-    """Rows `first` to `last` (excluded) of a corpus."""
 
-    def __init__(self, corpus: Corpus, first: int, last: int):
-        self.corpus, self.first, self.size = corpus, min(first, last), max(0, last - first)
-        self.fingerprint, self.is_tokenized = corpus.fingerprint, corpus.is_tokenized
+class Subset:
+    """Documents of a corpus by their numbers there; `name` tells this choice of them from others in the fingerprint."""
+
+    def __init__(self, corpus: Corpus, indices: np.ndarray | range, name: str = ""):
+        self.corpus: Any = corpus  # of tokens: it has `lengths` too
+        self.indices, self.fingerprint, self.is_tokenized = indices, corpus.fingerprint + name, corpus.is_tokenized
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        lengths: np.ndarray = self.corpus.lengths[self._of(np.arange(len(self)))]
+        return lengths
 
     def fetch(self, indices: np.ndarray) -> list[Any]:
-        return self.corpus.fetch(indices + self.first)
+        documents: list[Any] = self.corpus.fetch(self._of(indices))
+        return documents
+
+    def _of(self, indices: np.ndarray) -> np.ndarray:
+        return self.indices.start + indices if isinstance(self.indices, range) else self.indices[indices]
+
+
+def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Subset, Subset]:
+    """(the rest, the `share` of the documents that `seed` draws)."""
+    drawn = [draw_share(len(corpus), share, seed, complement) for complement in (True, False)]
+    rest, held_out = (
+        Subset(corpus, indices, f"/{share}/{seed}/{name}")
+        for indices, name in zip(drawn, ("rest", "first"), strict=True)
+    )
+    return rest, held_out
 
 
 class _TextsInMemory(_TextCorpus):
     def __init__(self, files: Files, fingerprint: str):
         super().__init__(files, fingerprint)
-        self.texts = [read_text(files, row, begin) for row, begin, _ in stream(files, files.start, files.stop)]
-
-    def __len__(self) -> int:
-        return len(self.texts)
+        self.rows = [text for text, _ in read_all(files)]
 
     def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
-        return [self.texts[i] for i in indices]
+        return [self.rows[i] for i in indices]
 
 
 class _LineCorpus(_TextCorpus):
@@ -262,11 +294,11 @@ class _LineCorpus(_TextCorpus):
         return int(self.first[-1])
 
     def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
-        return [self._text(int(index)) for index in indices]
+        numbers, lines = locate(self.first, indices)
+        return [self._text(*found) for found in zip(numbers.tolist(), lines.tolist(), strict=True)]
 
-    def _text(self, index: int) -> str | Unusable:
-        number = int(np.searchsorted(self.first, index, side="right")) - 1
-        begin, end = self.spans[number][index - self.first[number]].tolist()
+    def _text(self, number: int, line_number: int) -> str | Unusable:
+        begin, end = self.spans[number][line_number].tolist()
         path = self.files.paths[number]
         with named(path):
             line = os.pread(_open_file(path, self.inodes[number]).descriptor, end - begin, begin)
@@ -294,24 +326,6 @@ def _open_file(path: str, inode: int) -> _OpenFile:
     return file
 
 
-def line_spans(path: str, chunk: int = 2**26) -> np.ndarray:
-    """Begin and end of every line of a file that is not white space: int64, lines x 2. Scans by chunks, so a file may exceed
-    memory. Raises DataError for UTF-16.
-    """
-    with named(path):
-        raw = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.zeros(0, np.uint8)
-    refuse_utf16(raw[:HEAD_BYTES].tobytes(), path)
-    starts = range(0, len(raw), chunk)
-    ends = [np.flatnonzero(raw[start : start + chunk] == ord("\n")) + start + 1 for start in starts]
-    found = np.concatenate([np.zeros(0, np.int64), *ends])
-    if len(raw) and (not len(found) or found[-1] != len(raw)):
-        found = np.append(found, len(raw))
-    spans = np.stack([np.concatenate([np.zeros(1, np.int64), found[:-1]])[: len(found)], found], axis=1)
-    space = raw[spans[:, 0]] <= ord(" ") if len(spans) else np.zeros(0, bool)  # only these can be blank
-    blank = [line for line in np.flatnonzero(space) if raw[slice(*spans[line])].tobytes().isspace()]
-    return np.delete(spans, blank, axis=0)
-
-
 class _TableCorpus(_TextCorpus):
     """Rows of parquet files or of a `save_to_disk` folder, memory-mapped through `datasets`."""
 
@@ -321,20 +335,15 @@ class _TableCorpus(_TextCorpus):
         super().__init__(files, fingerprint)
         sizes = [num_table_rows(open_table(path)) for path in files.paths]  # names the file when it cannot be read
         self.first = np.cumsum([0, *sizes])
-        self.rows: Any = []
         if kind_of(files.paths[0]) != ".parquet":
             self.rows = load_from_disk(files.paths[0]).select_columns([files.column])
         elif full := [path for path, size in zip(files.paths, sizes, strict=True) if size]:
             self.rows = Dataset.from_parquet(full, cache_dir=cache_dir, columns=[files.column])
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
         column = str(self.files.column)
         texts = self.rows[indices.tolist()][column]
-        numbers = np.searchsorted(self.first, indices, side="right") - 1
-        offsets = indices - self.first[numbers]
+        numbers, offsets = locate(self.first, indices)
         return [
             read_text(self.files, {column: text}, Position(number, offset))
             for text, number, offset in zip(texts, numbers.tolist(), offsets.tolist(), strict=True)
@@ -352,17 +361,10 @@ class _CachedCorpus(_TextCorpus):
         columns = {"text": Value("large_string"), "reason": Value("string"), "place": Value("int64")}
         try:
             self.rows = Dataset.from_generator(
-                _cached_rows,
-                features=Features(columns),
-                cache_dir=cache_dir,
-                gen_kwargs={"files": files},
-                fingerprint=fingerprint,
+                _cached_rows, Features(columns), cache_dir, gen_kwargs={"files": files}, fingerprint=fingerprint
             )
         except DatasetGenerationError as error:  # wraps what our generator raised
             raise error.__cause__ or error from None
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
         rows = self.rows[indices.tolist()]
@@ -375,7 +377,6 @@ class _CachedCorpus(_TextCorpus):
 
 def _cached_rows(files: Files) -> Iterator[dict[str, Any]]:
     """Each row's text, or the reason that it has none, with its position in one number."""
-    for row, begin, _ in stream(files, files.start, files.stop):
-        found = read_text(files, row, begin)
+    for found, begin in read_all(files):
         text, reason = (None, found.reason) if isinstance(found, Unusable) else (found, None)
         yield {"text": text, "reason": reason, "place": (begin.file << 40) + begin.offset}

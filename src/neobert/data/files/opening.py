@@ -1,4 +1,4 @@
-"""Opening files of every kind that is read: plain, compressed, tables, and files behind URLs.
+"""Opening files of every kind that is read: plain, compressed, tables, and files of URLs.
 
 A URL is whatever `fsspec` opens (`hf://…`); it is read again from where the connection broke off.
 """
@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,8 +53,7 @@ def open_binary(path: str) -> Any:
     if path.lower().endswith(".zst"):
         import pyarrow
 
-        stream = pyarrow.CompressedInputStream(raw, "zstd")
-        return io.BufferedReader(stream, 2**16)  # of a damaged file all but that is read
+        raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 2**16)  # reads most of a damaged file
     return raw
 
 
@@ -69,15 +69,22 @@ def named(path: str) -> Iterator[None]:
 
 
 def open_table(path: str) -> Any:
-    """The `ParquetFile` of a .parquet, else an Arrow table; both have `.schema`. Raises DataError."""
+    """The `ParquetFile` of a .parquet, else an Arrow table. Raises DataError."""
+    import pyarrow
+
     with named(path):
         kind = kind_of(path)
         if kind == ".parquet":
             import pyarrow.parquet
 
             return pyarrow.parquet.ParquetFile(open_binary(path) if "://" in path else path)
-        if kind == ".arrow":
-            return _open_arrow(path)
+        if kind == ".arrow":  # `datasets` writes Arrow's stream format, others its file format
+            file = open_binary(path) if "://" in path else pyarrow.memory_map(path)
+            try:
+                return pyarrow.ipc.open_stream(file).read_all()
+            except pyarrow.ArrowInvalid:
+                file.seek(0)
+                return pyarrow.ipc.open_file(file).read_all()
         from datasets import load_from_disk
 
         try:
@@ -86,33 +93,22 @@ def open_table(path: str) -> Any:
             raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
-def _open_arrow(path: str) -> Any:
-    """`datasets` writes Arrow's stream format, others its file format."""
-    import pyarrow as pa
-
-    file = open_binary(path) if "://" in path else pa.memory_map(path)
-    try:
-        return pa.ipc.open_stream(file).read_all()
-    except pa.ArrowInvalid:
-        file.seek(0)
-        return pa.ipc.open_file(file).read_all()
-
-
-def table_schema(table: Any) -> Any:
-    """The Arrow schema of what `open_table` gives."""
-    return getattr(table, "schema_arrow", None) or table.schema
-
-
 def num_table_rows(table: Any) -> int:
     """Rows of what `open_table` gives."""
     return int(table.num_rows if hasattr(table, "num_rows") else table.metadata.num_rows)
 
 
-# --- files behind URLs -----------
+def group_starts(parquet: Any) -> list[int]:
+    """The first row of every row group of a `ParquetFile`, and the number of rows at the end."""
+    sizes = (parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups))
+    return list(accumulate(sizes, initial=0))
+
+
+# --- files of URLs -----------
 
 
 class RemoteFile(io.RawIOBase):
-    """The bytes behind a URL. A read that fails is tried again, on a new connection, at the same offset.
+    """The bytes of a URL. A read that fails is tried again, on a new connection, at the same offset.
 
     Raises OSError when `ATTEMPTS` of them failed, or for a file that is not there.
     """
@@ -127,9 +123,6 @@ class RemoteFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._offset
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END:
@@ -167,10 +160,10 @@ class RemoteFile(io.RawIOBase):
                 raise
             except _network_errors() as error:
                 self._file = None
-                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                reason = first_line(error)
             if attempt < ATTEMPTS:
-                told = f"note: {self.url}: {reason}; reading on from byte {self._offset:,}, attempt {attempt + 1} of {ATTEMPTS}"
-                print(told, file=sys.stderr, flush=True)
+                what = f"reading on from byte {self._offset:,}, attempt {attempt + 1} of {ATTEMPTS}"
+                print(f"note: {self.url}: {reason}; {what}", file=sys.stderr, flush=True)
                 time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         raise OSError(errno.EIO, f"{reason} ({ATTEMPTS} attempts)")
 
@@ -181,7 +174,7 @@ def _go_to(file: Any, offset: int) -> None:
         return
     try:
         file.seek(offset)
-    except ValueError:  # fsspec's word for it
+    except ValueError:  # what fsspec raises
         while (missing := offset - file.tell()) > 0 and file.read(min(missing, 2**20)):
             continue
         if file.tell() != offset:

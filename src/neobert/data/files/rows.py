@@ -23,11 +23,14 @@ import io
 import json
 import os
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from neobert.data.files.opening import is_compressed, kind_of, named, open_binary, open_table, table_schema
+import numpy as np
+
+from neobert.data.files.opening import group_starts, is_compressed, kind_of, named, open_binary, open_table
 from neobert.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
@@ -150,6 +153,24 @@ def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
             raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
 
 
+def line_spans(path: str, chunk: int = 2**26) -> np.ndarray:
+    """Begin and end of every line of a file that is not white space: int64, lines x 2. Scans by chunks, so a file may exceed
+    memory. Raises DataError for UTF-16.
+    """
+    with named(path):
+        raw = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.zeros(0, np.uint8)
+    refuse_utf16(raw[:HEAD_BYTES].tobytes(), path)
+    starts = range(0, len(raw), chunk)
+    ends = [np.flatnonzero(raw[start : start + chunk] == ord("\n")) + start + 1 for start in starts]
+    found = np.concatenate([np.zeros(0, np.int64), *ends])
+    if len(raw) and (not len(found) or found[-1] != len(raw)):
+        found = np.append(found, len(raw))
+    spans = np.stack([np.concatenate([np.zeros(1, np.int64), found[:-1]])[: len(found)], found], axis=1)
+    space = raw[spans[:, 0]] <= ord(" ") if len(spans) else np.zeros(0, bool)  # only these can be blank
+    blank = [line for line in np.flatnonzero(space) if raw[slice(*spans[line])].tobytes().isspace()]
+    return np.delete(spans, blank, axis=0)
+
+
 def refuse_utf16(head: bytes, path: str) -> None:
     """Raises DataError when a text begins as UTF-16 does: with its byte order mark, or with zeros in every second byte."""
     halves = (head[::2], head[1::2]) if len(head) >= 16 else ()
@@ -226,16 +247,13 @@ def read_array(path: str) -> list[Any]:
 def _table_rows(path: str, start: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:
     """1,000 rows at a time, so that memory stays flat."""
     table = open_table(path)
-    _require(columns, table_schema(table).names, path)
+    _require(columns, _schema(table).names, path)
     if kind_of(path) != ".parquet":
         batches, row = (table.select(columns) if columns else table).slice(start).to_batches(1000), start
     else:
-        sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
-        first = row = 0
-        while first < len(sizes) and row + sizes[first] <= start:
-            row += sizes[first]
-            first += 1
-        groups = list(range(first, len(sizes)))
+        starts = group_starts(table)
+        first = bisect_right(starts, start, lo=1) - 1  # the group that has row `start`
+        groups, row = list(range(first, len(starts) - 1)), starts[first]
         batches = table.iter_batches(1000, row_groups=groups, columns=columns) if groups else []
     for batch in batches:
         skip = max(0, min(len(batch), start - row))
@@ -317,7 +335,7 @@ def columns_of(path: str) -> dict[str, bool]:
     with named(path):
         layout = layout_of(path)
         if layout == "table":
-            return {field.name: _is_string(field.type) for field in table_schema(open_table(path))}
+            return {field.name: _is_string(field.type) for field in _schema(open_table(path))}
         if layout == "csv":
             return dict.fromkeys(csv_header(path)[0], True)
         rows: list[Row] = []
@@ -333,6 +351,11 @@ def columns_of(path: str) -> dict[str, bool]:
         raise DataError(f"{bad.where}: {bad.reason}, and no row after it can be used")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: any(isinstance(row.get(name), str) for row in rows) for name in names}
+
+
+def _schema(table: Any) -> Any:
+    """The Arrow schema of what `open_table` gives."""
+    return getattr(table, "schema_arrow", None) or table.schema
 
 
 def _is_string(kind: Any) -> bool:

@@ -16,7 +16,7 @@ from glob import glob, has_magic
 from itertools import takewhile
 from pathlib import Path
 
-from neobert.data.files.documents import Files, Position, line_spans, stream
+from neobert.data.files.documents import Files, Position, stream
 from neobert.data.files.opening import KINDS, kind_of, named, num_table_rows, open_binary, open_table
 from neobert.data.files.rows import (
     HEAD_BYTES,
@@ -24,6 +24,7 @@ from neobert.data.files.rows import (
     first_with_columns,
     is_seekable_text,
     layout_of,
+    line_spans,
     raw_rows,
     refuse_utf16,
 )
@@ -66,17 +67,15 @@ def find_hub_splits(
 def _choose_splits(
     splits: Paths, source: str, text_column: str | None, train_split: str | None, eval_split: str | None
 ) -> tuple[Files, Files | None]:
-    def files(choice: Choice, what: str) -> Files:
-        name, begin, end = choice
-        return _slice_rows(_with_column(splits[name], text_column), begin, end, what)
+    def find(wanted: str | None, usual: str | None, key: str) -> tuple[str, Files]:
+        name, begin, end = choose_split(splits, wanted, usual, source, key)
+        return name, _slice_rows(_with_column(splits[name], text_column), begin, end, f"{key}: {wanted}")
 
-    train = choose_split(splits, train_split, usual_training(splits), source, "dataset.train_split")
-    training = files(train, f"dataset.train_split: {train_split}")
-    usual = usual_evaluation(splits, train[0])
+    train, files = find(train_split, usual_training(splits), "dataset.train_split")
+    usual = usual_evaluation(splits, train)
     if not eval_split and usual is None:
-        return training, None
-    evaluation = choose_split(splits, eval_split, usual, source, "dataset.eval_split")
-    return training, files(evaluation, f"dataset.eval_split: {eval_split}")
+        return files, None
+    return files, find(eval_split, usual, "dataset.eval_split")[1]
 
 
 def usual_training(splits: Paths) -> str | None:
@@ -91,7 +90,12 @@ def usual_evaluation(splits: Paths, train: str) -> str | None:
 
 def choose_split(splits: Paths, wanted: str | None, usual: str | None, source: str, key: str) -> Choice:
     """The split that `key` names, or the usual one. Raises DataError saying what there is in `source`."""
-    name, begin, end = parse_slice(wanted, key) if wanted else (usual, None, None)
+    name, begin, end = usual, None, None
+    if wanted:
+        match = _SLICE.match(wanted.strip())  # train[10:20%] -> train, 10, 20%
+        if match is None:
+            raise DataError(f"{key}: {wanted!r} is no split; write a name, or a slice as train[:1%] or train[1000:]")
+        name, begin, end = match.group("name", "begin", "end")
     if name is None or name not in splits:
         what = f"no split {name!r}" if name else "no split named train"
         raise DataError(f"{key}: {what} in {source}; there are: {', '.join(splits)}")
@@ -106,16 +110,18 @@ def local_splits(path: str) -> Paths:
     if is_saved_dataset(path):
         return _saved_splits(Path(path))
     splits: Paths = {}
+    root = Path(path)  # the folder below which names of folders count: of a glob, all before its first wildcard
+    if not os.path.isdir(path):
+        root = Path(*takewhile(lambda part: not has_magic(part), root.parts[:-1]))
     for file in _find_files(path):
-        parts = Path(file).relative_to(_root(path)).parts[::-1]
+        parts = Path(file).relative_to(root).parts[::-1]
         split = next((name for name in map(_split_named, parts) if name), "train")
         splits.setdefault(split, []).append(file)
     for name, files in splits.items():
         kinds = sorted({str(kind_of(file)) for file in files})
         if len(kinds) > 1:
-            raise DataError(
-                f"dataset.path: {path}: split {name} mixes {' and '.join(kinds)}; name one kind, as '{path}/*{kinds[0]}'"
-            )
+            hint = f"name one kind, as '{path}/*{kinds[0]}'"
+            raise DataError(f"dataset.path: {path}: split {name} mixes {' and '.join(kinds)}; {hint}")
     return splits
 
 
@@ -140,13 +146,6 @@ def _split_named(part: str) -> str | None:
     return "train" if word in TRAIN_NAMES else word if word in EVAL_NAMES else None
 
 
-def _root(path: str) -> Path:
-    """The folder below which names of folders count: of a glob, all before its first wildcard."""
-    if os.path.isdir(path):
-        return Path(path)
-    return Path(*takewhile(lambda part: not has_magic(part), Path(path).parts[:-1]))
-
-
 def _find_files(path: str) -> list[str]:
     if not path:
         raise DataError("dataset.path: not set; give a file, a folder or a glob")
@@ -164,10 +163,8 @@ def _find_files(path: str) -> list[str]:
         if not os.path.exists(file):
             raise DataError(f"{file}: is a link to nothing")
         if kind_of(file) is None or not os.path.isfile(file):
-            kinds = ", ".join(KINDS)
-            raise DataError(
-                f"{file}: not a kind of file that can be read; these can: {kinds}, text also as .gz or .zst"
-            )
+            kinds = f"{', '.join(KINDS)}, text also as .gz or .zst"
+            raise DataError(f"{file}: not a kind of file that can be read; these can: {kinds}")
     return found
 
 
@@ -216,10 +213,10 @@ def hub_splits(
     except HFValidationError as error:
         raise DataError(f"dataset.name: {repository!r} is no name of a dataset: {error}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        why = "this machine is offline (HF_HUB_OFFLINE)"
+        unreached = f"the hub cannot be reached ({first_line(error)})"
+        why = "this machine is offline (HF_HUB_OFFLINE)" if offline else unreached
         raise DataError(
-            f"dataset.name: {repository!r} is not in the local cache of the hub, and "
-            f"{why if offline else f'the hub cannot be reached ({first_line(error)})'}; "
+            f"dataset.name: {repository!r} is not in the local cache of the hub, and {why}; "
             "set dataset.path to files of your own, or run once with network"
         ) from None
     except (DatasetNotFoundError, HfHubHTTPError, ValueError, RuntimeError, OSError) as error:
@@ -278,19 +275,12 @@ def _choose_column(path: str, columns: dict[str, bool], wanted: str | None) -> s
 # --- parts of a split -----------
 
 
-def parse_slice(spec: str, key: str) -> Choice:
-    """`train[10:20%]` -> ("train", "10", "20%")."""
-    match = _SLICE.match(spec.strip())
-    if match is None:
-        raise DataError(f"{key}: {spec!r} is no split; write a name, or a slice as train[:1%] or train[1000:]")
-    return match["name"], match["begin"], match["end"]
-
-
 def _slice_rows(files: Files, begin: str | None, end: str | None, what: str) -> Files:
     if begin is None and end is None:
         return files
     counts = [part for part in (begin, end) if part is not None and ("%" in part or part.startswith("-"))]
-    first, last = slice_bounds(begin, end, count_rows(files) if counts else None, what)
+    total = sum(map(count_rows, files.paths)) if counts else None
+    first, last = slice_bounds(begin, end, total, what)
     stop = None if last is None else _find_row(files, last)
     return replace(files, rows=(first, last), start=_find_row(files, first), stop=stop)
 
@@ -315,12 +305,8 @@ def slice_bounds(begin: str | None, end: str | None, total: int | None, what: st
     return first, last
 
 
-def count_rows(files: Files) -> int:
-    """Rows of all files; tables know it, plain text is scanned, the rest is read once."""
-    return sum(_count_in(path) for path in files.paths)
-
-
-def _count_in(path: str) -> int:
+def count_rows(path: str) -> int:
+    """Rows of a file; tables know it, plain text is scanned, the rest is read once."""
     if layout_of(path) == "table":
         return num_table_rows(open_table(path))
     if is_seekable_text(path) and "://" not in path:
@@ -332,7 +318,7 @@ def _find_row(files: Files, row: int) -> Position:
     """The position of a row, counted over all files; after the last one when there are fewer."""
     for number, path in enumerate(files.paths):
         if layout_of(path) == "table":
-            count = _count_in(path)
+            count = count_rows(path)
             if row < count:
                 return Position(number, row)
             row -= count

@@ -18,7 +18,7 @@ killed run has finished is found by the next; several machines may each take eve
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,8 +27,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from neobert.data.files.documents import Files, Position, SkippedRows, blocks_of, fingerprint, num_bytes, texts_of
-from neobert.data.files.opening import kind_of, num_table_rows, open_table
+from neobert.data.files.documents import (
+    Files,
+    Position,
+    SkippedRows,
+    blocks_of,
+    fingerprint,
+    locate,
+    num_bytes,
+    texts_of,
+)
+from neobert.data.files.opening import group_starts, kind_of, num_table_rows, open_table
 from neobert.data.files.rows import is_seekable_text, layout_of, lines
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
@@ -74,9 +83,14 @@ class Manifest:
         reasons = {reason for shard in self.shards for reason in shard.skipped}
         return {reason: sum(shard.skipped.get(reason, 0) for shard in self.shards) for reason in sorted(reasons)}
 
-    def describe_skipped(self) -> str:
-        """As `3 rows passed over: 3 no text`; empty when there are none."""
-        return SkippedRows(counts=self.skipped).describe()
+    @property
+    def counts(self) -> str:
+        """`12 documents, 345 tokens`."""
+        return f"{self.num_documents:,} documents, {self.num_tokens:,} tokens"
+
+    def describe_skipped(self, form: str = "{}") -> str:
+        """As `3 rows passed over: 3 no text`, put into `form`; empty when there are none."""
+        return SkippedRows(counts=self.skipped).describe(form=form)
 
 
 # --- reading -----------
@@ -107,24 +121,21 @@ class TokenStore:
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in self.offsets)])
 
     def fetch(self, indices: np.ndarray) -> list[Ids]:
-        numbers = np.searchsorted(self.first, indices, side="right") - 1
+        numbers, local = locate(self.first, indices)
         documents: list[Ids] = [np.zeros(0)] * len(indices)
         for number in np.unique(numbers).tolist():
             wanted = np.flatnonzero(numbers == number)
-            local = indices[wanted] - self.first[number]
             offsets, tokens = self.offsets[number], self.tokens[number]
-            for index, begin, end in zip(
-                wanted.tolist(), offsets[local].tolist(), offsets[local + 1].tolist(), strict=True
-            ):
+            begins, ends = offsets[local[wanted]].tolist(), offsets[local[wanted] + 1].tolist()
+            for index, begin, end in zip(wanted.tolist(), begins, ends, strict=True):
                 documents[index] = tokens[begin:end]
         return documents
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raises DataError when the folder was made by another tokenizer."""
         if self.manifest.tokenizer != tokenizer.fingerprint:
-            raise DataError(
-                f"{self.folder}: made with another tokenizer; delete the folder to tokenise again, or use that tokenizer"
-            )
+            what = "made with another tokenizer; delete the folder to tokenise again, or use that tokenizer"
+            raise DataError(f"{self.folder}: {what}")
 
 
 def _open_offsets(path: Path) -> np.ndarray:
@@ -155,10 +166,8 @@ def read_manifest(folder: Path) -> Manifest:
         if plan is None:
             raise DataError(f"{folder}: no tokenised corpus here (no {MANIFEST})")
         total, missing = len(plan["shards"]), len(_missing(folder, range(len(plan["shards"]))))
-        raise DataError(
-            f"{folder}: not whole: {missing} of {total} shards are missing; run the command that makes it again, "
-            "it goes on where it was"
-        )
+        hint = "run the command that makes it again, it goes on where it was"
+        raise DataError(f"{folder}: not whole: {missing} of {total} shards are missing; {hint}")
     try:
         version = fields["format"]
         if version == FORMAT:
@@ -227,12 +236,29 @@ def tokenize_files(
         missing = _missing(folder, range(share[0] - 1, len(starts), share[1]))
         stop = threading.Event()
 
-        def make(number: int) -> None:
+        def documents(number: int, skips: SkippedRows) -> Iterator[Ids]:
             part = replace(files, start=starts[number], stop=stops[number])
-            _make_shard(folder, number, part, tokenizer, SkippedRows(refuse), stop)
+            for block in blocks_of(texts_of(part, skips)):
+                if stop.is_set():  # another shard has failed
+                    raise CancelledError
+                yield from tokenizer.encode(block)
 
-        with tqdm(total=len(missing), desc="tokenising", unit=" shards", disable=not show_bar, leave=False) as bar:
-            _make_all(make, missing, min(num_proc, len(missing)), bar.update, stop)
+        def make(number: int) -> None:
+            for leftover in folder.glob(f".*-{number:05d}.*.tmp"):
+                leftover.unlink(missing_ok=True)  # of a process that was killed
+            skips = SkippedRows(refuse)
+            write_shard(folder, number, documents(number, skips), tokenizer.dtype, skips.counts)
+
+        num_threads = min(num_proc, len(missing))
+        pool = tokenizing_threads(num_threads) if num_threads > 1 else None
+        try:
+            with tqdm(total=len(missing), desc="tokenising", unit=" shards", disable=not show_bar, leave=False) as bar:
+                for _ in (pool.map if pool else map)(make, missing):
+                    bar.update()
+        finally:
+            stop.set()
+            if pool:
+                pool.shutdown(cancel_futures=True)
         return len(missing), _finish(folder, len(starts))
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -265,45 +291,6 @@ def _agree_on_plan(files: Files, tokenizer: TextTokenizer, folder: Path) -> list
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PLAN, plan, shared=True)
     return [Position(*start) for start in plan["shards"]]
-
-
-def _make_all(
-    make: Callable[[int], None],
-    numbers: list[int],
-    num_threads: int,
-    update: Callable[[], object],
-    stop: threading.Event,
-) -> None:
-    """Make the shards, on threads if there is more than one; a failure sets `stop` for the others."""
-    if num_threads <= 1:
-        for number in numbers:
-            make(number)
-            update()
-        return
-    pool = tokenizing_threads(num_threads)
-    try:
-        for future in [pool.submit(make, number) for number in numbers]:
-            future.result()
-            update()
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def _make_shard(
-    folder: Path, number: int, files: Files, tokenizer: TextTokenizer, skips: SkippedRows, stop: threading.Event
-) -> None:
-    """Read, tokenise and write one shard. Raises CancelledError before the next block when `stop` is set."""
-
-    def documents() -> Iterator[Ids]:
-        for block in blocks_of(texts_of(files, skips)):
-            if stop.is_set():
-                raise CancelledError
-            yield from tokenizer.encode(block)
-
-    for leftover in folder.glob(f".*-{number:05d}.*.tmp"):
-        leftover.unlink(missing_ok=True)  # of a process that was killed
-    write_shard(folder, number, documents(), tokenizer.dtype, skips.counts)
 
 
 def write_shard(
@@ -363,23 +350,14 @@ def _cuts(files: Files, target: int, known_sizes: bool) -> Iterator[tuple[Positi
             yield Position(number), 1
             continue
         size, offsets = num_bytes(replace(files, paths=(path,))), [0]
-        if layout_of(path) == "table":
-            offsets = _table_cuts(path, max(1, size // target))
+        if kind_of(path) == ".parquet":
+            offsets = group_starts(open_table(path))[:-1] or [0]
+        elif layout_of(path) == "table":
+            num_rows, num_pieces = num_table_rows(open_table(path)), max(1, size // target)
+            offsets = [num_rows * n // num_pieces for n in range(num_pieces)]
         elif is_seekable_text(path):
-            offsets = sorted({0} | {_line_start(path, offset, size) for offset in range(target, size, target)} - {size})
+            cuts = range(target, size, target)
+            begins = (next((begin for _, begin, _ in lines(path, cut) if begin > cut), 0) for cut in cuts)
+            offsets = sorted({0, *begins})
         for offset in offsets:
             yield Position(number, offset), size // len(offsets)
-
-
-def _line_start(path: str, offset: int, size: int) -> int:
-    """Where the first line that begins after `offset` begins; `size` when there is none."""
-    return next((begin for _, begin, _ in lines(path, offset) if begin > offset), size)
-
-
-def _table_cuts(path: str, num_pieces: int) -> list[int]:
-    """The first rows of row groups, or of pieces of equal size."""
-    table = open_table(path)
-    if kind_of(path) == ".parquet":
-        groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
-        return [sum(groups[:n]) for n in range(max(1, len(groups)))]
-    return [num_table_rows(table) * n // num_pieces for n in range(num_pieces)]

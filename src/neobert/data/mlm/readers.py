@@ -22,10 +22,10 @@ from neobert.data.files.documents import (
     fingerprint,
     read_text,
     stream,
+    take_block,
 )
-from neobert.data.files.rows import Raw, Unusable
-from neobert.data.files.token_store import TokenStore
-from neobert.data.hashing import draw_share, hash_key, permute
+from neobert.data.files.rows import Unusable
+from neobert.data.hashing import hash_key, permute
 from neobert.data.tokenizer import Ids
 from neobert.ranks import Ranks
 
@@ -87,18 +87,18 @@ class StreamReader:
 
     def __post_init__(self) -> None:
         self.position = self.files.start
-        self._rows: Iterator[tuple[Raw, Position, Position]] | None = None
+        self._texts = self._read_texts()
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.files)
 
     def read(self) -> list[str]:
-        if self._rows is None:
-            self._rows = stream(self.files, self.position, self.files.stop)
-        block: list[str] = []
-        num_characters = 0
-        for row, begin, after in self._rows:
+        return take_block(self._texts)
+
+    def _read_texts(self) -> Iterator[str]:
+        """The texts of this rank from `position` on, which is after the row of the last one that was taken."""
+        for row, begin, after in stream(self.files, self.position, self.files.stop):
             self.position = after
             is_mine = self.num_read % self.ranks.world_size == self.ranks.rank
             self.num_read += 1
@@ -107,15 +107,12 @@ class StreamReader:
             text = read_text(self.files, row, begin)
             if isinstance(text, Unusable):
                 self.skips.add(text)
-                continue
-            block.append(text)
-            num_characters += len(text)
-            if len(block) == BLOCK_DOCUMENTS or num_characters >= BLOCK_CHARACTERS:
-                break
-        return block
+            else:
+                yield text
 
     def next_epoch(self) -> None:
-        self.epoch, self.num_read, self.position, self._rows = self.epoch + 1, 0, self.files.start, None
+        self.epoch, self.num_read, self.position = self.epoch + 1, 0, self.files.start
+        self._texts = self._read_texts()
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"epoch": self.epoch, "num_read": self.num_read}
@@ -123,7 +120,7 @@ class StreamReader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.num_read = state["epoch"], state["num_read"]
-        self.position, self._rows = Position(state["file"], state["offset"]), None
+        self.position, self._texts = Position(state["file"], state["offset"]), self._read_texts()
         self.skips.load_state_dict(state["skips"])
 
 
@@ -180,27 +177,6 @@ class RememberedReader:
 
 
 Reader = CorpusReader | StreamReader | RememberedReader
-
-
-class Subset:
-    """A share of a corpus, drawn by `seed`: the first `share` of a permutation, or the rest (`complement`)."""
-
-    def __init__(self, corpus: Corpus, share: float, seed: int, complement: bool):
-        self.corpus = corpus
-        self.indices = draw_share(len(corpus), share, seed, complement)
-        self.fingerprint = f"{corpus.fingerprint}/{share}/{seed}/{'rest' if complement else 'first'}"
-        self.is_tokenized = corpus.is_tokenized
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        assert isinstance(self.corpus, TokenStore)
-        return self.corpus.lengths[self.indices]
-
-    def fetch(self, indices: np.ndarray) -> list[Any]:
-        return self.corpus.fetch(self.indices[indices])
 
 
 class Pieces:

@@ -39,7 +39,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
     config, size = keep_saved_size(start.config, opened, runtime.world_size)
     trainer = config.trainer
     on_cuda = runtime.device.type == "cuda"
-    data = build_data(config, tokenizer, runtime, opened.folder, on_cuda, main_first=runtime.main_first)
+    data = runtime.main_first(lambda: build_data(config, tokenizer, runtime, opened.folder, on_cuda))
     data.train.observe = observe
     model = start.build_model(tokenizer.pad_id).to(runtime.device)
     kernels = prepare_model(config, model, runtime)
