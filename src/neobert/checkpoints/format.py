@@ -178,31 +178,6 @@ def read_pointer(path: Path) -> str | None:
     return text if text.isdigit() else None
 
 
-def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = False) -> Path:
-    """The folder that `selector` names: `latest`, `best`, a step below `root`; or a path to a step, to `checkpoints/`, or
-    to a run's output folder, which means its `latest`: the model that the run came to, or `to_resume` its newest step.
-
-    Raises CheckpointError saying what is there instead.
-    """
-    if root is not None and (selector in ("latest", "best") or selector.isdigit()):
-        steps = list_steps(root)
-        name = selector if selector.isdigit() else read_pointer(root / selector)
-        if selector == "latest" and steps and (to_resume or name is None or int(name) not in steps):
-            name = str(steps[-1])
-        if name is None or not (root / name / STATE).is_file():
-            there = f"there are: {', '.join(map(str, steps))}" if steps else "there is none"
-            raise CheckpointError(f"{root}: no checkpoint {selector!r}; {there}")
-        return root / name
-    path = Path(selector)
-    for candidate in (path / "checkpoints", path):
-        if list_steps(candidate):
-            return find_checkpoint("latest", candidate, to_resume)
-    if not (path / STATE).is_file():
-        what = "not a checkpoint (it has no state.json)" if path.exists() else "no such folder"
-        raise CheckpointError(f"{path}: {what}; expected a run's output folder or <output_dir>/checkpoints/<step>")
-    return path
-
-
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, after comparing all checksums. Raises CheckpointError naming the first damaged file."""
     try:

@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, find_checkpoint
-from neobert.checkpoints.locate import download_model
+from neobert.checkpoints.format import STATE
+from neobert.checkpoints.locate import download_model, find_checkpoint
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, print_notes
