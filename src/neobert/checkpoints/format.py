@@ -98,7 +98,10 @@ def save_checkpoint(
         sums.update(_write_content(scratch, content, group.rank))
 
     def publish() -> None:
-        _write_state(scratch, content, sums)
+        state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
+        write_json(scratch / STATE, {**state, "checksum": checksum(state)})
+        for path in (scratch / STATE, *(one for one in scratch.rglob("*") if one.is_dir()), scratch):
+            sync(path)
         replace_folder(scratch, final, final.with_name(f".{final.name}{REPLACED}"))
         write_text(root / "latest", f"{content.step}\n")
         after()
@@ -141,9 +144,7 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
         write_json(folder / "config.json", content.model_config)
         write_text(folder / "config.yaml", content.config_yaml)
         content.save_beside(folder)
-        whole = (
-            one for one in folder.rglob("*") if not one.name.startswith(".")
-        )  # others are being written, by any process
+        whole = [one for one in folder.rglob("*") if not one.name.startswith(".")]  # others are being written
         own += [one for one in whole if not is_of_a_rank(str(one.relative_to(folder)))]
     files = sorted({path for path in own if path.is_file()})
     for path in files:
@@ -154,13 +155,6 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
 def is_of_a_rank(name: str) -> bool:
     """Whether a file is one that every process writes its own of, and that only resuming needs."""
     return name.startswith(("optimizer/", "data_rank"))
-
-
-def _write_state(folder: Path, content: Content, sums: dict[str, str]) -> None:
-    state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
-    write_json(folder / STATE, {**state, "checksum": checksum(state)})
-    for path in (folder / STATE, *(one for one in folder.rglob("*") if one.is_dir()), folder):
-        sync(path)
 
 
 def _contiguous(tensors: Tensors) -> Tensors:

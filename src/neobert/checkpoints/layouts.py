@@ -40,13 +40,8 @@ def fused_parts(model_type: str) -> dict[str, int]:
 
 def is_eurobert(config: NeoBERTConfig) -> bool:
     """Whether transformers' own EuroBERT computes the same function."""
-    return (
-        config.rope
-        and config.rms_norm
-        and config.hidden_act == "swiglu"
-        and not config.ngpt
-        and not config.decoder_bias
-    )
+    has_its_parts = config.rope and config.rms_norm and config.hidden_act == "swiglu"
+    return has_its_parts and not config.ngpt and not config.decoder_bias
 
 
 def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[str, Any]:
@@ -73,8 +68,7 @@ def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[
 def checkpoint_config(config: NeoBERTConfig, special_ids: dict[str, int], name: str | None = None) -> dict[str, Any]:
     """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
     own = {field: getattr(config, field) for field in NeoBERTConfig.__annotations__ if hasattr(config, field)}
-    if name is not None:
-        own["name"] = name
+    own |= {} if name is None else {"name": name}
     if is_eurobert(config):
         return {**eurobert_config(config, special_ids), "neobert": own}
     kind = {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32"}
@@ -85,12 +79,9 @@ def to_eurobert(weights: Tensors) -> Tensors:
     """Our tensors under EuroBERT's names; fused matrices become views of their parts."""
     out: Tensors = {}
     for name, tensor in weights.items():
-        prefix, _, part = _split_name(name)
-        if part in FUSED:
-            for target, piece in zip(FUSED[part], tensor.chunk(len(FUSED[part])), strict=True):
-                out[prefix + target] = piece
-        else:
-            out[prefix + _RENAMED.get(part, part)] = tensor
+        prefix, part = _split_name(name)
+        names = FUSED.get(part, (_RENAMED.get(part, part),))
+        out |= {prefix + target: piece for target, piece in zip(names, tensor.chunk(len(names)), strict=True)}
     return out
 
 
@@ -101,7 +92,7 @@ def from_eurobert(weights: Tensors) -> Tensors:
     inner = {part for parts in FUSED.values() for part in parts[1:]}
     out: Tensors = {}
     for name, tensor in weights.items():
-        prefix, _, part = _split_name(name)
+        prefix, part = _split_name(name)
         if part in fused:
             ours, parts = fused[part]
             out[prefix + ours] = torch.cat([weights[prefix + one] for one in parts])
@@ -165,10 +156,8 @@ def mismatches(weights: Tensors, own: Tensors) -> list[str]:
     return wrong
 
 
-def _split_name(name: str) -> tuple[str, str, str]:
-    """`model.layers.3.mlp.down_proj.weight` -> (`model.layers.3.`, `3`, `mlp.down_proj.weight`)."""
-    if ".layers." not in name:
-        return "", "", name
-    head, _, tail = name.partition(".layers.")
+def _split_name(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.down_proj.weight` -> (`model.layers.3.`, `mlp.down_proj.weight`); other names are whole."""
+    head, found, tail = name.partition(".layers.")
     number, _, part = tail.partition(".")
-    return f"{head}.layers.{number}.", number, part
+    return (f"{head}.layers.{number}.", part) if found else ("", name)

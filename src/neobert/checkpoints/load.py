@@ -31,13 +31,11 @@ HFEncoderModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
     """(model in evaluation mode, tokenizer). `checkpoint` is a run's folder, one step, or an export. Raises CheckpointError."""
     folder = find_model(checkpoint)
-    model = build_model(folder, read_model_config(folder))
+    model = load_model(folder)
     if not isinstance(model, NeoBERTForMaskedLM):
-        raise CheckpointError(
-            f"{folder}: has no decoder, which predicting tokens needs; name a pretrained masked language model"
-        )
-    load_model_weights(folder, model)
-    return model.eval(), load_model_tokenizer(folder, model.config.vocab_size)
+        need = "predicting tokens needs; name a pretrained masked language model"
+        raise CheckpointError(f"{folder}: has no decoder, which {need}")
+    return model, load_model_tokenizer(folder, model.config.vocab_size)
 
 
 def load_model(folder: Path) -> Model | HFEncoderModel:

@@ -57,9 +57,8 @@ def find_model(path: str) -> Path:
         return find_verified(path)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing == [WEIGHTS] and (folder / PICKLE).is_file():
-        raise CheckpointError(
-            f"{folder}: its weights are in {PICKLE}, and only safetensors are read; {CONVERT.format(folder)}"
-        )
+        pickled = f"its weights are in {PICKLE}, and only safetensors are read"
+        raise CheckpointError(f"{folder}: {pickled}; {CONVERT.format(folder)}")
     if missing:
         raise CheckpointError(
             f"{folder}: neither a checkpoint nor an exported model: it has no {STATE}, no {' and no '.join(missing)}; "

@@ -9,6 +9,7 @@ by `published_outputs`; an export with code of its own by that code, when it is 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +26,9 @@ from neobert.checkpoints.retention import strip_checkpoint
 from neobert.config.sections import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError
+from neobert.export import verify
 from neobert.export.source import Source
-from neobert.export.verify import (
-    Check,
-    Sample,
-    build_sample,
-    by_transformers,
-    check,
-    compare,
-    hidden_states,
-    judged,
-    logits,
-)
+from neobert.export.verify import Check, Sample
 from neobert.export.write import code_files
 from neobert.files import check_target, whole_folder, write_json
 from neobert.model.modeling_neobert import NeoBERTConfig
@@ -61,22 +53,17 @@ def import_model(
     log(f"model       {converted.folder}: {describe(converted)}")
     for note in converted.notes:
         log(f"note: {note}")
-    found = verify(converted, Path(tokenizer) if tokenizer else None, trust_code, log)
-    checks = judged(found, tolerance, f"{converted.folder}: what was imported", log)
+    found = compare_with_source(converted, Path(tokenizer) if tokenizer else None, trust_code, log)
+    checks = verify.judged(found, tolerance, f"{converted.folder}: what was imported", log)
     with whole_folder(out) as scratch:
         root = scratch / "checkpoints"
         root.mkdir()
         strip_checkpoint(save_checkpoint(root, checkpoint_content(converted)))
-        write_json(
-            scratch / RECORD,
-            {
-                "neobert": __version__,
-                "source": converted.folder.resolve().name,
-                "layout": converted.kind,
-                "notes": converted.notes,
-                "verified": [check.as_json() for check in checks],
-            },
-        )
+        record = {
+            "neobert": __version__, "source": converted.folder.resolve().name, "layout": converted.kind,
+            "notes": converted.notes, "verified": [asdict(check) for check in checks],
+        }  # fmt: skip
+        write_json(scratch / RECORD, record)
     return checks
 
 
@@ -87,19 +74,22 @@ def describe(converted: Converted) -> str:
     return f"{kind}, {config.num_hidden_layers} layers x {config.hidden_size} wide, {config.vocab_size:,} tokens"
 
 
-def verify(converted: Converted, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]) -> list[Check]:
+def compare_with_source(
+    converted: Converted, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]
+) -> list[Check]:
     """Compare the source with the model that was made of it. Raises UserError where it does not load."""
     source = Source(converted.folder, converted.fields, converted.model, converted.tokenizer)
-    sample = build_sample(converted.tokenizer, converted.model.config.max_position_embeddings)
+    sample = verify.build_sample(converted.tokenizer, converted.model.config.max_position_embeddings)
     if converted.kind == "published":
-        checks = compare_published(source, sample, converted.has_head)
-    elif source.is_native or trust_code or _ships_this_code(converted.folder):
-        comparison = by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
-        checks = compare(converted.folder, [comparison])
-    else:
-        log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
-        return []
-    return checks
+        return compare_published(source, sample, converted.has_head)
+    code, own_code = (
+        {p.name: p.read_bytes() for p in paths} for paths in (converted.folder.glob("*.py"), code_files())
+    )
+    if source.is_native or trust_code or code == own_code:
+        comparison = verify.by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
+        return verify.compare(converted.folder, [comparison])
+    log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
+    return []
 
 
 def compare_published(source: Source, sample: Sample, has_head: bool) -> list[Check]:
@@ -111,13 +101,9 @@ def compare_published(source: Source, sample: Sample, has_head: bool) -> list[Ch
                 found[f"hidden/{how}/{number}"] = hidden
                 if scores is not None:
                     found[f"logits/{how}/{number}"] = scores[sample.picks[number]]
-    checks = [check(found, "hidden", hidden_states(source.model, sample.rows), sample.lengths)]
-    return checks + ([check(found, "logits", logits(source, sample), sample.lengths)] if has_head else [])
-
-
-def _ships_this_code(folder: Path) -> bool:
-    ours = {path.name: path.read_bytes() for path in code_files()}
-    return ours == {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    expected = {"hidden": verify.hidden_states(source.model, sample.rows)}
+    expected |= {"logits": verify.logits(source, sample)} if has_head else {}
+    return [verify.check(found, what, values, sample.lengths) for what, values in expected.items()]
 
 
 def checkpoint_content(converted: Converted) -> Content:

@@ -150,7 +150,7 @@ def record(source: Source, wanted: Wanted, checks: list[verify.Check]) -> dict[s
         "model_type": source.fields["model_type"],
         "embedding": asdict(wanted.embedding) if wanted.embedding is not None else None,
         "onnx": wanted.onnx_output if wanted.onnx else None,
-        "verified": [check.as_json() for check in checks],
+        "verified": [asdict(check) for check in checks],
     }
 
 
