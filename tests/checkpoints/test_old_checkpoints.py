@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from neobert.inference.fill_mask import fill_masks
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -30,6 +29,7 @@ from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.export.write import Wanted, export_model
 from neobert.inference.embed import load_embedder
+from neobert.inference.masked_lm import fill_masks
 from neobert.tasks.contrastive import task as contrastive
 from neobert.tasks.glue import predict
 from neobert.tasks.glue import task as glue

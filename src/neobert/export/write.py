@@ -116,7 +116,16 @@ def export_model(
         log("verifying   in a process that has only the folder")
         found = verify.compare(scratch, comparisons)
         checks = verify.judged(found, wanted.tolerance, f"{source.folder}: what was exported", log)
-        write_json(scratch / RECORD, record(source, wanted, checks))
+        record = {
+            "neobert": __version__,
+            "source": source.folder.name,
+            "checkpoint": {name: source.state[name] for name in ("step", "num_tokens") if name in source.state},
+            "model_type": source.fields["model_type"],
+            "embedding": asdict(embedding) if embedding is not None else None,
+            "onnx": wanted.onnx_output if wanted.onnx else None,
+            "verified": [asdict(check) for check in checks],
+        }
+        write_json(scratch / RECORD, record)
         write_card(source, scratch, embedding, wanted.onnx, checks, out.name)
     return checks
 
@@ -139,19 +148,6 @@ def describe(source: Source) -> str:
     }
     reasons = " and ".join(reason for reason, holds in differences.items() if holds)
     return f"{head}, ships its own code (trust_remote_code=True), as EuroBERT has {reasons}"
-
-
-def record(source: Source, wanted: Wanted, checks: list[verify.Check]) -> dict[str, Any]:
-    """What export.json holds."""
-    return {
-        "neobert": __version__,
-        "source": source.folder.name,
-        "checkpoint": {name: source.state[name] for name in ("step", "num_tokens") if name in source.state},
-        "model_type": source.fields["model_type"],
-        "embedding": asdict(wanted.embedding) if wanted.embedding is not None else None,
-        "onnx": wanted.onnx_output if wanted.onnx else None,
-        "verified": [asdict(check) for check in checks],
-    }
 
 
 def write_transformers(source: Source, folder: Path, embedding: Embedding | None = None) -> None:

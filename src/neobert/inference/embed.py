@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import normalizers
 
 from neobert.checkpoints.load import check_fit, load_hf_encoder, load_model_config, read_weights
 from neobert.checkpoints.locate import find_encoder, read_model_config
@@ -67,9 +68,8 @@ class Embedder:
         """Token ids of every text, with its prompt and special tokens."""
         prompt = self.settings.default_prompt if prompt is None else prompt
         if prompt and not self.settings.include_prompt:
-            raise CheckpointError(
-                f"{self.settings.encoder}: include_prompt: false, pooling without the prompt, is not computed here"
-            )
+            asked = "include_prompt: false, pooling without the prompt"
+            raise CheckpointError(f"{self.settings.encoder}: {asked}, is not computed here")
         return encode_texts(self.hf_tokenizer, [prompt + text for text in texts], self.max_length, True, "texts")
 
     @torch.no_grad()
@@ -152,8 +152,10 @@ def load_embedder(
     folder = find_encoder(source)
     found = read_sentence_settings(folder)
     tokenizer = load_tokenizer("", str(tokenizer_folder(found.encoder)))
-    if found.lower_case:
-        _lower_case(tokenizer)
+    if found.lower_case:  # as sentence-transformers lowers texts first
+        backend = tokenizer.backend_tokenizer
+        rest = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
     settings = ContrastiveSettings(pooling=pooling or found.pooling or "avg")
     if "neobert" in read_model_config(found.encoder):
         model: EmbeddingModel = _load_ours(found.encoder, settings)
@@ -190,12 +192,3 @@ def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
             capability=gpu_capability(runtime.device),
         )
     model.to(runtime.device).eval()
-
-
-def _lower_case(tokenizer: Any) -> None:
-    """Let a tokenizer lower its texts first, as sentence-transformers does for `do_lower_case`."""
-    from tokenizers import normalizers
-
-    backend = tokenizer.backend_tokenizer
-    more = [backend.normalizer] if backend.normalizer is not None else []
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *more])

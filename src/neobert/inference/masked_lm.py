@@ -69,13 +69,8 @@ def fill_masks(checkpoint: str | Path, texts: list[str], top: int) -> Iterator[G
         logits_TV = model(input_ids=ids).logits[0].float()
         logits_TV[:, forbidden] = -torch.inf
         found = logits_TV[ids[0] == tokenizer.mask_token_id].softmax(-1).topk(min(top, facts.num_real), dim=-1)
-        yield Guesses(
-            text,
-            [
-                list(zip(tokenizer.convert_ids_to_tokens(indices), values.tolist(), strict=True))
-                for values, indices in zip(*found, strict=True)
-            ],
-        )
+        tokens = [tokenizer.convert_ids_to_tokens(indices) for indices in found.indices]
+        yield Guesses(text, [list(zip(*one, strict=True)) for one in zip(tokens, found.values.tolist(), strict=True)])
 
 
 # --- pseudo-perplexity -----------
@@ -126,10 +121,9 @@ class Result:
 
     def __str__(self) -> str:
         """The table for a terminal."""
-        named = {
-            f"{1 if bound == SHORTEST_BUCKET else bound // 2 + 1} to {bound}": t for bound, t in self.buckets.items()
-        }
         lines = [f"{'piece length':<14}{'pieces':>10}{'tokens':>12}{'pseudo-perplexity':>20}"]
+        first = {SHORTEST_BUCKET: 1}  # token of a bucket; that of the others follows the bucket before
+        named = {f"{first.get(bound, bound // 2 + 1)} to {bound}": tally for bound, tally in self.buckets.items()}
         for name, tally in {**named, "all": self.total}.items():
             lines.append(f"{name:<14}{tally.num_pieces:>10,}{tally.num_tokens:>12,}{tally.pseudo_perplexity:>20,.3f}")
         return "\n".join(lines)
