@@ -89,7 +89,7 @@ def test_it_goes_on(old):
 
 def test_it_is_exported_and_evaluated(old, tmp_path):
     task, run, words, following = old
-    assert all(check.is_met for check in export_model(str(run), tmp_path / "out", Wanted(), say=lambda text: None))
+    assert all(check.is_met for check in export_model(str(run), tmp_path / "out", Wanted(), log=lambda text: None))
     if task == "pretraining":
         (guesses,) = fill_masks(str(run), [MASKED], 3)
         assert [token for token, _ in guesses.masks[0]] == following["guesses"]

@@ -101,7 +101,7 @@ def from_eurobert(weights: Tensors) -> Tensors:
     return out
 
 
-_PUBLISHED = {
+PUBLISHED = {
     "model.encoder.": "model.embed_tokens.",
     "model.transformer_encoder.": "model.layers.",
     "model.layer_norm.": "model.norm.",
@@ -117,7 +117,7 @@ def from_published(weights: Tensors, num_heads: int) -> Tensors:
     """The published NeoBERT's tensors under our names, rows of q and k reordered. A decoder bias of zeros is left out."""
     out: Tensors = {}
     for name, tensor in weights.items():
-        for theirs, ours in _PUBLISHED.items():
+        for theirs, ours in PUBLISHED.items():
             name = name.replace(theirs, ours)
         if name.endswith("attention.qkv.weight"):
             q, k, v = tensor.view(num_heads, 3, -1, tensor.shape[1]).unbind(1)
@@ -126,34 +126,6 @@ def from_published(weights: Tensors, num_heads: int) -> Tensors:
         if name != "lm_head.bias" or tensor.any():
             out[name] = tensor
     return out
-
-
-def to_published(weights: Tensors, num_heads: int) -> Tensors:
-    """The inverse of `from_published`; a decoder without a bias gets one of zeros."""
-    out: Tensors = {}
-    for name, tensor in weights.items():
-        if name.endswith("attention.qkv.weight"):
-            q, k, v = tensor.view(3, num_heads, -1, tensor.shape[1]).unbind(0)
-            pairs = [torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2) for x in (q, k)]
-            tensor = torch.stack((*pairs, v), dim=1).reshape(tensor.shape)
-        for theirs, ours in _PUBLISHED.items():
-            name = name.replace(ours, theirs)
-        out[name] = tensor
-    if "decoder.weight" in out:
-        out.setdefault("decoder.bias", out["decoder.weight"].new_zeros(len(out["decoder.weight"])))
-    return out
-
-
-def mismatches(weights: Tensors, own: Tensors) -> list[str]:
-    """What keeps `weights` from being loaded into a model whose tensors are `own`, in words."""
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is not in the model" for name in weights if name not in own]
-    wrong += [
-        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    return wrong
 
 
 def _split_name(name: str) -> tuple[str, str]:
