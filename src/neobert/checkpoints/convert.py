@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from neobert.checkpoints.format import STATE, WEIGHTS
 from neobert.checkpoints.layouts import (
     FUSED,
+    SAME_FIELDS,
     Tensors,
     checkpoint_config,
     from_eurobert,
@@ -161,17 +162,12 @@ def eurobert_architecture(folder: Path, fields: dict[str, Any]) -> tuple[NeoBERT
     if wrong := [what for what, holds in refused.items() if holds]:
         raise CheckpointError(f"{folder / CONFIG}: our model has no {'; no '.join(wrong)}")
     architecture = NeoBERTConfig(
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
-        num_hidden_layers=theirs.num_hidden_layers,
-        num_attention_heads=heads,
+        **{name: getattr(theirs, name) for name in SAME_FIELDS},
         intermediate_size=nominal,
-        max_position_embeddings=theirs.max_position_embeddings,
         norm_eps=theirs.rms_norm_eps,
         rope_theta=float(rope.get("rope_theta", 10_000.0)),
         embedding_init_range=theirs.initializer_range,
         decoder_init_range=theirs.initializer_range,
-        pad_token_id=theirs.pad_token_id,
     )
     return architecture, heads // (theirs.num_key_value_heads or heads)
 

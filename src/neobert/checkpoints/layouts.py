@@ -23,6 +23,9 @@ _RENAMED = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+SAME_FIELDS = (  # of config.json, which both call by the same name
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "pad_token_id",
+)  # fmt: skip
 FUSED = {
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -50,15 +53,10 @@ def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[
 
     return EuroBertConfig(
         architectures=["EuroBertForMaskedLM"],
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
+        **{name: getattr(config, name) for name in SAME_FIELDS},
         intermediate_size=swiglu_width(config.intermediate_size),
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.norm_eps,
         initializer_range=config.decoder_init_range,
-        pad_token_id=config.pad_token_id,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         dtype="float32",
         **special_ids,

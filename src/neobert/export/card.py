@@ -83,23 +83,18 @@ def write_card(
         "Configuration": configuration(source),
         "Verified": [VERIFIED, markdown_table(["what", "rows", "tokens", "difference", "allowed"], verified)],
     }
-    parts = [front_matter(source, embedding), f"# {name}", summary(source)]
-    for title, content in sections.items():
-        if section := list(content):
-            parts += [f"## {title}", *section]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
-
-
-def front_matter(source: Source, embedding: Embedding | None) -> str:
-    """The hub's metadata."""
-    fields = {
+    head = {  # the hub's metadata
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if source.is_classifier else "fill-mask",
         "tags": ["neobert", source.fields["model_type"] if source.is_native else "custom_code"],
     }
     if embedding is not None:
-        fields |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+        head |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}", summary(source)]
+    for title, content in sections.items():
+        if section := list(content):
+            parts += [f"## {title}", *section]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 def summary(source: Source) -> str:

@@ -125,7 +125,7 @@ def hf_encoder_config(source: Source) -> dict[str, Any]:
     head, pooling = HEADS.get(kind), {"bos": "cls"}.get(model.pooling, model.pooling)
     if head is None or model.pooling not in head.poolings:
         raise UserError(
-            f"a classifier on {kind} with pooling {pooling} cannot be exported: ours has a hidden layer with GELU behind it, "
+            f"a classifier on {kind} with pooling {pooling} cannot be exported: ours has a hidden layer with GELU after it, "
             f"{names.get(kind, 'transformers')} another head, so it would load as another model; these can: {', '.join(HEADS)}"
         )
     more = {"classifier_pooling": model.pooling} if len(head.poolings) > 1 else {}

@@ -157,28 +157,22 @@ def write_transformers(source: Source, folder: Path, embedding: Embedding | None
     if source.is_hf_encoder:
         fields, tensors = hf_encoder_config(source), hf_encoder_tensors(source)
     else:
-        fields, weights = exported_config(source, embedding), source.model.state_dict()
+        fields = {name: value for name, value in source.fields.items() if name != "auto_map"}
+        if embedding is not None:
+            trained = {"pooling": embedding.pooling, "max_length": embedding.max_length}
+            fields["neobert"] = {**fields["neobert"], EMBEDDING: trained}
+        weights = source.model.state_dict()
         tensors = to_eurobert(weights) if source.is_native else weights
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if not source.is_native:
+        kind = ["NeoBERT"] if source.is_embedder else fields["architectures"]
+        fields = {**fields, "architectures": kind, "auto_map": AUTO_MAP}
+        for path in code_files():
+            shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", fields)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     save_tokenizer(tokenizer, folder)
-    if not source.is_native:
-        for path in code_files():
-            shutil.copyfile(path, folder / path.name)
-
-
-def exported_config(source: Source, embedding: Embedding | None) -> dict[str, Any]:
-    """The checkpoint's config.json with how the model embeds, and with `auto_map` where our code is shipped."""
-    fields = {name: value for name, value in source.fields.items() if name != "auto_map"}
-    if embedding is not None:
-        trained = {"pooling": embedding.pooling, "max_length": embedding.max_length}
-        fields["neobert"] = {**fields["neobert"], EMBEDDING: trained}
-    if source.is_native:
-        return fields
-    kind = ["NeoBERT"] if source.is_embedder else fields["architectures"]
-    return {**fields, "architectures": kind, "auto_map": AUTO_MAP}
 
 
 def code_files() -> list[Path]:

@@ -1,7 +1,4 @@
-"""A model as the MTEB library wants one: our embedder behind its encoder's interface, with prompts.
-
-Texts of a task come at once and are sorted by length, so nothing is spent on padding.
-"""
+"""A model as the MTEB library wants one: our embedder under its encoder's interface, with prompts."""
 
 import hashlib
 import json
@@ -21,7 +18,10 @@ from neobert.inference.embed import Embedder
 
 
 class EncoderForMTEB(AbsEncoder):
-    """`embedder` with `prompts`: by task name, type of task, or `query` and `document`, as MTEB chooses among them."""
+    """`embedder` with `prompts`: by task name, type of task, or `query` and `document`, as MTEB chooses among them.
+
+    Texts of a task come at once and are sorted by length, so nothing is spent on padding.
+    """
 
     def __init__(self, embedder: Embedder, meta: ModelMeta, prompts: dict[str, str]):
         self.embedder, self.prompts = embedder, prompts
