@@ -5,7 +5,6 @@ Shapes: n texts, D width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,12 +120,11 @@ def batches_by_length(
     at most `most_rows`.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    begin = 0
-    while begin < len(order):
-        count = max(1, batch_tokens // max(1, lengths[order[begin]]))
-        end = begin + min(count, most_rows or count)
-        yield order[begin:end]
-        begin = end
+    while len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[0]]))
+        count = min(count, most_rows or count)
+        yield order[:count]
+        order = order[count:]
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -158,7 +156,12 @@ def load_embedder(
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
     settings = ContrastiveSettings(pooling=pooling or found.pooling or "avg")
     if "neobert" in read_model_config(found.encoder):
-        model: EmbeddingModel = _load_ours(found.encoder, settings)
+        config = load_model_config(found.encoder)
+        model: EmbeddingModel = NeoBERTForEmbedding(config, settings)
+        every = read_weights(found.encoder, config)
+        weights = {name: tensor for name, tensor in every.items() if name.startswith("model.")}
+        check_fit(found.encoder, weights, model.state_dict())
+        model.load_state_dict(weights)
     else:
         model = HFEncoderForEmbedding(load_hf_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
     longest = longest_input(model)
@@ -168,15 +171,6 @@ def load_embedder(
     runtime = runtime or build_runtime(use_cpu=False, mixed_precision="no", tf32=False, trains=False).alone()
     place_model(model, runtime)
     return Embedder(model, tokenizer, min(length, longest or length), found, runtime, batch_tokens)
-
-
-def _load_ours(folder: Path, settings: ContrastiveSettings) -> NeoBERTForEmbedding:
-    config = load_model_config(folder)
-    model = NeoBERTForEmbedding(config, settings)
-    weights = {name: tensor for name, tensor in read_weights(folder, config).items() if name.startswith("model.")}
-    check_fit(folder, weights, model.state_dict())
-    model.load_state_dict(weights)
-    return model
 
 
 def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
