@@ -103,11 +103,14 @@ class Result:
             by_bound.setdefault(max(SHORTEST_BUCKET, 1 << (piece[1] - 1).bit_length()), []).append(piece)
         return {bound: Result(pieces) for bound, pieces in sorted(by_bound.items())}
 
-    def as_json(self, with_buckets: bool = True) -> dict[str, Any]:
-        sums = {"log_likelihood": self.log_likelihood, "num_tokens": self.num_tokens, "num_pieces": len(self.pieces)}
-        found: dict[str, Any] = {**sums, "pseudo_perplexity": self.pseudo_perplexity}
-        buckets = [{"max_tokens": bound, **one.as_json(False)} for bound, one in self.buckets.items()]
-        return {**found, "buckets": buckets} if with_buckets else found
+    def sums(self) -> dict[str, float]:
+        """What the pieces come to, as JSON has it."""
+        found = {"log_likelihood": self.log_likelihood, "num_tokens": self.num_tokens, "num_pieces": len(self.pieces)}
+        return {**found, "pseudo_perplexity": self.pseudo_perplexity}
+
+    def as_json(self) -> dict[str, Any]:
+        buckets = [{"max_tokens": bound, **one.sums()} for bound, one in self.buckets.items()]
+        return {**self.sums(), "buckets": buckets}
 
     def __str__(self) -> str:
         """The table for a terminal."""
