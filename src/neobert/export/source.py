@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from neobert.checkpoints.format import STATE, Tensors, verify_checkpoint
+from neobert.checkpoints.format import STATE, Tensors
 from neobert.checkpoints.layouts import is_eurobert
 from neobert.checkpoints.load import HF_ENCODER, HFEncoderModel, Model, load_model, load_model_tokenizer
 from neobert.checkpoints.locate import find_model, read_model_config
 from neobert.errors import CheckpointError, UserError
+from neobert.files import read_json
 from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification, longest_input
@@ -89,7 +90,7 @@ def load_source(path: str) -> Source:
         return Source(folder, fields, model, tokenizer)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
-    return Source(folder, fields, model, tokenizer, run, verify_checkpoint(folder), config)
+    return Source(folder, fields, model, tokenizer, run, read_json(folder / STATE, CheckpointError), config)
 
 
 # --- encoders of transformers' making -----------
