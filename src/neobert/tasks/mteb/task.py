@@ -50,6 +50,12 @@ class Score:
     score: float
     prompts: dict[str, str]
 
+    @staticmethod
+    def of(task: Any, result: Any, prompts: dict[str, str]) -> "Score":
+        """From the library's task and its result: the mean over its splits and subsets, as the library computes it."""
+        metadata = task.metadata
+        return Score(metadata.name, metadata.type, metadata.main_score, float(result.get_score()), prompts)
+
 
 def run(loaded: Loaded, model: str | None = None) -> int:
     """Evaluate as configured; `model` instead of the run in `trainer.output_dir`.
@@ -159,11 +165,9 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
             not_run.append({"name": name, "reason": reason_of(error)})
             result = f"not run: {not_run[-1]['reason']}"
         else:
-            data = task.metadata
-            score = float(TaskResult.from_disk(path).get_score())  # the mean over splits and subsets
-            scores.append(Score(name, data.type, data.main_score, score, encoder.prompts_of(data)))
+            scores.append(Score.of(task, TaskResult.from_disk(path), encoder.prompts_of(task.metadata)))
             how = "had a result" if was_there else f"{time.perf_counter() - begin:.1f} s"
-            result = f"{_percent(score)} ({how})"
+            result = f"{_percent(scores[-1].score)} ({how})"
         print(f"[{number}/{len(tasks)}] {name}: {result}", flush=True)
         summary = {
             "model": meta.name,
