@@ -103,7 +103,7 @@ def load_peer(weights: str, length: int = LENGTH):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    from neobert.checkpoints.format import find_checkpoint
+    from neobert.checkpoints.locate import find_checkpoint
 
     encoder = Transformer(str(find_checkpoint(weights)), max_seq_length=length)
     return SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")], device="cpu")

@@ -92,7 +92,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
         set_seed,
     )
 
-    from neobert.checkpoints.format import find_checkpoint
+    from neobert.checkpoints.locate import find_checkpoint
     from neobert.data.labelled import TASKS, Source, read_split
     from neobert.tasks.glue import metrics as glue_metrics
 

@@ -35,7 +35,7 @@ def main() -> None:
 
     def run_ours() -> float:
         begin = time.perf_counter()
-        values["ours"] = pseudo_perplexity(ours, tokenizer, pieces).total.pseudo_perplexity
+        values["ours"] = pseudo_perplexity(ours, tokenizer, pieces).pseudo_perplexity
         return time.perf_counter() - begin
 
     @torch.no_grad()

@@ -26,8 +26,9 @@ from helpers.write_old_checkpoints import (
     recorded_inputs,
     write_texts,
 )
-from neobert.checkpoints.format import find_checkpoint, verify_checkpoint
+from neobert.checkpoints.format import verify_checkpoint
 from neobert.checkpoints.layouts import from_eurobert
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.export.write import Wanted, export_model
 from neobert.inference.embed import load_embedder

@@ -17,7 +17,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from helpers.commands import run_neobert, start_neobert
 from helpers.runs import TEXT, TINY, TOKENIZER
-from neobert.checkpoints.format import checksum, find_checkpoint, list_steps
+from neobert.checkpoints.format import checksum, list_steps
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.files import write_json
 from neobert.tasks.pretraining import task as pretraining

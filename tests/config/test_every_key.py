@@ -18,7 +18,7 @@ from helpers.contrastive_keys import CONTRASTIVE_ROWS
 from helpers.glue_keys import GLUE_ROWS
 from helpers.mteb_keys import MTEB_ROWS
 from helpers.runs import TEXT, TINY, TOKENIZER, hub_cache, tokenizing_threads
-from neobert.checkpoints.format import find_checkpoint
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.config.schema import known_keys
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer

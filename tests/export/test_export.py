@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_native_in_a_clean_process(tmp_path):
     }  # fmt: skip
     assert all(check.absolute <= 1e-5 for what, check in checks.items() if what not in half)
     assert all(checks[what].difference <= (0.05 if "bfloat16" in what else 0.01) for what in half)
-    assert json.loads((out / "export.json").read_text())["verified"] == [check.as_json() for check in checks.values()]
+    assert json.loads((out / "export.json").read_text())["verified"] == [asdict(check) for check in checks.values()]
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".py", ".pt", ".pkl")]
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.model_max_length == 512

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from neobert.checkpoints.layouts import PUBLISHED
 from neobert.model.modeling_neobert import IGNORED, NeoBERTConfig, NeoBERTForMaskedLM
 
 VOCABULARY = 120
@@ -126,3 +127,19 @@ class Published(nn.Module):
         for layer in self.model["transformer_encoder"]:
             x = layer(x, turn, mask.bool())
         return self.decoder(self.model["layer_norm"](x))
+
+
+def to_published(weights, num_heads):
+    """The inverse of `from_published`; a decoder without a bias gets one of zeros."""
+    out = {}
+    for name, tensor in weights.items():
+        if name.endswith("attention.qkv.weight"):
+            q, k, v = tensor.view(3, num_heads, -1, tensor.shape[1]).unbind(0)
+            pairs = [torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2) for x in (q, k)]
+            tensor = torch.stack((*pairs, v), dim=1).reshape(tensor.shape)
+        for theirs, ours in PUBLISHED.items():
+            name = name.replace(ours, theirs)
+        out[name] = tensor
+    if "decoder.weight" in out:
+        out.setdefault("decoder.bias", out["decoder.weight"].new_zeros(len(out["decoder.weight"])))
+    return out

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import EuroBertConfig, EuroBertForMaskedLM, EuroBertForSequenceClassification
 
-from helpers.models import LENGTHS, VOCABULARY, Published, build, packed_batch, unpacked
-from neobert.checkpoints.layouts import eurobert_config, from_eurobert, from_published, to_eurobert, to_published
+from helpers.models import LENGTHS, VOCABULARY, Published, build, packed_batch, to_published, unpacked
+from neobert.checkpoints.layouts import eurobert_config, from_eurobert, from_published, to_eurobert
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4}

@@ -209,7 +209,7 @@ def test_starts_from_a_run_evaluates_and_embeds(tmp_path, capsys):
 def test_the_best_is_what_a_run_ends_with(tmp_path, capsys):
     """Its folder means the best checkpoint, every row of the log the step that it names."""
     pytest.importorskip("sentence_transformers")
-    from neobert.checkpoints.format import find_checkpoint
+    from neobert.checkpoints.locate import find_checkpoint
     from neobert.inference.embed import load_embedder
 
     write_rows(tmp_path / "pairs/train.jsonl", made_pairs())

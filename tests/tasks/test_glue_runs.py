@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from helpers.commands import run_neobert, start_neobert
 from helpers.glue import GLUE_TINY, RANDOM, pretrain_tiny, run_glue, write_local
-from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
+from neobert.checkpoints.format import list_steps, verify_checkpoint
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.data.labelled import in_order
 from neobert.errors import UserError
 from neobert.tasks.glue import data as glue_data

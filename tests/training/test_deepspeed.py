@@ -14,7 +14,8 @@ import torch.distributed as dist
 from helpers.commands import spawn
 from helpers.ranks import HALF, MUON, STEPS, TWO, differences, resume, run
 from helpers.runs import ROOT
-from neobert.checkpoints.format import find_checkpoint, verify_checkpoint
+from neobert.checkpoints.format import verify_checkpoint
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.deepspeed import read_zero
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError

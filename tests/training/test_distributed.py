@@ -20,7 +20,8 @@ from torch.distributed.run import get_args_parser
 from helpers.commands import spawn, start_neobert
 from helpers.ranks import MUON, NGPT, STEPS, TWO, differences, resume, run
 from helpers.runs import ROOT, TINY
-from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
+from neobert.checkpoints.format import list_steps, verify_checkpoint
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.training import run_folder

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from helpers.commands import run_neobert, start_function, start_neobert
 from helpers.runs import ROOT, TEXT, TINY, TOKENIZER
-from neobert.checkpoints.format import find_checkpoint, list_steps, verify_checkpoint
+from neobert.checkpoints.format import list_steps, verify_checkpoint
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError, ConfigError, DataError

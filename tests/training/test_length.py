@@ -17,7 +17,8 @@ from helpers.commands import run_neobert, start_function, start_neobert
 from helpers.pairs import CONTRASTIVE_TINY, made_pairs, write_rows
 from helpers.runs import TEXT, TINY
 from helpers.uneven import UNEVEN, run_noting, write_uneven
-from neobert.checkpoints.format import find_checkpoint, list_steps, load_weights, verify_checkpoint
+from neobert.checkpoints.format import list_steps, load_weights, verify_checkpoint
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import DataError, UserError

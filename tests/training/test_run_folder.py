@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from helpers.checkpoints import content
 from helpers.commands import run_neobert, start_function, start_neobert
 from helpers.runs import TINY
-from neobert.checkpoints.format import ALONE, find_checkpoint, list_steps, save_checkpoint, verify_checkpoint
+from neobert.checkpoints.format import ALONE, list_steps, save_checkpoint, verify_checkpoint
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.tasks.contrastive import task as contrastive

@@ -2,7 +2,8 @@
 
 import pytest
 
-from neobert.checkpoints.format import find_checkpoint, read_pointer
+from neobert.checkpoints.format import read_pointer
+from neobert.checkpoints.locate import find_checkpoint
 from neobert.errors import ConfigError, DataError
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from neobert.checkpoints.format import STATE, WEIGHTS
 from neobert.checkpoints.layouts import (
     FUSED,
+    SAME_FIELDS,
     Tensors,
     checkpoint_config,
     from_eurobert,
@@ -66,28 +67,27 @@ def convert(source: str, tokenizer: str | None = None) -> Converted:
     fields = read_model_config(folder)
     hf_tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
     if "neobert" in fields:
-        model = build_model(folder, fields)
-        load_model_weights(folder, model)
-        _fit_tokenizer(folder, hf_tokenizer, model.config.vocab_size)
         kind: Kind = "checkpoint" if (folder / STATE).is_file() else "export"
+        model, notes = build_model(folder, fields), list[str]()
+        load_model_weights(folder, model)
         has_head = not isinstance(model, NeoBERTForEmbedding)
-        return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields, has_head=has_head)
-    kind, architecture, weights, notes = _hf_encoder(folder, fields)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            fresh = NeoBERTForMaskedLM(architecture)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: describes no model: {error}") from None
-    has_head = "lm_head.weight" in weights
-    if not has_head:
-        weights["lm_head.weight"] = fresh.lm_head.weight.detach()
-        notes.append("no decoder in it: a new one, drawn at random")
-    check_fit(folder, weights, fresh.state_dict())
-    fresh.load_state_dict(weights)
-    _fit_tokenizer(folder, hf_tokenizer, architecture.vocab_size)
-    own = checkpoint_config(architecture, special_ids(hf_tokenizer), fields.get("name") or None)
-    return Converted(folder, kind, fresh.float().eval(), hf_tokenizer, own, notes, has_head)
+    else:
+        kind, architecture, weights, notes = _hf_encoder(folder, fields)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = NeoBERTForMaskedLM(architecture)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder / CONFIG}: describes no model: {error}") from None
+        if not (has_head := "lm_head.weight" in weights):
+            weights["lm_head.weight"] = model.lm_head.weight.detach()
+            notes.append("no decoder in it: a new one, drawn at random")
+        check_fit(folder, weights, model.state_dict())
+        model.load_state_dict(weights)
+        fields = checkpoint_config(architecture, special_ids(hf_tokenizer), fields.get("name") or None)
+    check_tokenizer(folder, hf_tokenizer, model.config.vocab_size)
+    fit_vocabulary(hf_tokenizer, model.config.vocab_size, multiple=1)
+    return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields, notes, has_head)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -98,10 +98,8 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(inner), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{inner}: no tokenizer can be loaded from it: {reason}; name one with --tokenizer"
-        ) from None
+        problem = f"no tokenizer can be loaded from it: {first_line(error)}; name one with --tokenizer"
+        raise CheckpointError(f"{inner}: {problem}") from None
     for ours, theirs in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
         if getattr(tokenizer, ours) is None and getattr(tokenizer, theirs) is not None:
             setattr(tokenizer, ours, getattr(tokenizer, theirs))
@@ -109,12 +107,6 @@ def _load_tokenizer(folder: Path) -> Any:
     if missing:
         raise CheckpointError(f"{inner}: the tokenizer has no {', '.join(missing)}, which masked-LM training needs")
     return tokenizer
-
-
-def _fit_tokenizer(folder: Path, tokenizer: Any, vocab_size: int) -> None:
-    """Inert tokens up to the number of embeddings. Raises CheckpointError when there are too few of those."""
-    check_tokenizer(folder, tokenizer, vocab_size)
-    fit_vocabulary(tokenizer, vocab_size, multiple=1)
 
 
 # --- layouts that are not ours -----------
@@ -158,39 +150,31 @@ def eurobert_architecture(folder: Path, fields: dict[str, Any]) -> tuple[NeoBERT
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: {str(error).splitlines()[0]}") from None
     rope, heads = dict(theirs.rope_parameters or {}), theirs.num_attention_heads
-    nominal = 3 * theirs.intermediate_size // 2
+    inner, nominal = theirs.intermediate_size, 3 * theirs.intermediate_size // 2
     refused = {
         f"hidden_act {theirs.hidden_act}": theirs.hidden_act != "silu",
         "attention_bias": theirs.attention_bias,
         "mlp_bias": theirs.mlp_bias,
         f"rope_type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
         f"head_dim {theirs.head_dim}": theirs.head_dim not in (None, theirs.hidden_size // heads),
-        f"intermediate_size {theirs.intermediate_size}, not a multiple of 8": swiglu_width(nominal)
-        != theirs.intermediate_size,
+        f"intermediate_size {inner}, not a multiple of 8": swiglu_width(nominal) != inner,
     }
     if wrong := [what for what, holds in refused.items() if holds]:
         raise CheckpointError(f"{folder / CONFIG}: our model has no {'; no '.join(wrong)}")
     architecture = NeoBERTConfig(
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
-        num_hidden_layers=theirs.num_hidden_layers,
-        num_attention_heads=heads,
+        **{name: getattr(theirs, name) for name in SAME_FIELDS},
         intermediate_size=nominal,
-        max_position_embeddings=theirs.max_position_embeddings,
         norm_eps=theirs.rms_norm_eps,
         rope_theta=float(rope.get("rope_theta", 10_000.0)),
         embedding_init_range=theirs.initializer_range,
         decoder_init_range=theirs.initializer_range,
-        pad_token_id=theirs.pad_token_id,
     )
     return architecture, heads // (theirs.num_key_value_heads or heads)
 
 
 def ungrouped(weights: Tensors, num_groups: int, head_width: int) -> Tensors:
     """EuroBERT's tensors with every key and value head repeated for the query heads that share it: the same function."""
-    if num_groups == 1:
-        return weights
-    shared = FUSED["attention.qkv.weight"][1:]
+    shared = FUSED["attention.qkv.weight"][1:] if num_groups > 1 else ()
     out = dict(weights)
     for name, tensor in weights.items():
         if name.endswith(shared):
@@ -201,18 +185,13 @@ def ungrouped(weights: Tensors, num_groups: int, head_width: int) -> Tensors:
 
 def published_architecture(fields: dict[str, Any]) -> NeoBERTConfig:
     """Our config of the published NeoBERT; where its config.json is silent, its code's defaults hold."""
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "vocab_size",
-        "pad_token_id",
-    )
-    defaults = {"num_hidden_layers": 28, "norm_eps": 1e-6}
-    given = {name: fields[name] for name in (*names, "norm_eps", "embedding_init_range") if name in fields}
+    names = {
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "pad_token_id",
+        "norm_eps", "embedding_init_range",
+    }  # fmt: skip
+    given = {name: value for name, value in fields.items() if name in names}
     longest = fields.get("max_position_embeddings", fields.get("max_length", 1024))
-    return NeoBERTConfig(**{**defaults, **given, "max_position_embeddings": longest})
+    return NeoBERTConfig(**{"num_hidden_layers": 28, "norm_eps": 1e-6, **given, "max_position_embeddings": longest})
 
 
 def read_tensors(folder: Path) -> Tensors:

@@ -98,7 +98,10 @@ def save_checkpoint(
         sums.update(_write_content(scratch, content, group.rank))
 
     def publish() -> None:
-        _write_state(scratch, content, sums)
+        state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
+        write_json(scratch / STATE, {**state, "checksum": checksum(state)})
+        for path in (scratch / STATE, *(one for one in scratch.rglob("*") if one.is_dir()), scratch):
+            sync(path)
         replace_folder(scratch, final, final.with_name(f".{final.name}{REPLACED}"))
         write_text(root / "latest", f"{content.step}\n")
         after()
@@ -141,9 +144,7 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
         write_json(folder / "config.json", content.model_config)
         write_text(folder / "config.yaml", content.config_yaml)
         content.save_beside(folder)
-        whole = (
-            one for one in folder.rglob("*") if not one.name.startswith(".")
-        )  # others are being written, by any process
+        whole = [one for one in folder.rglob("*") if not one.name.startswith(".")]  # others are being written
         own += [one for one in whole if not is_of_a_rank(str(one.relative_to(folder)))]
     files = sorted({path for path in own if path.is_file()})
     for path in files:
@@ -154,13 +155,6 @@ def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
 def is_of_a_rank(name: str) -> bool:
     """Whether a file is one that every process writes its own of, and that only resuming needs."""
     return name.startswith(("optimizer/", "data_rank"))
-
-
-def _write_state(folder: Path, content: Content, sums: dict[str, str]) -> None:
-    state = {"format": FORMAT, "step": content.step, **content.state, "sha256": dict(sorted(sums.items()))}
-    write_json(folder / STATE, {**state, "checksum": checksum(state)})
-    for path in (folder / STATE, *(one for one in folder.rglob("*") if one.is_dir()), folder):
-        sync(path)
 
 
 def _contiguous(tensors: Tensors) -> Tensors:
@@ -176,31 +170,6 @@ def read_pointer(path: Path) -> str | None:
     """The step that a pointer holds; None where there is none, or something else than a step."""
     text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
     return text if text.isdigit() else None
-
-
-def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = False) -> Path:
-    """The folder that `selector` names: `latest`, `best`, a step below `root`; or a path to a step, to `checkpoints/`, or
-    to a run's output folder, which means its `latest`: the model that the run came to, or `to_resume` its newest step.
-
-    Raises CheckpointError saying what is there instead.
-    """
-    if root is not None and (selector in ("latest", "best") or selector.isdigit()):
-        steps = list_steps(root)
-        name = selector if selector.isdigit() else read_pointer(root / selector)
-        if selector == "latest" and steps and (to_resume or name is None or int(name) not in steps):
-            name = str(steps[-1])
-        if name is None or not (root / name / STATE).is_file():
-            there = f"there are: {', '.join(map(str, steps))}" if steps else "there is none"
-            raise CheckpointError(f"{root}: no checkpoint {selector!r}; {there}")
-        return root / name
-    path = Path(selector)
-    for candidate in (path / "checkpoints", path):
-        if list_steps(candidate):
-            return find_checkpoint("latest", candidate, to_resume)
-    if not (path / STATE).is_file():
-        what = "not a checkpoint (it has no state.json)" if path.exists() else "no such folder"
-        raise CheckpointError(f"{path}: {what}; expected a run's output folder or <output_dir>/checkpoints/<step>")
-    return path
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:

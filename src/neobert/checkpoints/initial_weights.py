@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import POINTERS, STATE, WEIGHTS, find_checkpoint, verify_checkpoint
+from neobert.checkpoints.format import POINTERS, STATE, WEIGHTS, verify_checkpoint
 from neobert.checkpoints.load import HF_ENCODER, load_model_config
-from neobert.checkpoints.locate import holds_steps, read_model_config
+from neobert.checkpoints.locate import find_checkpoint, holds_steps, read_model_config
 from neobert.config.load import load_config
 from neobert.config.ready import asked_weights, missing_tokenizer, missing_weights
 from neobert.config.schema import Config

@@ -23,6 +23,9 @@ _RENAMED = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+SAME_FIELDS = (  # of config.json, which both call by the same name
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "pad_token_id",
+)  # fmt: skip
 FUSED = {
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -40,13 +43,8 @@ def fused_parts(model_type: str) -> dict[str, int]:
 
 def is_eurobert(config: NeoBERTConfig) -> bool:
     """Whether transformers' own EuroBERT computes the same function."""
-    return (
-        config.rope
-        and config.rms_norm
-        and config.hidden_act == "swiglu"
-        and not config.ngpt
-        and not config.decoder_bias
-    )
+    has_its_parts = config.rope and config.rms_norm and config.hidden_act == "swiglu"
+    return has_its_parts and not config.ngpt and not config.decoder_bias
 
 
 def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[str, Any]:
@@ -55,15 +53,10 @@ def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[
 
     return EuroBertConfig(
         architectures=["EuroBertForMaskedLM"],
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
+        **{name: getattr(config, name) for name in SAME_FIELDS},
         intermediate_size=swiglu_width(config.intermediate_size),
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.norm_eps,
         initializer_range=config.decoder_init_range,
-        pad_token_id=config.pad_token_id,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         dtype="float32",
         **special_ids,
@@ -73,8 +66,7 @@ def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[
 def checkpoint_config(config: NeoBERTConfig, special_ids: dict[str, int], name: str | None = None) -> dict[str, Any]:
     """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
     own = {field: getattr(config, field) for field in NeoBERTConfig.__annotations__ if hasattr(config, field)}
-    if name is not None:
-        own["name"] = name
+    own |= {} if name is None else {"name": name}
     if is_eurobert(config):
         return {**eurobert_config(config, special_ids), "neobert": own}
     kind = {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32"}
@@ -85,12 +77,9 @@ def to_eurobert(weights: Tensors) -> Tensors:
     """Our tensors under EuroBERT's names; fused matrices become views of their parts."""
     out: Tensors = {}
     for name, tensor in weights.items():
-        prefix, _, part = _split_name(name)
-        if part in FUSED:
-            for target, piece in zip(FUSED[part], tensor.chunk(len(FUSED[part])), strict=True):
-                out[prefix + target] = piece
-        else:
-            out[prefix + _RENAMED.get(part, part)] = tensor
+        prefix, part = _split_name(name)
+        names = FUSED.get(part, (_RENAMED.get(part, part),))
+        out |= {prefix + target: piece for target, piece in zip(names, tensor.chunk(len(names)), strict=True)}
     return out
 
 
@@ -101,7 +90,7 @@ def from_eurobert(weights: Tensors) -> Tensors:
     inner = {part for parts in FUSED.values() for part in parts[1:]}
     out: Tensors = {}
     for name, tensor in weights.items():
-        prefix, _, part = _split_name(name)
+        prefix, part = _split_name(name)
         if part in fused:
             ours, parts = fused[part]
             out[prefix + ours] = torch.cat([weights[prefix + one] for one in parts])
@@ -110,7 +99,7 @@ def from_eurobert(weights: Tensors) -> Tensors:
     return out
 
 
-_PUBLISHED = {
+PUBLISHED = {
     "model.encoder.": "model.embed_tokens.",
     "model.transformer_encoder.": "model.layers.",
     "model.layer_norm.": "model.norm.",
@@ -126,7 +115,7 @@ def from_published(weights: Tensors, num_heads: int) -> Tensors:
     """The published NeoBERT's tensors under our names, rows of q and k reordered. A decoder bias of zeros is left out."""
     out: Tensors = {}
     for name, tensor in weights.items():
-        for theirs, ours in _PUBLISHED.items():
+        for theirs, ours in PUBLISHED.items():
             name = name.replace(theirs, ours)
         if name.endswith("attention.qkv.weight"):
             q, k, v = tensor.view(num_heads, 3, -1, tensor.shape[1]).unbind(1)
@@ -137,38 +126,8 @@ def from_published(weights: Tensors, num_heads: int) -> Tensors:
     return out
 
 
-def to_published(weights: Tensors, num_heads: int) -> Tensors:
-    """The inverse of `from_published`; a decoder without a bias gets one of zeros."""
-    out: Tensors = {}
-    for name, tensor in weights.items():
-        if name.endswith("attention.qkv.weight"):
-            q, k, v = tensor.view(3, num_heads, -1, tensor.shape[1]).unbind(0)
-            pairs = [torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2) for x in (q, k)]
-            tensor = torch.stack((*pairs, v), dim=1).reshape(tensor.shape)
-        for theirs, ours in _PUBLISHED.items():
-            name = name.replace(ours, theirs)
-        out[name] = tensor
-    if "decoder.weight" in out:
-        out.setdefault("decoder.bias", out["decoder.weight"].new_zeros(len(out["decoder.weight"])))
-    return out
-
-
-def mismatches(weights: Tensors, own: Tensors) -> list[str]:
-    """What keeps `weights` from being loaded into a model whose tensors are `own`, in words."""
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is not in the model" for name in weights if name not in own]
-    wrong += [
-        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    return wrong
-
-
-def _split_name(name: str) -> tuple[str, str, str]:
-    """`model.layers.3.mlp.down_proj.weight` -> (`model.layers.3.`, `3`, `mlp.down_proj.weight`)."""
-    if ".layers." not in name:
-        return "", "", name
-    head, _, tail = name.partition(".layers.")
+def _split_name(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.down_proj.weight` -> (`model.layers.3.`, `mlp.down_proj.weight`); other names are whole."""
+    head, found, tail = name.partition(".layers.")
     number, _, part = tail.partition(".")
-    return f"{head}.layers.{number}.", number, part
+    return (f"{head}.layers.{number}.", part) if found else ("", name)

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from neobert.checkpoints.format import WEIGHTS, Tensors, load_weights
-from neobert.checkpoints.layouts import from_eurobert, is_eurobert, mismatches
+from neobert.checkpoints.layouts import from_eurobert, is_eurobert
 from neobert.checkpoints.locate import CONFIG, find_model, read_model_config
 from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, first_line
@@ -31,13 +31,11 @@ HFEncoderModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:
     """(model in evaluation mode, tokenizer). `checkpoint` is a run's folder, one step, or an export. Raises CheckpointError."""
     folder = find_model(checkpoint)
-    model = build_model(folder, read_model_config(folder))
+    model = load_model(folder)
     if not isinstance(model, NeoBERTForMaskedLM):
-        raise CheckpointError(
-            f"{folder}: has no decoder, which predicting tokens needs; name a pretrained masked language model"
-        )
-    load_model_weights(folder, model)
-    return model.eval(), load_model_tokenizer(folder, model.config.vocab_size)
+        need = "predicting tokens needs; name a pretrained masked language model"
+        raise CheckpointError(f"{folder}: has no decoder, which {need}")
+    return model, load_model_tokenizer(folder, model.config.vocab_size)
 
 
 def load_model(folder: Path) -> Model | HFEncoderModel:
@@ -137,7 +135,14 @@ def read_weights(folder: Path, architecture: NeoBERTConfig) -> Tensors:
 
 def check_fit(folder: Path, weights: Tensors, own: Tensors) -> None:
     """Raises CheckpointError listing the first tensors that keep `weights` from being loaded into `own`."""
-    if wrong := mismatches(weights, own):
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
 

@@ -2,7 +2,7 @@
 
 | named | folder |
 |---|---|
-| a run's output folder, its `checkpoints/`, a step in it | a checkpoint, verified (`format.find_checkpoint`) |
+| a run's output folder, its `checkpoints/`, a step in it | a checkpoint, verified (`find_checkpoint`) |
 | another folder with config.json and weights | itself: an export, or a model of another library |
 | a repository of the hub | its folder in the hub's cache, after downloading it |
 """
@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, WEIGHTS, find_checkpoint, list_steps, verify_checkpoint
+from neobert.checkpoints.format import STATE, WEIGHTS, list_steps, read_pointer, verify_checkpoint
 from neobert.errors import CheckpointError, first_line
 from neobert.files import read_json
 
@@ -25,6 +25,31 @@ CONVERT = (  # which reads tensors alone
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]  # of files that are downloaded
 
 
+def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = False) -> Path:
+    """The folder that `selector` names: `latest`, `best`, a step below `root`; or a path to a step, to `checkpoints/`, or
+    to a run's output folder, which means its `latest`: the model that the run came to, or `to_resume` its newest step.
+
+    Raises CheckpointError saying what is there instead.
+    """
+    if root is not None and (selector in ("latest", "best") or selector.isdigit()):
+        steps = list_steps(root)
+        name = selector if selector.isdigit() else read_pointer(root / selector)
+        if selector == "latest" and steps and (to_resume or name is None or int(name) not in steps):
+            name = str(steps[-1])
+        if name is None or not (root / name / STATE).is_file():
+            there = f"there are: {', '.join(map(str, steps))}" if steps else "there is none"
+            raise CheckpointError(f"{root}: no checkpoint {selector!r}; {there}")
+        return root / name
+    path = Path(selector)
+    for candidate in (path / "checkpoints", path):
+        if list_steps(candidate):
+            return find_checkpoint("latest", candidate, to_resume)
+    if not (path / STATE).is_file():
+        what = "not a checkpoint (it has no state.json)" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {what}; expected a run's output folder or <output_dir>/checkpoints/<step>")
+    return path
+
+
 def find_model(path: str) -> Path:
     """The folder of a model of ours: a checkpoint or an export. Raises CheckpointError saying what is there instead."""
     folder = Path(path)
@@ -32,9 +57,8 @@ def find_model(path: str) -> Path:
         return find_verified(path)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing == [WEIGHTS] and (folder / PICKLE).is_file():
-        raise CheckpointError(
-            f"{folder}: its weights are in {PICKLE}, and only safetensors are read; {CONVERT.format(folder)}"
-        )
+        pickled = f"its weights are in {PICKLE}, and only safetensors are read"
+        raise CheckpointError(f"{folder}: {pickled}; {CONVERT.format(folder)}")
     if missing:
         raise CheckpointError(
             f"{folder}: neither a checkpoint nor an exported model: it has no {STATE}, no {' and no '.join(missing)}; "

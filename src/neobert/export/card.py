@@ -49,12 +49,8 @@ with torch.no_grad():
 mask = inputs["attention_mask"].unsqueeze(-1)
 embeddings = {pooled}{normalized}"""
 MEAN = "(hidden * mask).sum(1) / mask.sum(1)"
-POOLED_BY = {
-    "cls": "hidden[:, 0]",
-    "mean": MEAN,
-    "avg": MEAN,
-    "max": "hidden.masked_fill(mask == 0, -torch.inf).amax(1)",
-}
+MAXIMUM = "hidden.masked_fill(mask == 0, -torch.inf).amax(1)"
+POOLED_BY = {"cls": "hidden[:, 0]", "mean": MEAN, "avg": MEAN, "max": MAXIMUM}
 ONNX_CODE = """import onnxruntime
 from transformers import AutoTokenizer
 
@@ -72,7 +68,9 @@ def write_card(
     source: Source, folder: Path, embedding: Embedding | None, onnx: bool, checks: list[Check], name: str
 ) -> None:
     """Write README.md into `folder`, and the picture of the curve where the run left metrics."""
-    metrics = read_run_metrics(source)
+    path = source.run / "metrics.jsonl" if source.run is not None else None
+    found = read_metrics(path) if path is not None and path.is_file() else []
+    metrics = [record for record in found if record.get("step", 0) <= source.state["step"]]  # up to the checkpoint
     verified = (
         (c.what, f"{c.num_rows}", f"{c.shortest} to {c.longest}", f"{c.difference:.1e}", f"{c.tolerance:.0e}")
         for c in checks
@@ -85,23 +83,18 @@ def write_card(
         "Configuration": configuration(source),
         "Verified": [VERIFIED, markdown_table(["what", "rows", "tokens", "difference", "allowed"], verified)],
     }
-    parts = [front_matter(source, embedding), f"# {name}", summary(source)]
-    for title, found in sections.items():
-        if section := list(found):
-            parts += [f"## {title}", *section]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
-
-
-def front_matter(source: Source, embedding: Embedding | None) -> str:
-    """The hub's metadata."""
-    fields = {
+    head = {  # the hub's metadata
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if source.is_classifier else "fill-mask",
         "tags": ["neobert", source.fields["model_type"] if source.is_native else "custom_code"],
     }
     if embedding is not None:
-        fields |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+        head |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}", summary(source)]
+    for title, content in sections.items():
+        if section := list(content):
+            parts += [f"## {title}", *section]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 def summary(source: Source) -> str:
@@ -113,10 +106,8 @@ def summary(source: Source) -> str:
         norm = "nGPT" if config.ngpt else "RMSNorm" if config.rms_norm else "LayerNorm"
         kinds = f"{'RoPE' if config.rope else 'learned positions'}, {norm}, {config.hidden_act}"
     size = sum(parameter.numel() for parameter in source.model.parameters())
-    trained = ""
-    if state.get("step"):
-        tokens = f" and {state['num_tokens']:,} tokens" if state.get("num_tokens") else ""
-        trained = f" It was trained for {state['step']:,} steps{tokens}."
+    tokens = f" and {state['num_tokens']:,} tokens" if state.get("num_tokens") else ""
+    trained = f" It was trained for {state['step']:,} steps{tokens}." if state.get("step") else ""
     return (
         f"A bidirectional text encoder of {size:,} parameters: {config.num_hidden_layers} layers x {config.hidden_size} wide x "
         f"{config.num_attention_heads} heads, {kinds}, {config.vocab_size:,} tokens, texts of up to "
@@ -150,14 +141,6 @@ def data(source: Source) -> Iterator[str]:
             lines.append(f"- {name} ({details})" if details else f"- {name}")
     if lines:
         yield "\n".join(lines)
-
-
-def read_run_metrics(source: Source) -> list[dict[str, Any]]:
-    """The run's metrics up to the checkpoint."""
-    path = source.run / "metrics.jsonl" if source.run is not None else None
-    if path is None or not path.is_file():
-        return []
-    return [record for record in read_metrics(path) if record.get("step", 0) <= source.state["step"]]
 
 
 def curve(metrics: list[dict[str, Any]], folder: Path) -> Iterator[str]:

@@ -5,36 +5,30 @@
       import.json                            where it comes from, and how far it is from what it was
 
 The source is compared with what was made of it: a EuroBERT is loaded by transformers in a clean process, the published layout
-by `published.py`; an export with code of its own by that code, when it is this version's or you trust it.
+by `published_outputs`; an export with code of its own by that code, when it is this version's or you trust it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
+from torch import Tensor
 
 from neobert import __version__
-from neobert.checkpoints.convert import Converted, convert
+from neobert.checkpoints.convert import Converted, convert, published_architecture, read_tensors
 from neobert.checkpoints.format import Content, save_checkpoint
+from neobert.checkpoints.locate import read_model_config
 from neobert.checkpoints.retention import strip_checkpoint
 from neobert.config.sections import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError
-from neobert.export.published import published_outputs
+from neobert.export import verify
 from neobert.export.source import Source
-from neobert.export.verify import (
-    Check,
-    Sample,
-    build_sample,
-    by_transformers,
-    check,
-    compare,
-    hidden_states,
-    judged,
-    logits,
-)
+from neobert.export.verify import Check, Sample
 from neobert.export.write import code_files
 from neobert.files import check_target, whole_folder, write_json
 from neobert.model.modeling_neobert import NeoBERTConfig
@@ -59,22 +53,17 @@ def import_model(
     log(f"model       {converted.folder}: {describe(converted)}")
     for note in converted.notes:
         log(f"note: {note}")
-    found = verify(converted, Path(tokenizer) if tokenizer else None, trust_code, log)
-    checks = judged(found, tolerance, f"{converted.folder}: what was imported", log)
+    found = compare_with_source(converted, Path(tokenizer) if tokenizer else None, trust_code, log)
+    checks = verify.judged(found, tolerance, f"{converted.folder}: what was imported", log)
     with whole_folder(out) as scratch:
         root = scratch / "checkpoints"
         root.mkdir()
         strip_checkpoint(save_checkpoint(root, checkpoint_content(converted)))
-        write_json(
-            scratch / RECORD,
-            {
-                "neobert": __version__,
-                "source": converted.folder.resolve().name,
-                "layout": converted.kind,
-                "notes": converted.notes,
-                "verified": [check.as_json() for check in checks],
-            },
-        )
+        record = {
+            "neobert": __version__, "source": converted.folder.resolve().name, "layout": converted.kind,
+            "notes": converted.notes, "verified": [asdict(check) for check in checks],
+        }  # fmt: skip
+        write_json(scratch / RECORD, record)
     return checks
 
 
@@ -85,19 +74,22 @@ def describe(converted: Converted) -> str:
     return f"{kind}, {config.num_hidden_layers} layers x {config.hidden_size} wide, {config.vocab_size:,} tokens"
 
 
-def verify(converted: Converted, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]) -> list[Check]:
+def compare_with_source(
+    converted: Converted, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]
+) -> list[Check]:
     """Compare the source with the model that was made of it. Raises UserError where it does not load."""
     source = Source(converted.folder, converted.fields, converted.model, converted.tokenizer)
-    sample = build_sample(converted.tokenizer, converted.model.config.max_position_embeddings)
+    sample = verify.build_sample(converted.tokenizer, converted.model.config.max_position_embeddings)
     if converted.kind == "published":
-        checks = compare_published(source, sample, converted.has_head)
-    elif source.is_native or trust_code or _ships_this_code(converted.folder):
-        comparison = by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
-        checks = compare(converted.folder, [comparison])
-    else:
-        log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
-        return []
-    return checks
+        return compare_published(source, sample, converted.has_head)
+    code, own_code = (
+        {p.name: p.read_bytes() for p in paths} for paths in (converted.folder.glob("*.py"), code_files())
+    )
+    if source.is_native or trust_code or code == own_code:
+        comparison = verify.by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
+        return verify.compare(converted.folder, [comparison])
+    log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
+    return []
 
 
 def compare_published(source: Source, sample: Sample, has_head: bool) -> list[Check]:
@@ -109,13 +101,9 @@ def compare_published(source: Source, sample: Sample, has_head: bool) -> list[Ch
                 found[f"hidden/{how}/{number}"] = hidden
                 if scores is not None:
                     found[f"logits/{how}/{number}"] = scores[sample.picks[number]]
-    checks = [check(found, "hidden", hidden_states(source.model, sample.rows), sample.lengths)]
-    return checks + ([check(found, "logits", logits(source, sample), sample.lengths)] if has_head else [])
-
-
-def _ships_this_code(folder: Path) -> bool:
-    ours = {path.name: path.read_bytes() for path in code_files()}
-    return ours == {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    expected = {"hidden": verify.hidden_states(source.model, sample.rows)}
+    expected |= {"logits": verify.logits(source, sample)} if has_head else {}
+    return [verify.check(found, what, values, sample.lengths) for what, values in expected.items()]
 
 
 def checkpoint_content(converted: Converted) -> Content:
@@ -132,3 +120,49 @@ def checkpoint_content(converted: Converted) -> Content:
         data=({}, {}),
         state={"imported_from": converted.folder.resolve().name, "num_tokens": 0},
     )
+
+
+# --- the published NeoBERT (arXiv 2502.19587), computed plainly from its own tensors -----------
+
+
+def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """(hidden states T x D, logits T x V where there is a decoder) of every row of token ids, by the published model.
+
+    Nothing is shared with our model: complex numbers rotate interleaved pairs, heads are cut out of the fused projection one by
+    one, attention is a softmax over one document.
+    """
+    weights, config = read_tensors(folder), published_architecture(read_model_config(folder))
+    if not any(name.startswith("model.") for name in weights):  # an encoder saved by itself
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+    for row in rows:
+        x_TD = weights["model.encoder.weight"][torch.tensor(row)]
+        width = config.hidden_size // config.num_attention_heads
+        angles = torch.outer(torch.arange(len(row)), 10_000.0 ** (-torch.arange(0, width, 2) / width))
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        for number in range(config.num_hidden_layers):
+            part = f"model.transformer_encoder.{number}."
+            layer = {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
+            x_TD = _block(x_TD, layer, rotation, config.num_attention_heads, config.norm_eps)
+        x_TD = _norm(x_TD, weights["model.layer_norm.weight"], config.norm_eps)
+        decoder = weights.get("decoder.weight")
+        logits = None if decoder is None else F.linear(x_TD, decoder, weights.get("decoder.bias")).numpy()
+        yield x_TD.numpy(), logits
+
+
+def _block(x_TD: Tensor, layer: dict[str, Tensor], rotation: Tensor, num_heads: int, eps: float) -> Tensor:
+    qkv_THK3 = (_norm(x_TD, layer["attention_norm.weight"], eps) @ layer["qkv.weight"].T).view(len(x_TD), num_heads, -1)
+    attended = []
+    for head in range(num_heads):
+        q, k, v = qkv_THK3[:, head].chunk(3, dim=-1)
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(z.reshape(len(z), -1, 2).contiguous()) * rotation).flatten(1)
+            for z in (q, k)
+        )
+        attended.append((q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v)
+    x_TD = x_TD + torch.cat(attended, dim=-1) @ layer["wo.weight"].T
+    gate, up = (_norm(x_TD, layer["ffn_norm.weight"], eps) @ layer["ffn.w12.weight"].T).chunk(2, dim=-1)
+    return x_TD + (F.silu(gate) * up) @ layer["ffn.w3.weight"].T
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

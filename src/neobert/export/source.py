@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from neobert.checkpoints.format import STATE, verify_checkpoint
+from neobert.checkpoints.format import STATE, Tensors
 from neobert.checkpoints.layouts import is_eurobert
-from neobert.checkpoints.load import HFEncoderModel, Model, load_model, load_model_tokenizer
+from neobert.checkpoints.load import HF_ENCODER, HFEncoderModel, Model, load_model, load_model_tokenizer
 from neobert.checkpoints.locate import find_model, read_model_config
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, UserError
+from neobert.files import read_json
 from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification, longest_input
@@ -88,4 +90,58 @@ def load_source(path: str) -> Source:
         return Source(folder, fields, model, tokenizer)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
-    return Source(folder, fields, model, tokenizer, run, verify_checkpoint(folder), config)
+    return Source(folder, fields, model, tokenizer, run, read_json(folder / STATE, CheckpointError), config)
+
+
+# --- encoders of transformers' making -----------
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where an architecture keeps our head: names of its two layers, the poolings it has, and what config.json has to say."""
+
+    dense: str
+    classifier: str
+    poolings: tuple[str, ...]
+    fields: dict[str, Any]
+
+
+# Our head is pooling, a hidden layer with GELU, and a linear layer. Classes of these architectures compute it exactly; anything
+# else is refused, since it would load as another classifier.
+HEADS = {
+    "electra": Head("classifier.dense", "classifier.out_proj", ("bos",), {}),
+    "deberta-v2": Head("pooler.dense", "classifier", ("bos",), {"pooler_hidden_act": "gelu"}),
+    "eurobert": Head("dense", "classifier", ("bos", "mean"), {}),
+}
+
+
+def hf_encoder_config(source: Source) -> dict[str, Any]:
+    """config.json of the architecture's own class. Raises UserError where it has not our head."""
+    model, kind, names = source.model, source.fields["model_type"], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    kept = {
+        name: value for name, value in source.fields.items() if name not in (HF_ENCODER, "auto_map", "_name_or_path")
+    }
+    if not isinstance(model, HFEncoderForSequenceClassification):
+        return {**kept, "architectures": [type(model.model).__name__]}
+    head, pooling = HEADS.get(kind), {"bos": "cls"}.get(model.pooling, model.pooling)
+    if head is None or model.pooling not in head.poolings:
+        raise UserError(
+            f"a classifier on {kind} with pooling {pooling} cannot be exported: ours has a hidden layer with GELU after it, "
+            f"{names.get(kind, 'transformers')} another head, so it would load as another model; these can: {', '.join(HEADS)}"
+        )
+    more = {"classifier_pooling": model.pooling} if len(head.poolings) > 1 else {}
+    return {**kept, **head.fields, **more, "architectures": [names[kind]]}
+
+
+def hf_encoder_tensors(source: Source) -> Tensors:
+    """The weights under the names of the architecture's own class."""
+    model = source.model
+    if not isinstance(model, HFEncoderForSequenceClassification):
+        return model.model.state_dict()
+    head = HEADS[source.fields["model_type"]]
+    renamed = {"dense": head.dense, "classifier": head.classifier}
+    found = {}
+    for name, tensor in model.to_checkpoint(model.state_dict()).items():
+        layer, _, rest = name.partition(".")
+        found[f"{renamed.get(layer, layer)}.{rest}"] = tensor
+    return found

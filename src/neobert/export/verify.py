@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,6 @@ class Check:
         size = f"{self.num_rows} rows of {self.shortest} to {self.longest} tokens"
         return f"{self.what}: {size}, difference {self.difference:.1e} (allowed {self.tolerance:.0e})"
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -153,6 +150,7 @@ class Comparison:
     ids: list[list[int]] = field(default_factory=list)
 
 
+@torch.no_grad()
 def by_transformers(
     source: Source, folder: Path, sample: Sample, tokenizer: Path | None = None, has_head: bool = True
 ) -> Comparison:
@@ -162,21 +160,19 @@ def by_transformers(
     if has_head:
         auto_class = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
         computed["logits"] = (auto_class, "logits", logits(source, sample))
-    is_written_here = folder != source.folder
-    half = [
-        (what, dtype, NUM_HALF) for what in computed for dtype in HALF if is_written_here and not source.is_hf_encoder
+    outputs: list[tuple[str, str, str, str, int | None]] = [
+        (w, *one[:2], "float32", None) for w, one in computed.items()
     ]
-    outputs: list[tuple[str, str, str, str, int | None]] = []
-    expected = {}
-    for what, dtype, num_rows in [*((what, "float32", None) for what in computed), *half]:
-        name, output, values = computed[what]
-        what = what if num_rows is None else f"{what} {dtype}"
-        outputs.append((what, name, output, dtype, num_rows))
-        expected[what] = (values[:num_rows], sample.lengths[:num_rows])
+    if folder != source.folder and not source.is_hf_encoder:  # written here
+        outputs += [(f"{w} {dtype}", *one[:2], dtype, NUM_HALF) for w, one in computed.items() for dtype in HALF]
+    expected = {
+        what: (computed[what.split()[0]][2][:num_rows], sample.lengths[:num_rows]) for what, *_, num_rows in outputs
+    }
     pairs = PAIRS if source.is_hf_encoder and source.is_classifier else []
-    if pairs:  # with the segments that the tokenizer numbers
-        lengths = [len(source.tokenizer(*pair)["input_ids"]) for pair in pairs]
-        expected["pairs"] = (pair_logits(source), lengths)
+    if pairs:  # as the tokenizer joins them, with the segments that it numbers
+        inputs = [source.tokenizer(*pair, return_tensors="pt") for pair in pairs]
+        values = [source.model(**one).logits[0].numpy() for one in inputs]
+        expected["pairs"] = (values, [one["input_ids"].shape[1] for one in inputs])
     job = {
         "kind": "transformers", "own_code": not source.is_native, "outputs": outputs, "pairs": pairs,
         "texts": texts, "tokenizer": str((tokenizer or folder).resolve()), **_of_rows(source, sample),
@@ -230,12 +226,6 @@ def logits(source: Source, sample: Sample) -> Outputs:
     if source.is_classifier:
         return computed
     return [one[picks] for one, picks in zip(computed, sample.picks, strict=True)]
-
-
-@torch.no_grad()
-def pair_logits(source: Source) -> Outputs:
-    """What a classifier says of `PAIRS`, as its tokenizer joins them."""
-    return [source.model(**source.tokenizer(*pair, return_tensors="pt")).logits[0].numpy() for pair in PAIRS]
 
 
 # --- how it compares -----------

@@ -5,11 +5,11 @@ Shapes: n texts, D width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import normalizers
 
 from neobert.checkpoints.load import check_fit, load_hf_encoder, load_model_config, read_weights
 from neobert.checkpoints.locate import find_encoder, read_model_config
@@ -66,9 +66,8 @@ class Embedder:
         """Token ids of every text, with its prompt and special tokens."""
         prompt = self.settings.default_prompt if prompt is None else prompt
         if prompt and not self.settings.include_prompt:
-            raise CheckpointError(
-                f"{self.settings.encoder}: include_prompt: false, pooling without the prompt, is not computed here"
-            )
+            asked = "include_prompt: false, pooling without the prompt"
+            raise CheckpointError(f"{self.settings.encoder}: {asked}, is not computed here")
         return encode_texts(self.hf_tokenizer, [prompt + text for text in texts], self.max_length, True, "texts")
 
     @torch.no_grad()
@@ -120,12 +119,11 @@ def batches_by_length(
     at most `most_rows`.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    begin = 0
-    while begin < len(order):
-        count = max(1, batch_tokens // max(1, lengths[order[begin]]))
-        end = begin + min(count, most_rows or count)
-        yield order[begin:end]
-        begin = end
+    while len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[0]]))
+        count = min(count, most_rows or count)
+        yield order[:count]
+        order = order[count:]
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -151,11 +149,18 @@ def load_embedder(
     folder = find_encoder(source)
     found = read_sentence_settings(folder)
     tokenizer = load_tokenizer("", str(tokenizer_folder(found.encoder)))
-    if found.lower_case:
-        _lower_case(tokenizer)
+    if found.lower_case:  # as sentence-transformers lowers texts first
+        backend = tokenizer.backend_tokenizer
+        rest = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
     settings = ContrastiveSettings(pooling=pooling or found.pooling or "avg")
     if "neobert" in read_model_config(found.encoder):
-        model: EmbeddingModel = _load_ours(found.encoder, settings)
+        config = load_model_config(found.encoder)
+        model: EmbeddingModel = NeoBERTForEmbedding(config, settings)
+        every = read_weights(found.encoder, config)
+        weights = {name: tensor for name, tensor in every.items() if name.startswith("model.")}
+        check_fit(found.encoder, weights, model.state_dict())
+        model.load_state_dict(weights)
     else:
         model = HFEncoderForEmbedding(load_hf_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
     longest = longest_input(model)
@@ -165,15 +170,6 @@ def load_embedder(
     runtime = runtime or build_runtime(use_cpu=False, mixed_precision="no", tf32=False, trains=False).alone()
     place_model(model, runtime)
     return Embedder(model, tokenizer, min(length, longest or length), found, runtime, batch_tokens)
-
-
-def _load_ours(folder: Path, settings: ContrastiveSettings) -> NeoBERTForEmbedding:
-    config = load_model_config(folder)
-    model = NeoBERTForEmbedding(config, settings)
-    weights = {name: tensor for name, tensor in read_weights(folder, config).items() if name.startswith("model.")}
-    check_fit(folder, weights, model.state_dict())
-    model.load_state_dict(weights)
-    return model
 
 
 def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
@@ -189,12 +185,3 @@ def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
             capability=gpu_capability(runtime.device),
         )
     model.to(runtime.device).eval()
-
-
-def _lower_case(tokenizer: Any) -> None:
-    """Let a tokenizer lower its texts first, as sentence-transformers does for `do_lower_case`."""
-    from tokenizers import normalizers
-
-    backend = tokenizer.backend_tokenizer
-    more = [backend.normalizer] if backend.normalizer is not None else []
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *more])

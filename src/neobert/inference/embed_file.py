@@ -86,21 +86,17 @@ def embed_file(
 
 def write_npy(path: Path, blocks: Blocks, width: int) -> int:
     """float32, texts x width; the header is written again when the number of rows is known."""
-    count = 0
+    count, header = 0, {"descr": "<f4", "fortran_order": False}
     with open(path, "w+b") as file:
-        _npy_header(file, 2**62, width)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (2**62, width)})
         begin = file.tell()
         for _, vectors in blocks:
             file.write(vectors.astype("<f4").tobytes())
             count += len(vectors)
         file.seek(0)
-        _npy_header(file, count, width)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, width)})
         assert file.tell() == begin, "numpy pads headers so that the shape can grow in place"
     return count
-
-
-def _npy_header(file: Any, count: int, width: int) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
 
 
 def write_parquet(path: Path, blocks: Blocks, width: int) -> int:

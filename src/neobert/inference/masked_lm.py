@@ -12,7 +12,7 @@ Shapes: B inputs, each with one masked token, T tokens of the longest, D width, 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -67,69 +67,56 @@ def fill_masks(checkpoint: str | Path, texts: list[str], top: int) -> Iterator[G
         logits_TV = model(input_ids=ids).logits[0].float()
         logits_TV[:, forbidden] = -torch.inf
         found = logits_TV[ids[0] == tokenizer.mask_token_id].softmax(-1).topk(min(top, facts.num_real), dim=-1)
-        yield Guesses(
-            text,
-            [
-                list(zip(tokenizer.convert_ids_to_tokens(indices), values.tolist(), strict=True))
-                for values, indices in zip(*found, strict=True)
-            ],
-        )
+        tokens = [tokenizer.convert_ids_to_tokens(indices) for indices in found.indices]
+        yield Guesses(text, [list(zip(*one, strict=True)) for one in zip(tokens, found.values.tolist(), strict=True)])
 
 
 # --- pseudo-perplexity -----------
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Sums over pieces: of log p(token), in nats, and of tokens."""
+class Result:
+    """`pieces` are (log-likelihood in nats, number of tokens) of each piece."""
 
-    log_likelihood: float
-    num_tokens: int
-    num_pieces: int
+    pieces: list[tuple[float, int]]
 
-    @staticmethod
-    def of(pieces: list[tuple[float, int]]) -> "Tally":
-        return Tally(sum(value for value, _ in pieces), sum(count for _, count in pieces), len(pieces))
+    @cached_property
+    def log_likelihood(self) -> float:
+        return sum(value for value, _ in self.pieces)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(count for _, count in self.pieces)
 
     @property
     def pseudo_perplexity(self) -> float:
         mean = -self.log_likelihood / max(1, self.num_tokens)
         return math.exp(mean) if mean < 700 else math.inf
 
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "pseudo_perplexity": self.pseudo_perplexity}
-
-
-@dataclass(frozen=True)
-class Result:
-    """`pieces` are (log-likelihood, number of tokens) of each piece."""
-
-    pieces: list[tuple[float, int]]
-
     @cached_property
-    def total(self) -> Tally:
-        return Tally.of(self.pieces)
-
-    @cached_property
-    def buckets(self) -> dict[int, Tally]:
-        """The sums by length of piece: the largest number of tokens of a bucket -> its sums, shortest first."""
+    def buckets(self) -> dict[int, "Result"]:
+        """The pieces by length: the largest number of tokens of a bucket -> its pieces, shortest first."""
         by_bound: dict[int, list[tuple[float, int]]] = {}
         for piece in self.pieces:
             by_bound.setdefault(max(SHORTEST_BUCKET, 1 << (piece[1] - 1).bit_length()), []).append(piece)
-        return {bound: Tally.of(pieces) for bound, pieces in sorted(by_bound.items())}
+        return {bound: Result(pieces) for bound, pieces in sorted(by_bound.items())}
+
+    def sums(self) -> dict[str, float]:
+        """What the pieces come to, as JSON has it."""
+        found = {"log_likelihood": self.log_likelihood, "num_tokens": self.num_tokens, "num_pieces": len(self.pieces)}
+        return {**found, "pseudo_perplexity": self.pseudo_perplexity}
 
     def as_json(self) -> dict[str, Any]:
-        buckets = [{"max_tokens": bound, **tally.as_json()} for bound, tally in self.buckets.items()]
-        return {**self.total.as_json(), "buckets": buckets}
+        buckets = [{"max_tokens": bound, **one.sums()} for bound, one in self.buckets.items()]
+        return {**self.sums(), "buckets": buckets}
 
     def __str__(self) -> str:
         """The table for a terminal."""
-        named = {
-            f"{1 if bound == SHORTEST_BUCKET else bound // 2 + 1} to {bound}": t for bound, t in self.buckets.items()
-        }
         lines = [f"{'piece length':<14}{'pieces':>10}{'tokens':>12}{'pseudo-perplexity':>20}"]
-        for name, tally in {**named, "all": self.total}.items():
-            lines.append(f"{name:<14}{tally.num_pieces:>10,}{tally.num_tokens:>12,}{tally.pseudo_perplexity:>20,.3f}")
+        first = {SHORTEST_BUCKET: 1}  # token of a bucket; that of the others follows the bucket before
+        named = {f"{first.get(bound, bound // 2 + 1)} to {bound}": one for bound, one in self.buckets.items()}
+        for name, one in {**named, "all": self}.items():
+            lines.append(f"{name:<14}{len(one.pieces):>10,}{one.num_tokens:>12,}{one.pseudo_perplexity:>20,.3f}")
         return "\n".join(lines)
 
 

@@ -87,26 +87,18 @@ def parse_pooling(text: str) -> Pooling:
 
 def write_sentence_transformers(folder: Path, width: int, embedding: Embedding) -> None:
     """Write what `SentenceTransformer(folder)` reads beside the transformers model in `folder`."""
-    pooled, normalized = folder / "1_Pooling", folder / "2_Normalize"
-    modules = [
-        ("", "Transformer"),
-        (pooled.name, "Pooling"),
-        *([(normalized.name, "Normalize")] if embedding.normalize else []),
-    ]
     chosen = "mean" if embedding.pooling == "avg" else embedding.pooling
     modes = {name: mode == chosen for name, mode in OLDER_MODES.items()} | {"pooling_mode_mean_sqrt_len_tokens": False}
-    pooled.mkdir()
-    write_json(pooled / "config.json", {"word_embedding_dimension": width, **modes})
-    if embedding.normalize:
-        normalized.mkdir()
-        write_json(normalized / "config.json", {})
-    write_json(
-        folder / MODULES,
-        [
-            {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for number, (path, kind) in enumerate(modules)
-        ],
-    )
+    configs = {"1_Pooling": {"word_embedding_dimension": width, **modes}}
+    configs |= {"2_Normalize": {}} if embedding.normalize else {}
+    for path, fields in configs.items():
+        (folder / path).mkdir()
+        write_json(folder / path / "config.json", fields)
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}"}
+        for n, path in enumerate(["", *configs])
+    ]
+    write_json(folder / MODULES, modules)
     write_json(folder / TRANSFORMER, {"max_seq_length": embedding.max_length, "do_lower_case": False})
     settings = {"prompts": embedding.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_json(folder / PROMPTS, {"model_type": "SentenceTransformer", **settings})
@@ -126,9 +118,8 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Dense", "Normalize"}):
         raise CheckpointError(f"{folder}: has modules that are not computed here: {', '.join(unknown)}")
     if kinds[:2] != ["Transformer", "Pooling"] or "Pooling" in kinds[2:]:
-        raise CheckpointError(
-            f"{folder / MODULES}: {', '.join(kinds)}: only Transformer, Pooling, then Dense and Normalize are computed here"
-        )
+        known = "only Transformer, Pooling, then Dense and Normalize are computed here"
+        raise CheckpointError(f"{folder / MODULES}: {', '.join(kinds)}: {known}")
     (_, encoder), (_, pooling), *rest = modules
     normalize = kinds[-1] == "Normalize"
     head = [_read_head(*one) for one in (rest[:-1] if normalize else rest)]
@@ -192,13 +183,10 @@ def _read_head(kind: str, folder: Path) -> nn.Module:
         return _Normalize()
     fields = _read(folder / "config.json")
     activation = fields.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
+    names = [name for name in ("module_input_name", "module_output_name") if fields.get(name) is not None]
     refused = [] if activation in ACTIVATIONS else [f"activation_function {activation}"]
     refused += ["use_residual"] if fields.get("use_residual") else []
-    refused += [
-        f"{name} {fields[name]}"
-        for name in ("module_input_name", "module_output_name")
-        if fields.get(name) not in (None, "sentence_embedding")
-    ]
+    refused += [f"{name} {fields[name]}" for name in names if fields[name] != "sentence_embedding"]
     if refused:
         raise CheckpointError(f"{folder}: a Dense module with {', '.join(refused)} is not computed here")
     linear = nn.Linear(fields["in_features"], fields["out_features"], bias=fields.get("bias", True))
@@ -206,8 +194,9 @@ def _read_head(kind: str, folder: Path) -> nn.Module:
         weights = load_file(folder / "model.safetensors")
         linear.load_state_dict({name.removeprefix("linear."): tensor.float() for name, tensor in weights.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{folder}: the weights of the Dense module cannot be read: {reason}") from None
+        raise CheckpointError(
+            f"{folder}: the weights of the Dense module cannot be read: {first_line(error)}"
+        ) from None
     return nn.Sequential(linear, getattr(nn, activation)())
 
 

@@ -36,8 +36,7 @@ class Step:
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
         """N, M, D, F, V and c."""
-        c = 2 if self.in_bfloat16 else FLOAT
-        inner = swiglu_width(self.intermediate_size)
+        inner, c = swiglu_width(self.intermediate_size), 2 if self.in_bfloat16 else FLOAT
         return self.num_tokens, self.num_targets, self.width, inner, self.vocab_size, c
 
     @property
@@ -72,8 +71,7 @@ class Memory:
 def memory_per_process(step: Step) -> Memory:
     """The memory of the first process, which holds the largest shards."""
     _, _, D, F, V, c = step.shape
-    is_split = step.engine == "fsdp2"
-    ranks = step.world_size if is_split else 1
+    ranks = step.world_size if step.engine == "fsdp2" else 1
     block = [(3 * D, D), (D, D), (2 * F, D), (D, F), (D, 1), (D, 1)]  # rows and columns; vectors have one column
     root = [(V, D), (V, D), (D, 1)]  # embeddings, decoder, last norm
 
@@ -83,7 +81,7 @@ def memory_per_process(step: Step) -> Memory:
 
     weights = step.num_layers * local(block) + local(root)
     # Embeddings and decoder until the end, the block that is computed and the next one; every process sends as many rows.
-    gathered = ranks * (local(root) + 2 * local(block)) if is_split else 0
+    gathered = ranks * (local(root) + 2 * local(block)) if step.engine == "fsdp2" else 0
     # Every gradient is a view of DDP's buffers, which are kept; else that of the decoder is the first to exist.
     gradients = weights if step.engine == "ddp" else c * V * D
     return Memory(3 * weights, gradients, gathered, activations(step), passing(step), weights)

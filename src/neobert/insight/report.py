@@ -4,6 +4,7 @@ import html
 import io
 import json
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +54,23 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     changed = changed_keys(yaml.safe_load(config.read_text()) if config.is_file() else {})
     changed = {key: value for key, value in changed.items() if key not in ("config_path", "optimizer.muon_config")}
     command, packages = environment.pop("command", ""), environment.pop("packages", {})
+    escape = html.escape
+    figures = [f"<div><b>{escape(v)}</b><span>{escape(name)}</span></div>" for name, v in _figures(train, evaluations)]
+    ran = {name: "\n".join(value) if isinstance(value, list) else str(value) for name, value in environment.items()}
+    rows = [
+        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>".replace("\n", "<br>") for name, value in ran.items()
+    ]
     page = PAGE.format(
-        title=html.escape(f"NeoBERT run: {folder.resolve().name}"),
-        subtitle=html.escape(f"{command} · torch {packages.get('torch', '?')}"),
-        figures="".join(
-            f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
-            for name, value in _figures(train, evaluations)
-        ),
+        title=escape(f"NeoBERT run: {folder.resolve().name}"),
+        subtitle=escape(f"{command} · torch {packages.get('torch', '?')}"),
+        figures="".join(figures),
         plots="".join(f"<div>{plot}</div>" for plot in _plots(train, evaluations)),
-        facts="".join(
-            f"<tr><td>{html.escape(name)}</td><td>{_fact(value)}</td></tr>" for name, value in environment.items()
-        ),
-        config=html.escape("\n".join(f"{key}: {json.dumps(value)}" for key, value in changed.items())),
+        facts="".join(rows),
+        config=escape("\n".join(f"{key}: {json.dumps(value)}" for key, value in changed.items())),
     )
     target = output or folder / "report.html"
     write_text(target, page)
     return target
-
-
-def _fact(value: Any) -> str:
-    return html.escape("\n".join(value) if isinstance(value, list) else str(value)).replace("\n", "<br>")
 
 
 def _figures(train: Records, evaluations: Records) -> list[tuple[str, str]]:
@@ -81,12 +79,11 @@ def _figures(train: Records, evaluations: Records) -> list[tuple[str, str]]:
     last, waiting = train[-1], sum(one["data_seconds"] for one in train)
     seconds = sum(one["data_seconds"] + one["compute_seconds"] + one["optimizer_seconds"] for one in train)
     best: list[tuple[str, str]] = []
-    if with_loss := [one for one in evaluations if "eval_loss" in one]:
-        one = min(with_loss, key=lambda one: one["eval_loss"])
-        best = [(f"best held-out loss (step {one['step']:,})", f"{one['eval_loss']:.3f}")]
-    elif scored := [one for one in evaluations if "eval_score" in one]:
-        one = max(scored, key=lambda one: one["eval_score"])
-        best = [(f"best held-out score (step {one['step']:,})", f"{one['eval_score']:.4f}")]
+    for name, choose, digits in (("loss", min, 3), ("score", max, 4)):
+        values = [(one[f"eval_{name}"], one["step"]) for one in evaluations if f"eval_{name}" in one]
+        if values and not best:
+            value, step = choose(values, key=itemgetter(0))
+            best = [(f"best held-out {name} (step {step:,})", f"{value:.{digits}f}")]
     speeds = sorted(one["tokens_per_second"] for one in train)
     return [
         ("steps", f"{last['step']:,}"),
@@ -111,12 +108,9 @@ def _plots(train: Records, evaluations: Records) -> Iterator[str]:
     yield _line_plot("Throughput", "real tokens per second", [_series("", train, "tokens_per_second", BLUE)])
     figure, axes = _new_figure("Where the time goes", "milliseconds per step")
     windows = [max(1, now - before) for before, now in zip([0, *steps], steps, strict=False)]
-    times = {
-        name: [1e3 * one[f"{name}_seconds"] / window for one, window in zip(train, windows, strict=True)]
-        for name in PHASES
-    }
-    times = {name: values for name, values in times.items() if any(values)}
-    if times:
+    steps_of = list(zip(train, windows, strict=True))
+    times = {name: [1e3 * one[f"{name}_seconds"] / window for one, window in steps_of] for name in PHASES}
+    if times := {name: values for name, values in times.items() if any(values)}:
         axes.stackplot(steps, list(times.values()), labels=list(times), alpha=0.85)
         axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
     yield _svg(figure)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ PUBLISHED_NOTE = (
     "Published figures are development-set figures, one metric a task as their authors chose it (MRPC and QQP: F1 or "
     "accuracy; STS-B: Pearson or Spearman), most of them the best of a search without a spread."
 )
+
+
+Result = dict[str, Any]  # what result.json holds
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,9 @@ def check_plan(plan: list[Planned]) -> None:
             find_initial_weights(config)
 
 
-def run_plan(
-    plan: list[Planned], runtime: Runtime, after_run: Callable[[Path], object]
-) -> tuple[list[dict[str, Any]], int]:
+def run_plan(plan: list[Planned], runtime: Runtime, after_run: Callable[[Path], object]) -> tuple[list[Result], int]:
     """(results, exit code) of the runs, up to the first one that was stopped."""
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
     for number, one in enumerate(plan, 1):
         result = runtime.on_main(partial(finished_result, one, runtime))
         if result is None:
@@ -144,7 +146,7 @@ def run_plan(
     return results, 0
 
 
-def finished_result(one: Planned, runtime: Runtime) -> dict[str, Any] | None:
+def finished_result(one: Planned, runtime: Runtime) -> Result | None:
     """The result of a run that was finished before, under the same protocol. Raises ConfigError when it was another."""
     result = glue.read_result(one.folder)
     if result is None:
@@ -168,53 +170,52 @@ def keep_weights_only(folder: Path, step: int) -> None:
         prune(root, 1, {step}, keep_newest=False)
 
 
-def predict_best(plan: list[Planned], results: list[dict[str, Any]], output: Path, runtime: Runtime) -> None:
+def predict_best(plan: list[Planned], results: list[Result], output: Path, runtime: Runtime) -> None:
     """The submission of every task, by the seed that scored best on the evaluation split."""
-    best: dict[str, tuple[float, Planned]] = {}
-    for one, result in zip(plan, results, strict=True):
-        if one.task not in best or result["score"] > best[one.task][0]:
-            best[one.task] = (result["score"], one)
-    for _, one in best.values():
+    scored = [(one, result["score"]) for one, result in zip(plan, results, strict=True)]
+    for task in dict.fromkeys(one.task for one in plan):
+        one, _ = max((pair for pair in scored if pair[0].task == task), key=itemgetter(1))
         write_predictions(one.loaded.config, one.folder, output, runtime.alone())
 
 
 # --- the table -----------
 
 
-def print_table(results: list[dict[str, Any]], output: Path) -> None:
+def print_table(results: list[Result], output: Path) -> None:
     """Write results.json and results.md, and print the same."""
     summary = summarize(results)
     where = write_table(output, "results", summary, to_markdown(summary))
     print(f"\n{to_terminal(summary)}\n{where}")
 
 
-def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(results: list[Result]) -> dict[str, Any]:
     """Everything the table says, as data. Figures are fractions, not percent."""
     seeds = list(dict.fromkeys(result["seed"] for result in results))
-    by_task: dict[str, list[dict[str, Any]]] = {}
+    scores = {(result["task"], result["seed"]): result["score"] for result in results}
+    by_task: dict[str, list[Result]] = {}
     for result in results:
         by_task.setdefault(result["task"], []).append(result)
 
     def average(tasks: list[str]) -> dict[str, Any]:
         """GLUE's average of the tasks' scores, seed by seed."""
-        scores = {(result["task"], result["seed"]): result["score"] for result in results}
         return spread([statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds] if tasks else [0.0])
 
+    tasks = {
+        name: {
+            "title": TASKS[name].title,
+            "score": spread([run["score"] for run in runs]),
+            "score_of": list(TASKS[name].metrics),
+            "metrics": {metric: spread([run["metrics"][metric] for run in runs]) for metric in runs[0]["metrics"]},
+            "seeds": [run["seed"] for run in runs],
+            "steps": [run["step"] for run in runs],
+            "transferred_from": runs[0]["transferred_from"],
+            "weights": [run["weights"] for run in runs],
+            "protocol": runs[0]["protocol"],
+        }
+        for name, runs in by_task.items()
+    }
     return {
-        "tasks": {
-            name: {
-                "title": TASKS[name].title,
-                "score": spread([run["score"] for run in runs]),
-                "score_of": list(TASKS[name].metrics),
-                "metrics": {metric: spread([run["metrics"][metric] for run in runs]) for metric in runs[0]["metrics"]},
-                "seeds": [run["seed"] for run in runs],
-                "steps": [run["step"] for run in runs],
-                "transferred_from": runs[0]["transferred_from"],
-                "weights": [run["weights"] for run in runs],
-                "protocol": runs[0]["protocol"],
-            }
-            for name, runs in by_task.items()
-        },
+        "tasks": tasks,
         "seeds": seeds,
         "average": average(list(by_task)),
         "average_without_wnli": average([name for name in by_task if name != "wnli"]),
@@ -263,16 +264,12 @@ def protocol_lines(summary: dict[str, Any]) -> list[str]:
         by_value: dict[str, list[str]] = {}
         for name, shown in protocols.items():
             by_value.setdefault(str(shown[key]), []).append(name)
-        lines += [
-            f"{key}: {value}" + (f" ({', '.join(names)})" if len(by_value) > 1 else "")
-            for value, names in by_value.items()
-        ]
+        for value, names in by_value.items():
+            lines.append(f"{key}: {value}" + (f" ({', '.join(names)})" if len(by_value) > 1 else ""))
     transferred = ", ".join(name for name, task in tasks.items() if task["transferred_from"])
-    return [
-        *lines,
-        f"transferred: {f'{transferred} from mnli of the same seed' if transferred else 'nothing'}",
-        f"seeds: {', '.join(map(str, summary['seeds']))}; they draw the head, the order of the rows and dropout",
-    ]
+    lines.append(f"transferred: {f'{transferred} from mnli of the same seed' if transferred else 'nothing'}")
+    seeds = ", ".join(map(str, summary["seeds"]))
+    return [*lines, f"seeds: {seeds}; they draw the head, the order of the rows and dropout"]
 
 
 def _shown(protocol: dict[str, Any]) -> dict[str, Any]:

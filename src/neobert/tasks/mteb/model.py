@@ -1,7 +1,4 @@
-"""A model as the MTEB library wants one: our embedder behind its encoder's interface, with prompts.
-
-Texts of a task come at once and are sorted by length, so nothing is spent on padding.
-"""
+"""A model as the MTEB library wants one: our embedder under its encoder's interface, with prompts."""
 
 import hashlib
 import json
@@ -21,23 +18,17 @@ from neobert.inference.embed import Embedder
 
 
 class EncoderForMTEB(AbsEncoder):
-    """`embedder` with `prompts`: by task name, type of task, or `query` and `document`, as MTEB chooses among them."""
+    """`embedder` with `prompts`: by task name, type of task, or `query` and `document`, as MTEB chooses among them.
+
+    Texts of a task come at once and are sorted by length, so nothing is spent on padding.
+    """
 
     def __init__(self, embedder: Embedder, meta: ModelMeta, prompts: dict[str, str]):
         self.embedder, self.prompts = embedder, prompts
         self.model = embedder.model
         self.mteb_model_meta = meta
 
-    def encode(
-        self,
-        inputs: Any,
-        *,
-        task_metadata: Any,
-        hf_split: str = "",
-        hf_subset: str = "",
-        prompt_type: Any = None,
-        **_: Any,
-    ) -> np.ndarray:
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
         """Texts x width, float32. `inputs` gives batches with a list of texts under `text`."""
         texts = [text for batch in inputs for text in batch["text"]]
         prompt = self._prompt(task_metadata, prompt_type)
@@ -64,24 +55,20 @@ def build_meta(name: str, identity: str, settings: dict[str, Any], embedder: Emb
     """The model's card for MTEB. Its revision names weights and settings, so that results of others are not mixed in."""
     text = json.dumps(settings, sort_keys=True)
     revision = f"{identity[:12]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("loader", "release_date", "languages", "memory_usage_mb", "license", "open_weights", "public_training_code",
+         "public_training_data", "training_datasets")
+    )  # fmt: skip
     return ModelMeta(
-        loader=None,
         name=name,
         revision=revision,
-        release_date=None,
-        languages=None,
         n_parameters=sum(parameter.numel() for parameter in embedder.model.parameters()),
-        memory_usage_mb=None,
         max_tokens=embedder.max_length,
         embed_dim=embedder.width,
-        license=None,
-        open_weights=None,
-        public_training_code=None,
-        public_training_data=None,
         framework=["PyTorch"],
         similarity_fn_name=ScoringFunction(embedder.settings.similarity),
         use_instructions=bool(settings["prompts"]),
-        training_datasets=None,
+        **unknown,
     )
 
 

@@ -13,11 +13,12 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, find_checkpoint
-from neobert.checkpoints.locate import download_model
+from neobert.checkpoints.format import STATE
+from neobert.checkpoints.locate import download_model, find_checkpoint
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, print_notes
@@ -37,11 +38,6 @@ class Subject:
     folder: Path
     embedder: Embedder
     settings: dict[str, Any]
-
-    @property
-    def file_name(self) -> str:
-        """The name of its summaries, without suffix."""
-        return self.name.replace("/", "__")
 
 
 @dataclass(frozen=True)
@@ -94,14 +90,20 @@ def run(loaded: Loaded, model: str | None = None) -> int:
 
 def load_subject(config: Config, model: str | None) -> Subject:
     """The model, ready to embed. Raises CheckpointError."""
-    folder = download_model(model) if model is not None else _own_checkpoint(config)
+    if model is not None:
+        folder = download_model(model)
+    else:
+        try:
+            root = Path(config.trainer.output_dir) / "checkpoints"
+            folder = find_checkpoint(config.pretrained_checkpoint, root)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; train one, or name a model with --model") from None
     pooling = config.mteb_pooling if config.is_set("mteb_pooling") else None
     length = config.tokenizer.max_length if config.is_set("tokenizer.max_length") else None
     size = config.mteb_batch_size * TOKENS_OF_A_TEXT if config.is_set("mteb_batch_size") else None
     asked = config.trainer
-    runtime = build_runtime(
-        use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32, trains=False
-    ).alone()
+    precision = asked.mixed_precision
+    runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=precision, tf32=asked.tf32, trains=False).alone()
     embedder = load_embedder(str(folder), pooling, length, size, runtime)
     found, chosen = embedder.settings, embedder.model.contrastive.settings.pooling
     if found.similarity not in ("cosine", "dot"):
@@ -118,14 +120,6 @@ def load_subject(config: Config, model: str | None) -> Subject:
         **{name: value for name, value in own.items() if value != usual[name]},
     }
     return Subject(_name(model, found.folder), folder, embedder, settings)
-
-
-def _own_checkpoint(config: Config) -> Path:
-    """What `pretrained_checkpoint` names of the run in `trainer.output_dir`."""
-    try:
-        return find_checkpoint(config.pretrained_checkpoint, Path(config.trainer.output_dir) / "checkpoints")
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; train one, or name a model with --model") from None
 
 
 def _name(model: str | None, folder: Path) -> str:
@@ -175,28 +169,21 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
             how = "had a result" if was_there else f"{time.perf_counter() - begin:.1f} s"
             result = f"{_percent(scores[-1].score)} ({how})"
         print(f"[{number}/{len(tasks)}] {name}: {result}", flush=True)
-        summary = summarize(meta, subject.settings, scores, not_run, len(tasks))
-        where = write_table(output, subject.file_name, summary, to_markdown(summary))
+        summary = {
+            "model": meta.name,
+            "revision": meta.revision,
+            "mteb": version("mteb"),
+            "settings": subject.settings,
+            "num_tasks": len(tasks),
+            "tasks": [asdict(one) for one in sorted(scores, key=attrgetter("type", "name"))],
+            "averages": averages(scores),
+            "not_run": not_run,
+        }
+        where = write_table(output, subject.name.replace("/", "__"), summary, to_markdown(summary))
     return summary, where
 
 
 # --- the table -----------
-
-
-def summarize(
-    meta: Any, settings: dict[str, Any], scores: list[Score], not_run: list[dict[str, str]], num_tasks: int
-) -> dict[str, Any]:
-    """What <model>.json holds. `meta` is the library's description of the model."""
-    return {
-        "model": meta.name,
-        "revision": meta.revision,
-        "mteb": version("mteb"),
-        "settings": settings,
-        "num_tasks": num_tasks,
-        "tasks": [asdict(one) for one in sorted(scores, key=lambda one: (one.type, one.name))],
-        "averages": averages(scores),
-        "not_run": not_run,
-    }
 
 
 def averages(scores: list[Score]) -> dict[str, Any]:
