@@ -84,7 +84,7 @@ def config_schema() -> None:
 
 
 @config_app.command("new")
-def config_new(task: Annotated[str, Argument(help="pretraining, glue, contrastive or mteb.")]) -> None:
+def config_new(task: Annotated[str, Argument(metavar="TASK", help="pretraining, glue, contrastive or mteb.")]) -> None:
     """A commented starter file.
 
     \b

@@ -38,13 +38,11 @@ def find_missing(config: Config) -> Iterator[Problem]:
             problem = f"{config.trainer.output_dir}: no run there; train one, name another, or a model with --model"
             yield Problem("trainer.output_dir", problem)
         return
-    if config.task == "glue":
-        yield from _absent("dataset.path", config.dataset.path)
-    else:
-        yield from _missing_text(config)
-    is_new = config.task == "pretraining" or (asked_weights(config).allow_random_weights and not names_weights(config))
-    if config.task != "pretraining":
+    yield from _absent("dataset.path", config.dataset.path) if config.task == "glue" else _missing_text(config)
+    is_new = config.task == "pretraining"
+    if not is_new:
         yield from missing_weights(config)
+        is_new = asked_weights(config).allow_random_weights and not names_weights(config)
     if is_new and not config.model.from_hub and (missing := missing_tokenizer(config)):
         yield missing
 
@@ -57,8 +55,11 @@ def asked_weights(config: Config) -> GlueConfig | ContrastiveConfig:
 def names_weights(config: Config) -> bool:
     """Whether one of the task's `pretrained_*` keys names weights of ours."""
     asked = asked_weights(config)
-    named = (asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint)
-    return any(one is not None for one in named)
+    return (asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint) != (
+        None,
+        None,
+        None,
+    )
 
 
 def missing_tokenizer(config: Config) -> Problem | None:
