@@ -16,12 +16,10 @@ Checkpoint = Annotated[
     str, Argument(help="A run's output folder, <output_dir>/checkpoints/<step>, or an exported folder.")
 ]
 EncoderFolder = Annotated[
-    str,
-    Argument(metavar="CHECKPOINT", help="A run's output folder, one of its checkpoints, or an encoder's folder."),
+    str, Argument(metavar="CHECKPOINT", help="A run's output folder, one of its checkpoints, or an encoder's folder.")
 ]
 PoolingOption = Annotated[
-    Literal["avg", "cls", "max"] | None,
-    Option(help="How token vectors become one [as the folder says, else avg]."),
+    Literal["avg", "cls", "max"] | None, Option(help="How token vectors become one [as the folder says, else avg].")
 ]
 PromptOption = Annotated[
     str | None,
@@ -109,8 +107,7 @@ def mteb(
     context: Context,
     config: ConfigFile,
     model: Annotated[
-        str | None,
-        Option(help="Checkpoint, exported folder, encoder or hub name [the run in trainer.output_dir]."),
+        str | None, Option(help="Checkpoint, exported folder, encoder or hub name [the run in trainer.output_dir].")
     ] = None,
 ) -> None:
     """Evaluate a model on MTEB tasks, or on tasks of your own, with a table of scores.
@@ -141,8 +138,7 @@ def evaluate_mteb(loaded: "Loaded", model: str | None = None) -> None:
 def embed(
     checkpoint: EncoderFolder,
     file: Annotated[
-        str,
-        Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder."),
+        str, Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder.")
     ],
     output: Annotated[Path, Option("-o", "--output", help="File to write: .npy or .parquet.")],
     column: Annotated[str | None, Option(help="Column of the texts [text, or the only one].")] = None,
@@ -263,8 +259,7 @@ def import_(
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
     tokenizer: Annotated[str | None, Option(help="Folder of the tokenizer, where SOURCE has none.")] = None,
     trust_remote_code: Annotated[
-        bool,
-        Option("--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it."),
+        bool, Option("--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it.")
     ] = False,
     tolerance: Tolerance = None,
     replace: Replace = False,

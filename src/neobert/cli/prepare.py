@@ -219,9 +219,7 @@ def data(
 
 
 def verify_resume(
-    context: Context,
-    config: ConfigFile,
-    steps: Annotated[int, Option(min=4, max=10_000, help="Steps to train.")] = 6,
+    context: Context, config: ConfigFile, steps: Annotated[int, Option(min=4, max=10_000, help="Steps to train.")] = 6
 ) -> None:
     """Train a few steps, once in one go and once killed and resumed, and compare tokens, masks and losses.
 

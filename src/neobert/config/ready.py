@@ -55,11 +55,8 @@ def asked_weights(config: Config) -> GlueConfig | ContrastiveConfig:
 def names_weights(config: Config) -> bool:
     """Whether one of the task's `pretrained_*` keys names weights of ours."""
     asked = asked_weights(config)
-    return (asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint) != (
-        None,
-        None,
-        None,
-    )
+    named = (asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint)
+    return any(one is not None for one in named)
 
 
 def missing_tokenizer(config: Config) -> Problem | None:
