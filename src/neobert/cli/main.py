@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer import Context, Exit, Option
+from typer.models import CommandFunctionType as Command
 
 from neobert.cli import OVERRIDES, WITH_OVERRIDES, ConfigFile, layers, load, models, prepare
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
@@ -24,7 +25,6 @@ from neobert.ranks import launched_ranks
 if TYPE_CHECKING:
     from neobert.config.load import Loaded
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 app = typer.Typer(
     name="neobert",
     no_args_is_help=True,
@@ -209,10 +209,13 @@ for name, command, options in COMMANDS:
 
 def _prepare_process() -> None:
     """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet = {
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    for name, value in {"TOKENIZERS_PARALLELISM": "true", **quiet}.items():
+        os.environ.setdefault(name, value)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
@@ -254,11 +257,6 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        failed = disk_error(error)
-        if failed is None:
+        if (failed := disk_error(error)) is None:
             raise
         _fail(str(failed))
-
-
-if __name__ == "__main__":
-    main()

@@ -88,8 +88,7 @@ def apply_legacy(layer: YamlFile) -> list[str]:
         written = inner.pop(name, ABSENT) if isinstance(inner, dict) else ABSENT
         if is_block and isinstance(written, dict):
             for one, value in written.items():
-                renamed = Legacy(rule.old.replace("*", one), rule.new.replace("*", one))
-                warnings += _rename(layer, renamed, value)
+                warnings += _rename(layer, Legacy(rule.old.replace("*", one), rule.new.replace("*", one)), value)
         elif is_block and written not in (ABSENT, None):
             layer.problems.append(Problem(rule.old.removesuffix(".*"), f"must be a section, got {written!r}"))
         elif not is_block and written is not ABSENT:
@@ -253,23 +252,17 @@ def _build(values: Values, layers: list[YamlFile]) -> tuple[Config | None, list[
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
     rest = copy.deepcopy(values)
-    for details in found:
-        _remove(rest, details["loc"])
+    for details in found:  # leave out the key at its location, which may go on inside the value
+        *sections, last = map(str, details["loc"])
+        inner = rest
+        while sections and isinstance(inner.get(sections[0]), dict):
+            inner = inner[sections.pop(0)]
+        inner.pop(sections[0] if sections else last, None)
     problems = [_problem(details, layers) for details in found]
     try:
         return Config.model_validate(rest), problems
     except ValidationError:
         return None, problems
-
-
-def _remove(values: Values, location: tuple[int | str, ...]) -> None:
-    """Leave out the key at a location of pydantic's, which may go on inside the value."""
-    for depth, part in enumerate(map(str, location)):
-        inner = values.get(part)
-        if not isinstance(inner, dict) or depth == len(location) - 1:
-            values.pop(part, None)
-            return
-        values = inner
 
 
 def _where(dotted: str, layers: list[YamlFile]) -> str:
