@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from helpers.commands import run_neobert
 from helpers.runs import CONFIGS, ROOT, TEXT, TOKENIZER
 from neobert.config.explain import STARTERS, diff_configs, explain_key, reference_page, show_config, starter_file
-from neobert.config.legacy import LEGACY
-from neobert.config.load import load_config
+from neobert.config.load import LEGACY, load_config
 from neobert.config.ready import check_ready
 from neobert.config.rules import RULES
 from neobert.config.schema import Config, known_keys

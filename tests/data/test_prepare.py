@@ -168,7 +168,7 @@ def test_a_full_disk_while_tokenising(tmp_path):
 
 @pytest.mark.parametrize("share", ["0/4", "5/4", "1", "a/b", "1/"])
 def test_shares_that_are_none(share, tmp_path):
-    from neobert.cli.data import parse_share
+    from neobert.cli.prepare import parse_share
     from neobert.errors import ConfigError
 
     assert parse_share("2/4") == (2, 4)

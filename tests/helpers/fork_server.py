@@ -83,7 +83,8 @@ def serve(control):
                 status = socket.socket(fileno=files.pop())
                 for file in files:
                     os.close(file)
-                status.send(str(pid).encode())
+                with contextlib.suppress(OSError):  # who asked for it is gone; the next request is another's
+                    status.send(str(pid).encode())
                 pidfd = os.pidfd_open(pid)
                 children[pidfd] = (pid, status)
                 ready.register(pidfd, selectors.EVENT_READ)

@@ -1,18 +1,18 @@
 """Arguments and options that several commands take: the configuration file with its overrides, and texts."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from neobert.config.load import Loaded
 
 OVERRIDES = "[--SECTION.KEY VALUE]..."
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 TEXT_HELP = ".txt, .jsonl, .json, .csv, .tsv (.gz, .zst), .parquet or .arrow files, folders or globs."
-TextColumn = Annotated[str | None, typer.Option(help="Column with the text, if there are several.")]
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; every key: neobert config keys.")]
-NumProcesses = Annotated[
-    int | None, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine [1, or as launched].")
-]
+TextColumn = Annotated[str | None, Option(help="Column with the text, if there are several.")]
+ConfigFile = Annotated[Path, Argument(metavar="CONFIG", help="YAML file; every key: neobert config keys.")]
 
 
 def layers(first: Path, arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -21,3 +21,10 @@ def layers(first: Path, arguments: list[str]) -> tuple[list[str], list[str]]:
     while count < len(arguments) and arguments[count].endswith((".yaml", ".yml")) and arguments[count][0] != "-":
         count += 1
     return [str(first), *arguments[:count]], arguments[count:]
+
+
+def load(first: Path, arguments: list[str], task: str | None = None) -> "Loaded":
+    """The configuration that a command line gives, of `task` where that is not None. Raises ConfigError."""
+    from neobert.config.load import load_config
+
+    return load_config(*layers(first, arguments), task)

@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 something the user can repair (one line per problem on std
 """
 
 import contextlib
-import json
 import os
 import resource
 import signal
@@ -13,18 +12,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from typer import Context, Exit, Option
+from typer.models import CommandFunctionType as Command
 
-from neobert.cli import OVERRIDES, WITH_OVERRIDES, ConfigFile, NumProcesses, data, layers, models
+from neobert.cli import OVERRIDES, WITH_OVERRIDES, ConfigFile, layers, load, models, prepare
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
 from neobert.ranks import launched_ranks
 
 if TYPE_CHECKING:
     from neobert.config.load import Loaded
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 app = typer.Typer(
     name="neobert",
     no_args_is_help=True,
@@ -36,10 +36,11 @@ app = typer.Typer(
     epilog="First steps:  neobert tokenizer train TEXT... -o tokenizer   |   neobert pretrain CONFIG   |   "
     'neobert fill-mask CHECKPOINT "some [MASK] text"',
 )
-config_app = typer.Typer(no_args_is_help=True, help="Look at and check configurations, without training.")
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
-app.add_typer(config_app, name="config")
-app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(prepare.config_app, name="config")
+app.add_typer(prepare.tokenizer_app, name="tokenizer")
+NumProcesses = Annotated[
+    int | None, Option("--nproc", min=1, max=1024, help="Processes on this machine [1, or as launched].")
+]
 
 
 def with_overrides(options: str, name: str | None = None) -> Callable[[Command], Command]:
@@ -48,7 +49,7 @@ def with_overrides(options: str, name: str | None = None) -> Callable[[Command],
 
 
 @with_overrides("[--nproc N]")
-def run(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
+def run(context: Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Run what the file's `task` says.
 
     Keys can be set after the file, as --section.key value or section.key=value; the last one wins. Further YAML files
@@ -66,7 +67,7 @@ def run(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) 
 
 
 @with_overrides("[--nproc N]")
-def pretrain(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
+def pretrain(context: Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Masked-LM pretraining on your text.
 
     Stop with Ctrl-C at any time: a checkpoint is written. Go on with --trainer.resume_from_checkpoint latest.
@@ -82,7 +83,7 @@ def pretrain(context: typer.Context, config: ConfigFile, nproc: NumProcesses = N
 
 
 @with_overrides("[--nproc N]")
-def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
+def contrastive(context: Context, config: ConfigFile, nproc: NumProcesses = None) -> None:
     """Train sentence embeddings on your pairs, from a pretrained encoder.
 
     \b
@@ -95,14 +96,12 @@ def contrastive(context: typer.Context, config: ConfigFile, nproc: NumProcesses 
 
 @with_overrides("[OPTIONS]")
 def glue(
-    context: typer.Context,
+    context: Context,
     config: ConfigFile,
     nproc: NumProcesses = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="`all`, or names: cola,rte. A suite: one run per task and seed.")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, max=1000, help="Runs per task, from `seed` up.")] = None,
-    predict: Annotated[bool, typer.Option("--predict", help="Write the files that GLUE's server takes.")] = False,
+    tasks: Annotated[str | None, Option(help="`all`, or names: cola,rte. A suite: one run per task and seed.")] = None,
+    seeds: Annotated[int | None, Option(min=1, max=1000, help="Runs per task, from `seed` up.")] = None,
+    predict: Annotated[bool, Option("--predict", help="Write the files that GLUE's server takes.")] = False,
 ) -> None:
     """Fine-tune on GLUE: one task, or a suite over tasks and seeds with a table.
 
@@ -115,10 +114,7 @@ def glue(
       neobert glue configs/glue/small.yaml --tasks all --seeds 5 --dataset.path glue/
       neobert glue outputs/glue-small/config.yaml --predict
     """
-    from neobert.config.load import load_config
-
-    files, overrides = layers(config, context.args)
-    loaded = load_config(files, overrides, "glue")
+    loaded = load(config, context.args, "glue")
     is_suite = tasks is not None or seeds is not None
     names = parse_tasks(tasks or loaded.config.glue.task_name) if is_suite else []
     if is_suite or not predict:
@@ -132,7 +128,7 @@ def glue(
         from neobert.insight.report import write_report
         from neobert.tasks.glue.suite import run_suite
 
-        raise typer.Exit(run_suite(files, overrides, names, seeds or 1, predict, write_report))
+        raise Exit(run_suite(*layers(config, context.args), names, seeds or 1, predict, write_report))
     if predict:
         from neobert.tasks.glue.predict import predict_run
 
@@ -156,9 +152,7 @@ def parse_tasks(text: str) -> list[str]:
 
 def _run(command: str, task: str | None, first: Path, arguments: list[str], nproc: int | None) -> None:
     """Run a file of `task`, or, where that is None, of whatever task it says."""
-    from neobert.config.load import load_config
-
-    loaded = load_config(*layers(first, arguments), task)
+    loaded = load(first, arguments, task)
     if loaded.config.task == "mteb":
         models.evaluate_mteb(loaded)
     else:
@@ -180,7 +174,7 @@ def _start(loaded: "Loaded", command: list[str], nproc: int | None) -> None:
         plan, notes = plan_launch(config, nproc)
         print_notes(notes)
         if plan is not None:
-            raise typer.Exit(launch(command, plan, config.trainer.use_cpu))
+            raise Exit(launch(command, plan, config.trainer.use_cpu))
 
 
 def _train(loaded: "Loaded") -> None:
@@ -193,129 +187,14 @@ def _train(loaded: "Loaded") -> None:
     if finished.is_main:
         write_report(finished.folder)
     if finished.exit_code:
-        raise typer.Exit(finished.exit_code)
-
-
-@config_app.command("check", context_settings=WITH_OVERRIDES)
-def config_check(context: typer.Context, config: ConfigFile) -> None:
-    """Check a file: all problems at once, each with its line, and what a run would not find. Takes a moment.
-
-    \b
-    Example:
-      neobert config check my.yaml
-    """
-    from neobert.config.ready import check_ready
-
-    loaded = _load_and_warn(config, context)
-    check_ready(loaded)
-    print(f"{config}: ok ({loaded.config.task}, {len(loaded.origins)} keys set)")
-
-
-@config_app.command("show", context_settings=WITH_OVERRIDES)
-def config_show(context: typer.Context, config: ConfigFile) -> None:
-    """The whole configuration that a file comes to, defaults included; what was set says where.
-
-    \b
-    Example:
-      neobert config show my.yaml --trainer.max_steps 100
-    """
-    from neobert.config.explain import show_config
-
-    loaded = _load_and_warn(config, context)
-    print(show_config(loaded.config, loaded.origins))
-
-
-def _load_and_warn(config: Path, context: typer.Context) -> "Loaded":
-    from neobert.config.load import load_config
-
-    loaded = load_config(*layers(config, context.args))
-    print_notes(loaded.warnings)
-    return loaded
-
-
-@config_app.command("explain")
-def config_explain(key: Annotated[str, typer.Argument(metavar="KEY", help="Dotted, as trainer.max_steps.")]) -> None:
-    """What a key means: type, default, bounds, what it changes, and the rules it takes part in.
-
-    \b
-    Example:
-      neobert config explain scheduler.warmup_percent
-    """
-    from neobert.config.explain import explain_key
-
-    print(explain_key(key))
-
-
-@config_app.command("diff")
-def config_diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="YAML file.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="YAML file.")],
-) -> None:
-    """What differs between two files once they are resolved: key: value in A -> value in B.
-
-    \b
-    Example:
-      neobert config diff runs/first/config.yaml runs/second/config.yaml
-    """
-    from neobert.config.explain import diff_configs
-    from neobert.config.load import load_config
-
-    for line in diff_configs(load_config([str(a)]).config, load_config([str(b)]).config):
-        print(line)
-
-
-@config_app.command("schema")
-def config_schema() -> None:
-    """The JSON Schema of a configuration, for editors that complete and check YAML."""
-    from neobert.config.schema import Config
-
-    print(json.dumps(Config.model_json_schema(), indent=1))
-
-
-@config_app.command("new")
-def config_new(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="pretraining, glue, contrastive or mteb.")],
-) -> None:
-    """A commented starter file.
-
-    \b
-    Example:
-      neobert config new pretraining > my.yaml
-    """
-    from neobert.config.explain import STARTERS, starter_file
-
-    if task not in STARTERS:
-        raise ConfigError(Problem("TASK", f"must be one of {', '.join(STARTERS)}, got {task!r}"))
-    print(starter_file(task), end="")
-
-
-@config_app.command("keys")
-def config_keys(
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON list with type, default, bounds and help.")] = False,
-) -> None:
-    """Every key with its type, default and meaning.
-
-    \b
-    Example:
-      neobert config keys | grep warmup
-    """
-    from neobert.config.explain import plain_json
-    from neobert.config.schema import known_keys
-
-    keys = known_keys().values()
-    if as_json:
-        print(plain_json([info.as_json() for info in keys], indent=1))
-        return
-    for info in keys:
-        choices = f" ({', '.join(info.choices)})" if info.choices else ""
-        print(f"{info.key}: {info.type} = {plain_json(info.default)}{choices}\n    {info.help}")
+        raise Exit(finished.exit_code)
 
 
 COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("report", models.report, None),
-    ("data", data.data, "[--rows N] [--documents N]"),
-    ("verify-resume", data.verify_resume, "[--steps N]"),
-    ("tokenize", data.tokenize, None),
+    ("data", prepare.data, "[--rows N] [--documents N]"),
+    ("verify-resume", prepare.verify_resume, "[--steps N]"),
+    ("tokenize", prepare.tokenize, None),
     ("fill-mask", models.fill_mask, None),
     ("embed", models.embed, None),
     ("similarity", models.similarity, None),
@@ -326,15 +205,17 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
 )
 for name, command, options in COMMANDS:
     (with_overrides(options, name) if options else app.command(name))(command)
-tokenizer_app.command("train")(data.tokenizer_train)
 
 
 def _prepare_process() -> None:
     """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet = {
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    for name, value in {"TOKENIZERS_PARALLELISM": "true", **quiet}.items():
+        os.environ.setdefault(name, value)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
@@ -376,11 +257,6 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        failed = disk_error(error)
-        if failed is None:
+        if (failed := disk_error(error)) is None:
             raise
         _fail(str(failed))
-
-
-if __name__ == "__main__":
-    main()

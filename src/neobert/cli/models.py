@@ -1,46 +1,42 @@
 """The commands about runs and trained models: report, fill-mask, embed, similarity, mteb, pseudo-perplexity, export, import."""
 
-import os
 import sys
-from glob import has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Context, Exit, Option
 
-from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, layers
+from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, load
 from neobert.errors import UserError, print_notes
 
 if TYPE_CHECKING:
     from neobert.config.load import Loaded
 
 Checkpoint = Annotated[
-    str, typer.Argument(help="A run's output folder, <output_dir>/checkpoints/<step>, or an exported folder.")
+    str, Argument(help="A run's output folder, <output_dir>/checkpoints/<step>, or an exported folder.")
 ]
 EncoderFolder = Annotated[
-    str,
-    typer.Argument(metavar="CHECKPOINT", help="A run's output folder, one of its checkpoints, or an encoder's folder."),
+    str, Argument(metavar="CHECKPOINT", help="A run's output folder, one of its checkpoints, or an encoder's folder.")
 ]
 PoolingOption = Annotated[
-    Literal["avg", "cls", "max"] | None,
-    typer.Option(help="How token vectors become one [as the folder says, else avg]."),
+    Literal["avg", "cls", "max"] | None, Option(help="How token vectors become one [as the folder says, else avg].")
 ]
 PromptOption = Annotated[
     str | None,
-    typer.Option("--prompt", metavar="NAME", help="Put this prompt of the folder in front [its default, else none]."),
+    Option("--prompt", metavar="NAME", help="Put this prompt of the folder in front [its default, else none]."),
 ]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster with AMX or CUDA, less exact.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of an earlier result in OUT.")]
+Bf16 = Annotated[bool, Option("--bf16", help="Compute in bfloat16: faster with AMX or CUDA, less exact.")]
+Force = Annotated[bool, Option("--force", help="Replace an output that is there.")]
+Replace = Annotated[bool, Option("--replace", help="Put it in the place of an earlier result in OUT.")]
 Tolerance = Annotated[
     float | None,
-    typer.Option(min=0, help="Largest difference that is allowed [1e-5; ONNX 1e-4]; it is kept with the result."),
+    Option(min=0, help="Largest difference that is allowed [1e-5; ONNX 1e-4]; it is kept with the result."),
 ]
 
 
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write [RUN/report.html].")] = None,
+    run_folder: Annotated[Path, Argument(metavar="RUN", help="Output folder of a run.")],
+    output: Annotated[Path | None, Option("-o", "--output", help="File to write [RUN/report.html].")] = None,
 ) -> None:
     """A run as one self-contained HTML page: loss, learning rate, throughput, step times.
 
@@ -55,8 +51,8 @@ def report(
 
 def fill_mask(
     checkpoint: Checkpoint,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Sentences with [MASK].")],
-    top: Annotated[int, typer.Option(min=1, max=1000, help="Candidates per mask.")] = 5,
+    texts: Annotated[list[str], Argument(metavar="TEXT...", help="Sentences with [MASK].")],
+    top: Annotated[int, Option(min=1, max=1000, help="Candidates per mask.")] = 5,
 ) -> None:
     """What a trained model expects in place of [MASK].
 
@@ -72,20 +68,18 @@ def fill_mask(
 
 def pseudo_perplexity(
     checkpoint: Checkpoint,
-    source: Annotated[
-        str, typer.Argument(metavar="TEXT", help=TEXT_HELP[:-1] + "; or the name of a dataset on the hub.")
-    ],
+    source: Annotated[str, Argument(metavar="TEXT", help=TEXT_HELP[:-1] + "; or the name of a dataset on the hub.")],
     max_length: Annotated[
-        int | None, typer.Option(min=3, help="Tokens of a piece, two special ones included [what the model takes].")
+        int | None, Option(min=3, help="Tokens of a piece, two special ones included [what the model takes].")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Texts to read at most [all].")] = None,
-    split: Annotated[str | None, typer.Option(help="Split, or a slice of one, as validation[:100].")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Texts to read at most [all].")] = None,
+    split: Annotated[str | None, Option(help="Split, or a slice of one, as validation[:100].")] = None,
     text_column: TextColumn = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens computed at a time [4096 on a CPU, else 32768].")
+        int | None, Option(min=1, help="Tokens computed at a time [4096 on a CPU, else 32768].")
     ] = None,
     bf16: Bf16 = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write as well.")] = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="JSON file to write as well.")] = None,
     force: Force = False,
 ) -> None:
     """How well a masked language model predicts text: every token is masked once and predicted from the rest.
@@ -97,54 +91,23 @@ def pseudo_perplexity(
       neobert pseudo-perplexity outputs/quickstart examples/quickstart/text/validation.txt --limit 100
       neobert pseudo-perplexity exported/mine corpus.jsonl --text-column body -o perplexity.json
     """
-    from tqdm import tqdm
-
-    from neobert.checkpoints.load import load_pretrained
-    from neobert.data.files.documents import SkippedRows
-    from neobert.data.tokenizer import text_tokenizer
     from neobert.files import write_json
-    from neobert.inference import masked_lm
-    from neobert.inference.embed import place_model
     from neobert.inference.embed_file import check_new_file
-    from neobert.training.runtime import build_runtime
+    from neobert.inference.masked_lm import predict_corpus
 
     if output is not None:
         check_new_file(output, force)
-    model, hf_tokenizer = load_pretrained(checkpoint)
-    runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False, trains=False)
-    place_model(model, runtime)
-    print_notes(filter(None, [runtime.note]))
-    longest = model.config.max_position_embeddings
-    if max_length is not None and max_length > longest:
-        raise UserError(f"--max-length: {max_length}, but the model takes {longest} tokens")
-    files = _find_files(source, text_column, split)
-    tokenizer, skips = text_tokenizer(hf_tokenizer), SkippedRows()
-    pieces, num_texts = masked_lm.read_pieces(files, tokenizer, (max_length or longest) - 2, limit, skips)
-    total = sum(map(len, pieces))
-    with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
-        result = masked_lm.pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
-    print_notes(filter(None, [skips.describe()]))
+    result, num_texts = predict_corpus(checkpoint, source, split, text_column, max_length, limit, batch_tokens, bf16)
     print(f"{result}\n{num_texts:,} texts; perplexities are of tokens of this tokenizer")
     if output is not None:
         write_json(output, {"texts": num_texts, **result.as_json()})
 
 
-def _find_files(source: str, text_column: str | None, split: str | None) -> Any:
-    """The files of a path, a glob or a dataset of the hub. Raises DataError."""
-    from neobert.data.files.splits import find_hub_splits, find_splits
-
-    is_name = not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and not has_magic(source)
-    if is_name:
-        return find_hub_splits(source, None, False, text_column, split, None)[0]
-    return find_splits(source, text_column, split, None)[0]
-
-
 def mteb(
-    context: typer.Context,
+    context: Context,
     config: ConfigFile,
     model: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint, exported folder, encoder or hub name [the run in trainer.output_dir]."),
+        str | None, Option(help="Checkpoint, exported folder, encoder or hub name [the run in trainer.output_dir].")
     ] = None,
 ) -> None:
     """Evaluate a model on MTEB tasks, or on tasks of your own, with a table of scores.
@@ -156,9 +119,7 @@ def mteb(
       neobert mteb configs/mteb/small.yaml --mteb_task_type sts
       neobert mteb configs/mteb/small.yaml --model exported/mine --mteb_local_tasks my_tasks/
     """
-    from neobert.config.load import load_config
-
-    evaluate_mteb(load_config(*layers(config, context.args), "mteb"), model)
+    evaluate_mteb(load(config, context.args, "mteb"), model)
 
 
 def evaluate_mteb(loaded: "Loaded", model: str | None = None) -> None:
@@ -171,26 +132,25 @@ def evaluate_mteb(loaded: "Loaded", model: str | None = None) -> None:
     logging.getLogger("mteb").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mteb")
     if code := task.run(loaded, model):
-        raise typer.Exit(code)
+        raise Exit(code)
 
 
 def embed(
     checkpoint: EncoderFolder,
     file: Annotated[
-        str,
-        typer.Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder."),
+        str, Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .npy or .parquet.")],
-    column: Annotated[str | None, typer.Option(help="Column of the texts [text, or the only one].")] = None,
+    output: Annotated[Path, Option("-o", "--output", help="File to write: .npy or .parquet.")],
+    column: Annotated[str | None, Option(help="Column of the texts [text, or the only one].")] = None,
     pooling: PoolingOption = None,
     prompt: PromptOption = None,
     normalize: Annotated[
         bool | None,
-        typer.Option("--normalize/--no-normalize", help="Give every vector length 1 [as the folder says, else yes]."),
+        Option("--normalize/--no-normalize", help="Give every vector length 1 [as the folder says, else yes]."),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
+    max_length: Annotated[int | None, Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens computed at a time [2048 on a CPU, else 32768].")
+        int | None, Option(min=1, help="Tokens computed at a time [2048 on a CPU, else 32768].")
     ] = None,
     bf16: Bf16 = False,
     force: Force = False,
@@ -222,7 +182,7 @@ def embed(
 
 def similarity(
     checkpoint: EncoderFolder,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT TEXT...", help="Two texts or more.")],
+    texts: Annotated[list[str], Argument(metavar="TEXT TEXT...", help="Two texts or more.")],
     pooling: PoolingOption = None,
     prompt: PromptOption = None,
 ) -> None:
@@ -245,22 +205,20 @@ def similarity(
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    checkpoint: Annotated[str, Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
     sentence_transformers: Annotated[
         bool,
-        typer.Option(
-            "--sentence-transformers", help="Also what SentenceTransformer(OUT) reads; embedding models always do."
-        ),
+        Option("--sentence-transformers", help="Also what SentenceTransformer(OUT) reads; embedding models always do."),
     ] = False,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Also OUT/onnx/model.onnx, any batch size and length.")] = False,
+    onnx: Annotated[bool, Option("--onnx", help="Also OUT/onnx/model.onnx, any batch size and length.")] = False,
     pooling: Annotated[
-        str | None, typer.Option(help="With --sentence-transformers: mean, cls or max [as trained, else mean].")
+        str | None, Option(help="With --sentence-transformers: mean, cls or max [as trained, else mean].")
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Embeddings of length 1.")] = True,
+    normalize: Annotated[bool, Option("--normalize/--no-normalize", help="Embeddings of length 1.")] = True,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--prompt", metavar="NAME=TEXT", help="With --sentence-transformers: a prompt, as query='query: '. Repeat."
         ),
     ] = None,
@@ -296,15 +254,12 @@ def export(
 
 def import_(
     source: Annotated[
-        str, typer.Argument(help="Folder of a published NeoBERT, of a EuroBERT, or of what `neobert export` wrote.")
+        str, Argument(help="Folder of a published NeoBERT, of a EuroBERT, or of what `neobert export` wrote.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer, where SOURCE has none.")] = None,
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
+    tokenizer: Annotated[str | None, Option(help="Folder of the tokenizer, where SOURCE has none.")] = None,
     trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it."
-        ),
+        bool, Option("--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it.")
     ] = False,
     tolerance: Tolerance = None,
     replace: Replace = False,

@@ -14,7 +14,7 @@ from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.errors import ConfigError, Problem
 
-KEY = "trainer.deepspeed_config_file"
+KEY, ACCELERATE = "trainer.deepspeed_config_file", "accelerate_config_file"
 DEFAULT_STAGE = 2
 LAUNCHER = {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"}  # what the `deepspeed` command sets
 STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
@@ -52,31 +52,24 @@ class Zero:
 
 def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     """What DeepSpeed is to do in this run; None where it is not asked for. Raises ConfigError."""
-    section = _accelerate_section(config)
-    launched = environment.get("ACCELERATE_USE_DEEPSPEED") == "true" or STAGE in environment
-    launched = launched or environment.keys() >= LAUNCHER or config.trainer.engine == "deepspeed"
-    if not config.use_deepspeed or (section is None and not launched):
+    file = config.accelerate_config_file
+    values = {} if file is None else read_yaml(file).values
+    section = {} if values.get("deepspeed_config") is None else values["deepspeed_config"]
+    if not isinstance(section, dict):
+        raise ConfigError(Problem(ACCELERATE, f"deepspeed_config must be a mapping, got {section!r}"))
+    is_launched = environment.get("ACCELERATE_USE_DEEPSPEED") == "true" or STAGE in environment
+    is_launched = is_launched or environment.keys() >= LAUNCHER or config.trainer.engine == "deepspeed"
+    is_asked = is_launched or values.get("distributed_type") == "DEEPSPEED" or bool(section)
+    if not (config.use_deepspeed and is_asked):
         return None
-    section = section or {}
     for name in ("offload_optimizer_device", "offload_param_device"):
         if str(section.get(name, "none")) != "none":
-            raise ConfigError(Problem("accelerate_config_file", f"{name}: offloading is not part of this version"))
+            raise ConfigError(Problem(ACCELERATE, f"{name}: offloading is not part of this version"))
     named = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or section.get("deepspeed_config_file")
     if file := config.trainer.deepspeed_config_file or named:
         return _read_file(str(file))
     stage = str(environment.get(STAGE, section.get("zero_stage", DEFAULT_STAGE)))
-    return Zero({"zero_optimization": _with_stage({}, stage, "accelerate_config_file")})
-
-
-def _accelerate_section(config: Config) -> dict[str, Any] | None:
-    """`deepspeed_config` of the file that `accelerate_config_file` names, where it is one for DeepSpeed."""
-    if config.accelerate_config_file is None:
-        return None
-    values = read_yaml(config.accelerate_config_file).values
-    section = values.get("deepspeed_config")
-    if section is not None and not isinstance(section, dict):
-        raise ConfigError(Problem("accelerate_config_file", f"deepspeed_config must be a mapping, got {section!r}"))
-    return section or {} if values.get("distributed_type") == "DEEPSPEED" or section else None
+    return Zero({"zero_optimization": _with_stage({}, stage, ACCELERATE)})
 
 
 def _read_file(path: str) -> Zero:

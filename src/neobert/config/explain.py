@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from neobert.config.field import TASKS, KeyInfo
-from neobert.config.legacy import ABSENT, LEGACY, apply_legacy, look, nearest_key
+from neobert.config.load import ABSENT, LEGACY, apply_legacy, look, nearest_key
 from neobert.config.rules import RULES
 from neobert.config.schema import Config, known_keys
+from neobert.config.yaml_file import YamlFile
 from neobert.errors import ConfigError, Problem
 
 FILL_IN: Any = object()
@@ -43,41 +44,38 @@ def explain_key(dotted: str) -> str:
     """Everything known about a key, as lines. Raises ConfigError with a suggestion for an unknown one."""
     info = known_keys().get(dotted)
     if info is None:
-        renamed = next((rule for rule in LEGACY if rule.old == dotted), None)
-        if renamed is not None:
-            return f"{dotted} is an older name of {renamed.new}\n\n{explain_key(renamed.new)}"
+        for rule in LEGACY:
+            if rule.old == dotted:
+                return f"{dotted} is an older name of {rule.new}\n\n{explain_key(rule.new)}"
         raise ConfigError(Problem(dotted, f"unknown key{nearest_key(dotted)}"))
     facts = {
-        "type": info.type,
-        "default": plain_json(info.default),
-        "choices": ", ".join(info.choices or []),
-        "bounds": info.bounds,
-        "changes": info.effect,
-        "tasks": "" if info.tasks == TASKS else ", ".join(info.tasks),
+        "type": info.type, "default": plain_json(info.default), "choices": ", ".join(info.choices or []),
+        "bounds": info.bounds, "changes": info.effect, "tasks": "" if info.tasks == TASKS else ", ".join(info.tasks),
         "older": ", ".join(rule.old for rule in LEGACY if rule.new == dotted),
-    }
+    }  # fmt: skip
     lines = [dotted, f"  {info.help}", "", *(f"  {name:<9} {fact}" for name, fact in facts.items() if fact)]
-    for rule in RULES:
-        if dotted in rule.all_keys:
-            others = ", ".join(key for key in rule.all_keys if key != dotted)
-            lines.append(f"  {rule.kind.lower():<9} {rule.description}" + (f" (with {others})" if others else ""))
+    for between in RULES:
+        if dotted in between.all_keys:
+            others = ", ".join(key for key in between.all_keys if key != dotted)
+            lines.append(f"  {between.kind.lower():<9} {between.description}" + (f" (with {others})" if others else ""))
     return "\n".join(lines)
 
 
 def show_config(config: Config, origins: Mapping[str, str]) -> str:
     """The whole configuration as YAML; keys in `origins` say where they were set."""
-    return "\n".join(_section_lines(config, origins, ""))
+    older = {rule.old for rule in LEGACY}
 
+    def describe(section: BaseModel, prefix: str) -> Iterator[str]:
+        indent = "  " * prefix.count(".")
+        for name, value in section:
+            dotted = prefix + name
+            if isinstance(value, BaseModel):
+                yield f"{indent}{name}:"
+                yield from describe(value, f"{dotted}.")
+            elif dotted not in older:
+                yield f"{indent}{name}: {plain_json(value)}" + (f"  # {origins[dotted]}" if dotted in origins else "")
 
-def _section_lines(section: BaseModel, origins: Mapping[str, str], prefix: str) -> Iterator[str]:
-    indent = "  " * prefix.count(".")
-    for name, value in section:
-        dotted = prefix + name
-        if isinstance(value, BaseModel):
-            yield f"{indent}{name}:"
-            yield from _section_lines(value, origins, f"{dotted}.")
-        elif all(rule.old != dotted for rule in LEGACY):
-            yield f"{indent}{name}: {plain_json(value)}" + (f"  # {origins[dotted]}" if dotted in origins else "")
+    return "\n".join(describe(config, ""))
 
 
 def diff_configs(a: Config, b: Config) -> list[str]:
@@ -92,7 +90,7 @@ def diff_configs(a: Config, b: Config) -> list[str]:
 def changed_keys(values: dict[str, Any]) -> dict[str, Any]:
     """The keys of a saved configuration, as YAML gives it, that are not at their defaults, by their present dotted names."""
     values = copy.deepcopy(values)
-    apply_legacy(values, {}, [])
+    apply_legacy(YamlFile("", values))
     found = {dotted: look(values, dotted) for dotted in known_keys()}
     return {dotted: value for dotted, value in found.items() if value not in (ABSENT, known_keys()[dotted].default)}
 
@@ -140,16 +138,11 @@ def reference_page() -> str:
         "command line. Unknown keys and wrong types are errors. `neobert config check FILE` reports all of them at once.", "",
     ]  # fmt: skip
     for title, wanted in SECTIONS.items():
-        keys = [
-            info
-            for key, info in known_keys().items()
-            if key in wanted or key.startswith(tuple(one for one in wanted if one[-1] in "._"))
-        ]
+        prefixes = tuple(one for one in wanted if one[-1] in "._")
+        keys = [info for key, info in known_keys().items() if key in wanted or key.startswith(prefixes)]
         lines += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *map(_row, keys), ""]
     lines += ["## Rules between keys", "", "| type | keys | rule |", "|---|---|---|"]
-    lines += [
-        f"| {rule.kind} | {', '.join(f'`{key}`' for key in rule.all_keys)} | {rule.description} |" for rule in RULES
-    ]
+    lines += [f"| {one.kind} | {', '.join(f'`{key}`' for key in one.all_keys)} | {one.description} |" for one in RULES]
     lines += [
         "", "## Older names", "",
         "They act, with a warning. Where an older and a newer name contradict each other in one file that is an error; an",

@@ -24,7 +24,7 @@ class Section(BaseModel):
     """A mapping of the YAML: unknown keys and wrong types are refused, and nothing can be assigned afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-    tasks: ClassVar[tuple[str, ...]] = TASKS  # in which the keys act that name none of their own
+    tasks: ClassVar[tuple[str, ...]] = TRAINING  # in which the keys act that name none of their own
 
 
 def key(
@@ -68,18 +68,15 @@ def describe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]
         inner = next((one for one in alternatives if isinstance(one, type) and issubclass(one, Section)), None)
         if inner is None or type(None) in alternatives:
             extra: Any = field.json_schema_extra or {}
-            choices = [typing.get_args(one) for one in alternatives if typing.get_origin(one) is typing.Literal]
-            kinds = {
-                str if typing.get_origin(one) is typing.Literal else typing.get_origin(one) or one
-                for one in alternatives
-            }
+            literal = next((one for one in alternatives if typing.get_origin(one) is typing.Literal), None)
+            kinds = {str if one is literal else typing.get_origin(one) or one for one in alternatives}
             yield KeyInfo(
                 key=prefix + name,
                 type=_type_name(field.annotation),
                 default=field.get_default(call_default_factory=True),
                 section=prefix.rstrip(".") or "top",
                 help=field.description or "",
-                choices=list(choices[0]) if choices else None,
+                choices=list(typing.get_args(literal)) if literal else None,
                 bounds=", ".join(f"{SIGNS[s]} {getattr(m, s)}" for m in field.metadata for s in SIGNS if hasattr(m, s)),
                 effect=extra.get("effect", ""),
                 tasks=tuple(extra.get("tasks", section.tasks)),
@@ -102,10 +99,10 @@ def _type_name(annotation: Any) -> str:
     names = []
     for one in _alternatives(annotation):
         origin, arguments = typing.get_origin(one), typing.get_args(one)
-        if origin is typing.Literal:
-            names.append("str")
-        elif origin is not None:
-            names.append(f"{origin.__name__}[{', '.join(map(_type_name, arguments))}]")
-        else:
+        if origin is None:
             names.append("None" if one is type(None) else getattr(one, "__name__", str(one)))
+        else:
+            names.append(
+                "str" if origin is typing.Literal else f"{origin.__name__}[{', '.join(map(_type_name, arguments))}]"
+            )
     return " | ".join(names)

@@ -2,10 +2,16 @@
 
 Precedence, lowest first: defaults, the first file, further files, overrides from left to right. All problems are
 reported at once, each with its dotted path and the line it was written on.
+
+`LEGACY` is the table of older names; each acts, with a warning. Two names set to different values are an error if the old one
+is no longer a key. Some older names still are keys, with a default of their own: at that default they do not act, and beside
+the new name they give way, with a warning. An explicit `null` is a value like any other. The table is applied to every layer
+by itself: a newer layer may set the new name of what an older one set by the old name.
 """
 
 import copy
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +19,137 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from neobert.config.legacy import ON_COMMAND_LINE, apply_legacy, nearest_key, put
 from neobert.config.rules import check_rules
 from neobert.config.schema import Config, known_keys
 from neobert.config.yaml_file import YamlFile, parse_scalar, read_yaml
 from neobert.errors import ConfigError, Problem
+
+Values = dict[str, Any]
+ABSENT: Any = object()
+ON_COMMAND_LINE = 0  # instead of a line; nobody writes a default there without meaning it
+FLOAT32 = ("no", "fp32")  # two names of one precision
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """`old` acts as `new`, its value passed through `convert`. `old` ending in `.*` is a whole block."""
+
+    old: str
+    new: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _switch(on: str, off: str) -> Callable[[Any], Any]:
+    """A boolean that became a choice; other values pass, and are refused where the choice is checked."""
+    return lambda value: (on if value else off) if isinstance(value, bool) else value
+
+
+FLASH = _switch("flash_attn_varlen", "sdpa")
+PRECISION = _switch("bf16", "no")
+POLAR = _switch("polar_express", "newton_schulz")
+
+LEGACY = (
+    Legacy("mixed_precision", "trainer.mixed_precision", PRECISION),
+    Legacy("trainer.bf16", "trainer.mixed_precision", PRECISION),
+    Legacy("trainer.seed", "seed"),
+    Legacy("trainer.run_name", "wandb.name"),
+    Legacy("trainer.learning_rate", "optimizer.lr"),
+    Legacy("trainer.warmup_steps", "scheduler.warmup_steps"),
+    Legacy("trainer.max_grad_norm", "trainer.gradient_clipping"),
+    Legacy("trainer.dir", "trainer.output_dir"),
+    Legacy("dataset.tokenizer_name", "tokenizer.name"),
+    Legacy("dataset.column", "dataset.text_column"),
+    Legacy("dataset.path_to_disk", "dataset.path"),
+    Legacy("dataset.lanes", "dataset.num_shards"),
+    Legacy("tokenizer.tokenizer_name_or_path", "tokenizer.name"),
+    Legacy("optimizer.hparams.*", "optimizer.*"),
+    Legacy("model.flash_attention", "model.attn_backend", FLASH),
+    Legacy("model.xformers_attention", "model.attn_backend", FLASH),
+    Legacy("model.use_flash_attention", "model.attn_backend", FLASH),
+    Legacy("model.sdpa_attention", "model.attn_backend", _switch("sdpa", "flash_attn_varlen")),
+    # These are still keys.
+    Legacy("trainer.max_ckpt", "trainer.save_total_limit"),
+    Legacy("trainer.train_batch_size", "trainer.per_device_train_batch_size"),
+    Legacy("trainer.eval_batch_size", "trainer.per_device_eval_batch_size"),
+    Legacy("trainer.dataloader_num_workers", "dataset.num_workers"),
+    Legacy("optimizer.muon_config.algorithm", "optimizer.muon_config.orthogonalization"),
+    Legacy("optimizer.muon_config.polar_express", "optimizer.muon_config.orthogonalization", POLAR),
+)
+
+
+def apply_legacy(layer: YamlFile) -> list[str]:
+    """Rename in place; returns one warning per old name that acts or gives way. Names that contradict each other are added to
+    the problems of the layer."""
+    warnings: list[str] = []
+    for rule in LEGACY:
+        is_block = rule.old.endswith(".*")
+        section, _, name = rule.old.removesuffix(".*").rpartition(".")
+        inner = look(layer.values, section) if section else layer.values
+        written = inner.pop(name, ABSENT) if isinstance(inner, dict) else ABSENT
+        if is_block and isinstance(written, dict):
+            for one, value in written.items():
+                warnings += _rename(layer, Legacy(rule.old.replace("*", one), rule.new.replace("*", one)), value)
+        elif is_block and written not in (ABSENT, None):
+            layer.problems.append(Problem(rule.old.removesuffix(".*"), f"must be a section, got {written!r}"))
+        elif not is_block and written is not ABSENT:
+            warnings += _rename(layer, rule, written)
+    return warnings
+
+
+def _rename(layer: YamlFile, rule: Legacy, written: Any) -> list[str]:
+    """Set the new name to what is `written` under the old one; the warning about it, if there is one."""
+    value, present, key = rule.convert(written), look(layer.values, rule.new), known_keys().get(rule.old)
+    is_default = key is not None and type(written) is type(key.default) and written == key.default
+    if is_default and layer.lines.get(rule.old) != ON_COMMAND_LINE:
+        return []
+    if present is ABSENT:
+        put(layer.values, rule.new, value)
+        if rule.old in layer.lines:
+            layer.lines.setdefault(rule.new, layer.lines[rule.old])
+    elif (now := rule.convert(present)) != value and not (now in FLOAT32 and value in FLOAT32):
+        if key is not None:
+            return [f"{rule.old}: {written!r} has no effect, {rule.new}: {present!r} wins"]
+        message = f"{written!r} contradicts {rule.new}: {present!r}; keep only {rule.new}"
+        layer.problems.append(Problem(rule.old, message))
+        return []
+    return [f"{rule.old} is an older name: {written!r} acts as {rule.new}: {value!r}"]
+
+
+def look(values: Values, dotted: str) -> Any:
+    """The value at a dotted path, or ABSENT."""
+    for part in dotted.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return ABSENT
+        values = values[part]
+    return values
+
+
+def put(values: Values, dotted: str, value: Any) -> None:
+    """Set the value at a dotted path. Raises ConfigError when a part of the path holds a plain value."""
+    *sections, last = dotted.split(".")
+    for depth, section in enumerate(sections):
+        inner = values.get(section)
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(Problem(".".join(sections[: depth + 1]), f"is a value, so {dotted} cannot be set in it"))
+        values = inner
+    values[last] = value
+
+
+def nearest_key(dotted: str) -> str:
+    """`; did you mean trainer.max_steps?` for an unknown key or section: first among its siblings, then anywhere, by its
+    present or an older name.
+    """
+    newer = {rule.old: rule.new for rule in LEGACY if not rule.old.endswith(".*")}
+    keys = {**newer, **{key: key for key in known_keys()}}
+    keys |= {section: section for key in known_keys() if (section := key.rpartition(".")[0])}
+    section, _, name = dotted.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
+    found = siblings[near[0]] if near else next((key for key in keys if key.rpartition(".")[2] == name), None)
+    found = found or next(iter(difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)), None)
+    return f"; did you mean {keys[found]}?" if found else "; `neobert config keys` lists all keys"
 
 
 @dataclass(frozen=True)
@@ -34,13 +166,16 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
 
     `task`, when given, is what the command runs: a file that says otherwise is an error. Raises ConfigError.
     """
-    layers = [*map(read_yaml, files), _override_layer(overrides or [])]
+    layers = [*map(read_yaml, files), YamlFile("command line", {})]
+    for dotted, value in parse_overrides(overrides or []):
+        put(layers[-1].values, dotted, value)
+        layers[-1].lines[dotted] = ON_COMMAND_LINE
     warnings: list[str] = []
     problems: list[Problem] = []
-    values: dict[str, Any] = {}
+    values: Values = {}
     for layer in layers:
+        warnings += apply_legacy(layer)
         problems += layer.problems
-        warnings += apply_legacy(layer.values, layer.lines, problems)
         _merge(values, layer.values)
     if task and values.setdefault("task", task) != task:
         problems.append(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
@@ -87,14 +222,6 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _override_layer(arguments: list[str]) -> YamlFile:
-    layer = YamlFile("command line", {})
-    for dotted, value in parse_overrides(arguments):
-        put(layer.values, dotted, value)
-        layer.lines[dotted] = ON_COMMAND_LINE
-    return layer
-
-
 def _override_value(name: str, text: str) -> Any:
     """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it; lists of texts or
     numbers may also be written with commas alone."""
@@ -108,7 +235,7 @@ def _override_value(name: str, text: str) -> Any:
     return value
 
 
-def _merge(into: dict[str, Any], new: dict[str, Any], is_top: bool = True) -> None:
+def _merge(into: Values, new: Values, is_top: bool = True) -> None:
     """Lay one layer over another. `trainer:` with nothing below it is YAML for null; it means an empty section."""
     for name, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(name), dict):
@@ -117,7 +244,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any], is_top: bool = True) -> No
             into[name] = value
 
 
-def _build(values: dict[str, Any], layers: list[YamlFile]) -> tuple[Config | None, list[Problem]]:
+def _build(values: Values, layers: list[YamlFile]) -> tuple[Config | None, list[Problem]]:
     """The configuration and what is wrong with single keys. With wrong keys left out it is built all the same where that
     is possible, so that the rules between the other keys can be checked too."""
     try:
@@ -125,23 +252,17 @@ def _build(values: dict[str, Any], layers: list[YamlFile]) -> tuple[Config | Non
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
     rest = copy.deepcopy(values)
-    for details in found:
-        _remove(rest, details["loc"])
+    for details in found:  # leave out the key at its location, which may go on inside the value
+        *sections, last = map(str, details["loc"])
+        inner = rest
+        while sections and isinstance(inner.get(sections[0]), dict):
+            inner = inner[sections.pop(0)]
+        inner.pop(sections[0] if sections else last, None)
     problems = [_problem(details, layers) for details in found]
     try:
         return Config.model_validate(rest), problems
     except ValidationError:
         return None, problems
-
-
-def _remove(values: dict[str, Any], location: tuple[int | str, ...]) -> None:
-    """Leave out the key at a location of pydantic's, which may go on inside the value."""
-    for depth, part in enumerate(map(str, location)):
-        inner = values.get(part)
-        if not isinstance(inner, dict) or depth == len(location) - 1:
-            values.pop(part, None)
-            return
-        values = inner
 
 
 def _where(dotted: str, layers: list[YamlFile]) -> str:

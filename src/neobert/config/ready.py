@@ -38,13 +38,11 @@ def find_missing(config: Config) -> Iterator[Problem]:
             problem = f"{config.trainer.output_dir}: no run there; train one, name another, or a model with --model"
             yield Problem("trainer.output_dir", problem)
         return
-    if config.task == "glue":
-        yield from _absent("dataset.path", config.dataset.path)
-    else:
-        yield from _missing_text(config)
-    is_new = config.task == "pretraining" or (asked_weights(config).allow_random_weights and not names_weights(config))
-    if config.task != "pretraining":
+    yield from _absent("dataset.path", config.dataset.path) if config.task == "glue" else _missing_text(config)
+    is_new = config.task == "pretraining"
+    if not is_new:
         yield from missing_weights(config)
+        is_new = asked_weights(config).allow_random_weights and not names_weights(config)
     if is_new and not config.model.from_hub and (missing := missing_tokenizer(config)):
         yield missing
 

@@ -105,13 +105,6 @@ def names_are_names(config: Config) -> Found:
             yield Problem(key, f"{name!r} is not a name: no slashes, no line breaks, not . or ..")
 
 
-def decay_follows_warmup(config: Config) -> Found:
-    """A decay that is asked for ends after the warmup."""
-    decay, warmup = config.scheduler.decay_percent, config.scheduler.warmup_percent
-    if warmup is not None and decay is not None and decay <= warmup:
-        yield Problem("scheduler.decay_percent", f"{decay} is not after warmup_percent {warmup}")
-
-
 def algorithms_need_muonclip(config: Config) -> Found:
     """Only MuonClip has two algorithms to choose from."""
     name = config.optimizer.name
@@ -177,13 +170,6 @@ def packed_sdpa_is_slower(config: Config) -> Found:
         yield Problem("model.attn_backend", "sdpa works for packed rows; on CUDA flash_attn_varlen is faster")
 
 
-def pieces_fit_rows(config: Config) -> Found:
-    """A piece of a document is at most as long as the row it goes into."""
-    length, row = config.tokenizer.max_length, config.row_length
-    if config.is_chosen("tokenizer.max_length") and length > row:
-        yield Problem("tokenizer.max_length", f"{length} is longer than a row: pieces have {row} tokens")
-
-
 def warmup_fits_run(config: Config) -> Found:
     """A warmup that is longer than the run never gets to the peak of the learning rate."""
     warmup, steps = config.scheduler.warmup_steps, config.scheduler.total_steps or config.trainer.max_steps
@@ -238,7 +224,10 @@ RULES = (
         "A stream is tokenised as it flows by; only a corpus of known size is tokenised beforehand.", ("dataset.streaming",)),
     Rule("ERROR", ("dataset.mixture", "dataset.mixture_exhausted", "trainer.max_steps"), mixture_has_sources),
     Rule("ERROR", ("wandb.project", "wandb.name", "wandb.entity"), names_are_names),
-    Rule("ERROR", ("scheduler.decay_percent", "scheduler.warmup_percent"), decay_follows_warmup),
+    Rule("ERROR", ("scheduler.decay_percent",),
+        "{c.scheduler.decay_percent} is not after warmup_percent {c.scheduler.warmup_percent}",
+        lambda c: (c.scheduler.warmup_percent or 0) >= (c.scheduler.decay_percent or 101),
+        "A decay that is asked for ends after the warmup.", ("scheduler.warmup_percent",)),
     Rule("ERROR", ("optimizer.param_groups", "optimizer.name"), algorithms_need_muonclip),
     Rule("ERROR", ("trainer.load_best_model_at_end",), "needs checkpoints; set save_strategy to steps, epoch or best",
         lambda c: c.trainer.save_strategy == "no",
@@ -271,7 +260,10 @@ RULES = (
         "skipped: a stream cannot be split at random (set streaming: false)", lambda c: c.dataset.streaming,
         "A stream cannot be split at random: the validation split is skipped.", ("dataset.streaming",)),
     Rule("WARNING", ("datacollator.pack_sequences", "model.attn_backend"), packed_sdpa_is_slower),
-    Rule("WARNING", ("tokenizer.max_length", "dataset.max_seq_length", "datacollator.max_length"), pieces_fit_rows),
+    Rule("WARNING", ("tokenizer.max_length",),
+        "{c.tokenizer.max_length} is longer than a row: pieces have {c.row_length} tokens",
+        lambda c: c.tokenizer.max_length > c.row_length, "A piece of a document is at most as long as the row it goes into.",
+        ("dataset.max_seq_length", "datacollator.max_length")),
     Rule("WARNING", ("scheduler.power",), "has no effect with scheduler.name: {c.scheduler.name}",
         lambda c: c.scheduler.name != "polynomial", "`power` is for `polynomial`.", ("scheduler.name",)),
     Rule("WARNING", ("scheduler.wsd_decay_percent",), "has no effect with scheduler.name: {c.scheduler.name}",

@@ -3,17 +3,8 @@
 from functools import cache
 from typing import Any, Literal
 
-from neobert.config.field import CONTRASTIVE, GLUE, MTEB, KeyInfo, Section, describe_keys, key
-from neobert.config.sections import (
-    DataCollatorConfig,
-    DatasetConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TokenizerConfig,
-    TrainerConfig,
-    WandbConfig,
-)
+from neobert.config import sections
+from neobert.config.field import CONTRASTIVE, GLUE, MTEB, TASKS, KeyInfo, Section, describe_keys, key
 
 
 # Tables, laid out by hand.
@@ -90,15 +81,16 @@ class ContrastiveConfig(Section):
 class Config(Section):
     """A run. Built by `neobert.config.load.load_config`; never changed afterwards."""
 
+    tasks = TASKS
     task: Literal["pretraining", "glue", "mteb", "contrastive"] = key("pretraining", "What the run does.", "the run")
-    model: ModelConfig = key(None, "The architecture.", "", factory=ModelConfig)
-    tokenizer: TokenizerConfig = key(None, "How text becomes token ids.", "", factory=TokenizerConfig)
-    dataset: DatasetConfig = key(None, "Where text comes from.", "", factory=DatasetConfig)
-    trainer: TrainerConfig = key(None, "The loop.", "", factory=TrainerConfig)
-    scheduler: SchedulerConfig = key(None, "The learning rate.", "", factory=SchedulerConfig)
-    optimizer: OptimizerConfig = key(None, "How gradients become updates.", "", factory=OptimizerConfig)
-    datacollator: DataCollatorConfig = key(None, "Rows and their masks.", "", factory=DataCollatorConfig)
-    wandb: WandbConfig = key(None, "The Weights & Biases tracker.", "", factory=WandbConfig)
+    model: sections.ModelConfig = key(None, "The architecture.", "", factory=sections.ModelConfig)
+    tokenizer: sections.TokenizerConfig = key(None, "How text becomes token ids.", "", factory=sections.TokenizerConfig)
+    dataset: sections.DatasetConfig = key(None, "Where text comes from.", "", factory=sections.DatasetConfig)
+    trainer: sections.TrainerConfig = key(None, "The loop.", "", factory=sections.TrainerConfig)
+    scheduler: sections.SchedulerConfig = key(None, "The learning rate.", "", factory=sections.SchedulerConfig)
+    optimizer: sections.OptimizerConfig = key(None, "How gradients become updates.", "", factory=sections.OptimizerConfig)
+    datacollator: sections.DataCollatorConfig = key(None, "Rows and their masks.", "", factory=sections.DataCollatorConfig)
+    wandb: sections.WandbConfig = key(None, "The Weights & Biases tracker.", "", factory=sections.WandbConfig)
     glue: GlueConfig = key(None, "Fine-tuning on a GLUE task.", "", factory=GlueConfig)
     contrastive: ContrastiveConfig = key(None, "Training sentence embeddings.", "", factory=ContrastiveConfig)
     pretrained_checkpoint: str = key("latest",

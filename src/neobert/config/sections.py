@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from neobert.config.field import CONTRASTIVE, PRETRAINING, TASKS, TEXT, TRAINING, Section, key
+from neobert.config.field import CONTRASTIVE, PRETRAINING, TASKS, TEXT, Section, key
 
 # fmt: off
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -32,7 +32,6 @@ Precision = Annotated[Literal["no", "fp32", "bf16", "fp16"], BeforeValidator(_pr
 class ModelConfig(Section):
     """`model`: the architecture."""
 
-    tasks = TRAINING
     name: str | None = key(None,
         "Name of the model, kept in its config.json; with `from_hub` the folder or hub name it comes from.",
         "config.json of a checkpoint")
@@ -74,6 +73,7 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """`tokenizer`: how text becomes token ids."""
 
+    tasks = TASKS
     name: str = key("bert-base-uncased",
         "Tokenizer on the Hugging Face hub; used when `tokenizer.path` is not set.",
         "token ids; the tokenizer saved in every checkpoint", min_length=1)
@@ -113,7 +113,6 @@ class MixtureSource(Section):
 class DatasetConfig(Section):
     """`dataset`: where text comes from and how it is read."""
 
-    tasks = TRAINING
     name: str = key("refinedweb",
         "Dataset on the Hugging Face hub; used when `dataset.path` is empty, or names nothing and this one is set.",
         "the source of text")
@@ -197,7 +196,6 @@ class DatasetConfig(Section):
 class DataCollatorConfig(Section):
     """`datacollator`: rows and their masks."""
 
-    tasks = TRAINING
     mlm_probability: float = key(0.15, "Share of tokens selected for prediction.", "masks", gt=0, lt=1, tasks=PRETRAINING)
     mlm_probability_final: float | None = key(None,
         "The share at the end of the run, reached linearly from `mlm_probability` (default: constant). Evaluations keep "
@@ -216,7 +214,6 @@ class DataCollatorConfig(Section):
 class TrainerConfig(Section):
     """`trainer`: the loop."""
 
-    tasks = TRAINING
     per_device_train_batch_size: int = key(16, "Rows per microbatch and device.", "tokens per step", ge=1)
     per_device_eval_batch_size: int = key(32, "Rows per evaluation batch and device.", "evaluation memory", ge=1)
     gradient_accumulation_steps: int = key(1, "Microbatches per optimizer step.", "tokens per step", ge=1)
@@ -291,7 +288,6 @@ class TrainerConfig(Section):
 class SchedulerConfig(Section):
     """`scheduler`: the learning rate as a function of the step."""
 
-    tasks = TRAINING
     name: Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt"] = key("cosine",
         "Shape of the decay; `wsd` stays at the peak, then falls in a straight line; `inverse_sqrt` follows 1/sqrt(step).",
         "learning rate")
@@ -312,7 +308,6 @@ class SchedulerConfig(Section):
 class MuonConfig(Section):
     """`optimizer.muon_config`: settings of MuonClip."""
 
-    tasks = TRAINING
     muon_beta: float = key(0.95, "Momentum.", "updates", ge=0, lt=1)
     nesterov: bool = key(False, "Look ahead along the momentum, as Keller Jordan's Muon does.", "updates", beyond=True)
     muon_decay: float = key(0.0, "Weight decay of the Muon matrices.", "updates", ge=0)
@@ -350,7 +345,6 @@ class ParamGroup(Section):
 class OptimizerConfig(Section):
     """`optimizer`: how gradients become updates."""
 
-    tasks = TRAINING
     name: Literal["adamw", "adam", "muonclip"] = key("adamw", "Optimizer family.", "updates")
     lr: float = key(1e-4, "Peak learning rate.", "updates", gt=0)
     weight_decay: float = key(0.01,
@@ -368,7 +362,6 @@ class OptimizerConfig(Section):
 class WandbConfig(Section):
     """`wandb`: the Weights & Biases tracker."""
 
-    tasks = TRAINING
     enabled: bool = key(False, "Log to Weights & Biases.", "tracker files")
     project: str = key("neo-bert", "Project.", "tracker files", min_length=1)
     entity: str | None = key(None, "User or team.", "tracker files")

@@ -10,10 +10,12 @@ Shapes: B inputs, each with one masked token, T tokens of the longest, D width, 
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from glob import has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from neobert.checkpoints.load import load_pretrained
 from neobert.data.files.documents import Files, SkippedRows, blocks_of, texts_of
+from neobert.data.files.splits import find_hub_splits, find_splits
 from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
-from neobert.errors import DataError, UserError
-from neobert.inference.embed import batches_by_length
+from neobert.errors import DataError, UserError, print_notes
+from neobert.inference.embed import batches_by_length, place_model
 from neobert.model.kernels import LOGIT_BUDGET
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
+from neobert.training.runtime import build_runtime
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}  # on a CPU larger batches leave the cache: 1.6 times slower at 16,384
 SHORTEST_BUCKET = 16  # tokens of the pieces that the table's first line counts; those after it double
@@ -118,6 +123,34 @@ class Result:
         for name, one in {**named, "all": self}.items():
             lines.append(f"{name:<14}{len(one.pieces):>10,}{one.num_tokens:>12,}{one.pseudo_perplexity:>20,.3f}")
         return "\n".join(lines)
+
+
+def predict_corpus(
+    checkpoint: str, source: str, split: str | None = None, text_column: str | None = None, max_length: int | None = None,
+    limit: int | None = None, batch_tokens: int | None = None, bf16: bool = False,
+) -> tuple[Result, int]:  # fmt: skip
+    """(result, number of texts) of a path, a glob or a dataset of the hub, on the GPU where there is one, with a progress bar.
+
+    `max_length` tokens of a piece count the special ones. Raises UserError.
+    """
+    model, hf_tokenizer = load_pretrained(checkpoint)
+    runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False, trains=False)
+    place_model(model, runtime)
+    print_notes(filter(None, [runtime.note]))
+    longest = model.config.max_position_embeddings
+    if max_length is not None and max_length > longest:
+        raise UserError(f"--max-length: {max_length}, but the model takes {longest} tokens")
+    if not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix and not has_magic(source):
+        files, _ = find_hub_splits(source, None, False, text_column, split, None)
+    else:
+        files, _ = find_splits(source, text_column, split, None)
+    tokenizer, skips = text_tokenizer(hf_tokenizer), SkippedRows()
+    pieces, num_texts = read_pieces(files, tokenizer, (max_length or longest) - 2, limit, skips)
+    total = sum(map(len, pieces))
+    with tqdm(total=total, unit="token", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
+        result = pseudo_perplexity(model, tokenizer, pieces, batch_tokens, bar.update, runtime.autocast)
+    print_notes(filter(None, [skips.describe()]))
+    return result, num_texts
 
 
 def read_pieces(
