@@ -17,8 +17,7 @@ import yaml
 
 from neobert import __version__
 from neobert.checkpoints.convert import Converted, convert
-from neobert.checkpoints.format import Content, save_checkpoint
-from neobert.checkpoints.retention import strip_checkpoint
+from neobert.checkpoints.format import Content, save_checkpoint, strip_checkpoint
 from neobert.config.sections import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError

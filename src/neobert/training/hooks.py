@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from neobert.checkpoints.format import Content, ProcessGroup, save_checkpoint
-from neobert.checkpoints.retention import prune
+from neobert.checkpoints.format import Content, ProcessGroup, prune, save_checkpoint
 from neobert.config.sections import TrainerConfig
 from neobert.errors import ConfigError, Problem, UserError, first_line, print_notes
 from neobert.files import write_text

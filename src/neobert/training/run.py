@@ -42,7 +42,7 @@ from neobert.training.optimizer import (
     describe_optimizer,
     learning_rate,
 )
-from neobert.training.process import main_prints_only, start_runtime, stop_signals
+from neobert.training.processes import main_prints_only, start_runtime, stop_signals
 from neobert.training.resume import (
     Batches,
     Length,

@@ -23,8 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from neobert import __version__
-from neobert.checkpoints.format import POINTERS, find_checkpoint, has_data, list_steps, read_pointer, verify_checkpoint
-from neobert.checkpoints.retention import clean_leftovers
+from neobert.checkpoints.format import (
+    POINTERS,
+    clean_leftovers,
+    find_checkpoint,
+    has_data,
+    list_steps,
+    read_pointer,
+    verify_checkpoint,
+)
 from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, print_notes
