@@ -30,7 +30,7 @@ from neobert.checkpoints.layouts import (
 )
 from neobert.checkpoints.load import Model, build_model, check_fit, check_tokenizer, load_model_weights
 from neobert.checkpoints.locate import CONFIG, INDEX, find_any_model, read_model_config
-from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids, tokenizer_folder
+from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, tokenizer_folder
 from neobert.errors import CheckpointError, first_line
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.layers import swiglu_width
@@ -86,7 +86,7 @@ def convert(source: str, tokenizer: str | None = None) -> Converted:
     check_fit(folder, weights, fresh.state_dict())
     fresh.load_state_dict(weights)
     _fit_tokenizer(folder, hf_tokenizer, architecture.vocab_size)
-    own = checkpoint_config(architecture, special_ids(hf_tokenizer), fields.get("name") or None)
+    own = checkpoint_config(architecture, hf_tokenizer, fields.get("name") or None)
     return Converted(folder, kind, fresh.float().eval(), hf_tokenizer, own, notes, has_head)
 
 

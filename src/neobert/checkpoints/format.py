@@ -101,7 +101,7 @@ def save_checkpoint(
     def publish() -> None:
         _write_state(scratch, content, sums)
         replace_folder(scratch, final, final.with_name(f".{final.name}{REPLACED}"))
-        write_text(root / "latest", f"{content.step}\n")
+        write_pointer(root, "latest", content.step)
         after()
 
     reason = _together(group, prepare if group.is_main else None) or _together(group, write)
@@ -177,6 +177,11 @@ def read_pointer(path: Path) -> str | None:
     """The step that a pointer holds; None where there is none, or something else than a step."""
     text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
     return text if text.isdigit() else None
+
+
+def write_pointer(root: Path, name: str, step: int) -> None:
+    """Point `latest` or `best` at a step."""
+    write_text(root / name, f"{step}\n")
 
 
 def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = False) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from neobert.data.tokenizer import special_ids
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig
 
@@ -49,8 +50,8 @@ def is_eurobert(config: NeoBERTConfig) -> bool:
     )
 
 
-def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[str, Any]:
-    """config.json of the same model as a transformers EuroBERT; `special_ids`: bos_token_id, eos_token_id, mask_token_id."""
+def eurobert_config(config: NeoBERTConfig, token_ids: dict[str, int]) -> dict[str, Any]:
+    """config.json of the same model as a transformers EuroBERT; `token_ids`: bos_token_id, eos_token_id, mask_token_id."""
     from transformers import EuroBertConfig
 
     return EuroBertConfig(
@@ -66,17 +67,17 @@ def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[
         pad_token_id=config.pad_token_id,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         dtype="float32",
-        **special_ids,
+        **token_ids,
     ).to_dict()
 
 
-def checkpoint_config(config: NeoBERTConfig, special_ids: dict[str, int], name: str | None = None) -> dict[str, Any]:
+def checkpoint_config(config: NeoBERTConfig, hf_tokenizer: Any, name: str | None = None) -> dict[str, Any]:
     """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
     own = {field: getattr(config, field) for field in NeoBERTConfig.__annotations__ if hasattr(config, field)}
     if name is not None:
         own["name"] = name
     if is_eurobert(config):
-        return {**eurobert_config(config, special_ids), "neobert": own}
+        return {**eurobert_config(config, special_ids(hf_tokenizer)), "neobert": own}
     kind = {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32"}
     return {**kind, **own, "neobert": own}
 

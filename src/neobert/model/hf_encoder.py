@@ -103,6 +103,14 @@ class HFEncoderForEmbedding(nn.Module):
         back[torch.tensor(order)] = torch.arange(len(order))
         return self.contrastive.output(vectors[back.to(vectors.device)], keys)
 
+    def to_checkpoint(self, weights: Tensors) -> Tensors:
+        """This model's tensors under the names of the encoder itself."""
+        return _renamed(weights, "model.", "")
+
+    def from_checkpoint(self, weights: Tensors) -> Tensors:
+        """The inverse of `to_checkpoint`."""
+        return _renamed(weights, "", "model.")
+
     def _embed(self, texts: list[Tensor]) -> Tensor:
         ids_BT = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(text) for text in texts], device=ids_BT.device)

@@ -177,20 +177,24 @@ def stop_signals(interrupt: Interrupt) -> Iterator[None]:
     os.set_blocking(writer, False)
     previous = {number: signal.signal(number, stop) for number in SIGNALS}
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_when_deaf, args=(arrived, heard, interrupt), name="signals", daemon=True).start()
+    listener = threading.Thread(target=_end_when_deaf, args=(arrived, heard, interrupt), name="signals", daemon=True)
+    listener.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
+        heard.set()
+        os.write(writer, b"\0")
+        listener.join()  # a thread that is left when Python ends may abort the process
         os.close(writer)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _end_when_deaf(arrived: int, heard: threading.Event, interrupt: Interrupt) -> None:
-    """The system writes the number of every signal that has a handler to `arrived`, whatever Python is doing."""
+    """The system writes the number of every signal that has a handler to `arrived`, whatever Python is doing; 0 is the end."""
     with open(arrived, "rb", buffering=0) as numbers:
-        while number := numbers.read(1):
+        while (number := numbers.read(1)) and number[0]:
             if number[0] in SIGNALS and not heard.wait(DEAF_SECONDS) and not interrupt.has_started:
                 os._exit(128 + number[0])
 
