@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from neobert.checkpoints.format import Content, ProcessGroup, prune, save_checkpoint, write_pointer
@@ -20,8 +21,7 @@ from neobert.errors import ConfigError, Problem, UserError, first_line, print_no
 from neobert.optim.qk_clip import clip_metrics
 from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
 from neobert.training.metrics import Console, Sinks, Stopwatch, duration
-from neobert.training.resume import weight_norm
-from neobert.training.runtime import Runtime
+from neobert.training.runtime import Runtime, total_norm
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
 LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # printed where they are known
@@ -105,6 +105,12 @@ class Log:
                 f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
                 f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
             )
+
+
+@torch.no_grad()
+def weight_norm(model: nn.Module) -> float:
+    """Euclidean norm of all weights."""
+    return float(total_norm(model.parameters()))
 
 
 @dataclass(frozen=True)

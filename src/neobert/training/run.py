@@ -5,6 +5,7 @@ checked, the output folder opened, so that refusals come before any work) and af
 schedule, summary, the loop with its hooks, the end) is here, once. examples/own_task is a task in a file of its own.
 """
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -16,19 +17,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import list_steps, verify_checkpoint, write_pointer
+from neobert.checkpoints.format import Content, list_steps, verify_checkpoint, write_pointer
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
+from neobert.optim.build import local_parts, optimizer_state
 from neobert.training import optimizer as optimizers
 from neobert.training import resume
-from neobert.training.hooks import Evaluate, Evaluation, Log, Outputs, Save, Saver, finish_evaluation, step_hooks
+from neobert.training.hooks import (
+    Evaluate,
+    Evaluation,
+    Log,
+    Outputs,
+    Save,
+    Saver,
+    finish_evaluation,
+    step_hooks,
+    weight_norm,
+)
 from neobert.training.loop import Interrupt, StepResult, StepSettings, TrainState, train
 from neobert.training.processes import main_prints_only, start_runtime, stop_signals
 from neobert.training.resume import Batches, Length, StepSize, Storage
 from neobert.training.run_folder import OpenRun, open_run, write_run_files
-from neobert.training.runtime import Runtime
+from neobert.training.runtime import Runtime, own_partition
 from neobert.training.summary import open_outputs, print_configuration, print_end, print_summary
 
 __all__ = ["Batches", "Context", "Evaluation", "Finished", "Length", "Parts", "Storage", "run_task"]
@@ -167,12 +179,12 @@ def assemble(context: Context, parts: Parts) -> "Run":
         rows_per_step=size.rows_per_step,
     )
     evaluation = None if parts.evaluation is None else parts.evaluation(model)
-    return Run(context, parts, model, optimizer, settings, length, length.state_dict(config, size), state, evaluation)
+    return Run(context, parts, model, optimizer, settings, length, size, state, evaluation)
 
 
 @dataclass
 class Run:
-    """A run that is put together; `run` trains. `model` is as it is called; `counts` what checkpoints say of the length."""
+    """A run that is put together; `run` trains. `model` is as it is called."""
 
     context: Context
     parts: Parts
@@ -180,7 +192,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     settings: StepSettings
     length: Length
-    counts: dict[str, Any]
+    size: StepSize
     state: TrainState
     evaluation: Evaluation | None
 
@@ -243,11 +255,38 @@ class Run:
         check_lock = (lambda: None) if opened.lock is None else opened.lock.check
         root, group = opened.folder / "checkpoints", runtime.process_group()
         saver = Saver(root, group, config.trainer.save_in_background, check_lock)
-        content = partial(
-            resume.checkpoint_content, config, runtime, self.parts.storage, self.parts.model, self.optimizer,
-            self.parts.batches, self.counts,
-        )  # fmt: skip
-        return Save(config.trainer, saver, content, out.stopwatch, self.state.step if opened.goes_on else -1)
+        return Save(config.trainer, saver, self.content, out.stopwatch, self.state.step if opened.goes_on else -1)
+
+    def content(self, state: TrainState) -> Content:
+        """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
+
+        Raises CheckpointError, in all processes, for weights that are not finite: there is nothing to go on from in them.
+        """
+        parts, runtime = self.parts, self.context.runtime
+        if not math.isfinite(weight_norm(parts.model)):
+            raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
+        weights, model_config = parts.storage.content()
+        optimizer, first_rows = own_partition(self.optimizer), dict[str, int]()
+        if optimizer is None:
+            optimizer, first_rows = local_parts(optimizer_state(self.optimizer), runtime.is_main)
+        return Content(
+            step=state.step,
+            weights=weights,
+            model_config=model_config,
+            save_beside=parts.storage.save_beside,
+            config_yaml=dump_config(parts.config),
+            optimizer=optimizer,
+            first_rows=first_rows,
+            data=parts.batches.state_dict(state.position),
+            state={
+                **state.state_dict(),
+                **self.length.state_dict(parts.config, self.size),
+                "world_size": runtime.world_size,
+                "engine": runtime.engine,
+                "zero_stage": runtime.zero_stage,
+                "metadata": parts.config.pretraining_metadata,
+            },
+        )
 
     def keep_position(self, state: TrainState, result: StepResult | None) -> None:
         """The first hook of a step: what is saved from now on comes after it."""
