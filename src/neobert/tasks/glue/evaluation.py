@@ -72,7 +72,8 @@ def list_values(values: dict[str, float]) -> str:
 
 
 def check_best_metric(config: Config, task: GlueTask) -> None:
-    """Raises ConfigError where `metric_for_best_model` is none of the task's."""
+    """Raises ConfigError where `metric_for_best_model` is none of the task's, UserError where metrics' packages are missing."""
+    glue_metrics.check_metrics()
     name = (config.trainer.metric_for_best_model or "score").removeprefix("eval_")
     suffixes, metrics = glue_metrics.SUFFIXES[: len(task.evaluation)], glue_metrics.metric_names(task)
     known = ["loss", "score", *(f"{metric}{suffix}" for suffix in suffixes for metric in metrics)]

@@ -14,7 +14,6 @@ from neobert.files import write_json
 from neobert.tasks.encoder import blocks_of, hf_encoder_dropout, prepare_model
 from neobert.tasks.glue.data import MOST_THREADS, GlueData, build_data
 from neobert.tasks.glue.evaluation import build_evaluation, check_best_metric, list_values
-from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.model import build_classifier, build_storage
 from neobert.training.choices import precision_name
 from neobert.training.run import Context, Finished, Parts, run_task
@@ -33,7 +32,6 @@ def build(context: Context) -> Parts:
     if not task.trains:
         problem = f"{task.name} is predicted by a model of mnli, not trained on: neobert glue CONFIG --predict, of an mnli run"
         raise ConfigError(Problem("glue.task_name", problem))
-    check_metrics()
     check_best_metric(context.config, task)
     start = start_fine_tuning(context.config, lambda config, weights: fill_in(config, task, weights))
     config, hf_tokenizer = start.config, start.hf_tokenizer
