@@ -86,7 +86,7 @@ def test_an_evaluation_that_a_signal_breaks_off_is_made_up_for(local, tmp_path, 
                 os.kill(os.getpid(), signal.SIGTERM)
             yield places, batch
 
-    monkeypatch.setattr(glue, "in_order", signal_in_the_second_batch)
+    monkeypatch.setattr("neobert.tasks.glue.evaluation.in_order", signal_in_the_second_batch)
     broken, result = run_glue(*words)
     assert (broken.exit_code, result, len(shown)) == (128 + signal.SIGTERM, None, 2)
     assert broken.state.is_evaluation_open
