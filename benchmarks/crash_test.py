@@ -33,7 +33,7 @@ from neobert.config.load import load_config
 from neobert.errors import CheckpointError
 from neobert.ranks import end_with_launcher
 from neobert.tasks.pretraining import task as pretraining
-from neobert.training.launch import Launch, launch
+from neobert.training.processes import Launch, launch
 
 STEPS, PATIENCE_SECONDS = 36, 30.0
 WORDS = [

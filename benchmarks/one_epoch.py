@@ -29,7 +29,7 @@ from neobert.checkpoints.format import list_steps
 from neobert.config.load import load_config
 from neobert.ranks import end_with_launcher
 from neobert.tasks.pretraining import task as pretraining
-from neobert.training.launch import Launch, launch
+from neobert.training.processes import Launch, launch
 
 WORDS = [
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.intermediate_size=48",

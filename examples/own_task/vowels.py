@@ -7,21 +7,19 @@ It brings the parts of a run; checkpoints, resuming, logs, schedules, engines an
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from neobert.checkpoints.load import load_model_weights
+from neobert.checkpoints.layouts import checkpoint_config
 from neobert.config.load import load_config
 from neobert.data.batch import RowLayout
 from neobert.data.labelled import EpochLoader, Split, tokenize_rows
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import DataError
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
-from neobert.tasks.encoder import blocks_of, checkpoint_config, model_config, prepare_model
-from neobert.training.run import Context, Finished, Parts, Storage, run_task
-from neobert.training.runtime import whole_weights
+from neobert.tasks.encoder import blocks_of, build_storage, model_config, prepare_model
+from neobert.training.run import Context, Finished, Parts, run_task
 
 TOKENIZER = Path(__file__).parents[1] / "quickstart/tokenizer"
 SMALL = [
@@ -35,6 +33,7 @@ SMALL = [
 def build(context: Context) -> Parts:
     """Data, model and storage. The loss is that of a classifier with one label: the squared error."""
     config, runtime = context.config, context.runtime
+    context.print_configuration(config)
     hf_tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
     path, trainer = config.dataset.path, config.trainer
     try:
@@ -50,16 +49,13 @@ def build(context: Context) -> Parts:
 
     torch.manual_seed(config.seed)
     architecture = model_config(config, len(hf_tokenizer), hf_tokenizer.pad_token_id, num_labels=1)
-    model = NeoBERTForSequenceClassification(architecture).to(runtime.device)
-
-    def content() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return whole_weights(model), checkpoint_config(architecture, hf_tokenizer, "vowels")
-
+    model = NeoBERTForSequenceClassification(architecture)
+    fields = checkpoint_config(architecture, hf_tokenizer, "vowels")
     return Parts(
         config,
         model,
         batches,
-        Storage(content, lambda path: load_model_weights(path, model), lambda path: save_tokenizer(hf_tokenizer, path)),
+        build_storage(model, fields, lambda folder: save_tokenizer(hf_tokenizer, folder)),
         blocks=blocks_of(model),
         after_update=model.normalize_matrices,
         facts={"task": f"the share of vowels, {len(rows):,} texts"},

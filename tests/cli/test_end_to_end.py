@@ -24,7 +24,7 @@ from neobert.files import write_json
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.loop import Interrupt
 from neobert.training.metrics import read_metrics
-from neobert.training.process import stop_signals
+from neobert.training.processes import stop_signals
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ import torch
 
 from helpers.runs import TOKENIZER
 from neobert.checkpoints.format import Content, save_checkpoint
-from neobert.checkpoints.layouts import is_eurobert, to_eurobert
+from neobert.checkpoints.layouts import checkpoint_config, is_eurobert, to_eurobert
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
-from neobert.tasks.encoder import checkpoint_config
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 RANGES = {"decoder_init_range": 0.3, "embedding_init_range": 0.5}

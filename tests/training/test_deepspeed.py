@@ -19,8 +19,8 @@ from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.deepspeed import read_zero
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError
-from neobert.training.launch import Launch, plan_launch
 from neobert.training.metrics import read_metrics
+from neobert.training.processes import Launch, plan_launch
 
 STAGES = (0, 1, 2, 3)
 needs_deepspeed = pytest.mark.skipif(

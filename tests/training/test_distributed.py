@@ -26,8 +26,8 @@ from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.training import run_folder
 from neobert.training.choices import choose_engine
-from neobert.training.launch import Launch, plan_launch
 from neobert.training.metrics import read_metrics
+from neobert.training.processes import Launch, plan_launch
 
 RESUMED = {  # name of a run on two ranks: (whose checkpoint, words)
     "ddp again": ("ddp", TWO["ddp"]),

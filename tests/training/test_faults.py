@@ -27,9 +27,9 @@ from neobert.config.load import load_config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import CheckpointError, ConfigError, DataError
 from neobert.tasks.pretraining import task as pretraining
-from neobert.training import process as signals
+from neobert.training import processes as signals
 from neobert.training.loop import Interrupt
-from neobert.training.process import stop_signals
+from neobert.training.processes import stop_signals
 
 
 @pytest.fixture(scope="module")

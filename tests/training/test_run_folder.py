@@ -298,7 +298,7 @@ def test_a_step_saved_again_is_always_there(tmp_path):
         save_checkpoint(root, content(2))
 
     def check(is_killed):
-        from neobert.checkpoints.retention import clean_leftovers
+        from neobert.checkpoints.format import clean_leftovers
 
         clean_leftovers(root)
         assert list_steps(root) == [1, 2]

@@ -17,9 +17,16 @@ from helpers.models import VOCABULARY, build
 from helpers.runs import TOKENIZER
 from neobert import files
 from neobert.checkpoints import format as checkpoint
-from neobert.checkpoints.format import ALONE, list_steps, load_weights, save_checkpoint, verify_checkpoint
+from neobert.checkpoints.format import (
+    ALONE,
+    clean_leftovers,
+    list_steps,
+    load_weights,
+    prune,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from neobert.checkpoints.locate import find_checkpoint
-from neobert.checkpoints.retention import clean_leftovers, prune
 from neobert.data.batch import Batch
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import CheckpointError, UserError

@@ -31,7 +31,7 @@ from neobert.checkpoints.layouts import (
 )
 from neobert.checkpoints.load import Model, build_model, check_fit, check_tokenizer, load_model_weights
 from neobert.checkpoints.locate import CONFIG, INDEX, find_any_model, read_model_config
-from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, special_ids, tokenizer_folder
+from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, tokenizer_folder
 from neobert.errors import CheckpointError, first_line
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.layers import swiglu_width
@@ -84,7 +84,7 @@ def convert(source: str, tokenizer: str | None = None) -> Converted:
             notes.append("no decoder in it: a new one, drawn at random")
         check_fit(folder, weights, model.state_dict())
         model.load_state_dict(weights)
-        fields = checkpoint_config(architecture, special_ids(hf_tokenizer), fields.get("name") or None)
+        fields = checkpoint_config(architecture, hf_tokenizer, fields.get("name") or None)
     check_tokenizer(folder, hf_tokenizer, model.config.vocab_size)
     fit_vocabulary(hf_tokenizer, model.config.vocab_size, multiple=1)
     return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields, notes, has_head)

@@ -17,6 +17,7 @@ verifies the checksums. JSON and safetensors only; nothing is unpickled.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,9 +39,9 @@ FORMAT = 1
 POINTERS = ("latest", "best")
 WEIGHTS, STATE = "model.safetensors", "state.json"
 REPLACED = ".replaced.tmp"  # end of the hidden name of a checkpoint that another replaces
+DELETED = ".old.tmp"  # and of one that goes
 OPTIMIZER = "optimizer/rank{:05d}.safetensors"
 DATA = "data_rank{:05d}"
-
 FIRST_ROWS = "first_rows"  # in the header of an optimizer file: where its parts begin
 Tensors = dict[str, torch.Tensor]
 
@@ -103,7 +104,7 @@ def save_checkpoint(
         for path in (scratch / STATE, *(one for one in scratch.rglob("*") if one.is_dir()), scratch):
             sync(path)
         replace_folder(scratch, final, final.with_name(f".{final.name}{REPLACED}"))
-        write_text(root / "latest", f"{content.step}\n")
+        write_pointer(root, "latest", content.step)
         after()
 
     reason = _together(group, prepare if group.is_main else None) or _together(group, write)
@@ -170,6 +171,11 @@ def read_pointer(path: Path) -> str | None:
     """The step that a pointer holds; None where there is none, or something else than a step."""
     text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
     return text if text.isdigit() else None
+
+
+def write_pointer(root: Path, name: str, step: int) -> None:
+    """Point `latest` or `best` at a step."""
+    write_text(root / name, f"{step}\n")
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -260,3 +266,47 @@ def load_data(folder: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, np
 def checksum(state: dict[str, Any]) -> str:
     """Of state.json itself, which holds the checksums of the other files."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+# --- which checkpoints stay, and what is left of them -----------
+
+
+def prune(root: Path, keep: int | None, protected: set[int], keep_newest: bool = True) -> list[int]:
+    """Delete the oldest checkpoints beyond `keep`, never a protected one; nor the newest, unless `keep_newest` is off.
+
+    Returns the steps deleted.
+    """
+    if keep is None:
+        return []
+    steps = list_steps(root)
+    spare = max(0, len(steps) - keep)
+    doomed = [step for step in (steps[:-1] if keep_newest else steps) if step not in protected][:spare]
+    for step in doomed:  # under another name, so that a half-deleted one never looks whole
+        hidden = root / f".{step}{DELETED}"
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(root / str(step), hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return doomed
+
+
+def strip_checkpoint(folder: Path) -> None:
+    """Leave out what only resuming needs; what is left verifies as before. Does nothing the second time."""
+    state = json.loads((folder / STATE).read_text())
+    spare = [name for name in state["sha256"] if is_of_a_rank(name)]
+    if spare:
+        state["sha256"] = {name: value for name, value in state["sha256"].items() if name not in spare}
+        del state["checksum"]
+        write_json(folder / STATE, {**state, "checksum": checksum(state)})
+    shutil.rmtree(folder / "optimizer", ignore_errors=True)
+    for path in folder.glob("data_rank*"):
+        path.unlink()
+
+
+def clean_leftovers(root: Path) -> None:
+    """Remove what a crash in the middle of a save left behind; a checkpoint that was about to be replaced comes back."""
+    for old in root.glob(f".*{REPLACED}"):
+        final = root / old.name.removesuffix(REPLACED)[1:]
+        if not final.exists():
+            os.replace(old, final)
+    for path in root.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,22 +1,26 @@
-"""The initial weights of a run that fine-tunes, found and checked: a checkpoint of ours, any encoder of `AutoModel`, or none.
+"""What a run starts with: its initial weights and their tokenizer, found and checked, and the configuration that follows.
 
-The keys that name them are `<task>.pretrained_*`: the same in every task.
+A run that fine-tunes starts from what `<task>.pretrained_*` name, the same keys in every task: a checkpoint of ours; or from
+any encoder of `AutoModel`. Pretraining starts with fresh weights, or continues a model that is there already, of any layout
+that `convert` knows (`model.from_hub`, `model.name`).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neobert.checkpoints.convert import convert
 from neobert.checkpoints.format import POINTERS, STATE, WEIGHTS, verify_checkpoint
 from neobert.checkpoints.load import HF_ENCODER, load_model_config
-from neobert.checkpoints.locate import find_checkpoint, holds_steps, read_model_config
+from neobert.checkpoints.locate import download_model, find_checkpoint, holds_steps, read_model_config
 from neobert.config.load import load_config
 from neobert.config.ready import asked_weights, missing_tokenizer, missing_weights
 from neobert.config.schema import Config
-from neobert.data.tokenizer import load_tokenizer, text_tokenizer, tokenizer_folder
+from neobert.data.tokenizer import fit_vocabulary, load_tokenizer, text_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, ConfigError, Problem
-from neobert.model.modeling_neobert import NeoBERTConfig
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 
 # What must agree where the YAML says it too; the checkpoint decides.
 ARCHITECTURE = (
@@ -28,13 +32,16 @@ ARCHITECTURE = (
 @dataclass(frozen=True)
 class InitialWeights:
     """Where the first weights come from. `folder` is a checkpoint, `hub` the name of an encoder for `AutoModel`; with neither
-    they are random. `task` is the GLUE task of the checkpoint, if it was trained on one; `state` is what it counts."""
+    they are random. `task` is the GLUE task of the checkpoint, if it was trained on one; `state` is what it counts; `model` has
+    the weights that pretraining continues with.
+    """
 
     folder: Path | None = None
     hub: str | None = None
     architecture: NeoBERTConfig | None = None
     task: str | None = None
     state: dict[str, Any] | None = None
+    model: NeoBERTForMaskedLM | None = None
 
     @property
     def inherited(self) -> dict[str, Any]:
@@ -56,6 +63,71 @@ class InitialWeights:
         return str(self.state["checksum"])[:16] if self.state else self.describe
 
 
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a run starts with: the configuration with what the weights decide filled in, the weights, their tokenizer, the size
+    of the vocabulary, and messages for the user.
+    """
+
+    config: Config
+    weights: InitialWeights
+    hf_tokenizer: Any
+    vocab_size: int
+    messages: list[str]
+
+
+def start_fine_tuning(config: Config, fill_in: Callable[[Config, InitialWeights], Config]) -> StartingPoint:
+    """Find weights and tokenizer; `fill_in` is the task's. Raises ConfigError and CheckpointError."""
+    weights = find_initial_weights(config)
+    hf_tokenizer, keys = find_tokenizer(config, weights)
+    config = fill_in(config, weights).with_keys(tokenizer=keys)
+    vocab_size, messages = len(hf_tokenizer), list[str]()
+    if weights.folder is None and weights.hub is None:
+        vocab_size, messages = build_vocabulary(config, hf_tokenizer)
+    return StartingPoint(config, weights, hf_tokenizer, vocab_size, messages)
+
+
+def start_pretraining(config: Config, resumed: Path | None) -> StartingPoint:
+    """Fresh weights, those that the configuration names, or those of the checkpoint that the run goes on from, which has all
+    that is needed. Raises ConfigError, DataError or CheckpointError.
+    """
+    if not config.model.from_hub:
+        hf_tokenizer = load_named_tokenizer(config)
+        size, messages = build_vocabulary(config, hf_tokenizer)
+        return StartingPoint(with_vocab_size(config, size), InitialWeights(), hf_tokenizer, size, messages)
+    try:
+        folder = resumed or download_model(config.model.name or "")
+    except CheckpointError as error:
+        raise ConfigError(Problem("model.name", str(error))) from None
+    found = convert(str(folder))
+    if not isinstance(found.model, NeoBERTForMaskedLM):
+        raise ConfigError(Problem("model.name", f"{folder} is a classifier, which has no decoder to continue with"))
+    if resumed is None:  # a run that goes on has its own; that of another text is refused by the position of the data
+        check_named_tokenizer(config, found.tokenizer, str(folder))
+    architecture = found.model.config
+    if architecture.rope and config.is_set("model.max_position_embeddings"):  # RoPE has no parameters for positions
+        architecture.max_position_embeddings = config.model.max_position_embeddings
+    if config.is_set("model.dropout_prob"):
+        architecture.dropout_prob = config.model.dropout_prob
+    if problems := contradictions(config, folder, architecture):
+        raise ConfigError(*problems)
+    keys = {name: getattr(architecture, name) for name in (*ARCHITECTURE, "dropout_prob")}
+    config = config.with_keys(model=keys, tokenizer={"path": str(tokenizer_folder(found.folder))})
+    row, longest = config.row_length, config.model.max_position_embeddings
+    if row > longest:
+        path = "dataset.max_seq_length" if row == config.dataset.max_seq_length else "datacollator.max_length"
+        raise ConfigError(Problem(path, f"{row} is longer than the {longest} positions of {config.model.name}"))
+    model = NeoBERTForMaskedLM(architecture)  # again, for the dropout and the positions that the YAML sets
+    model.load_state_dict(found.model.state_dict())
+    weights = InitialWeights(found.folder, architecture=architecture, model=model)
+    messages = [f"continuing from {found.folder} ({found.kind}) with a fresh optimizer", *found.notes]
+    config = with_vocab_size(config, architecture.vocab_size)
+    return StartingPoint(config, weights, found.tokenizer, architecture.vocab_size, [] if resumed else messages)
+
+
+# --- the weights -----------
+
+
 def find_initial_weights(config: Config) -> InitialWeights:
     """The weights that the configuration names. Raises ConfigError or CheckpointError."""
     model, transfer = config.model, config.task == "glue" and config.glue.transfer_from_task
@@ -66,10 +138,12 @@ def find_initial_weights(config: Config) -> InitialWeights:
         if missing := list(missing_weights(config)):
             raise ConfigError(*missing)
         return InitialWeights(hub=model.name if model.from_hub else None)
-    state = read_state(folder)
-    task = glue_task(folder)
-    if config.task == "glue":
-        _check_transfer(folder, task, transfer)
+    state, task = read_state(folder), glue_task(folder)
+    if config.task == "glue" and transfer != (task is not None):
+        problem = f"{folder} is not a checkpoint of a GLUE task"
+        if task is not None:
+            problem = f"{folder} is a checkpoint of the GLUE task {task}; set it to true to start from there"
+        raise ConfigError(Problem("glue.transfer_from_task", problem))
     if model.from_hub:
         if config.task != "glue" or task is None or HF_ENCODER not in read_config(folder):
             raise ConfigError(
@@ -127,14 +201,6 @@ def glue_task(folder: Path) -> str | None:
     found = read_config(folder)
     task: str | None = found.get("neobert", found.get(HF_ENCODER, {})).get("glue_task")
     return task
-
-
-def _check_transfer(folder: Path, task: str | None, transfer: bool) -> None:
-    if task is not None and not transfer:
-        problem = f"{folder} is a checkpoint of the GLUE task {task}; set it to true to start from there"
-        raise ConfigError(Problem("glue.transfer_from_task", problem))
-    if task is None and transfer:
-        raise ConfigError(Problem("glue.transfer_from_task", f"{folder} is not a checkpoint of a GLUE task"))
 
 
 def contradictions(config: Config, folder: Path, found: NeoBERTConfig) -> list[Problem]:
@@ -232,3 +298,28 @@ def check_named_tokenizer(config: Config, found: Any, origin: str) -> None:
         raise CheckpointError(
             f"{where} is another tokenizer than that of {origin}; leave it out: the tokenizer follows the weights"
         )
+
+
+def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]:
+    """Make `len(tokenizer)` the model's vocabulary size; returns it with messages where it differs from the YAML."""
+    real = len(hf_tokenizer)
+    follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
+    wanted = None if follows else config.model.vocab_size
+    size = fit_vocabulary(hf_tokenizer, wanted)
+    messages = []
+    if wanted is not None and wanted != size:
+        messages.append(
+            f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
+        )
+    if config.is_set("model.pad_token_id") and config.model.pad_token_id != hf_tokenizer.pad_token_id:
+        messages.append(
+            f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
+        )
+    return size, messages
+
+
+def with_vocab_size(config: Config, size: int) -> Config:
+    """`tokenizer.vocab_size`, where it is set, as it is in this run."""
+    if config.tokenizer.vocab_size is None:
+        return config
+    return config.with_keys(tokenizer={"vocab_size": size})

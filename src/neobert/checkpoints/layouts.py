@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from neobert.data.tokenizer import special_ids
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig
 
@@ -47,8 +48,8 @@ def is_eurobert(config: NeoBERTConfig) -> bool:
     return has_its_parts and not config.ngpt and not config.decoder_bias
 
 
-def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[str, Any]:
-    """config.json of the same model as a transformers EuroBERT; `special_ids`: bos_token_id, eos_token_id, mask_token_id."""
+def eurobert_config(config: NeoBERTConfig, token_ids: dict[str, int]) -> dict[str, Any]:
+    """config.json of the same model as a transformers EuroBERT; `token_ids`: bos_token_id, eos_token_id, mask_token_id."""
     from transformers import EuroBertConfig
 
     return EuroBertConfig(
@@ -59,16 +60,16 @@ def eurobert_config(config: NeoBERTConfig, special_ids: dict[str, int]) -> dict[
         initializer_range=config.decoder_init_range,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         dtype="float32",
-        **special_ids,
+        **token_ids,
     ).to_dict()
 
 
-def checkpoint_config(config: NeoBERTConfig, special_ids: dict[str, int], name: str | None = None) -> dict[str, Any]:
+def checkpoint_config(config: NeoBERTConfig, hf_tokenizer: Any, name: str | None = None) -> dict[str, Any]:
     """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
     own = {field: getattr(config, field) for field in NeoBERTConfig.__annotations__ if hasattr(config, field)}
     own |= {} if name is None else {"name": name}
     if is_eurobert(config):
-        return {**eurobert_config(config, special_ids), "neobert": own}
+        return {**eurobert_config(config, special_ids(hf_tokenizer)), "neobert": own}
     kind = {"model_type": "neobert", "architectures": ["NeoBERTForMaskedLM"], "dtype": "float32"}
     return {**kind, **own, "neobert": own}
 

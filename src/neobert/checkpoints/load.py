@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from neobert.checkpoints.format import WEIGHTS, Tensors, load_weights
 from neobert.checkpoints.layouts import from_eurobert, is_eurobert
@@ -58,9 +59,7 @@ def _load_hf_model(folder: Path, head: dict[str, Any]) -> HFEncoderModel:
         encoder.pooler = None  # as it was trained
     pooling = "bos" if head["pooling"] == "cls" else head["pooling"]
     model = HFEncoderForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
-    weights = model.from_checkpoint(load_weights(folder))
-    check_fit(folder, weights, model.state_dict())
-    model.load_state_dict(weights)
+    load_into(model, folder, model.from_checkpoint(load_weights(folder)))
     return model
 
 
@@ -117,7 +116,11 @@ def check_tokenizer(folder: Path, tokenizer: Any, vocab_size: int) -> None:
 
 def load_model_weights(folder: Path, model: NeoBERTPreTrainedModel) -> None:
     """Load a checkpoint's weights. Raises CheckpointError listing the first that do not fit."""
-    weights = read_weights(folder, model.config)
+    load_into(model, folder, read_weights(folder, model.config))
+
+
+def load_into(model: nn.Module, folder: Path, weights: Tensors) -> None:
+    """Load whole tensors, which come from `folder`. Raises CheckpointError listing the first that do not fit."""
     check_fit(folder, weights, model.state_dict())
     load_whole(model, weights)
 

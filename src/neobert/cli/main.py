@@ -169,7 +169,7 @@ def _start(loaded: "Loaded", command: list[str], nproc: int | None) -> None:
     check_ready(loaded)
     config = loaded.config
     if nproc is not None or config.accelerate_config_file is not None:
-        from neobert.training.launch import launch, plan_launch
+        from neobert.training.processes import launch, plan_launch
 
         plan, notes = plan_launch(config, nproc)
         print_notes(notes)

@@ -131,6 +131,11 @@ class Config(Section):
             value = getattr(value, part, None)
         return value
 
+    def with_keys(self, **sections: dict[str, Any]) -> "Config":
+        """This configuration with keys of its sections replaced."""
+        replaced = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
+        return self.model_copy(update=replaced)
+
     def is_set(self, dotted: str) -> bool:
         """Whether a key was given a value, be it its default, in a file, on the command line, or by the run itself."""
         section, _, name = dotted.rpartition(".")

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from neobert import __version__
 from neobert.checkpoints.convert import Converted, convert, published_architecture, read_tensors
-from neobert.checkpoints.format import Content, save_checkpoint
+from neobert.checkpoints.format import Content, save_checkpoint, strip_checkpoint
 from neobert.checkpoints.locate import read_model_config
-from neobert.checkpoints.retention import strip_checkpoint
 from neobert.config.sections import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError

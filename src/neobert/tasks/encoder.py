@@ -1,32 +1,38 @@
-"""The model of a run: its first weights, and the kernels and compilation that the machine allows."""
+"""The model of a run: its first weights, the kernels and compilation that the machine allows, its way into checkpoints."""
 
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from neobert.checkpoints import layouts
-from neobert.checkpoints.initial_weights import InitialWeights, find_initial_weights, find_tokenizer
+from neobert.checkpoints import load
+from neobert.checkpoints.format import Tensors, load_weights
+from neobert.checkpoints.initial_weights import InitialWeights
+from neobert.checkpoints.layouts import is_eurobert, to_eurobert
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
-from neobert.data.tokenizer import fit_vocabulary, special_ids
-from neobert.errors import ConfigError, Problem
+from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
-from neobert.model.embedding import NeoBERTForEmbedding
-from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification
-from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.model.hf_encoder import HFEncoderForSequenceClassification, longest_input
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.training.choices import choose_attention, choose_kernels, compile_blocks, find_kernels, gpu_capability
-from neobert.training.runtime import Runtime
+from neobert.training.run import Storage
+from neobert.training.runtime import Runtime, whole_weights
 
 
-def build_model(config: Config, vocab_size: int, pad_token_id: int) -> NeoBERTForMaskedLM:
-    """The model with fresh weights drawn by `seed`."""
+def build_model(
+    config: Config, vocab_size: int, pad_token_id: int, continued: NeoBERTForMaskedLM | None = None
+) -> NeoBERTForMaskedLM:
+    """The model with its first weights: fresh ones drawn by `seed`, or those of the model that is `continued`."""
     torch.manual_seed(config.seed)
-    model = NeoBERTForMaskedLM(model_config(config, vocab_size, pad_token_id))
+    model = continued
+    if model is None:
+        model = NeoBERTForMaskedLM(model_config(config, vocab_size, pad_token_id))
     model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
-    return model
+    return model.train()
 
 
 def model_config(config: Config, vocab_size: int, pad_token_id: int, **head: Any) -> NeoBERTConfig:
@@ -36,52 +42,22 @@ def model_config(config: Config, vocab_size: int, pad_token_id: int, **head: Any
     return NeoBERTConfig(**{**fields, "vocab_size": vocab_size, "pad_token_id": pad_token_id, **head})
 
 
-def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]:
-    """Make `len(tokenizer)` the model's vocabulary size; returns it with notes where it differs from the YAML."""
-    real = len(hf_tokenizer)
-    follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
-    wanted = None if follows else config.model.vocab_size
-    size = fit_vocabulary(hf_tokenizer, wanted)
-    notes = []
-    if wanted is not None and wanted != size:
-        notes.append(
-            f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
-        )
-    if config.is_set("model.pad_token_id") and config.model.pad_token_id != hf_tokenizer.pad_token_id:
-        notes.append(
-            f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
-        )
-    return size, notes
-
-
-def with_vocab_size(config: Config, size: int) -> Config:
-    """`tokenizer.vocab_size`, where it is set, as it is in this run."""
-    if config.tokenizer.vocab_size is None:
-        return config
-    return with_keys(config, tokenizer={"vocab_size": size})
-
-
-def checkpoint_config(architecture: NeoBERTConfig, hf_tokenizer: Any, name: str | None) -> dict[str, Any]:
-    """config.json: transformers' EuroBERT where that is the same function, with our own fields under `neobert`."""
-    return layouts.checkpoint_config(architecture, special_ids(hf_tokenizer), name)
-
-
-Model = NeoBERTForMaskedLM | NeoBERTForSequenceClassification | NeoBERTForEmbedding
-HFModel = HFEncoderForSequenceClassification | HFEncoderForEmbedding
-
-
-def blocks_of(model: Model | HFModel) -> Iterable[nn.Module]:
+def blocks_of(model: load.Model | load.HFEncoderModel) -> Iterable[nn.Module]:
     """The blocks of our own encoder, which FSDP2 splits one by one; one of transformers is split as a whole."""
-    return () if isinstance(model, HFModel) else model.model.layers
+    return () if isinstance(model, load.HFEncoderModel) else model.model.layers
 
 
-def prepare_model(config: Config, model: Model | HFModel, runtime: Runtime) -> dict[str, str]:
-    """Choose kernels and compile; returns what runs and why, for the summary.
+def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runtime: Runtime) -> dict[str, str]:
+    """Put a model on its device, choose kernels and compile; returns what runs and why, for the summary.
 
     Raises ConfigError, also for what is not done with an encoder of transformers.
     """
-    if isinstance(model, HFModel):
-        refuse_own_keys(config, model)
+    model.to(runtime.device)
+    if isinstance(model, load.HFEncoderModel):
+        packs = config.datacollator.pack_sequences and isinstance(model, HFEncoderForSequenceClassification)
+        asked = {"trainer.torch_compile": config.trainer.torch_compile, "datacollator.pack_sequences": packs}
+        for dotted in (dotted for dotted, is_asked in asked.items() if is_asked):
+            raise ConfigError(Problem(dotted, "is for our own encoder; leave it out with model.from_hub"))
         return {"attention": f"transformers' {model.config._attn_implementation}", "kernels": "transformers'"}
     kind, trainer, dtype = runtime.device.type, config.trainer, runtime.dtype
     packages = find_kernels() if kind == "cuda" else {}
@@ -113,48 +89,6 @@ def prepare_model(config: Config, model: Model | HFModel, runtime: Runtime) -> d
     }
 
 
-def refuse_own_keys(config: Config, model: HFModel) -> None:
-    """Raises ConfigError for keys that are for our own encoder only."""
-    packs = config.datacollator.pack_sequences and isinstance(model, HFEncoderForSequenceClassification)
-    for dotted, is_asked in (
-        ("trainer.torch_compile", config.trainer.torch_compile),
-        ("datacollator.pack_sequences", packs),
-    ):
-        if is_asked:
-            raise ConfigError(Problem(dotted, "is for our own encoder; leave it out with model.from_hub"))
-
-
-# --- what fine-tuning starts with -----------
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """The configuration with what the weights decide filled in, the weights and their tokenizer, and messages."""
-
-    config: Config
-    start: InitialWeights
-    hf_tokenizer: Any
-    vocab_size: int
-    messages: list[str]
-
-
-def begin_fine_tuning(config: Config, fill_in: Callable[[Config, InitialWeights], Config]) -> FineTuning:
-    """Find weights and tokenizer; `fill_in` is the task's. Raises ConfigError and CheckpointError."""
-    start = find_initial_weights(config)
-    hf_tokenizer, keys = find_tokenizer(config, start)
-    config = with_keys(fill_in(config, start), tokenizer=keys)
-    vocab_size, messages = len(hf_tokenizer), list[str]()
-    if start.folder is None and start.hub is None:
-        vocab_size, messages = build_vocabulary(config, hf_tokenizer)
-    return FineTuning(config, start, hf_tokenizer, vocab_size, messages)
-
-
-def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with keys of its sections replaced."""
-    update = {name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()}
-    return config.model_copy(update=update)
-
-
 def hf_encoder_dropout(name: str) -> dict[str, float]:
     """The dropout that an encoder of `AutoModel` brings along, by the names of its configuration."""
     from transformers import AutoConfig
@@ -167,3 +101,78 @@ def row_layout(config: Config, pad_id: int, longest: int) -> RowLayout:
     """How texts of at most `longest` tokens become tensors."""
     collator, is_padded = config.datacollator, config.tokenizer.padding == "max_length"
     return RowLayout(pad_id, collator.pack_sequences, longest if is_padded else None, collator.pad_to_multiple_of or 1)
+
+
+# --- its weights -----------
+
+
+def load_hf_encoder(config: Config, name: str, vocab_size: int, key: str, length: int) -> Any:
+    """The encoder that `AutoModel` loads by `name`. `length`, which `key` says, is that of the longest text in tokens.
+
+    Raises ConfigError or CheckpointError when it is not whole, or fits neither the tokenizer nor the texts.
+    """
+    try:
+        encoder = load.load_hf_encoder(name)
+    except CheckpointError as error:
+        raise ConfigError(Problem("model.name", str(error))) from None
+    longest = longest_input(encoder)
+    if longest is not None and length > longest:
+        raise ConfigError(Problem(key, f"{length} is longer than the {longest} tokens that {name} takes"))
+    if vocab_size > encoder.config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer: {vocab_size} tokens, but {name} has embeddings of {encoder.config.vocab_size}"
+        )
+    if config.trainer.gradient_checkpointing:
+        encoder.gradient_checkpointing_enable()
+    return encoder
+
+
+def load_own_encoder(weights: InitialWeights, model: load.Model, vocab_size: int) -> str:
+    """Load the encoder of a checkpoint of ours, where there is one; returns what was loaded. Raises CheckpointError."""
+    if weights.folder is None or weights.architecture is None:
+        return "random"
+    if weights.architecture.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{weights.folder}: embeddings of {weights.architecture.vocab_size} tokens, but its tokenizer has {vocab_size}"
+        )
+    tensors = load.read_weights(weights.folder, weights.architecture)
+    return load_parts(weights.folder, model, tensors, with_dense=weights.task is not None)
+
+
+def load_parts(folder: Path, model: nn.Module, weights: Tensors, with_dense: bool) -> str:
+    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded.
+
+    Raises CheckpointError listing what does not fit.
+    """
+    kinds = ("model.", "dense.") if with_dense else ("model.",)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}
+    used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
+    load.check_fit(folder, used, own)
+    model.load_state_dict(used, strict=False)
+    left = sorted({name.split(".")[0] for name in weights if name not in used})
+    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
+    unused = f"; not used: {', '.join(left)}" if left else ""
+    fresh = f"; new: {', '.join(new)}" if new else ""
+    return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}{fresh}{unused}"
+
+
+def build_storage(
+    model: load.Model | load.HFEncoderModel, fields: dict[str, Any], save_beside: Callable[[Path], None]
+) -> Storage:
+    """How a model goes into checkpoints and comes back: one of ours with `fields` as its config.json, under EuroBERT's names
+    where it is one; an encoder of transformers so that `AutoModel` reads it, with `fields` besides its own.
+    """
+
+    def content() -> tuple[Tensors, dict[str, Any]]:
+        weights = whole_weights(model)
+        if isinstance(model, load.HFEncoderModel):
+            return model.to_checkpoint(weights), {**json.loads(model.config.to_json_string(use_diff=False)), **fields}
+        return to_eurobert(weights) if is_eurobert(model.config) else weights, fields
+
+    def load_back(folder: Path) -> None:
+        if isinstance(model, load.HFEncoderModel):
+            load.load_into(model, folder, model.from_checkpoint(load_weights(folder)))
+        else:
+            load.load_model_weights(folder, model)
+
+    return Storage(content, load_back, save_beside)

@@ -37,19 +37,21 @@ class FolderLock:
                 time.sleep(0.01)
             holder = self._read()
             if holder is not None:
-                name = f"process {holder['pid']} on {holder['host']}"
                 is_held = is_held or self._seems_alive(holder)
-                self.note = f"took over {folder} from {name}, which is gone"
+                self.note = f"took over {folder} from process {holder['pid']} on {holder['host']}, which is gone"
             if is_held:
                 raise ConfigError(Problem("trainer.output_dir", _refusal(folder, holder)))
-            self._own = json.dumps(_identity())
+            pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+            name = {"host": os.uname().nodename, "pid": pid, "start": process_start(pid), "since": since}
+            self._own = json.dumps({**name, "id": secrets.token_hex(8)})
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, self._own.encode(), 0)
         except BaseException:
             os.close(self._descriptor)
             raise
         self._ended = threading.Event()
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
 
     def _is_held(self) -> bool:
         """Whether the kernel knows another holder; `_has_kernel` says whether it knows of locks here at all."""
@@ -81,9 +83,7 @@ class FolderLock:
         """Of a holder that the kernel does not know."""
         if holder["host"] == os.uname().nodename:
             return not self._has_kernel and process_start(holder["pid"]) == holder.get("start")
-        with tempfile.NamedTemporaryFile(
-            dir=self.path.parent, prefix=".now."
-        ) as now:  # by the clock of the file system
+        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".now.") as now:  # for the file system's clock
             silent = os.fstat(now.fileno()).st_mtime - os.fstat(self._descriptor).st_mtime
         return silent < SILENT_SECONDS
 
@@ -106,6 +106,7 @@ class FolderLock:
     def release(self) -> None:
         """Let others have the folder."""
         self._ended.set()
+        self._thread.join(BEAT_SECONDS)
         try:
             if os.pread(self._descriptor, 4096, 0).decode() == self._own:
                 os.ftruncate(self._descriptor, 0)
@@ -114,30 +115,14 @@ class FolderLock:
         os.close(self._descriptor)
 
 
-def _identity() -> dict[str, Any]:
-    pid = os.getpid()
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {
-        "host": os.uname().nodename,
-        "pid": pid,
-        "start": process_start(pid),
-        "since": since,
-        "id": secrets.token_hex(8),
-    }
-
-
 def _refusal(folder: Path, holder: dict[str, Any] | None) -> str:
-    who = "another process"
+    who, hint = "another process", ""
     if holder is not None:
         who = f"process {holder['pid']} on {holder['host']}, since {holder.get('since')}"
-    hint = "" if holder is None or holder["host"] == os.uname().nodename else _other_host()
+        if holder["host"] != os.uname().nodename:
+            minutes = f"{SILENT_SECONDS / 60:.0f} minutes"
+            hint = f". If that machine is lost, the folder is free {minutes} after its last sign of life"
     return f"another run is writing in {folder} ({who}); wait for it or stop it, or choose another folder{hint}"
-
-
-def _other_host() -> str:
-    return (
-        f". If that machine is lost, the folder is free {SILENT_SECONDS / 60:.0f} minutes after its last sign of life"
-    )
 
 
 def process_start(pid: int) -> str | None:

@@ -12,18 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content, ProcessGroup, save_checkpoint
-from neobert.checkpoints.retention import prune
+from neobert.checkpoints.format import Content, ProcessGroup, prune, save_checkpoint, write_pointer
 from neobert.config.sections import TrainerConfig
 from neobert.errors import ConfigError, Problem, UserError, first_line, print_notes
-from neobert.files import write_text
 from neobert.optim.qk_clip import clip_metrics
 from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
 from neobert.training.metrics import Console, Sinks, Stopwatch, duration
-from neobert.training.resume import weight_norm
-from neobert.training.runtime import Runtime
+from neobert.training.runtime import Runtime, total_norm
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
 LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # printed where they are known
@@ -109,6 +107,12 @@ class Log:
             )
 
 
+@torch.no_grad()
+def weight_norm(model: nn.Module) -> float:
+    """Euclidean norm of all weights."""
+    return float(total_norm(model.parameters()))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """An evaluation: `run` gives its values (None: it was broken off), `headline` is a line of them, `default` the name of the
@@ -177,26 +181,12 @@ class Evaluate:
             state.stop_reason = f"no better {name} in {patience} evaluations"
 
 
-def check_needs_evaluation(trainer: TrainerConfig) -> None:
-    """Raises ConfigError for keys that act on evaluations, in a run that has no evaluation data."""
-    asked = {
-        "trainer.save_strategy": trainer.save_strategy == "best",
-        "trainer.early_stopping": trainer.early_stopping > 0,
-        "trainer.load_best_model_at_end": trainer.load_best_model_at_end,
-        "trainer.metric_for_best_model": trainer.metric_for_best_model is not None,
-    }
-    why = "needs evaluation data: a split named validation or test, or dataset.validation_split with streaming: false"
-    problems = [Problem(dotted, why) for dotted, is_asked in asked.items() if is_asked]
-    if problems:
-        raise ConfigError(*problems)
-
-
 @dataclass
 class Saver:
     """Saves below `root`, in the background or not. `num_saved` checkpoints took `write_seconds` to write."""
 
     root: Path
-    team: ProcessGroup
+    group: ProcessGroup
     in_background: bool = True
     before: Callable[[], None] = lambda: None  # of every save, in the main process; may raise UserError
     num_saved: int = 0
@@ -231,7 +221,7 @@ class Saver:
 
     def _save(self, content: Content, after: Callable[[], None]) -> None:
         start = time.perf_counter()
-        save_checkpoint(self.root, content, self.team, self.before, after)
+        save_checkpoint(self.root, content, self.group, self.before, after)
         self.write_seconds += time.perf_counter() - start
         self.num_saved += 1
 
@@ -286,11 +276,11 @@ class Save:
         """When a checkpoint is whole: point at the best one."""
         root = self.saver.root
         if best is not None and (root / str(best)).is_dir():
-            write_text(root / "best", f"{best}\n")
+            write_pointer(root, "best", best)
 
     def prune(self, state: TrainState) -> None:
         """Once the loss after the newest checkpoint is known to be finite: remove the oldest beyond the limit."""
-        if self.has_spare and self.saver.team.rank == 0 and self.trainer.save_total_limit is not None:
+        if self.has_spare and self.saver.group.rank == 0 and self.trainer.save_total_limit is not None:
             root, keep = self.saver.root, self.trainer.save_total_limit
             protected = {self.last_step, self.last_step if state.best_step is None else state.best_step}
             self.saver.then(lambda: prune(root, keep, protected))

@@ -19,7 +19,7 @@ def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | N
 
     Raises ConfigError for patterns that act on nothing, and for a model without matrices for Muon.
     """
-    optimizer, muon = config.optimizer, muon_config(config)
+    optimizer, muon = config.optimizer, config.optimizer.muon_config or MuonConfig()
     settings = OptimizerSettings(
         optimizer.name,
         lr=optimizer.lr,
@@ -48,7 +48,7 @@ def build_clip(config: Config, model: nn.Module) -> tuple[QKClip | None, dict[st
     """The QK-clip of a MuonClip run, and its line of the summary (none for other optimizers). Raises ConfigError."""
     if config.optimizer.name != "muonclip":
         return None, {}
-    muon = muon_config(config)
+    muon = config.optimizer.muon_config or MuonConfig()
     if not muon.enable_clipping:
         return None, {"QK-clip": "off (optimizer.muon_config.enable_clipping: false)"}
     if config.model.ngpt:
@@ -67,11 +67,6 @@ def build_clip(config: Config, model: nn.Module) -> tuple[QKClip | None, dict[st
     what = "last microbatch" if settings.last_microbatch_only else "all microbatches"
     after = f" after step {settings.warmup_steps:,}" if settings.warmup_steps else ""
     return clip, {"QK-clip": f"logits above {settings.threshold:g}, every {settings.interval} steps{after}, {what}"}
-
-
-def muon_config(config: Config) -> MuonConfig:
-    """The settings of MuonClip, defaults where there are none."""
-    return config.optimizer.muon_config or MuonConfig()
 
 
 def build_schedule(s: SchedulerConfig, num_steps: int) -> Schedule:

@@ -5,26 +5,24 @@ a number of processes changes by itself is kept: the rows of a step stay as many
 `max_steps: -1` ends with its data, whatever its steps are; the number of steps is counted for its learning rate.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content, Tensors, load_data, load_optimizer, load_rank_optimizer
-from neobert.config.load import dump_config
+from neobert.checkpoints.format import Tensors, load_data, load_optimizer, load_rank_optimizer
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.data.mlm.pipeline import join_positions
 from neobert.errors import CheckpointError
-from neobert.optim.build import load_optimizer_state, local_parts, optimizer_state
+from neobert.optim.build import load_optimizer_state
 from neobert.optim.sharding import from_rows, local_rows
 from neobert.training.loop import TrainState
 from neobert.training.run_folder import OpenRun, enter_run
-from neobert.training.runtime import Runtime, load_partition, own_partition, total_norm
+from neobert.training.runtime import Runtime, load_partition
 
 
 class Batches(Protocol):
@@ -53,52 +51,6 @@ class Storage:
     save_beside: Callable[[Path], None]
 
 
-def checkpoint_content(
-    config: Config,
-    runtime: Runtime,
-    storage: Storage,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    counts: dict[str, Any],
-    state: TrainState,
-) -> Content:
-    """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
-
-    `counts` is what `Length.state_dict` gives. Raises CheckpointError, in all processes, for weights that are not finite:
-    there is nothing to go on from in them.
-    """
-    if not math.isfinite(weight_norm(model)):
-        raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
-    weights, model_config = storage.content()
-    partition = own_partition(optimizer)
-    whole = local_parts(optimizer_state(optimizer), runtime.is_main) if partition is None else (partition, {})
-    return Content(
-        step=state.step,
-        weights=weights,
-        model_config=model_config,
-        save_beside=storage.save_beside,
-        config_yaml=dump_config(config),
-        optimizer=whole[0],
-        first_rows=whole[1],
-        data=batches.state_dict(state.position),
-        state={
-            **state.state_dict(),
-            **counts,
-            "world_size": runtime.world_size,
-            "engine": runtime.engine,
-            "zero_stage": runtime.zero_stage,
-            "metadata": config.pretraining_metadata,
-        },
-    )
-
-
-@torch.no_grad()
-def weight_norm(model: nn.Module) -> float:
-    """Euclidean norm of all weights."""
-    return float(total_norm(model.parameters()))
-
-
 # --- how long a run is -----------
 
 
@@ -125,31 +77,6 @@ def saved_step_size(checkpoint: Path, saved: dict[str, Any]) -> StepSize:
     trainer, world = read_yaml(checkpoint / "config.yaml").values["trainer"], saved["world_size"]
     rows, accumulation = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
     return StepSize(rows, accumulation, world, rows * accumulation * world)
-
-
-def keep_step_size(config: Config, before: StepSize, num_processes: int) -> tuple[Config, StepSize, list[str]]:
-    """(the configuration with the accumulation that keeps the rows of a step, its step size, messages).
-
-    Kept where another number of processes would change it. What the user changed is done as asked.
-    """
-    asked = step_size(config, num_processes)
-    if asked.rows_per_step == before.rows_per_step:
-        return config, asked, []
-    in_use = before.rows_per_step // (before.rows_per_device * before.num_processes)
-    is_unchanged = asked.rows_per_device == before.rows_per_device and asked.accumulation in (
-        before.accumulation,
-        in_use,
-    )
-    accumulation, rest = divmod(before.rows_per_step, asked.rows_per_device * num_processes)
-    if not is_unchanged or rest:
-        return config, asked, [f"a step has {asked.rows_per_step} rows from here on; it had {before.rows_per_step}"]
-    trainer = config.trainer.model_copy(update={"gradient_accumulation_steps": accumulation})
-    kept = StepSize(asked.rows_per_device, asked.accumulation, num_processes, before.rows_per_step)
-    note = (
-        f"a step keeps its {before.rows_per_step} rows on {num_processes} processes instead of {before.num_processes}: "
-        f"trainer.gradient_accumulation_steps is {accumulation}"
-    )
-    return config.model_copy(update={"trainer": trainer}), kept, [note]
 
 
 @dataclass(frozen=True)
@@ -186,19 +113,34 @@ def plan_length(
     return Length(state.step + count_left(), shift)
 
 
-def keep_saved_size(config: Config, opened: OpenRun, world_size: int) -> tuple[Config, StepSize]:
-    """The configuration and the step of a run that goes on: with the rows of a step that its checkpoint has, where only the
-    number of processes is another, and where `dataset.num_shards` is not set with the data dealt to as many shards.
+def keep_saved_size(config: Config, opened: OpenRun, num_processes: int) -> tuple[Config, StepSize]:
+    """The configuration and the step of a run that goes on. Where only the number of processes is another, accumulation keeps
+    the rows of a step, and where `dataset.num_shards` is not set, the data stays dealt to as many shards.
     """
+    asked = step_size(config, num_processes)
     if opened.checkpoint is None:
-        return config, step_size(config, world_size)
+        return config, asked
     shards = load_data(opened.checkpoint)[0].get("fingerprint", {}).get("lanes")
-    if config.dataset.num_shards is None and shards not in (None, world_size):
-        config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"num_shards": shards})})
+    if config.dataset.num_shards is None and shards not in (None, num_processes):
+        config = config.with_keys(dataset={"num_shards": shards})
     before = saved_step_size(opened.checkpoint, opened.saved)
-    config, size, messages = keep_step_size(config, before, world_size)
-    opened.messages.extend(messages)
-    return config, size
+    rows = before.rows_per_step
+    if asked.rows_per_step == rows:
+        return config, asked
+    in_use = rows // (before.rows_per_device * before.num_processes)
+    is_unchanged = asked.rows_per_device == before.rows_per_device and asked.accumulation in (
+        before.accumulation,
+        in_use,
+    )
+    accumulation, rest = divmod(rows, asked.rows_per_device * num_processes)
+    if not is_unchanged or rest:
+        opened.messages.append(f"a step has {asked.rows_per_step} rows from here on; it had {rows}")
+        return config, asked
+    opened.messages.append(
+        f"a step keeps its {rows} rows on {num_processes} processes instead of {before.num_processes}: "
+        f"trainer.gradient_accumulation_steps is {accumulation}"
+    )
+    return config.with_keys(trainer={"gradient_accumulation_steps": accumulation}), replace(asked, rows_per_step=rows)
 
 
 # --- continue -----------

@@ -5,6 +5,7 @@ checked, the output folder opened, so that refusals come before any work) and af
 schedule, summary, the loop with its hooks, the end) is here, once. examples/own_task is a task in a file of its own.
 """
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import list_steps, verify_checkpoint
+from neobert.checkpoints.format import Content, list_steps, verify_checkpoint, write_pointer
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
 from neobert.config.schema import Config
-from neobert.errors import CheckpointError, UserError, first_line, print_notes
-from neobert.files import write_text
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
+from neobert.optim.build import local_parts, optimizer_state
+from neobert.training import optimizer as optimizers
+from neobert.training import resume
 from neobert.training.hooks import (
     Evaluate,
     Evaluation,
@@ -29,33 +32,16 @@ from neobert.training.hooks import (
     Outputs,
     Save,
     Saver,
-    check_needs_evaluation,
     finish_evaluation,
     step_hooks,
+    weight_norm,
 )
 from neobert.training.loop import Interrupt, StepResult, StepSettings, TrainState, train
-from neobert.training.metrics import Console
-from neobert.training.optimizer import (
-    build_clip,
-    build_run_optimizer,
-    build_run_schedule,
-    describe_optimizer,
-    learning_rate,
-)
-from neobert.training.process import main_prints_only, start_runtime, stop_signals
-from neobert.training.resume import (
-    Batches,
-    Length,
-    StepSize,
-    Storage,
-    checkpoint_content,
-    continue_run,
-    plan_length,
-    step_size,
-)
+from neobert.training.processes import main_prints_only, start_runtime, stop_signals
+from neobert.training.resume import Batches, Length, StepSize, Storage
 from neobert.training.run_folder import OpenRun, open_run, write_run_files
-from neobert.training.runtime import Runtime
-from neobert.training.summary import build_sinks, print_configuration, print_end, print_summary
+from neobert.training.runtime import Runtime, own_partition
+from neobert.training.summary import open_outputs, print_configuration, print_end, print_summary
 
 __all__ = ["Batches", "Context", "Evaluation", "Finished", "Length", "Parts", "Storage", "run_task"]
 
@@ -72,6 +58,26 @@ class Context:
     @property
     def config(self) -> Config:
         return self.loaded.config
+
+    def print_configuration(self, config: Config) -> None:
+        """With `debug: true`, `config` as the task has filled it in."""
+        print_configuration(config, self.loaded.origins)
+
+    def check_evaluation(self, has_data: bool) -> None:
+        """Raises ConfigError for keys that act on evaluations, in a run that has no evaluation data."""
+        trainer = self.config.trainer
+        asked = {
+            "trainer.save_strategy": trainer.save_strategy == "best",
+            "trainer.early_stopping": trainer.early_stopping > 0,
+            "trainer.load_best_model_at_end": trainer.load_best_model_at_end,
+            "trainer.metric_for_best_model": trainer.metric_for_best_model is not None,
+        }
+        why = (
+            "needs evaluation data: a split named validation or test, or dataset.validation_split with streaming: false"
+        )
+        problems = [Problem(dotted, why) for dotted, is_asked in asked.items() if is_asked]
+        if problems and not has_data:
+            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,7 @@ class Parts:
     messages: list[str] = field(default_factory=list)
     log_metrics: Callable[[], dict[str, float]] = dict  # what the task adds to the rows of the log
     end_messages: Callable[[], list[str]] = list
-    on_finish: Callable[[Finished], None] | None = (
-        None  # in the main process, with values, of a run that came to its end
-    )
+    on_finish: Callable[[Finished], None] | None = None  # in the main process, after the end, with values
     next_command: str = ""
 
 
@@ -139,25 +143,23 @@ def run_task(loaded: Loaded, build: Callable[[Context], Parts]) -> Finished:
 def assemble(context: Context, parts: Parts) -> "Run":
     """The run of these parts, where it begins or where its checkpoint was saved; prints the summary. Raises UserError."""
     config, runtime, opened = parts.config, context.runtime, context.opened
-    print_configuration(config, context.loaded.origins)
-    if parts.evaluation is None:
-        check_needs_evaluation(config.trainer)
+    context.check_evaluation(parts.evaluation is not None)
     model = runtime.distribute(parts.model, parts.blocks)
-    optimizer = build_run_optimizer(config, parts.model, runtime.dtype)
-    clip, clip_line = build_clip(config, parts.model)
+    optimizer = optimizers.build_run_optimizer(config, parts.model, runtime.dtype)
+    clip, clip_line = optimizers.build_clip(config, parts.model)
     model, optimizer = runtime.wrap_deepspeed(model, optimizer)
-    state = continue_run(opened, runtime, parts.storage, optimizer, parts.batches, model)
-    size = parts.size or step_size(config, runtime.world_size)
+    state = resume.continue_run(opened, runtime, parts.storage, optimizer, parts.batches, model)
+    size = parts.size or resume.step_size(config, runtime.world_size)
     if parts.num_steps is None:
-        length = plan_length(config, size, state, opened.saved, parts.count_left)
+        length = resume.plan_length(config, size, state, opened.saved, parts.count_left)
     else:
         length = Length(parts.num_steps)
     parts.set_num_rows(state.num_rows + (length.num_steps - state.step) * size.rows_per_step)
-    schedule, warnings = build_run_schedule(config, length.schedule_steps)
+    schedule, warnings = optimizers.build_run_schedule(config, length.schedule_steps)
     facts = {
         **parts.facts,
         "run": parts.describe_length(length.num_steps),
-        "optimizer": describe_optimizer(config, schedule, length.shift),
+        "optimizer": optimizers.describe_optimizer(config, schedule, length.shift),
         **clip_line,
         "device": runtime.describe,
         "processes": runtime.describe_engine,
@@ -167,7 +169,7 @@ def assemble(context: Context, parts: Parts) -> "Run":
     print_summary(facts, [*parts.messages, *opened.messages, *warnings], opened.folder)
     settings = StepSettings(
         seed=config.seed,
-        lr=learning_rate(config, schedule, length.shift),
+        lr=optimizers.learning_rate(config, schedule, length.shift),
         gradient_clipping=config.trainer.gradient_clipping,
         after_update=parts.after_update,
         model_inputs=parts.model_inputs,
@@ -177,12 +179,12 @@ def assemble(context: Context, parts: Parts) -> "Run":
         rows_per_step=size.rows_per_step,
     )
     evaluation = None if parts.evaluation is None else parts.evaluation(model)
-    return Run(context, parts, model, optimizer, settings, length, length.state_dict(config, size), state, evaluation)
+    return Run(context, parts, model, optimizer, settings, length, size, state, evaluation)
 
 
 @dataclass
 class Run:
-    """A run that is put together; `run` trains. `model` is as it is called; `counts` what checkpoints say of the length."""
+    """A run that is put together; `run` trains. `model` is as it is called."""
 
     context: Context
     parts: Parts
@@ -190,7 +192,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     settings: StepSettings
     length: Length
-    counts: dict[str, Any]
+    size: StepSize
     state: TrainState
     evaluation: Evaluation | None
 
@@ -201,14 +203,13 @@ class Run:
         if trainer.early_stopping and state.num_evaluations_without_gain >= trainer.early_stopping:
             state.stop_reason = "it had stopped early when it was saved"
         self.forget_lost_best()
-        sinks = build_sinks(self.parts.config, opened, runtime, state.step)
-        out = Outputs(sinks, Console(max_steps, state.step, runtime.is_main and not trainer.disable_tqdm))
+        out = open_outputs(self.parts.config, opened, runtime, state.step, max_steps)
         log = Log(trainer, self.parts.model, out, max_steps, self.parts.config.debug, self.parts.log_metrics)
         evaluate = None
         if self.evaluation is not None:
             evaluate = Evaluate(trainer, self.evaluation, runtime, out, interrupt)
         save = self.build_save(out)
-        interrupt.failure = lambda: sinks.failure or save.saver.failure()
+        interrupt.failure = lambda: out.metrics.failure or save.saver.failure()
         state.position = self.parts.batches.position
         hooks = [self.keep_position, *step_hooks(trainer, log, evaluate, save, max_steps, state.epoch)]
         fetch = partial(self.parts.batches.next_step, trainer.gradient_accumulation_steps)
@@ -222,7 +223,7 @@ class Run:
                     None if self.parts.ends_with_data else max_steps, hooks, out.stopwatch,
                 )  # fmt: skip
             except (RuntimeError, OSError) as error:
-                self.end_broken_step(error, out.console)
+                self.end_broken_step(error, out)
             is_stopped = runtime.all_max(interrupt.signal)[0] > 0
             if trainer.save_model or is_stopped:
                 save.run(state)
@@ -254,17 +255,44 @@ class Run:
         check_lock = (lambda: None) if opened.lock is None else opened.lock.check
         root, group = opened.folder / "checkpoints", runtime.process_group()
         saver = Saver(root, group, config.trainer.save_in_background, check_lock)
-        content = partial(
-            checkpoint_content, config, runtime, self.parts.storage, self.parts.model, self.optimizer,
-            self.parts.batches, self.counts,
-        )  # fmt: skip
-        return Save(config.trainer, saver, content, out.stopwatch, self.state.step if opened.goes_on else -1)
+        return Save(config.trainer, saver, self.content, out.stopwatch, self.state.step if opened.goes_on else -1)
+
+    def content(self, state: TrainState) -> Content:
+        """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
+
+        Raises CheckpointError, in all processes, for weights that are not finite: there is nothing to go on from in them.
+        """
+        parts, runtime = self.parts, self.context.runtime
+        if not math.isfinite(weight_norm(parts.model)):
+            raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
+        weights, model_config = parts.storage.content()
+        optimizer, first_rows = own_partition(self.optimizer), dict[str, int]()
+        if optimizer is None:
+            optimizer, first_rows = local_parts(optimizer_state(self.optimizer), runtime.is_main)
+        return Content(
+            step=state.step,
+            weights=weights,
+            model_config=model_config,
+            save_beside=parts.storage.save_beside,
+            config_yaml=dump_config(parts.config),
+            optimizer=optimizer,
+            first_rows=first_rows,
+            data=parts.batches.state_dict(state.position),
+            state={
+                **state.state_dict(),
+                **self.length.state_dict(parts.config, self.size),
+                "world_size": runtime.world_size,
+                "engine": runtime.engine,
+                "zero_stage": runtime.zero_stage,
+                "metadata": parts.config.pretraining_metadata,
+            },
+        )
 
     def keep_position(self, state: TrainState, result: StepResult | None) -> None:
         """The first hook of a step: what is saved from now on comes after it."""
         state.position = self.parts.batches.position
 
-    def end_broken_step(self, error: RuntimeError | OSError, console: Console) -> None:
+    def end_broken_step(self, error: RuntimeError | OSError, out: Outputs) -> None:
         """A signal to all processes of a job also ends the compiler that a step waits for: that is no error of the run.
 
         Returns where the last whole step is to be saved; raises `error` where no signal had come, and SystemExit.
@@ -273,10 +301,10 @@ class Run:
         if not number:
             raise error
         if self.state.step and self.context.runtime.world_size == 1:
-            console.line(f"note: step {self.state.step + 1:,} was broken off by the signal: {first_line(error)}")
+            out.console.line(f"note: step {self.state.step + 1:,} was broken off by the signal: {first_line(error)}")
             return
         what = "the last checkpoint stays" if self.state.step else "nothing had to be saved"
-        console.line(f"stopped by {signal.Signals(number).name} in step {self.state.step + 1:,}; {what}")
+        out.console.line(f"stopped by {signal.Signals(number).name} in step {self.state.step + 1:,}; {what}")
         sys.exit(128 + number)
 
     def forget_lost_best(self) -> None:
@@ -301,7 +329,7 @@ class Run:
             return None
         with runtime.open_weights(self.model):
             self.parts.storage.load(root / str(best))
-        runtime.on_main(lambda: write_text(root / "latest", f"{best}\n"))
+        runtime.on_main(lambda: write_pointer(root, "latest", best))
         console.line(f"loading the best checkpoint, step {best:,}")
         evaluate.run(self.state, loaded=best)
         return best

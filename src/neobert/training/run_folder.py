@@ -23,9 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from neobert import __version__
-from neobert.checkpoints.format import POINTERS, has_data, list_steps, read_pointer, verify_checkpoint
+from neobert.checkpoints.format import (
+    POINTERS,
+    clean_leftovers,
+    has_data,
+    list_steps,
+    read_pointer,
+    verify_checkpoint,
+)
 from neobert.checkpoints.locate import find_checkpoint
-from neobert.checkpoints.retention import clean_leftovers
 from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, print_notes
@@ -36,16 +42,9 @@ from neobert.training.runtime import Runtime
 SHARED_SECONDS = 30.0  # in which a network file system shows a new file
 RESULT = "result.json"  # of a run that came to its end, where its task has one
 RUN_FILES = (
-    "checkpoints",
-    "metrics.jsonl",
-    "report.html",
-    "config.yaml",
-    "environment.json",
-    "trackers",
-    "wandb.json",
-    RESULT,
+    "checkpoints", "metrics.jsonl", "report.html", "config.yaml", "environment.json", "trackers", "wandb.json", RESULT,
     "submission",
-)
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 MOVING = "previous/.moving"
 
@@ -76,10 +75,8 @@ def open_run(config: Config, runtime: Runtime) -> Iterator[OpenRun]:
     Raises ConfigError when the folder cannot be written, is held by another run, or holds one that may not be moved aside;
     CheckpointError when there is no such checkpoint.
     """
-    trainer, locks = config.trainer, list[FolderLock]()
-    folder = Path(trainer.output_dir)
-    try:
-        messages = runtime.on_main(lambda: _hold(folder, locks))
+    trainer, folder = config.trainer, Path(config.trainer.output_dir)
+    with _locked(folder, runtime) as (lock, messages):
         if runtime.world_size > 1:
             check_shared(folder, runtime)
         checkpoint, in_the_way, more = runtime.on_main(
@@ -90,33 +87,42 @@ def open_run(config: Config, runtime: Runtime) -> Iterator[OpenRun]:
             saved = runtime.on_main(lambda: verify_checkpoint(checkpoint))
             if missing := list(resume_needs_a_position(config, has_data(checkpoint))):
                 raise ConfigError(*missing)
-        yield OpenRun(folder, checkpoint, saved, in_the_way, [*messages, *more], next(iter(locks), None))
-    finally:
-        for lock in locks:
-            lock.release()
+        yield OpenRun(folder, checkpoint, saved, in_the_way, [*messages, *more], lock)
 
 
 @contextmanager
 def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
     """Hold a folder that is written and is not that of one run. Raises ConfigError."""
-    locks = list[FolderLock]()
-    try:
-        notes = runtime.on_main(lambda: _hold(folder, locks))
-        print_notes(notes if runtime.is_main else [])
+    with _locked(folder, runtime) as (_, messages):
+        print_notes(messages if runtime.is_main else [])
         yield
-    finally:
-        for lock in locks:
-            lock.release()
 
 
-def _hold(folder: Path, locks: list[FolderLock]) -> list[str]:
+@contextmanager
+def _locked(folder: Path, runtime: Runtime) -> Iterator[tuple[FolderLock | None, list[str]]]:
+    """(the lock, in the main process; messages)."""
+    locks = list[FolderLock]()
+
+    def lock() -> list[str]:
+        with _writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.append(FolderLock(folder))
+        return [locks[0].note] if locks[0].note else []
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(folder)
+        messages = runtime.on_main(lock)
+        yield next(iter(locks), None), messages
+    finally:
+        for held in locks:
+            held.release()
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
-    locks.append(lock)
-    return [lock.note] if lock.note else []
 
 
 def plan_start(folder: Path, resume: str | None, overwrite: bool) -> tuple[Path | None, list[str], list[str]]:
@@ -126,32 +132,30 @@ def plan_start(folder: Path, resume: str | None, overwrite: bool) -> tuple[Path 
     so that a forgotten `resume_from_checkpoint` costs nothing; with `overwrite` false it is an error. Steps after the
     checkpoint are in the way of a run that goes back. Call with the folder held.
     """
-    root = folder / "checkpoints"
-    try:
+    root, checkpoint = folder / "checkpoints", None
+    with _writing_to(folder):
         put_back(folder)
         root.mkdir(exist_ok=True)
         clean_leftovers(root)
-    except OSError as error:
-        raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
     if resume is not None:
-        checkpoint, messages = _resume_point(folder, resume)
-        if checkpoint is None:
-            return None, [], messages
+        try:
+            checkpoint = find_checkpoint(resume, root, to_resume=True)
+        except CheckpointError:
+            if resume != "latest":
+                raise
+            message = f"resume_from_checkpoint: latest, and no checkpoint in {folder} yet: starting from the beginning"
+            return None, [], [message]
         if _is_inside(checkpoint, folder):
             later = [step for step in list_steps(root) if step > int(checkpoint.name)]
-            return checkpoint, [f"checkpoints/{step}" for step in later], messages
-    else:
-        checkpoint = None
+            return checkpoint, [f"checkpoints/{step}" for step in later], []
     if not list_steps(root) and not (folder / "metrics.jsonl").exists():
         return checkpoint, [], []
     if not overwrite:
-        raise ConfigError(
-            Problem(
-                "trainer.overwrite_output_dir",
-                f"{folder} holds a run; continue it with trainer.resume_from_checkpoint: latest, choose another "
-                "trainer.output_dir, or set overwrite_output_dir: true",
-            )
+        problem = (
+            f"{folder} holds a run; continue it with trainer.resume_from_checkpoint: latest, choose another "
+            "trainer.output_dir, or set overwrite_output_dir: true"
         )
+        raise ConfigError(Problem("trainer.overwrite_output_dir", problem))
     return checkpoint, [name for name in RUN_FILES if (folder / name).exists()], []
 
 
@@ -159,19 +163,10 @@ def _is_inside(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.name.isdigit() and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def _resume_point(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    try:
-        return find_checkpoint(resume, folder / "checkpoints", to_resume=True), []
-    except CheckpointError:
-        if resume != "latest":
-            raise
-        return None, [f"resume_from_checkpoint: latest, and no checkpoint in {folder} yet: starting from the beginning"]
-
-
 def enter_run(opened: OpenRun) -> list[str]:
     """Move aside what is in the way; returns messages. Raises ConfigError where that cannot be done."""
     folder, root, messages = opened.folder, opened.folder / "checkpoints", list[str]()
-    try:
+    with _writing_to(folder):
         if opened.in_the_way:
             to = move_aside(folder, opened.in_the_way)
             what = "later steps of this run are" if opened.goes_on else f"the run that was in {folder} is"
@@ -182,8 +177,6 @@ def enter_run(opened: OpenRun) -> list[str]:
             step = read_pointer(path)
             if step is not None and not (root / step).is_dir():
                 path.unlink()
-    except OSError as error:
-        raise ConfigError(Problem("trainer.output_dir", f"cannot write to {folder}: {error.strerror}")) from None
     return messages
 
 
@@ -219,26 +212,19 @@ def put_back(folder: Path) -> None:
 
 def check_shared(folder: Path, runtime: Runtime) -> None:
     """Raises ConfigError, in all processes, where one of them, on another machine, has another folder of this name."""
-    name = runtime.on_main(lambda: _probe(folder))
+    probe = folder / runtime.on_main(lambda: f".shared.{os.getpid()}")
+    runtime.on_main(probe.touch)
     end = time.monotonic() + SHARED_SECONDS
-    while not (folder / name).is_file() and time.monotonic() < end:
+    while not probe.is_file() and time.monotonic() < end:
         time.sleep(0.1)
-    missing = int(runtime.all_sum(not (folder / name).is_file())[0])
-    runtime.on_main(lambda: (folder / name).unlink())
+    missing = int(runtime.all_sum(not probe.is_file())[0])
+    runtime.on_main(probe.unlink)
     if missing:
-        raise ConfigError(
-            Problem(
-                "trainer.output_dir",
-                f"{missing} of {runtime.world_size} processes do not see {folder} of process 0; several machines need a file "
-                "system that all of them share",
-            )
+        problem = (
+            f"{missing} of {runtime.world_size} processes do not see {folder} of process 0; several machines need a file "
+            "system that all of them share"
         )
-
-
-def _probe(folder: Path) -> str:
-    name = f".shared.{os.getpid()}"
-    (folder / name).write_text("")
-    return name
+        raise ConfigError(Problem("trainer.output_dir", problem))
 
 
 def write_run_files(folder: Path, config_yaml: str, facts: dict[str, Any]) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 from neobert.config.explain import plain_json, show_config
 from neobert.config.schema import Config, known_keys
 from neobert.ranks import Ranks
+from neobert.training.hooks import Outputs
 from neobert.training.loop import TrainState
-from neobert.training.metrics import Sinks, Stopwatch, build_trackers, duration, wandb_run_id
+from neobert.training.metrics import Console, Sinks, Stopwatch, build_trackers, duration, wandb_run_id
 from neobert.training.run_folder import OpenRun
 
 
 def print_configuration(config: Config, origins: dict[str, str]) -> None:
-    """`debug: true`: all keys with their values, and where each was set."""
+    """`debug: true`: all keys with their values, those that the task filled in too, and where each was set."""
     if config.debug:
         print(show_config(config, origins))
 
@@ -68,10 +69,13 @@ def print_end(
             print(f"{'' if number else 'next':<11} {command}")
 
 
-def build_sinks(config: Config, opened: OpenRun, ranks: Ranks, step: int) -> Sinks:
-    """metrics.jsonl, with its rows up to `step`, and the trackers that `trainer.report_to` and `wandb.enabled` ask for."""
+def open_outputs(config: Config, opened: OpenRun, ranks: Ranks, step: int, max_steps: int) -> Outputs:
+    """Where a run reports from `step` on: metrics.jsonl, the trackers that `trainer.report_to` and `wandb.enabled` ask for, and
+    the console; nowhere in other processes than the main one.
+    """
+    console = Console(max_steps, step, ranks.is_main and not config.trainer.disable_tqdm)
     if not ranks.is_main:
-        return Sinks(Path(os.devnull), 0, [])
+        return Outputs(Sinks(Path(os.devnull), 0, []), console)
     names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
     wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
     if "wandb" in names:
@@ -79,4 +83,4 @@ def build_sinks(config: Config, opened: OpenRun, ranks: Ranks, step: int) -> Sin
         wandb["id"] = wandb_run_id(opened.folder, opened.goes_on and config.wandb.resume != "never")
     flat = {key: plain_json(config.value_of(key)) for key in known_keys() if "muon_config." not in key}
     trackers = build_trackers(names, config.wandb.project, opened.folder / "trackers", flat, wandb)
-    return Sinks(opened.folder / "metrics.jsonl", step, trackers)
+    return Outputs(Sinks(opened.folder / "metrics.jsonl", step, trackers), console)

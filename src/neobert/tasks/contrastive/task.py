@@ -1,17 +1,25 @@
 """`task: contrastive`: from an encoder to sentence embeddings, by pairs, labels, scores and plain text."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.initial_weights import InitialWeights, architecture_keys, check_length
+import torch
+
+from neobert.checkpoints.initial_weights import InitialWeights, architecture_keys, check_length, start_fine_tuning
+from neobert.checkpoints.layouts import checkpoint_config, is_eurobert
+from neobert.checkpoints.load import EMBEDDING, HF_ENCODER
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
+from neobert.data.tokenizer import save_tokenizer
 from neobert.inference.embed import EmbeddingModel
+from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
+from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
+from neobert.model.hf_encoder import HFEncoderForEmbedding
+from neobert.tasks import encoder
 from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
 from neobert.tasks.contrastive.evaluation import build_evaluation, find_sets, mean_metrics
-from neobert.tasks.contrastive.model import build_model, build_storage
-from neobert.tasks.encoder import begin_fine_tuning, blocks_of, prepare_model, with_keys
-from neobert.training.run import Context, Finished, Parts, run_task
+from neobert.training.run import Context, Finished, Parts, Storage, run_task
 
 
 def run(loaded: Loaded) -> Finished:
@@ -21,15 +29,15 @@ def run(loaded: Loaded) -> Finished:
 
 def build(context: Context) -> Parts:
     """The parts of a contrastive run. Raises UserError."""
-    runtime = context.runtime
-    begun = begin_fine_tuning(context.config, fill_in)
-    config, hf_tokenizer, trainer = begun.config, begun.hf_tokenizer, begun.config.trainer
-    check_length(config, begun.start, "dataset.max_seq_length", longest_text(config))
+    runtime, start = context.runtime, start_fine_tuning(context.config, fill_in)
+    config, hf_tokenizer, trainer = start.config, start.hf_tokenizer, start.config.trainer
+    context.print_configuration(config)
+    check_length(config, start.weights, "dataset.max_seq_length", longest_text(config))
     data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime))
     sets = find_sets(config, data)
-    model, weights = build_model(config, begun.start, begun.vocab_size, hf_tokenizer.pad_token_id)
-    model.to(runtime.device)
-    kernels = prepare_model(config, model, runtime)
+    context.check_evaluation(bool(sets))
+    model, weights = build_model(config, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
+    kernels = encoder.prepare_model(config, model, runtime)
     evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()]
     return Parts(
         config,
@@ -37,26 +45,26 @@ def build(context: Context) -> Parts:
         data.train,
         build_storage(config, model, hf_tokenizer),
         count_left=partial(data.train.steps_left, trainer.num_train_epochs, trainer.gradient_accumulation_steps),
-        blocks=blocks_of(model),
+        blocks=encoder.blocks_of(model),
         evaluation=partial(build_evaluation, config, hf_tokenizer, sets, context) if sets else None,
         after_update=model.normalize_matrices,
         facts=describe(config, model, data, runtime.world_size, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"evaluated on": evaluated or "nothing"},
-        messages=[*begun.messages, *data.messages, *advice(config, data)],
+        messages=[*start.messages, *data.messages, *advice(config, data)],
         log_metrics=lambda: mean_metrics(runtime, model.contrastive.observe()),
         end_messages=data.train.describe_used,
         next_command='neobert similarity {checkpoint} "one text" "another text"',
     )
 
 
-def fill_in(config: Config, start: InitialWeights) -> Config:
+def fill_in(config: Config, weights: InitialWeights) -> Config:
     """The configuration with what follows from the weights, as it is saved: it loads to the same run."""
-    found, shortest = architecture_keys(config, start), dict[str, int]()
-    if not config.is_set("dataset.max_seq_length") and start.hub is None:
+    found, shortest = architecture_keys(config, weights), dict[str, int]()
+    if not config.is_set("dataset.max_seq_length") and weights.hub is None:
         longest = found.get("max_position_embeddings", config.model.max_position_embeddings)
         shortest = {"max_seq_length": min(config.dataset.max_seq_length, longest)}
-    return with_keys(config, model=found, dataset=shortest)
+    return config.with_keys(model=found, dataset=shortest)
 
 
 def describe(
@@ -88,3 +96,36 @@ def advice(config: Config, data: ContrastiveData) -> list[str]:
             "plain text makes pairs by dropout, and model.dropout_prob is 0: both passes are the same; 0.1 is usual"
         ]
     return []
+
+
+# --- the model -----------
+
+
+def build_model(config: Config, weights: InitialWeights, vocab_size: int, pad_id: int) -> tuple[EmbeddingModel, str]:
+    """(the model with its first weights, what was loaded in one line). Raises CheckpointError and ConfigError."""
+    torch.manual_seed(config.seed)
+    asked = config.contrastive
+    settings = ContrastiveSettings(asked.loss_type, asked.temperature, asked.hard_negative_weight, asked.pooling)
+    if (hub := weights.hub) is not None:
+        bare = encoder.load_hf_encoder(config, hub, vocab_size, "dataset.max_seq_length", longest_text(config))
+        return HFEncoderForEmbedding(bare, settings, pad_id), f"{hub}, all of the encoder"
+    model = NeoBERTForEmbedding(encoder.model_config(config, vocab_size, pad_id, **weights.inherited), settings)
+    model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    return model, encoder.load_own_encoder(weights, model, vocab_size)
+
+
+def build_storage(config: Config, model: EmbeddingModel, hf_tokenizer: Any) -> Storage:
+    """How the encoder is written to checkpoints and read back; transformers' `AutoModel` reads them too."""
+    trained = {EMBEDDING: {"pooling": config.contrastive.pooling, "max_length": longest_text(config)}}
+    width, embedding = model.config.hidden_size, Embedding(config.contrastive.pooling, max_length=longest_text(config))
+
+    def save_beside(folder: Path) -> None:
+        save_tokenizer(hf_tokenizer, folder, has_token_types=isinstance(model, HFEncoderForEmbedding))
+        write_sentence_transformers(folder, width, embedding)
+
+    if isinstance(model, HFEncoderForEmbedding):  # stored under the names of the encoder itself
+        return encoder.build_storage(model, {HF_ENCODER: trained}, save_beside)
+    fields = checkpoint_config(model.config, hf_tokenizer, config.model.name)
+    kind = "EuroBertModel" if is_eurobert(model.config) else "NeoBERTForEmbedding"
+    fields |= {"architectures": [kind], "neobert": {**fields["neobert"], **trained}}
+    return encoder.build_storage(model, fields, save_beside)

@@ -15,9 +15,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import list_steps
+from neobert.checkpoints.format import list_steps, prune, strip_checkpoint
 from neobert.checkpoints.initial_weights import find_initial_weights
-from neobert.checkpoints.retention import prune, strip_checkpoint
 from neobert.config.load import Loaded, load_config
 from neobert.data.labelled import TASKS
 from neobert.errors import ConfigError, Problem, print_notes
@@ -26,7 +25,7 @@ from neobert.tasks.glue.data import check_best_metric, find_all_files
 from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.predict import FOLDER, write_predictions
 from neobert.training.metrics import markdown_table, write_table
-from neobert.training.process import main_prints_only, start_runtime
+from neobert.training.processes import main_prints_only, start_runtime
 from neobert.training.run_folder import hold_folder
 from neobert.training.runtime import Runtime
 

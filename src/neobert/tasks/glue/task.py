@@ -5,15 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.initial_weights import InitialWeights, architecture_keys, check_length
+from neobert.checkpoints.initial_weights import InitialWeights, architecture_keys, check_length, start_fine_tuning
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.data.labelled import REPOSITORY, TASKS, GlueTask
 from neobert.errors import ConfigError, Problem
 from neobert.files import write_json
-from neobert.tasks.encoder import begin_fine_tuning, blocks_of, hf_encoder_dropout, prepare_model, with_keys
+from neobert.tasks.encoder import blocks_of, hf_encoder_dropout, prepare_model
 from neobert.tasks.glue.data import MOST_THREADS, GlueData, build_data, build_evaluation, check_best_metric, list_values
-from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.model import build_classifier, build_storage
 from neobert.training.choices import precision_name
 from neobert.training.run import Context, Finished, Parts, run_task
@@ -32,14 +31,13 @@ def build(context: Context) -> Parts:
     if not task.trains:
         problem = f"{task.name} is predicted by a model of mnli, not trained on: neobert glue CONFIG --predict, of an mnli run"
         raise ConfigError(Problem("glue.task_name", problem))
-    check_metrics()
     check_best_metric(context.config, task)
-    begun = begin_fine_tuning(context.config, lambda config, start: fill_in(config, task, start))
-    config, start, hf_tokenizer = begun.config, begun.start, begun.hf_tokenizer
-    check_length(config, start, "glue.max_seq_length", config.glue.max_seq_length)
+    start = start_fine_tuning(context.config, lambda config, weights: fill_in(config, task, weights))
+    config, hf_tokenizer = start.config, start.hf_tokenizer
+    context.print_configuration(config)
+    check_length(config, start.weights, "glue.max_seq_length", config.glue.max_seq_length)
     data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, runtime))
-    model, weights = build_classifier(config, task, start, begun.vocab_size, hf_tokenizer.pad_token_id)
-    model.to(runtime.device)
+    model, weights = build_classifier(config, task, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
     kernels = prepare_model(config, model, runtime)
     return Parts(
         config,
@@ -53,8 +51,8 @@ def build(context: Context) -> Parts:
         facts=describe(config, task, data, runtime, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"result of": _selection(config)},
-        messages=[*begun.messages, *data.messages],
-        on_finish=partial(write_result, config, task, start, protocol(config, start, runtime), weights),
+        messages=[*start.messages, *data.messages],
+        on_finish=partial(write_result, config, task, start.weights, protocol(config, start.weights, runtime), weights),
         next_command=f"neobert glue {context.opened.folder / 'config.yaml'} --predict",
     )
 
@@ -67,8 +65,7 @@ def fill_in(config: Config, task: GlueTask, start: InitialWeights) -> Config:
     from_model = config.is_set("model.classifier_init_range") and not config.is_set("glue.classifier_init_range")
     init_range = {"classifier_init_range": (config.model if from_model else config.glue).classifier_init_range}
     name = config.dataset.name if config.is_set("dataset.name") else REPOSITORY
-    return with_keys(
-        config,
+    return config.with_keys(
         glue=init_range,
         model=init_range | architecture_keys(config, start),
         dataset={} if config.dataset.path else {"name": name},

@@ -3,27 +3,25 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from neobert.checkpoints.format import Tensors
-from neobert.checkpoints.layouts import is_eurobert, to_eurobert
-from neobert.checkpoints.load import load_model_weights
+from neobert.checkpoints.initial_weights import start_pretraining
+from neobert.checkpoints.layouts import checkpoint_config
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
 from neobert.data.tokenizer import save_tokenizer, text_tokenizer
 from neobert.errors import DataError
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
-from neobert.tasks.encoder import blocks_of, checkpoint_config, prepare_model
+from neobert.tasks.encoder import blocks_of, build_model, build_storage, prepare_model
 from neobert.tasks.pretraining.data import PretrainingData, build_data
-from neobert.tasks.pretraining.initial_weights import begin
 from neobert.training.loop import evaluate
 from neobert.training.metrics import perplexity
 from neobert.training.resume import keep_saved_size
-from neobert.training.run import Context, Evaluation, Finished, Parts, Storage, run_task
-from neobert.training.runtime import whole_weights
+from neobert.training.run import Context, Evaluation, Finished, Parts, run_task
 
 
 def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> Finished:
@@ -34,15 +32,18 @@ def run(loaded: Loaded, observe: Callable[[Batch, int], None] | None = None) -> 
 def build(context: Context, observe: Callable[[Batch, int], None] | None = None) -> Parts:
     """The parts of a pretraining run. Raises UserError."""
     runtime, opened = context.runtime, context.opened
-    start = begin(context.config, opened.checkpoint)
+    start = start_pretraining(context.config, opened.checkpoint)
     hf_tokenizer, tokenizer = start.hf_tokenizer, text_tokenizer(start.hf_tokenizer)
     config, size = keep_saved_size(start.config, opened, runtime.world_size)
-    trainer = config.trainer
-    on_cuda = runtime.device.type == "cuda"
+    context.print_configuration(config)
+    trainer, on_cuda = config.trainer, runtime.device.type == "cuda"
     data = runtime.main_first(lambda: build_data(config, tokenizer, runtime, opened.folder, on_cuda))
     data.train.observe = observe
-    model = start.build_model(tokenizer.pad_id).to(runtime.device)
+    context.check_evaluation(data.evaluation is not None)
+    model = build_model(config, start.vocab_size, tokenizer.pad_id, start.weights.model)
     kernels = prepare_model(config, model, runtime)
+    name = config.model.name if start.weights.model is None else Path(str(config.model.name)).name
+    fields = checkpoint_config(model.config, hf_tokenizer, name)
     loss = "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions"
 
     def count_left() -> int:
@@ -55,11 +56,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
         config,
         model,
         data.train,
-        Storage(
-            content=lambda: checkpoint_model(model, hf_tokenizer, start.name),
-            load=lambda path: load_model_weights(path, model),
-            save_beside=lambda path: save_tokenizer(hf_tokenizer, path, has_token_types=False),
-        ),
+        build_storage(model, fields, lambda folder: save_tokenizer(hf_tokenizer, folder, has_token_types=False)),
         count_left=count_left,
         size=size,
         blocks=blocks_of(model),
@@ -73,7 +70,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
         describe_length=lambda steps: f"{epochs}{steps:,} steps, {steps * rows * data.row_length:,} tokens",
         more_facts=kernels
         | {"loss": loss, "ln(vocabulary)": f"{math.log(model.config.vocab_size):.3f}, the loss of a uniform guess"},
-        messages=start.notes,
+        messages=start.messages,
         end_messages=data.train.describe_used,
         next_command='neobert fill-mask {checkpoint} "The capital of France is [MASK]."',
     )
@@ -115,10 +112,3 @@ def build_evaluation(context: Context, batches: Callable[[], Iterator[Batch]], m
         return f"loss {values['loss']:.4f}  perplexity {values['perplexity']:,.1f}  accuracy {values['accuracy']:.1%}"
 
     return Evaluation(measure, headline, "loss")
-
-
-def checkpoint_model(model: NeoBERTForMaskedLM, hf_tokenizer: Any, name: str | None) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors and the config.json of a checkpoint."""
-    weights = whole_weights(model)
-    model_config = checkpoint_config(model.config, hf_tokenizer, name)
-    return to_eurobert(weights) if is_eurobert(model.config) else weights, model_config
