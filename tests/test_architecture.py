@@ -20,14 +20,6 @@ MAY_IMPORT = {
     "tasks": {"inference", "insight", "training", "checkpoints", "model", "data", "config", "optim"},
 }
 MOST_OWN_MODULES = 14
-TOO_MANY = {
-    "cli/main.py": 15,
-    "cli/models.py": 17,
-    "tasks/glue/suite.py": 15,
-    "tasks/glue/task.py": 15,
-    "tasks/pretraining/task.py": 17,
-    "training/run.py": 15,
-}  # what is still above it, and by how much: this list only gets shorter
 
 
 def folder(path):
@@ -73,7 +65,7 @@ def is_package(parts):
 
 def test_a_module_imports_few_of_ours():
     numbers = {str(path.relative_to(SOURCE)): len(our_modules(path)) for path in FILES}
-    assert {name: number for name, number in numbers.items() if number > MOST_OWN_MODULES} == TOO_MANY
+    assert not {name: number for name, number in numbers.items() if number > MOST_OWN_MODULES}
 
 
 def test_one_file_knows_deepspeed():

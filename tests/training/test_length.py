@@ -24,8 +24,8 @@ from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import DataError, UserError
 from neobert.ranks import Ranks
 from neobert.tasks.contrastive import task as contrastive
+from neobert.tasks.pretraining import checks as verify_resume
 from neobert.tasks.pretraining import task as pretraining
-from neobert.tasks.pretraining import verify_resume
 from neobert.tasks.pretraining.data import build_data
 from neobert.training.metrics import read_metrics
 
@@ -232,8 +232,8 @@ def test_a_logged_loss_is_that_of_an_uninterrupted_run(tmp_path):
 
 
 def train_in_a_fork(command, **_):
-    """As subprocess.run of `python -m neobert.tasks.pretraining.verify_resume <job>` does it, but not from its start."""
-    process = start_function(verify_resume._child, *json.loads(command[3]))
+    """As subprocess.run of `python -m neobert.tasks.pretraining.checks <job>` does it, but not from its start."""
+    process = start_function(verify_resume._run_child, *json.loads(command[3]))
     _, errors = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, "", errors)
 

@@ -18,7 +18,8 @@ import typer
 from typer import Context, Exit, Option
 from typer.models import CommandFunctionType as Command
 
-from neobert.cli import OVERRIDES, WITH_OVERRIDES, ConfigFile, layers, load, models, prepare
+from neobert.cli import models, prepare
+from neobert.cli.options import OVERRIDES, WITH_OVERRIDES, ConfigFile, layers, load
 from neobert.errors import ConfigError, Problem, UserError, disk_error, print_notes
 from neobert.ranks import launched_ranks
 

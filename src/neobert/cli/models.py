@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Context, Exit, Option
 
-from neobert.cli import TEXT_HELP, ConfigFile, TextColumn, load
+from neobert.cli.options import TEXT_HELP, ConfigFile, TextColumn, load
 from neobert.errors import UserError, print_notes
 
 if TYPE_CHECKING:

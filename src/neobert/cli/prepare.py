@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Context, Exit, Option, Typer
 
-from neobert.cli import TEXT_HELP, WITH_OVERRIDES, ConfigFile, TextColumn, layers, load
+from neobert.cli.options import TEXT_HELP, WITH_OVERRIDES, ConfigFile, TextColumn, layers, load
 from neobert.errors import ConfigError, Problem, print_notes
 
 config_app = Typer(no_args_is_help=True, help="Look at and check configurations, without training.")
