@@ -76,7 +76,7 @@ def describe(
     alone = f"; {windows} such batches a step, whose texts do not meet: more accumulation gives no more negatives"
     hard = f", hard negatives + {asked.hard_negative_weight:g}" if asked.hard_negative_weight else ""
     names = {"simcse": "InfoNCE over the texts of the batch", "supcon": "SupCon: texts of one label attract each other"}
-    layout = "packed one behind the other" if config.datacollator.pack_sequences else "padded"
+    layout = "packed one after the other" if config.datacollator.pack_sequences else "padded"
     num_parameters = sum(p.numel() for p in model.parameters())
     return {
         "task": f"contrastive, {names[asked.loss_type]}; temperature {asked.temperature:g}, {asked.pooling} pooling{hard}",

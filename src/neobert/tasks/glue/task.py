@@ -129,7 +129,7 @@ def describe(config: Config, task: GlueTask, data: GlueData, runtime: Runtime, w
 
 def _layout(config: Config) -> str:
     if config.datacollator.pack_sequences:
-        return "packed one behind the other"
+        return "packed one after the other"
     grouped = ", grouped by length" if config.glue.group_by_length else ""
     return ("padded to that" if config.tokenizer.padding == "max_length" else "padded to the longest") + grouped
 
