@@ -53,8 +53,12 @@ WARM_STEPS = 5
 
 
 def main() -> None:
-    options = arguments(__doc__, commit={"default": "ac63e8d", "help": "the earlier version"})
-    rounds, steps = (1, 15) if options.quick else (6, 40)
+    options = arguments(
+        __doc__,
+        commit={"default": "ac63e8d", "help": "the earlier version"},
+        rounds={"type": int, "default": 4, "help": "of both versions; commands take three times as many"},
+    )
+    rounds, steps = (1, 15) if options.quick else (options.rounds, 25)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         sources = {options.commit: unpack(options.commit, home / "earlier"), "now": ROOT / "src"}
