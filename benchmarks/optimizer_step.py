@@ -18,8 +18,7 @@ from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.optim.build import OptimizerSettings, build_optimizer
 from neobert.optim.muon import SCALE, MuonSettings, quintics
 from neobert.optim.qk_clip import QKClip, QKClipSettings
-from neobert.training.loop import StepSettings, Window, train_step
-from neobert.training.metrics import Stopwatch
+from neobert.training.loop import Setup, Window, train_step
 from neobert.training.runtime import build_runtime
 
 ROWS, LENGTH, VOCABULARY = 16, 512, 30_528
@@ -61,12 +60,13 @@ class Contestant:
         settings = OptimizerSettings(name, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), muon=muon)
         self.optimizer = build_optimizer(self.model.named_parameters(), settings, PARTS)
         clip = QKClip(self.model, QKClipSettings(interval=10), pad_id=0) if name == "muonclip" else None
-        self.stopwatch = Stopwatch()
-        self.settings = StepSettings(seed=0, lr=lambda step: 1e-4, gradient_clipping=1.0, clip=clip)
+        self.setup = Setup(
+            self.model, self.optimizer, self.runtime, lr=lambda step: 1e-4, gradient_clipping=1.0, clip=clip
+        )
 
     def step(self, update: int) -> float:
         start = time.perf_counter()
-        train_step(self.model, self.optimizer, self.window, self.runtime, self.settings, update - 1, self.stopwatch)
+        train_step(self.setup, self.window, update - 1)
         return time.perf_counter() - start
 
 
@@ -129,10 +129,13 @@ def main() -> None:
         "muonclip, clip step": partial(muonclip.step, 10),
     }
     for contestant in (adamw, muonclip):
-        contestant.stopwatch.lap()
+        contestant.setup.stopwatch.lap()
     repeats = 3 if options.quick else 2
     seconds = alternate(steps, repeats)
-    parts = [adamw.stopwatch.lap()["optimizer"] / repeats, muonclip.stopwatch.lap()["optimizer"] / repeats / 2]
+    parts = [
+        adamw.setup.stopwatch.lap()["optimizer"] / repeats,
+        muonclip.setup.stopwatch.lap()["optimizer"] / repeats / 2,
+    ]
     rows = [(name, f"{value:.2f}", f"{value / seconds['adamw']:.3f}x") for name, value in seconds.items()]
     table([(f"{width} x {layers}, {4 * ROWS * LENGTH:,} tokens", "seconds", "of adamw"), *rows])
     print(f"optimizer alone, with gradient clipping: adamw {parts[0]:.2f} s, muonclip {parts[1]:.2f} s")

@@ -95,7 +95,7 @@ def test_a_signal_to_all_processes_of_a_run(phase, tmp_path):
 
 def take_signals():
     interrupt = Interrupt()
-    interrupt.start()
+    interrupt.has_started = True
     signals.ONE_STOP_SECONDS = 0.2
     with stop_signals(interrupt):
         os.kill(os.getpid(), signal.SIGTERM)

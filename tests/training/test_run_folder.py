@@ -20,10 +20,9 @@ from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.tasks.contrastive import task as contrastive
 from neobert.tasks.glue import task as glue
 from neobert.tasks.pretraining import task as pretraining
-from neobert.training import folder_lock
-from neobert.training.folder_lock import LOCK, SILENT_SECONDS, FolderLock
+from neobert.training import run_folder
 from neobert.training.metrics import read_metrics
-from neobert.training.run_folder import plan_start
+from neobert.training.run_folder import LOCK, SILENT_SECONDS, FolderLock, plan_start
 
 
 def hold(folder):
@@ -70,7 +69,7 @@ def test_a_holder_on_another_machine_or_without_locks_of_the_kernel(has_kernel, 
     """It is believed as long as it gives signs of life; a run that was taken for dead writes no checkpoint any more."""
     if not has_kernel:
         monkeypatch.setattr(
-            folder_lock.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(37, "no locks"))
+            run_folder.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(37, "no locks"))
         )
     path = tmp_path / LOCK
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": "1", "since": "then", "id": "x"}))

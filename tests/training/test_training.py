@@ -32,12 +32,10 @@ from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import CheckpointError, UserError
 from neobert.optim.build import OptimizerSettings, build_optimizer
 from neobert.training.hooks import Saver
-from neobert.training.loop import Interrupt, StepSettings, TrainState, Window, train, train_step
-from neobert.training.metrics import Stopwatch
+from neobert.training.loop import Interrupt, Setup, TrainState, Window, train, train_step
 from neobert.training.runtime import Runtime
 
 RUNTIME = Runtime(device=torch.device("cpu"))
-SETTINGS = StepSettings(seed=0, lr=lambda step: 0.01)
 
 
 def batches(count, rows, seed=0):
@@ -70,11 +68,8 @@ def test_accumulation_is_exact():
     results, weights = [], []
     for micro in (small, [joined]):
         model = build()
-        results.append(
-            train_step(
-                model, torch.optim.SGD(model.parameters(), lr=1.0), window(micro), RUNTIME, SETTINGS, 0, Stopwatch()
-            )
-        )
+        setup = Setup(model, torch.optim.SGD(model.parameters(), lr=1.0), RUNTIME, lr=lambda step: 0.01)
+        results.append(train_step(setup, window(micro), 0))
         weights.append(model.state_dict())
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
@@ -83,11 +78,11 @@ def test_accumulation_is_exact():
 
 
 def test_clipping_bounds_the_gradient():
-    model, settings = build(), StepSettings(seed=0, lr=lambda step: 1.0, gradient_clipping=1e-3)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    result = train_step(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), window(batches(2, 2)), RUNTIME, settings, 0, Stopwatch()
-    )
+    setup = Setup(model, optimizer, RUNTIME, lr=lambda step: 1.0, gradient_clipping=1e-3)
+    result = train_step(setup, window(batches(2, 2)), 0)
     moved = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
     assert result.grad_norm > 1e-3
     assert moved == pytest.approx(1e-3, rel=1e-2)
@@ -99,8 +94,9 @@ def test_a_bad_loss_stops_before_the_update():
         model.lm_head.weight[0] = torch.nan
     before = {name: p.clone() for name, p in model.named_parameters()}
     state, data = TrainState(), iter([batches(2, 2)[1:]])
+    setup = Setup(model, optimizer_of(model), RUNTIME, lr=lambda step: 0.01)
     with pytest.raises(UserError, match="loss became nan at step 1, microbatch 0"):
-        train(model, optimizer_of(model), lambda: next(data), RUNTIME, SETTINGS, state, 5, [], Stopwatch())
+        train(setup, lambda: next(data), state, 5, [])
     assert state.step == 0
     assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in model.named_parameters())
 

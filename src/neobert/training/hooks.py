@@ -15,29 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import Content, ProcessGroup, prune, save_checkpoint, write_pointer
+from neobert.checkpoints.format import Content, ProcessGroup, save_checkpoint
 from neobert.config.sections import TrainerConfig
 from neobert.errors import ConfigError, Problem, UserError, first_line, print_notes
 from neobert.optim.qk_clip import clip_metrics
-from neobert.training.loop import Hook, Interrupt, StepResult, TrainState
-from neobert.training.metrics import Console, Sinks, Stopwatch, duration
-from neobert.training.runtime import Runtime, total_norm
+from neobert.training.loop import Setup, StepResult, TrainState
+from neobert.training.metrics import Outputs, Stopwatch, duration
+from neobert.training.parts import Evaluation
+from neobert.training.runtime import total_norm
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
 LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # printed where they are known
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where a run reports: its metrics and trackers, the console, and the times that both print."""
-
-    metrics: Sinks
-    console: Console
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
-
-    def close(self) -> None:
-        self.console.close()
-        self.metrics.close()
 
 
 @dataclass
@@ -49,6 +37,7 @@ class Log:
     trainer: TrainerConfig
     model: nn.Module
     out: Outputs
+    stopwatch: Stopwatch
     max_steps: int
     debug: bool
     more: Callable[[], dict[str, float]] = dict
@@ -58,21 +47,18 @@ class Log:
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
         if result is not None:
             self.window.append(result)
-            one = {
-                "loss": result.loss * result.num_targets,
-                "targets": result.num_targets,
-                "correct": result.num_correct,
-            }
+            loss_sum = result.loss * result.num_targets
+            one = {"loss": loss_sum, "targets": result.num_targets, "correct": result.num_correct}
             state.logged = {name: state.logged.get(name, 0) + value for name, value in one.items()}
         is_due = result is None or state.step % self.trainer.logging_steps == 0 or state.step == self.max_steps
         if self.window and (is_due or self.debug):
             self._write(state)
         if result is not None:
-            self.out.console.step(result.loss, self.last_rate)
+            self.out.step(result.loss, self.last_rate)
 
     def _write(self, state: TrainState) -> None:
         (window, self.window), (sums, state.logged) = (self.window, []), (state.logged, {})
-        seconds = self.out.stopwatch.lap()
+        seconds = self.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
         loss = sums["loss"] / max(1, sums["targets"])
         self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
@@ -95,13 +81,13 @@ class Log:
             row["accuracy"] = sums["correct"] / max(1, sums["targets"])
         row |= self.more()
         row |= clip_metrics([one.clip for one in window if one.clip is not None])
-        self.out.metrics.write(row)
-        if not self.out.console.has_bar or self.debug:
+        self.out.write(row)
+        if not self.out.has_bar or self.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)
             extras = "".join(f"  {name} {row[name]:.3f}" for name in LOGGED if name in row)
             if row.get("qk_clipped_heads"):
                 extras += f"  largest logit {row['qk_max_logit']:.1f}, {row['qk_clipped_heads']} heads clipped"
-            self.out.console.line(
+            self.out.line(
                 f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
                 f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
             )
@@ -113,72 +99,51 @@ def weight_norm(model: nn.Module) -> float:
     return float(total_norm(model.parameters()))
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation: `run` gives its values (None: it was broken off), `headline` is a line of them, `default` the name of the
-    one that decides which is best.
-    """
-
-    run: Callable[[], dict[str, float] | None]
-    headline: Callable[[dict[str, float]], str]
-    default: str
-
-
 @dataclass
 class Evaluate:
     """Runs the evaluation when it is due, keeps track of the best, and asks for a stop when it no longer improves."""
 
     trainer: TrainerConfig
     evaluation: Evaluation
-    runtime: Runtime
+    setup: Setup
     out: Outputs
-    interrupt: Interrupt
     last_step: int = -1
-    improved: bool = False
     values: dict[str, float] = field(default_factory=dict)
 
-    def __call__(self, state: TrainState, due: bool) -> None:
-        self.improved = False
-        if due and self.last_step != state.step:
-            self.run(state)
-
-    def run(self, state: TrainState, loaded: int | None = None) -> None:
+    def run(self, state: TrainState, loaded: int | None = None) -> bool:
         """Evaluate, and compare with the best so far; or evaluate again the weights that were `loaded`, those of an earlier
-        step, which has been compared and has its row.
+        step, which has been compared and has its row. Returns whether this is the best.
         """
         self.last_step = step = state.step if loaded is None else loaded
-        self.improved = False
-        with self.out.stopwatch.phase("evaluate"):
+        with self.setup.stopwatch.phase("evaluate"):
             values = self.evaluation.run()
         state.is_evaluation_open = values is None
         if values is None:
-            self.interrupt.act(state, self.runtime)
-            return
-        self.values = values
+            self.setup.interrupt.act(state, self.setup.runtime)
+            return False
+        self.values, is_best = values, False
         if loaded is None:
-            self._compare(state, values)
-            self.out.metrics.write(
-                {"kind": "eval", "step": step, **{f"eval_{name}": value for name, value in values.items()}}
-            )
-        best = "  best so far" if self.improved else ""
-        self.out.console.line(f"evaluation at step {step:,}: {self.evaluation.headline(values)}{best}")
+            is_best = self._compare(state, values)
+            self.out.write({"kind": "eval", "step": step, **{f"eval_{name}": value for name, value in values.items()}})
+        best = "  best so far" if is_best else ""
+        self.out.line(f"evaluation at step {step:,}: {self.evaluation.headline(values)}{best}")
+        return is_best
 
-    def _compare(self, state: TrainState, values: dict[str, float]) -> None:
+    def _compare(self, state: TrainState, values: dict[str, float]) -> bool:
         name = (self.trainer.metric_for_best_model or self.evaluation.default).removeprefix("eval_")
         if name not in values:
-            raise ConfigError(
-                Problem("trainer.metric_for_best_model", f"no metric {name!r}; there are: {', '.join(values)}")
-            )
+            why = f"no metric {name!r}; there are: {', '.join(values)}"
+            raise ConfigError(Problem("trainer.metric_for_best_model", why))
         larger = self.trainer.greater_is_better and name not in SMALLER_IS_BETTER
-        value, best = values[name], state.best_metric
-        self.improved = best is None or (value > best if larger else value < best)
-        if self.improved:
+        value, best, patience = values[name], state.best_metric, self.trainer.early_stopping
+        is_best = best is None or (value > best if larger else value < best)
+        if is_best:
             state.best_metric, state.best_step, state.num_evaluations_without_gain = value, state.step, 0
         else:
             state.num_evaluations_without_gain += 1
-        patience = self.trainer.early_stopping
         if patience and state.num_evaluations_without_gain >= patience:
             state.stop_reason = f"no better {name} in {patience} evaluations"
+        return is_best
 
 
 @dataclass
@@ -195,9 +160,7 @@ class Saver:
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="save"))
 
     def submit(self, content: Content, after: Callable[[], None]) -> None:
-        """Write a checkpoint, whose tensors nobody changes any more; then the main process calls `after`. Raises what `wait`
-        raises.
-        """
+        """Write a checkpoint, whose tensors nobody changes any more; then the main process calls `after`. Raises as `wait`."""
         self.wait()
         self._running = self._thread.submit(self._save, content, after)
         if not self.in_background:
@@ -242,78 +205,10 @@ class Saver:
         """What saving cost, for the end of a run that waited for so long."""
         if not self.num_saved:
             return []
-        n = self.num_saved
+        a_write, a_wait = self.write_seconds / self.num_saved, blocked_seconds / self.num_saved
         how = "in the background, " if self.in_background else ""
-        return [
-            f"saving: {self.write_seconds / n:.2f} s a checkpoint, {how}which held training for {blocked_seconds / n:.2f} s"
-        ]
+        return [f"saving: {a_write:.2f} s a checkpoint, {how}which held training for {a_wait:.2f} s"]
 
     def close(self) -> None:
         """End the thread; a save that is being written is finished."""
         self._thread.shutdown()
-
-
-@dataclass
-class Save:
-    """Writes checkpoints when they are due and removes the oldest beyond the limit."""
-
-    trainer: TrainerConfig
-    saver: Saver
-    content: Callable[[TrainState], Content]
-    stopwatch: Stopwatch
-    last_step: int = -1
-    has_spare: bool = True  # checkpoints beyond the limit, until the newest is known to be good
-
-    def run(self, state: TrainState) -> None:
-        if self.last_step == state.step:
-            return
-        best = state.best_step
-        with self.stopwatch.phase("save"):
-            self.saver.submit(self.content(state), lambda: self._point_at(best))
-        self.last_step, self.has_spare = state.step, True
-
-    def _point_at(self, best: int | None) -> None:
-        """When a checkpoint is whole: point at the best one."""
-        root = self.saver.root
-        if best is not None and (root / str(best)).is_dir():
-            write_pointer(root, "best", best)
-
-    def prune(self, state: TrainState) -> None:
-        """Once the loss after the newest checkpoint is known to be finite: remove the oldest beyond the limit."""
-        if self.has_spare and self.saver.group.rank == 0 and self.trainer.save_total_limit is not None:
-            root, keep = self.saver.root, self.trainer.save_total_limit
-            protected = {self.last_step, self.last_step if state.best_step is None else state.best_step}
-            self.saver.then(lambda: prune(root, keep, protected))
-        self.has_spare = False
-
-
-def finish_evaluation(evaluate: Evaluate, save: Save, state: TrainState) -> None:
-    """An evaluation that a signal broke off is made up for when the run goes on, and the checkpoint saved with its result."""
-    evaluate.run(state)
-    if not state.is_evaluation_open:
-        save.last_step = -1
-        save.run(state)
-
-
-def step_hooks(
-    trainer: TrainerConfig, log: Log, evaluate: Evaluate | None, save: Save, max_steps: int, epoch: int
-) -> list[Hook]:
-    """The hooks of a run in their order: log, evaluate, save. `epoch` is the one the run starts in."""
-    last_epoch = epoch
-
-    def evaluate_and_save(state: TrainState, result: StepResult | None) -> None:
-        nonlocal last_epoch
-        new_epoch, last_epoch = state.epoch > last_epoch, state.epoch  # its first batch has been used
-        is_last = result is None or state.step == max_steps
-        save.prune(state)
-        if evaluate is not None:
-            by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
-            evaluate(state, by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or is_last)
-        if state.is_evaluation_open:
-            return  # the run ends here, with a checkpoint
-        improved = evaluate is not None and evaluate.improved
-        due = {"steps": state.step % trainer.save_steps == 0, "epoch": new_epoch, "best": improved, "no": False}
-        if due[trainer.save_strategy] or (trainer.load_best_model_at_end and improved):
-            save.run(state)
-
-    return [log, evaluate_and_save]

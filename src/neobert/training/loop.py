@@ -74,17 +74,13 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.has_started = False  # before, there is nothing to save
+        self.has_started = False  # before, there is nothing to save; then a signal is acted on after the step
         self.signal = 0  # number of the signal that this process, and after `act` some process, received
         self.failure: Callable[[], UserError | None] = lambda: None  # of this process
 
     @property
     def wanted(self) -> bool:
         return self.signal != 0 or self.failure() is not None
-
-    def start(self) -> None:
-        """From here on, a signal is noted and acted on after the step."""
-        self.has_started = True
 
     def act(self, state: "TrainState", runtime: Runtime) -> None:
         """Stop after this step, or raise the UserError of the first process that has one. All call it when one wants it."""
@@ -97,11 +93,16 @@ class Interrupt:
 
 
 @dataclass(frozen=True)
-class StepSettings:
-    """The numbers a step depends on. `lr(step)` is the learning rate of an update; `after_update` ends it (nGPT)."""
+class Setup:
+    """What a run trains with. `model` is as it is called; `lr(step)` is the learning rate of an update; `after_update` ends it
+    (nGPT).
+    """
 
-    seed: int
+    model: nn.Module
+    optimizer: Optimizer
+    runtime: Runtime
     lr: Callable[[int], float]
+    seed: int = 0
     gradient_clipping: float | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
@@ -109,18 +110,15 @@ class StepSettings:
     interrupt: Interrupt = field(default_factory=Interrupt)
     empty_batch: Callable[[], Batch] | None = None  # for a process whose data ends before that of others
     rows_per_step: int = 0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def train(
-    model: nn.Module,
-    optimizer: Optimizer,
+    setup: Setup,
     fetch: Callable[[], Sequence[Batch]],
-    runtime: Runtime,
-    settings: StepSettings,
     state: TrainState,
     max_steps: int | None,
     hooks: Sequence[Hook],
-    stopwatch: Stopwatch,
 ) -> None:
     """Train until `max_steps` (None: the end of the data), or `state.stop_reason`. Hooks run after every step, in order, and
     once more when the data has ended.
@@ -128,23 +126,23 @@ def train(
     Raises UserError, in all processes, for data that cannot be read and for numbers that are not finite; `state` is then
     that of the last whole step.
     """
-    model.train()
+    setup.model.train()
     first_step = state.step
     while (max_steps is None or state.step < max_steps) and state.stop_reason is None:
-        with stopwatch.phase("data"):
-            window = fetch_window(fetch, runtime, settings.empty_batch)
+        with setup.stopwatch.phase("data"):
+            window = fetch_window(fetch, setup)
         if window is None:
             state.stop_reason = None if max_steps is None else "the data ended"
             for hook in hooks if state.step > first_step else []:
                 hook(state, None)
             break
-        result = train_step(model, optimizer, window, runtime, settings, state.step, stopwatch)
+        result = train_step(setup, window, state.step)
         state.step += 1
         state.num_tokens += result.num_tokens
-        state.num_rows += settings.rows_per_step
+        state.num_rows += setup.rows_per_step
         state.epoch = max(state.epoch, window.epoch)
         if result.is_interrupted:
-            settings.interrupt.act(state, runtime)
+            setup.interrupt.act(state, setup.runtime)
         for hook in hooks:
             hook(state, result)
 
@@ -158,9 +156,7 @@ class Window:
     epoch: int
 
 
-def fetch_window(
-    fetch: Callable[[], Sequence[Batch]], runtime: Runtime, empty_batch: Callable[[], Batch] | None = None
-) -> Window | None:
+def fetch_window(fetch: Callable[[], Sequence[Batch]], setup: Setup) -> Window | None:
     """The next window; None when the data of all processes has ended. Raises, in all of them, what `fetch` raised in one."""
     micro: Sequence[Batch] = []
     error: UserError | None = None
@@ -169,64 +165,56 @@ def fetch_window(
     except (UserError, OSError) as failure:
         error = failure if isinstance(failure, UserError) else DataError(f"the data cannot be read: {failure}")
     targets, epoch = sum(batch.num_targets for batch in micro), micro[-1].epoch if micro else 0
-    found = runtime.gather(error is not None, len(micro), targets, epoch)
+    found = setup.runtime.gather(error is not None, len(micro), targets, epoch)
     if any(failed for failed, *_ in found):
-        raise runtime.first_error(error)
+        raise setup.runtime.first_error(error)
     count = int(max(number for _, number, _, _ in found))
     if not count:
         return None
     if len(micro) < count:
-        assert empty_batch is not None, "all processes have as many microbatches"
-        micro = [*micro, *(empty_batch() for _ in range(count - len(micro)))]
+        assert setup.empty_batch is not None, "all processes have as many microbatches"
+        micro = [*micro, *(setup.empty_batch() for _ in range(count - len(micro)))]
     num_targets = int(sum(targets for _, _, targets, _ in found))
     return Window(micro, num_targets, int(min(epoch for _, number, _, epoch in found if number)))
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    window: Window,
-    runtime: Runtime,
-    settings: StepSettings,
-    step: int,
-    stopwatch: Stopwatch,
-) -> StepResult:
+def train_step(setup: Setup, window: Window, step: int) -> StepResult:
     """One update from the microbatches of one accumulation window."""
     micro, num_targets = window.micro, max(1, window.num_targets)
+    runtime, optimizer, stopwatch = setup.runtime, setup.optimizer, setup.stopwatch
     with stopwatch.phase("compute"):
-        *mine, bad = _accumulate(model, micro, runtime, settings, step, num_targets)
-        sums = runtime.all_sum(*mine, sum(batch.num_tokens for batch in micro), settings.interrupt.wanted)
+        *mine, bad = _accumulate(setup, micro, step, num_targets)
+        sums = runtime.all_sum(*mine, sum(batch.num_tokens for batch in micro), setup.interrupt.wanted)
         loss_sum, num_correct, num_tokens, num_interrupted = sums
         if not math.isfinite(loss_sum):
             first = len(micro) - int(runtime.all_max(len(micro) - bad)[0])
             _refuse(loss_sum, step, first, optimizer)
     with stopwatch.phase("optimizer"):
-        norm = float(runtime.clip(model, settings.gradient_clipping))
+        norm = float(runtime.clip(setup.model, setup.gradient_clipping))
         if not math.isfinite(norm):
             _refuse(norm, step, len(micro) - 1, optimizer, what="gradient")
-        lr = settings.lr(step)
+        lr = setup.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step()
-        settings.after_update()
+        setup.after_update()
         optimizer.zero_grad(set_to_none=True)
-        report = None if settings.clip is None else settings.clip.apply(step + 1)
+        report = None if setup.clip is None else setup.clip.apply(step + 1)
     counts = num_targets, int(num_tokens), int(num_correct)
     return StepResult(loss_sum / num_targets, *counts, lr, norm, report, num_interrupted > 0)
 
 
-def _accumulate(
-    model: nn.Module, micro: Sequence[Batch], runtime: Runtime, settings: StepSettings, step: int, num_targets: int
-) -> tuple[float, int, int]:
+def _accumulate(setup: Setup, micro: Sequence[Batch], step: int, num_targets: int) -> tuple[float, int, int]:
     """Forward and backward of all microbatches; (sum of the losses, correct guesses, first microbatch whose loss is bad)."""
     total, num_correct, bad = 0.0, 0, len(micro)
+    model, runtime = setup.model, setup.runtime
     for number, batch in enumerate(micro):
-        seed_everything(settings.seed, step, number, runtime.rank)
-        if settings.clip is not None:
-            settings.clip.prepare(step + 1, is_last_microbatch=batch is micro[-1])
+        seed_everything(setup.seed, step, number, runtime.rank)
+        if setup.clip is not None:
+            setup.clip.prepare(step + 1, is_last_microbatch=batch is micro[-1])
         with runtime.sync_gradients(model, on=batch is micro[-1]):
             with runtime.autocast():
-                output = model(**batch.to(runtime.device).inputs(), **settings.model_inputs)
+                output = model(**batch.to(runtime.device).inputs(), **setup.model_inputs)
             runtime.backward(model, output.loss_sum * (runtime.world_size / num_targets))
         loss_sum = float(output.loss_sum.detach())
         if not math.isfinite(loss_sum):
@@ -258,8 +246,7 @@ def evaluate(
     local, is_interrupted = [0.0, 0.0, 0.0], False
     rest = itertools.islice(batches, max_batches)
     while True:
-        some: list[Batch] = []  # one for each process; at the end fewer
-        error = None
+        some, error = list[Batch](), None  # one batch for each process; at the end fewer
         try:
             some = list(itertools.islice(rest, runtime.world_size))
         except UserError as failure:

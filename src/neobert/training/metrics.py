@@ -1,15 +1,10 @@
-"""What a run reports while it goes: a step-time breakdown, metrics.jsonl, the console, and experiment trackers.
-
-Trackers (Weights & Biases, TensorBoard, trackio, MLflow, ...) run through Accelerate's adapters. They and Accelerate are the
-extra `trackers`, of which nothing is imported unless a tracker is asked for.
-"""
+"""What a run reports while it goes: a step-time breakdown, metrics.jsonl, the console; and tables of the results of several."""
 
 import json
 import math
-import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neobert.errors import ConfigError, Problem, UserError, disk_error, first_line
+from neobert.errors import UserError, disk_error, first_line
 from neobert.files import write_json, write_text
 
 PHASES = ("data", "compute", "optimizer", "evaluate", "save")
-INSTALL = "pip install 'neobert[trackers]'"
 
 
 @dataclass
@@ -63,18 +57,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Sinks:
-    """Where metrics go: metrics.jsonl at `path`, one JSON object a line, written at once, and every tracker. Records after
-    `step`, where the run starts, are removed from it.
+class Outputs:
+    """Where a run reports: metrics.jsonl at `path`, one JSON object a line, written at once; every tracker; lines on stdout
+    and, on a terminal, a progress bar on stderr below them. Records after `step`, where the run starts, are removed.
     """
 
-    def __init__(self, path: Path, step: int, trackers: list[Any]):
+    def __init__(self, path: Path, trackers: list[Any], step: int, num_steps: int, show_bar: bool):
         self.path, self.trackers = path, trackers
         self.failure: UserError | None = None  # of a write; all processes of a run end together on it
         if path.is_file():
             kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
             write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        look: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "leave": False}
+        # `disable` None: a bar on a terminal only
+        self._bar = tqdm(total=num_steps, initial=step, file=sys.stderr, disable=None if show_bar else True, **look)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl; trackers get its numbers as `<kind>/<name>` at its step."""
@@ -88,38 +85,28 @@ class Sinks:
         except OSError as error:
             self.failure = disk_error(error, self.path) or UserError(f"{self.path}: {first_line(error)}")
 
-    def close(self) -> None:
-        self._file.close()
-        for tracker in self.trackers:
-            tracker.finish()
-
-
-class Console:
-    """Lines on stdout; on a terminal also a progress bar on stderr, below them."""
-
-    def __init__(self, num_steps: int, start: int, show_bar: bool):
-        shape: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "leave": False}
-        # `disable` None: a bar on a terminal only
-        self._bar = tqdm(total=num_steps, initial=start, file=sys.stderr, disable=None if show_bar else True, **shape)
-
     @property
     def has_bar(self) -> bool:
         return not self._bar.disable
 
     def line(self, text: str) -> None:
+        """Print a line."""
         if self.has_bar:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
 
-    def step(self, loss: float | None, tokens_per_second: float | None) -> None:
+    def step(self, loss: float, tokens_per_second: float | None) -> None:
         """Move the bar by one step."""
-        if loss is not None and tokens_per_second is not None:
+        if tokens_per_second is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update()
 
     def close(self) -> None:
         self._bar.close()
+        self._file.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def perplexity(loss: float) -> float:
@@ -149,56 +136,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def build_trackers(
-    names: list[str], project: str, logging_dir: Path, config: Mapping[str, Any], wandb: dict[str, Any]
-) -> list[Any]:
-    """Start the trackers and give each the flat configuration. `wandb` are keyword arguments of `wandb.init`. Raises
-    ConfigError for a name that no adapter has, UserError for one that is not installed or cannot start.
-    """
-    if not names:
-        return []
-    try:
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    except ImportError:
-        raise UserError(f"trainer.report_to: trackers need the extra: {INSTALL}") from None
-    PartialState()  # the adapters ask it whether they are on the main process
-    trackers = []
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise ConfigError(Problem("trainer.report_to", f"no tracker {name!r}; there are: {known}"))
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        extra = wandb if name == "wandb" else {}
-        directory = {"logging_dir": str(logging_dir)} if kind.requires_logging_directory else {}
-        trackers.append(_start(name, kind, project, {**directory, **extra}))
-        trackers[-1].store_init_configuration(dict(config))
-    return trackers
-
-
-def _start(name: str, kind: Any, project: str, settings: dict[str, Any]) -> Any:
-    failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
-    try:
-        if name == "wandb":
-            import wandb
-
-            failures += (wandb.errors.Error,)
-        tracker = kind(project, **settings)
-        tracker.start()
-    except ImportError:
-        raise UserError(f"{name} is not installed: {INSTALL}") from None
-    except failures as error:
-        raise UserError(f"{name} cannot start: {str(error).splitlines()[0]}") from None
-    return tracker
-
-
-def wandb_run_id(folder: Path, keep: bool) -> str:
-    """The id of the W&B run of an output folder: the one used before where `keep`, else a new one; written down."""
-    path = folder / "wandb.json"
-    if keep and path.is_file():
-        return str(json.loads(path.read_text())["id"])
-    identifier = secrets.token_hex(4)
-    write_text(path, json.dumps({"id": identifier}) + "\n")
-    return identifier

@@ -83,26 +83,21 @@ def build_schedule(s: SchedulerConfig, num_steps: int) -> Schedule:
     return Schedule(s.name, warmup, end, s.final_lr_ratio, s.num_cycles, s.power, start)
 
 
-def build_run_schedule(config: Config, num_steps: int) -> tuple[Schedule, list[str]]:
-    """The learning-rate schedule of `num_steps`, and messages. Raises ConfigError."""
-    schedule = build_schedule(config.scheduler, num_steps)
-    if config.trainer.max_steps != num_steps and schedule.warmup_steps >= num_steps:
-        peak = config.optimizer.lr * lr_scale(num_steps - 1, schedule)
-        return schedule, [
+def plan_learning_rate(config: Config, num_steps: int, shift: float) -> tuple[Callable[[int], float], str, list[str]]:
+    """(the learning rate as a function of the step; optimizer and learning rate in a line; messages) of a run of `num_steps`,
+    `shift` of which lie before the first one of its schedule. Raises ConfigError.
+    """
+    settings, schedule_steps = config.optimizer, round(num_steps - shift)
+    schedule = build_schedule(config.scheduler, schedule_steps)
+    messages = []
+    if config.trainer.max_steps != schedule_steps and schedule.warmup_steps >= schedule_steps:
+        peak = settings.lr * lr_scale(schedule_steps - 1, schedule)
+        messages.append(
             f"the warmup of {schedule.warmup_steps:,} steps is longer than the run: the learning rate gets to {peak:.2g}, "
-            f"not {config.optimizer.lr:g} (set scheduler.warmup_steps or warmup_percent)"
-        ]
-    return schedule, []
-
-
-def learning_rate(config: Config, schedule: Schedule, shift: float) -> Callable[[int], float]:
-    """The learning rate as a function of the step, which `shift` more steps than the schedule's lie before."""
-    return lambda step: config.optimizer.lr * lr_scale(step - shift, schedule)
-
-
-def describe_optimizer(config: Config, schedule: Schedule, shift: float) -> str:
-    """Optimizer and learning rate in a line, in steps of the run."""
+            f"not {settings.lr:g} (set scheduler.warmup_steps or warmup_percent)"
+        )
     start, end = round(schedule.decay_start + shift), round(schedule.decay_end + shift)
     decay = f"peak until {start:,}, " if schedule.name == "wsd" else ""
     span = f"warmup {schedule.warmup_steps:,}, {decay}floor from step {end:,}"
-    return f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {schedule.name}, {span}"
+    line = f"{settings.name}, lr {settings.lr:g}, {schedule.name}, {span}"
+    return lambda step: settings.lr * lr_scale(step - shift, schedule), line, messages

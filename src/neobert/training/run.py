@@ -8,122 +8,26 @@ schedule, summary, the loop with its hooks, the end) is here, once. examples/own
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from neobert.checkpoints.format import Content, list_steps, verify_checkpoint, write_pointer
+from neobert.checkpoints.format import Content, list_steps, prune, verify_checkpoint, write_pointer
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
-from neobert.config.schema import Config
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
+from neobert.errors import CheckpointError, UserError, first_line, print_notes
 from neobert.optim.build import local_parts, optimizer_state
-from neobert.training import optimizer as optimizers
-from neobert.training import resume
-from neobert.training.hooks import (
-    Evaluate,
-    Evaluation,
-    Log,
-    Outputs,
-    Save,
-    Saver,
-    finish_evaluation,
-    step_hooks,
-    weight_norm,
-)
-from neobert.training.loop import Interrupt, StepResult, StepSettings, TrainState, train
+from neobert.training.hooks import Evaluate, Log, Saver, weight_norm
+from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, train
+from neobert.training.optimizer import build_clip, build_run_optimizer, plan_learning_rate
+from neobert.training.parts import Batches, Context, Evaluation, Finished, Parts, Storage
 from neobert.training.processes import main_prints_only, start_runtime, stop_signals
-from neobert.training.resume import Batches, Length, StepSize, Storage
-from neobert.training.run_folder import OpenRun, open_run, write_run_files
-from neobert.training.runtime import Runtime, own_partition
-from neobert.training.summary import open_outputs, print_configuration, print_end, print_summary
+from neobert.training.resume import Length, continue_run, plan_length
+from neobert.training.run_folder import open_run, write_run_files
+from neobert.training.runtime import own_partition
+from neobert.training.summary import open_outputs, print_end, print_summary
 
-__all__ = ["Batches", "Context", "Evaluation", "Finished", "Length", "Parts", "Storage", "run_task"]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a task builds its parts with: the configuration as it was loaded, this process, and the folder of the run."""
-
-    loaded: Loaded
-    runtime: Runtime
-    interrupt: Interrupt
-    opened: OpenRun
-
-    @property
-    def config(self) -> Config:
-        return self.loaded.config
-
-    def print_configuration(self, config: Config) -> None:
-        """With `debug: true`, `config` as the task has filled it in."""
-        print_configuration(config, self.loaded.origins)
-
-    def check_evaluation(self, has_data: bool) -> None:
-        """Raises ConfigError for keys that act on evaluations, in a run that has no evaluation data."""
-        trainer = self.config.trainer
-        asked = {
-            "trainer.save_strategy": trainer.save_strategy == "best",
-            "trainer.early_stopping": trainer.early_stopping > 0,
-            "trainer.load_best_model_at_end": trainer.load_best_model_at_end,
-            "trainer.metric_for_best_model": trainer.metric_for_best_model is not None,
-        }
-        why = (
-            "needs evaluation data: a split named validation or test, or dataset.validation_split with streaming: false"
-        )
-        problems = [Problem(dotted, why) for dotted, is_asked in asked.items() if is_asked]
-        if problems and not has_data:
-            raise ConfigError(*problems)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a run came to: the weights of `step`, which `values` belong to, if there was an evaluation."""
-
-    folder: Path
-    state: TrainState
-    step: int
-    data_fraction: float
-    exit_code: int = 0
-    values: dict[str, float] = field(default_factory=dict)
-    is_main: bool = True
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a task brings to a run.
-
-    `config` has what the task filled in, and is saved. `model(**batch.inputs(), **model_inputs)` gives `loss_sum` and
-    `num_correct`. `evaluation` is built for the model as it is called. Functions that return numbers for the log, or evaluate,
-    are called by all processes.
-    """
-
-    config: Config
-    model: Any  # an nn.Module with a `config`
-    batches: Batches
-    storage: Storage
-    count_left: Callable[[], int] = lambda: 0  # steps from where the data stands to its end, for max_steps: -1
-    num_steps: int | None = None  # of the run, where the task decides it
-    size: StepSize | None = None  # where it is not what the configuration asks for
-    blocks: Iterable[nn.Module] = ()  # that FSDP2 splits one by one
-    evaluation: Callable[[nn.Module], Evaluation] | None = None
-    model_inputs: dict[str, Any] = field(default_factory=dict)
-    after_update: Callable[[], None] = lambda: None
-    empty_batch: Callable[[], Any] | None = None  # where the data of processes ends at different steps
-    ends_with_data: bool = False  # whatever the number of steps
-    set_num_rows: Callable[[int], None] = lambda num_rows: None  # gets the rows of the whole run before it begins
-    facts: dict[str, Any] = field(default_factory=dict)  # lines of the summary, before those of all runs
-    describe_length: Callable[[int], str] = "{:,} steps".format
-    more_facts: dict[str, Any] = field(default_factory=dict)  # and after them
-    messages: list[str] = field(default_factory=list)
-    log_metrics: Callable[[], dict[str, float]] = dict  # what the task adds to the rows of the log
-    end_messages: Callable[[], list[str]] = list
-    on_finish: Callable[[Finished], None] | None = None  # in the main process, after the end, with values
-    next_command: str = ""
+__all__ = ["Batches", "Context", "Evaluation", "Finished", "Parts", "Storage", "run_task"]
 
 
 def run_task(loaded: Loaded, build: Callable[[Context], Parts]) -> Finished:
@@ -145,21 +49,18 @@ def assemble(context: Context, parts: Parts) -> "Run":
     config, runtime, opened = parts.config, context.runtime, context.opened
     context.check_evaluation(parts.evaluation is not None)
     model = runtime.distribute(parts.model, parts.blocks)
-    optimizer = optimizers.build_run_optimizer(config, parts.model, runtime.dtype)
-    clip, clip_line = optimizers.build_clip(config, parts.model)
+    optimizer = build_run_optimizer(config, parts.model, runtime.dtype)
+    clip, clip_line = build_clip(config, parts.model)
     model, optimizer = runtime.wrap_deepspeed(model, optimizer)
-    state = resume.continue_run(opened, runtime, parts.storage, optimizer, parts.batches, model)
-    size = parts.size or resume.step_size(config, runtime.world_size)
-    if parts.num_steps is None:
-        length = resume.plan_length(config, size, state, opened.saved, parts.count_left)
-    else:
-        length = Length(parts.num_steps)
-    parts.set_num_rows(state.num_rows + (length.num_steps - state.step) * size.rows_per_step)
-    schedule, warnings = optimizers.build_run_schedule(config, length.schedule_steps)
+    state = continue_run(context, parts, model, optimizer)
+    length = plan_length(parts, runtime.world_size, state, opened.saved)
+    rows_per_step = length.size.rows_per_step
+    parts.set_num_rows(state.num_rows + (length.num_steps - state.step) * rows_per_step)
+    lr, optimizer_line, warnings = plan_learning_rate(config, length.num_steps, length.shift)
     facts = {
         **parts.facts,
         "run": parts.describe_length(length.num_steps),
-        "optimizer": optimizers.describe_optimizer(config, schedule, length.shift),
+        "optimizer": optimizer_line,
         **clip_line,
         "device": runtime.describe,
         "processes": runtime.describe_engine,
@@ -167,108 +68,143 @@ def assemble(context: Context, parts: Parts) -> "Run":
     }
     runtime.on_main(lambda: write_run_files(opened.folder, dump_config(config), facts))
     print_summary(facts, [*parts.messages, *opened.messages, *warnings], opened.folder)
-    settings = StepSettings(
+    setup = Setup(
+        model,
+        optimizer,
+        runtime,
+        lr,
         seed=config.seed,
-        lr=optimizers.learning_rate(config, schedule, length.shift),
         gradient_clipping=config.trainer.gradient_clipping,
-        after_update=parts.after_update,
         model_inputs=parts.model_inputs,
+        after_update=parts.after_update,
         clip=clip,
         interrupt=context.interrupt,
         empty_batch=parts.empty_batch,
-        rows_per_step=size.rows_per_step,
+        rows_per_step=rows_per_step,
     )
-    evaluation = None if parts.evaluation is None else parts.evaluation(model)
-    return Run(context, parts, model, optimizer, settings, length, size, state, evaluation)
+    return Run(context, parts, setup, length, state)
 
 
-@dataclass
 class Run:
-    """A run that is put together; `run` trains. `model` is as it is called."""
+    """A run that is put together; `run` trains."""
 
-    context: Context
-    parts: Parts
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    settings: StepSettings
-    length: Length
-    size: StepSize
-    state: TrainState
-    evaluation: Evaluation | None
+    def __init__(self, context: Context, parts: Parts, setup: Setup, length: Length, state: TrainState):
+        self.context, self.parts, self.setup, self.length, self.state = context, parts, setup, length, state
+        config, opened, runtime = parts.config, context.opened, context.runtime
+        self.trainer, self.root = config.trainer, opened.folder / "checkpoints"
+        self.out = open_outputs(config, opened, runtime, state.step, length.num_steps)
+        self.log = Log(
+            config.trainer, parts.model, self.out, setup.stopwatch, length.num_steps, config.debug, parts.log_metrics
+        )
+        self.evaluate: Evaluate | None = None
+        if parts.evaluation is not None:
+            self.evaluate = Evaluate(config.trainer, parts.evaluation(setup.model), setup, self.out)
+        check_lock = (lambda: None) if opened.lock is None else opened.lock.check
+        self.saver = Saver(self.root, runtime.process_group(), config.trainer.save_in_background, check_lock)
+        self.last_saved = state.step if opened.goes_on else -1  # what the run goes on from is not written again
+        self.has_spare = True  # checkpoints beyond the limit, until the newest is known to be good
+        self.last_epoch = state.epoch
 
     def run(self) -> Finished:
         """Train, save, go back to the best weights where that is asked for, and print where things are. Raises UserError."""
-        opened, runtime, interrupt = self.context.opened, self.context.runtime, self.context.interrupt
-        trainer, state, max_steps = self.parts.config.trainer, self.state, self.length.num_steps
+        parts, trainer, state, interrupt = self.parts, self.trainer, self.state, self.context.interrupt
+        runtime, stopwatch, max_steps = self.context.runtime, self.setup.stopwatch, self.length.num_steps
         if trainer.early_stopping and state.num_evaluations_without_gain >= trainer.early_stopping:
             state.stop_reason = "it had stopped early when it was saved"
         self.forget_lost_best()
-        out = open_outputs(self.parts.config, opened, runtime, state.step, max_steps)
-        log = Log(trainer, self.parts.model, out, max_steps, self.parts.config.debug, self.parts.log_metrics)
-        evaluate = None
-        if self.evaluation is not None:
-            evaluate = Evaluate(trainer, self.evaluation, runtime, out, interrupt)
-        save = self.build_save(out)
-        interrupt.failure = lambda: out.metrics.failure or save.saver.failure()
-        state.position = self.parts.batches.position
-        hooks = [self.keep_position, *step_hooks(trainer, log, evaluate, save, max_steps, state.epoch)]
-        fetch = partial(self.parts.batches.next_step, trainer.gradient_accumulation_steps)
+        interrupt.failure = lambda: self.out.failure or self.saver.failure()
+        state.position = parts.batches.position
+        fetch = partial(parts.batches.next_step, trainer.gradient_accumulation_steps)
+        hooks: list[Hook] = [self.keep_position, self.log, self.evaluate_and_save]
         try:
-            interrupt.start()
-            if state.is_evaluation_open and evaluate is not None:
-                finish_evaluation(evaluate, save, state)
+            interrupt.has_started = True
+            if state.is_evaluation_open and self.evaluate is not None:
+                self.evaluate.run(state)  # a signal had broken it off
+                if not state.is_evaluation_open:
+                    self.save(again=True)  # with its result
             try:
-                train(
-                    self.model, self.optimizer, fetch, runtime, self.settings, state,
-                    None if self.parts.ends_with_data else max_steps, hooks, out.stopwatch,
-                )  # fmt: skip
+                train(self.setup, fetch, state, None if parts.ends_with_data else max_steps, hooks)
             except (RuntimeError, OSError) as error:
-                self.end_broken_step(error, out)
+                self.end_broken_step(error)
             is_stopped = runtime.all_max(interrupt.signal)[0] > 0
             if trainer.save_model or is_stopped:
-                save.run(state)
-            save.saver.wait()
+                self.save()
+            self.saver.wait()
             if not is_stopped:
-                save.prune(state)
-            best = None if is_stopped or evaluate is None else self.load_best(save.saver.root, evaluate)
+                self.prune()
+            step = state.step if is_stopped or self.evaluate is None else self.load_best(self.evaluate)
             interrupt.act(state, runtime)
         except UserError as error:
-            save_whole_step(state, save, error)
+            self.save_whole_step(error)
             raise
         finally:
-            out.close()
-            self.parts.batches.close()
-            save.saver.close()
-        messages = [*self.parts.end_messages(), *save.saver.describe(out.stopwatch.total_seconds["save"])]
-        command = self.parts.next_command
-        print_end(state, max_steps, opened.folder, out.stopwatch, save.last_step, best, messages, command)
-        step = state.step if best is None else best
-        values = evaluate.values if evaluate is not None and evaluate.last_step == step else {}
+            self.out.close()
+            parts.batches.close()
+            self.saver.close()
+        values = self.evaluate.values if self.evaluate is not None and self.evaluate.last_step == step else {}
         code = 128 + interrupt.signal if interrupt.signal else 0
-        return self.finish(
-            Finished(opened.folder, state, step, out.stopwatch.data_fraction, code, values, runtime.is_main)
-        )
+        folder, waited = self.context.opened.folder, stopwatch.data_fraction
+        finished = Finished(folder, state, step, waited, code, values, runtime.is_main)
+        messages = [*parts.end_messages(), *self.saver.describe(stopwatch.total_seconds["save"])]
+        print_end(finished, stopwatch, max_steps, self.last_saved, messages, parts.next_command)
+        return self.finish(finished)
 
-    def build_save(self, out: Outputs) -> Save:
-        """What writes checkpoints; one of this folder that the run goes on from is not written again."""
-        config, opened, runtime = self.parts.config, self.context.opened, self.context.runtime
-        check_lock = (lambda: None) if opened.lock is None else opened.lock.check
-        root, group = opened.folder / "checkpoints", runtime.process_group()
-        saver = Saver(root, group, config.trainer.save_in_background, check_lock)
-        return Save(config.trainer, saver, self.content, out.stopwatch, self.state.step if opened.goes_on else -1)
+    # --- between steps -----------
 
-    def content(self, state: TrainState) -> Content:
+    def keep_position(self, state: TrainState, result: StepResult | None) -> None:
+        """The first hook of a step: what is saved from now on comes after it."""
+        state.position = self.parts.batches.position
+
+    def evaluate_and_save(self, state: TrainState, result: StepResult | None) -> None:
+        """The last hook: what is due."""
+        trainer = self.trainer
+        new_epoch, self.last_epoch = state.epoch > self.last_epoch, state.epoch  # its first batch has been used
+        self.prune()
+        improved = False
+        if self.evaluate is not None and self.evaluate.last_step != state.step:
+            by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
+            is_last = result is None or state.step == self.length.num_steps
+            if by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or is_last:
+                improved = self.evaluate.run(state)
+        if state.is_evaluation_open:
+            return  # the run ends here, with a checkpoint
+        due = {"steps": state.step % trainer.save_steps == 0, "epoch": new_epoch, "best": improved, "no": False}
+        if due[trainer.save_strategy] or (trainer.load_best_model_at_end and improved):
+            self.save()
+
+    def save(self, again: bool = False) -> None:
+        """Write a checkpoint of the last whole step, unless there is one; when it is whole, point at the best one."""
+        root, step, best = self.root, self.state.step, self.state.best_step
+        if self.last_saved == step and not again:
+            return
+
+        def point_at_best() -> None:
+            if best is not None and (root / str(best)).is_dir():
+                write_pointer(root, "best", best)
+
+        with self.setup.stopwatch.phase("save"):
+            self.saver.submit(self.content(), point_at_best)
+        self.last_saved, self.has_spare = step, True
+
+    def prune(self) -> None:
+        """Once the loss after the newest checkpoint is known to be finite: remove the oldest beyond the limit."""
+        keep, best, last = self.trainer.save_total_limit, self.state.best_step, self.last_saved
+        if self.has_spare and keep is not None and self.context.runtime.is_main:
+            self.saver.then(partial(prune, self.root, keep, {last, last if best is None else best}))
+        self.has_spare = False
+
+    def content(self) -> Content:
         """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
 
         Raises CheckpointError, in all processes, for weights that are not finite: there is nothing to go on from in them.
         """
-        parts, runtime = self.parts, self.context.runtime
+        parts, runtime, state = self.parts, self.context.runtime, self.state
         if not math.isfinite(weight_norm(parts.model)):
             raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
         weights, model_config = parts.storage.content()
-        optimizer, first_rows = own_partition(self.optimizer), dict[str, int]()
+        optimizer, first_rows = own_partition(self.setup.optimizer), dict[str, int]()
         if optimizer is None:
-            optimizer, first_rows = local_parts(optimizer_state(self.optimizer), runtime.is_main)
+            optimizer, first_rows = local_parts(optimizer_state(self.setup.optimizer), runtime.is_main)
         return Content(
             step=state.step,
             weights=weights,
@@ -280,7 +216,7 @@ class Run:
             data=parts.batches.state_dict(state.position),
             state={
                 **state.state_dict(),
-                **self.length.state_dict(parts.config, self.size),
+                **self.length.state_dict(parts.config),
                 "world_size": runtime.world_size,
                 "engine": runtime.engine,
                 "zero_stage": runtime.zero_stage,
@@ -288,83 +224,73 @@ class Run:
             },
         )
 
-    def keep_position(self, state: TrainState, result: StepResult | None) -> None:
-        """The first hook of a step: what is saved from now on comes after it."""
-        state.position = self.parts.batches.position
+    # --- the end -----------
 
-    def end_broken_step(self, error: RuntimeError | OSError, out: Outputs) -> None:
+    def end_broken_step(self, error: RuntimeError | OSError) -> None:
         """A signal to all processes of a job also ends the compiler that a step waits for: that is no error of the run.
 
         Returns where the last whole step is to be saved; raises `error` where no signal had come, and SystemExit.
         """
-        number = self.context.interrupt.signal
+        number, step = self.context.interrupt.signal, self.state.step
         if not number:
             raise error
-        if self.state.step and self.context.runtime.world_size == 1:
-            out.console.line(f"note: step {self.state.step + 1:,} was broken off by the signal: {first_line(error)}")
+        if step and self.context.runtime.world_size == 1:
+            self.out.line(f"note: step {step + 1:,} was broken off by the signal: {first_line(error)}")
             return
-        what = "the last checkpoint stays" if self.state.step else "nothing had to be saved"
-        out.console.line(f"stopped by {signal.Signals(number).name} in step {self.state.step + 1:,}; {what}")
+        what = "the last checkpoint stays" if step else "nothing had to be saved"
+        self.out.line(f"stopped by {signal.Signals(number).name} in step {step + 1:,}; {what}")
         sys.exit(128 + number)
+
+    def save_whole_step(self, error: UserError) -> None:
+        """Before a failure that all processes share ends the run: save the last whole step, and let the message say so."""
+        try:
+            if not isinstance(error, CheckpointError):  # that is what saving says
+                if self.state.step:
+                    self.save()
+                self.saver.wait()
+        except CheckpointError as failure:
+            error.args = (f"{error}; {failure}",)
+        if steps := list_steps(self.root):
+            error.args = (f"{error}; go on from {self.root / str(steps[-1])}",)
 
     def forget_lost_best(self) -> None:
         """With `load_best_model_at_end`, a best checkpoint that is not in the folder cannot be what the run ends with: the next
         evaluation begins a new search.
         """
-        root, best = self.context.opened.folder / "checkpoints", self.state.best_step
-        if best is None or not self.parts.config.trainer.load_best_model_at_end:
+        best = self.state.best_step
+        if best is None or not self.trainer.load_best_model_at_end:
             return
-        if not self.context.runtime.on_main(lambda: best in list_steps(root)):
+        if not self.context.runtime.on_main(lambda: best in list_steps(self.root)):
             self.state.best_step = self.state.best_metric = None
 
-    def load_best(self, root: Path, evaluate: Evaluate) -> int | None:
-        """`load_best_model_at_end`: go back to the weights of the best evaluation, which `latest` then means, and return their
-        step. None where they are those of the last step, or cannot be had any more.
+    def load_best(self, evaluate: Evaluate) -> int:
+        """`load_best_model_at_end`: go back to the weights of the best evaluation, which `latest` then means. Returns the step
+        whose weights these are: that of the last, too, where the best cannot be had any more.
         """
-        best, runtime, console = self.state.best_step, self.context.runtime, evaluate.out.console
-        if not self.parts.config.trainer.load_best_model_at_end or best in (None, self.state.step):
-            return None
-        if damage := runtime.on_main(lambda: _damage(root / str(best))):
-            console.line(f"note: the best checkpoint is lost ({damage}): these are the weights of the last step")
-            return None
-        with runtime.open_weights(self.model):
-            self.parts.storage.load(root / str(best))
-        runtime.on_main(lambda: write_pointer(root, "latest", best))
-        console.line(f"loading the best checkpoint, step {best:,}")
+        best, last, runtime = self.state.best_step, self.state.step, self.context.runtime
+        if not self.trainer.load_best_model_at_end or best is None or best == last:
+            return last
+        folder = self.root / str(best)
+        try:
+            runtime.on_main(lambda: verify_checkpoint(folder))
+        except CheckpointError as damage:
+            self.out.line(f"note: the best checkpoint is lost ({damage}): these are the weights of the last step")
+            return last
+        with runtime.open_weights(self.setup.model):
+            self.parts.storage.load(folder)
+        runtime.on_main(lambda: write_pointer(self.root, "latest", best))
+        self.out.line(f"loading the best checkpoint, step {best:,}")
         evaluate.run(self.state, loaded=best)
         return best
 
     def finish(self, finished: Finished) -> Finished:
         """What the task does with a run that came to its end. It gets values: where there are none, it is evaluated now."""
         on_finish, runtime = self.parts.on_finish, self.context.runtime
-        if finished.exit_code or on_finish is None or self.evaluation is None:
+        if finished.exit_code or on_finish is None or self.evaluate is None:
             return finished
-        values = finished.values or self.evaluation.run()
+        values = finished.values or self.evaluate.evaluation.run()
         if values is None:
             return replace(finished, exit_code=128 + int(runtime.all_max(self.context.interrupt.signal)[0]))
         result = replace(finished, values=values)
         runtime.on_main(lambda: on_finish(result))
         return result
-
-
-def save_whole_step(state: TrainState, save: Save, error: UserError) -> None:
-    """Before a failure that all processes share ends the run: save the last whole step, and let the message say so."""
-    root = save.saver.root
-    try:
-        if not isinstance(error, CheckpointError):  # that is what saving says
-            if state.step:
-                save.run(state)
-            save.saver.wait()
-    except CheckpointError as failure:
-        error.args = (f"{error}; {failure}",)
-    if steps := list_steps(root):
-        error.args = (f"{error}; go on from {root / str(steps[-1])}",)
-
-
-def _damage(checkpoint: Path) -> str:
-    """What keeps a checkpoint from being loaded; nothing of a whole one."""
-    try:
-        verify_checkpoint(checkpoint)
-    except CheckpointError as error:
-        return str(error)
-    return ""

@@ -1,7 +1,7 @@
-"""The output folder of a run: locked, checked for being writable, and cleared of an earlier run with care.
+"""The output folder of a run: held by one process, checked for being writable, and cleared of an earlier run with care.
 
     <output_dir>/
-      .lock           who writes here (training/folder_lock.py)
+      .lock           who writes here
       previous/<n>/   what was moved aside: an earlier run, or the later steps of this one, when it went back. Never deleted.
 
 Opening comes first, before anything expensive, and changes nothing but what a crash left behind; `enter_run` moves aside what
@@ -9,36 +9,35 @@ is in the way, when the run is about to begin. What is moved is collected in `pr
 process that is killed before leaves a folder in which the next one puts everything back.
 """
 
+import fcntl
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from neobert import __version__
-from neobert.checkpoints.format import (
-    POINTERS,
-    clean_leftovers,
-    has_data,
-    list_steps,
-    read_pointer,
-    verify_checkpoint,
-)
+from neobert.checkpoints.format import POINTERS, clean_leftovers, has_data, list_steps, read_pointer, verify_checkpoint
 from neobert.checkpoints.locate import find_checkpoint
 from neobert.config.rules import resume_needs_a_position
 from neobert.config.schema import Config
-from neobert.errors import CheckpointError, ConfigError, Problem, print_notes
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError, print_notes
 from neobert.files import sync, write_json, write_text
-from neobert.training.folder_lock import FolderLock
 from neobert.training.runtime import Runtime
 
+LOCK = ".lock"
+BEAT_SECONDS, SILENT_SECONDS = 20.0, 300.0
+NAME_SECONDS = 2.0  # in which a process that has just got the lock has written its name
 SHARED_SECONDS = 30.0  # in which a network file system shows a new file
 RESULT = "result.json"  # of a run that came to its end, where its task has one
 RUN_FILES = (
@@ -47,6 +46,121 @@ RUN_FILES = (
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 MOVING = "previous/.moving"
+
+
+# --- who writes here -----------
+
+
+class FolderLock:
+    """The lock of a folder, held until `release()`. `note` tells the user of a holder that ended without releasing it.
+
+    It is the kernel's (`flock`), which ends with the process however it ends, and which two processes that start at once
+    cannot both get. The text in the file names the holder, and decides where the kernel's lock does not reach: a holder on
+    another machine is believed until it has given no sign of life for `SILENT_SECONDS` (the time stamp of the file, which a
+    thread renews), and one on this machine, on a file system without locks, as long as its process is there. A run that was
+    suspended for longer looks into the file again before it writes a checkpoint.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises ConfigError, naming the holder, when another process has it; OSError when the folder cannot be written."""
+        self.path, self.note = folder / LOCK, ""
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            end = time.monotonic() + NAME_SECONDS
+            while (is_held := self._is_held()) and not self._is_here(self._read()) and time.monotonic() < end:
+                time.sleep(0.01)
+            holder = self._read()
+            if holder is not None:
+                is_held = is_held or self._seems_alive(holder)
+                self.note = f"took over {folder} from process {holder['pid']} on {holder['host']}, which is gone"
+            if is_held:
+                raise ConfigError(Problem("trainer.output_dir", _refusal(folder, holder)))
+            pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+            name = {"host": os.uname().nodename, "pid": pid, "start": process_start(pid), "since": since}
+            self._own = json.dumps({**name, "id": secrets.token_hex(8)})
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, self._own.encode(), 0)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def _is_held(self) -> bool:
+        """Whether the kernel knows another holder; `_has_kernel` says whether it knows of locks here at all."""
+        self._has_kernel = True
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            self._has_kernel = False
+        return False
+
+    def _read(self) -> dict[str, Any] | None:
+        """Who holds it, or held it last without releasing it; None where nobody did."""
+        try:
+            found = json.loads(os.pread(self._descriptor, 4096, 0))
+            host, pid = str(found["host"]), int(found["pid"])
+            return {"host": host, "pid": pid, **found, "is_local": host == os.uname().nodename}
+        except (ValueError, KeyError, TypeError):
+            return None  # empty, or being written
+
+    def _is_here(self, holder: dict[str, Any] | None) -> bool:
+        """Whether a name is that of a process that is there, for what this machine knows: what a dead one left is not."""
+        return holder is not None and (not holder["is_local"] or process_start(holder["pid"]) == holder.get("start"))
+
+    def _seems_alive(self, holder: dict[str, Any]) -> bool:
+        """Of a holder that the kernel does not know."""
+        if holder["is_local"]:
+            return not self._has_kernel and self._is_here(holder)
+        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".now.") as now:  # for the file system's clock
+            silent = os.fstat(now.fileno()).st_mtime - os.fstat(self._descriptor).st_mtime
+        return silent < SILENT_SECONDS
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with suppress(OSError):  # a file system that does not answer; the next beat may come through
+                os.utime(self.path)
+
+    def check(self) -> None:
+        """Raises UserError when another process has taken the folder over meanwhile."""
+        with suppress(OSError):
+            if self.path.read_text() != self._own:
+                raise UserError(
+                    "another run has taken the folder over, since this one gave no sign of life for too long"
+                )
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._ended.set()
+        self._thread.join(BEAT_SECONDS)
+        with suppress(OSError):  # else the name of a process that has ended stays in it, which the next one sees
+            if os.pread(self._descriptor, 4096, 0).decode() == self._own:
+                os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+
+def _refusal(folder: Path, holder: dict[str, Any] | None) -> str:
+    who, hint = "another process", ""
+    if holder is not None:
+        who = f"process {holder['pid']} on {holder['host']}, since {holder.get('since')}"
+        if not holder["is_local"]:
+            minutes = f"{SILENT_SECONDS / 60:.0f} minutes"
+            hint = f". If that machine is lost, the folder is free {minutes} after its last sign of life"
+    return f"another run is writing in {folder} ({who}); wait for it or stop it, or choose another folder{hint}"
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, in ticks since the boot: with the number it names a process. None: not there."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+# --- opening -----------
 
 
 @dataclass(frozen=True)
@@ -101,20 +215,21 @@ def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path, runtime: Runtime) -> Iterator[tuple[FolderLock | None, list[str]]]:
     """(the lock, in the main process; messages)."""
-    locks = list[FolderLock]()
+    lock: FolderLock | None = None
 
-    def lock() -> list[str]:
+    def acquire() -> str:
+        nonlocal lock
         with _writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            locks.append(FolderLock(folder))
-        return [locks[0].note] if locks[0].note else []
+            lock = FolderLock(folder)
+        return lock.note
 
     try:
-        messages = runtime.on_main(lock)
-        yield next(iter(locks), None), messages
+        note = runtime.on_main(acquire)
+        yield lock, [note] if note else []
     finally:
-        for held in locks:
-            held.release()
+        if lock is not None:
+            lock.release()
 
 
 @contextmanager
@@ -240,6 +355,6 @@ def write_run_files(folder: Path, config_yaml: str, facts: dict[str, Any]) -> No
         "cores": os.cpu_count(),
         "packages": {name: version(name) for name in PACKAGES},
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **json.loads(json.dumps(facts)),
+        **facts,
     }
     write_json(folder / "environment.json", environment)

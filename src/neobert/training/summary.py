@@ -1,22 +1,25 @@
-"""What a run says of itself: what runs and why at the start, metrics and trackers, where things are at the end."""
+"""What a run says of itself: what runs and why at the start, where its metrics go, where things are at the end.
 
+Trackers (Weights & Biases, TensorBoard, trackio, MLflow, ...) run through Accelerate's adapters. They and Accelerate are the
+extra `trackers`, of which nothing is imported unless a tracker is asked for.
+"""
+
+import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
-from neobert.config.explain import plain_json, show_config
+from neobert.config.explain import plain_json
 from neobert.config.schema import Config, known_keys
+from neobert.errors import ConfigError, Problem, UserError
+from neobert.files import write_text
 from neobert.ranks import Ranks
-from neobert.training.hooks import Outputs
-from neobert.training.loop import TrainState
-from neobert.training.metrics import Console, Sinks, Stopwatch, build_trackers, duration, wandb_run_id
+from neobert.training.metrics import Outputs, Stopwatch, duration
+from neobert.training.parts import Finished
 from neobert.training.run_folder import OpenRun
 
-
-def print_configuration(config: Config, origins: dict[str, str]) -> None:
-    """`debug: true`: all keys with their values, those that the task filled in too, and where each was set."""
-    if config.debug:
-        print(show_config(config, origins))
+INSTALL = "pip install 'neobert[trackers]'"
 
 
 def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None:
@@ -24,25 +27,16 @@ def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None
     for note in notes:
         print(f"note: {note}")
     for name, value in {**facts, "output": str(folder)}.items():
-        lines = value if isinstance(value, list) else [value]
-        print(f"{name:<15} {lines[0]}")
-        for line in lines[1:]:
-            print(f"{'':<15} {line}")
+        for number, line in enumerate(value if isinstance(value, list) else [value]):
+            print(f"{'' if number else name:<15} {line}")
     print(flush=True)
 
 
 def print_end(
-    state: TrainState,
-    num_steps: int,
-    folder: Path,
-    stopwatch: Stopwatch,
-    last_saved: int,
-    best_loaded: int | None,
-    notes: list[str],
-    next_command: str,
+    finished: Finished, stopwatch: Stopwatch, num_steps: int, last_saved: int, notes: list[str], next_command: str
 ) -> None:
     """Where things are and what to type next; `{checkpoint}` in `next_command` is the one that the run ended with."""
-    seconds = stopwatch.total_seconds
+    state, folder, seconds = finished.state, finished.folder, stopwatch.total_seconds
     trained = sum(seconds[name] for name in ("data", "compute", "optimizer"))
     print()
     if state.stop_reason:
@@ -51,36 +45,82 @@ def print_end(
         f"trained {state.step:,} steps, {state.num_tokens:,} tokens; this time {duration(trained)} of training, "
         f"{duration(seconds['evaluate'])} of evaluation, {duration(seconds['save'])} of saving"
     )
-    print(f"waiting for data: {stopwatch.data_fraction:.2%} of the step time")
+    print(f"waiting for data: {finished.data_fraction:.2%} of the step time")
     for note in notes:
         print(note)
-    last = folder / "checkpoints" / str(last_saved if best_loaded is None else best_loaded)
+    is_last = finished.step == state.step
+    checkpoint = folder / "checkpoints" / str(last_saved if is_last else finished.step)
     if last_saved >= 0:
         best = f" (best: step {state.best_step:,})" if state.best_step is not None else ""
-        best = best if best_loaded is None else f" (the best; the last is step {last_saved:,}, where resuming goes on)"
-        print(f"checkpoint  {last}{best}")
+        best = best if is_last else f" (the best; the last is step {last_saved:,}, where resuming goes on)"
+        print(f"checkpoint  {checkpoint}{best}")
     print(f"metrics     {folder / 'metrics.jsonl'}")
     print(f"report      {folder / 'report.html'}")
     if last_saved >= 0:
-        commands = [next_command.format(checkpoint=last)] if next_command else []
+        commands = [next_command.format(checkpoint=checkpoint)] if next_command else []
         if state.step < num_steps:
             commands.append(f"neobert run {folder / 'config.yaml'} --trainer.resume_from_checkpoint latest")
         for number, command in enumerate(commands):
             print(f"{'' if number else 'next':<11} {command}")
 
 
+# --- metrics and trackers -----------
+
+
 def open_outputs(config: Config, opened: OpenRun, ranks: Ranks, step: int, max_steps: int) -> Outputs:
     """Where a run reports from `step` on: metrics.jsonl, the trackers that `trainer.report_to` and `wandb.enabled` ask for, and
-    the console; nowhere in other processes than the main one.
+    the console; nowhere in other processes than the main one. Raises ConfigError and UserError for trackers that cannot start.
     """
-    console = Console(max_steps, step, ranks.is_main and not config.trainer.disable_tqdm)
     if not ranks.is_main:
-        return Outputs(Sinks(Path(os.devnull), 0, []), console)
+        return Outputs(Path(os.devnull), [], 0, max_steps, False)
     names = list(dict.fromkeys([*config.trainer.report_to, *(["wandb"] if config.wandb.enabled else [])]))
-    wandb = config.wandb.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"})
-    if "wandb" in names:
-        Path(config.wandb.dir).mkdir(parents=True, exist_ok=True)
-        wandb["id"] = wandb_run_id(opened.folder, opened.goes_on and config.wandb.resume != "never")
+    trackers = build_trackers(names, config, opened) if names else []
+    return Outputs(opened.folder / "metrics.jsonl", trackers, step, max_steps, not config.trainer.disable_tqdm)
+
+
+def build_trackers(names: list[str], config: Config, opened: OpenRun) -> list[Any]:
+    """Start trackers and give each the flat configuration. Raises ConfigError for a name that no adapter has, UserError for one
+    that is not installed or cannot start.
+    """
+    try:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    except ImportError:
+        raise UserError(f"trainer.report_to: trackers need the extra: {INSTALL}") from None
+    PartialState()  # the adapters ask it whether they are on the main process
     flat = {key: plain_json(config.value_of(key)) for key in known_keys() if "muon_config." not in key}
-    trackers = build_trackers(names, config.wandb.project, opened.folder / "trackers", flat, wandb)
-    return Outputs(Sinks(opened.folder / "metrics.jsonl", step, trackers), console)
+    trackers = []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(Problem("trainer.report_to", f"no tracker {name!r}; there are: {known}"))
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        directory = {"logging_dir": str(opened.folder / "trackers")} if kind.requires_logging_directory else {}
+        failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
+        try:
+            if name == "wandb":
+                import wandb
+
+                failures += (wandb.errors.Error,)
+                directory |= wandb_arguments(config, opened)
+            tracker = kind(config.wandb.project, **directory)
+            tracker.start()
+        except ImportError:
+            raise UserError(f"{name} is not installed: {INSTALL}") from None
+        except failures as error:
+            raise UserError(f"{name} cannot start: {str(error).splitlines()[0]}") from None
+        tracker.store_init_configuration(dict(flat))
+        trackers.append(tracker)
+    return trackers
+
+
+def wandb_arguments(config: Config, opened: OpenRun) -> dict[str, Any]:
+    """Those of `wandb.init`. The id is the one used before where the run goes on, else a new one, which is written down."""
+    settings, path = config.wandb, opened.folder / "wandb.json"
+    Path(settings.dir).mkdir(parents=True, exist_ok=True)
+    if opened.goes_on and settings.resume != "never" and path.is_file():
+        identifier = str(json.loads(path.read_text())["id"])
+    else:
+        identifier = secrets.token_hex(4)
+        write_text(path, json.dumps({"id": identifier}) + "\n")
+    return {**settings.model_dump(include={"entity", "name", "tags", "mode", "dir", "resume"}), "id": identifier}
