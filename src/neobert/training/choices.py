@@ -184,11 +184,10 @@ def find_kernels() -> dict[str, str]:
         try:
             getattr(importlib.import_module(module), function)
             found[kernel] = ""
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # else the package is not installed
-                found[kernel] = first_line(error)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            found[kernel] = first_line(error)
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is None or not f"{module}.".startswith(f"{missing}."):  # else the package is not installed
+                found[kernel] = first_line(error)
     return found
 
 

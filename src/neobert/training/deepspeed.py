@@ -2,16 +2,8 @@
 
 Gradients are reduced, states split and weights gathered by DeepSpeed. The loss is divided by us, the norm of the gradient is
 taken and clipped by us before the update (DeepSpeed would write a NaN of float32), and the optimizer is our own, which from
-stage 1 on is handed flat partitions of its groups. Weights stay float32.
-
-    stage   split over the processes
-    0       nothing
-    1       optimizer state
-    2       optimizer state, gradients
-    3       optimizer state, gradients, weights
-
-DeepSpeed's own checkpoints are pickles. Ours hold the state of each process's partitions as plain tensors (`own_partition`);
-they fit the stage and the number of processes that wrote them.
+stage 1 on is handed flat partitions of its groups. Weights stay float32. DeepSpeed's own checkpoints are pickles; ours hold
+the state of each process's partitions as plain tensors, which fit the stage and the number of processes that wrote them.
 """
 
 import importlib.util
@@ -25,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neobert.checkpoints.format import Tensors
 from neobert.errors import ConfigError, Problem
-
-Tensors = dict[str, Tensor]
 
 
 def check_installed() -> None:
@@ -75,11 +66,11 @@ def is_engine(model: nn.Module) -> bool:
     return type(model).__name__ == "DeepSpeedEngine"
 
 
-def gradients(engine: Any) -> tuple[list[Tensor], bool]:
-    """(what this process has of the gradient after the last microbatch; whether the others have the rest)."""
-    if not is_split(engine.optimizer):
-        return [p.grad for p in engine.parameters() if p.grad is not None], False
-    return [tensor for group in engine.optimizer.averaged_gradients.values() for tensor in group], True
+def gradients(model: Any) -> tuple[list[Tensor], bool]:
+    """(what this process has of the gradient after the last microbatch; whether it is split, and others have the rest)."""
+    if is_engine(model) and is_split(model.optimizer):
+        return [tensor for group in model.optimizer.averaged_gradients.values() for tensor in group], True
+    return [p.grad for p in model.parameters() if p.grad is not None], False
 
 
 def is_split(optimizer: Any) -> bool:
@@ -114,11 +105,9 @@ def load_partition(optimizer: Any, tensors: Tensors) -> None:
             raise ValueError(f"state of a partition {number}, and there are {len(partitions)}")
         partition = partitions[int(number)]
         if value.ndim and value.shape != partition.shape:
-            raise ValueError(
-                f"state of partition {number} has {value.numel()} numbers, the partition {partition.numel()}"
-            )
-        on = partition.device if value.ndim else value.device
-        state[partition][kind] = value.to(on)
+            sizes = f"{value.numel()} numbers, the partition {partition.numel()}"
+            raise ValueError(f"state of partition {number} has {sizes}")
+        state[partition][kind] = value.to(partition.device) if value.ndim else value
 
 
 def is_scattered(tensor: Tensor) -> bool:
@@ -128,8 +117,7 @@ def is_scattered(tensor: Tensor) -> bool:
 
 def local_piece(parameter: Any) -> Tensor:
     """The elements of a scattered parameter that are in this process, without padding; one dimension."""
-    piece = parameter.ds_tensor
-    rank = torch.distributed.get_rank()
+    piece, rank = parameter.ds_tensor, torch.distributed.get_rank()
     count = min(piece.numel(), max(0, parameter.ds_numel - rank * piece.numel()))
     return piece.detach().flatten()[:count]
 

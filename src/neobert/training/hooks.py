@@ -21,7 +21,7 @@ from neobert.errors import ConfigError, Problem, UserError, first_line, print_no
 from neobert.optim.qk_clip import clip_metrics
 from neobert.training.loop import Setup, StepResult, TrainState
 from neobert.training.metrics import Outputs, Stopwatch, duration
-from neobert.training.parts import Evaluation
+from neobert.training.parts import Evaluation, Parts
 from neobert.training.runtime import total_norm
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
@@ -34,13 +34,10 @@ class Log:
     this process.
     """
 
-    trainer: TrainerConfig
-    model: nn.Module
-    out: Outputs
+    parts: Parts
     stopwatch: Stopwatch
+    out: Outputs
     max_steps: int
-    debug: bool
-    more: Callable[[], dict[str, float]] = dict
     window: list[StepResult] = field(default_factory=list)  # of this process
     last_rate: float | None = None
 
@@ -50,15 +47,16 @@ class Log:
             loss_sum = result.loss * result.num_targets
             one = {"loss": loss_sum, "targets": result.num_targets, "correct": result.num_correct}
             state.logged = {name: state.logged.get(name, 0) + value for name, value in one.items()}
-        is_due = result is None or state.step % self.trainer.logging_steps == 0 or state.step == self.max_steps
-        if self.window and (is_due or self.debug):
+        trainer = self.parts.config.trainer
+        is_due = result is None or state.step % trainer.logging_steps == 0 or state.step == self.max_steps
+        if self.window and (is_due or self.parts.config.debug):
             self._write(state)
         if result is not None:
             self.out.step(result.loss, self.last_rate)
 
     def _write(self, state: TrainState) -> None:
         (window, self.window), (sums, state.logged) = (self.window, []), (state.logged, {})
-        seconds = self.stopwatch.lap()
+        trainer, seconds = self.parts.config.trainer, self.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
         loss = sums["loss"] / max(1, sums["targets"])
         self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
@@ -73,16 +71,15 @@ class Log:
             "step_seconds": step_seconds / len(window),
             **{f"{name}_seconds": value for name, value in seconds.items()},
         }
-        if self.trainer.log_grad_norm:
+        if trainer.log_grad_norm:
             row["grad_norm"] = window[-1].grad_norm
-        if self.trainer.log_weight_norms:
-            row["weight_norm"] = weight_norm(self.model)
-        if self.trainer.log_train_accuracy:
+        if trainer.log_weight_norms:
+            row["weight_norm"] = weight_norm(self.parts.model)
+        if trainer.log_train_accuracy:
             row["accuracy"] = sums["correct"] / max(1, sums["targets"])
-        row |= self.more()
-        row |= clip_metrics([one.clip for one in window if one.clip is not None])
+        row |= self.parts.log_metrics() | clip_metrics([one.clip for one in window if one.clip is not None])
         self.out.write(row)
-        if not self.out.has_bar or self.debug:
+        if not self.out.has_bar or self.parts.config.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)
             extras = "".join(f"  {name} {row[name]:.3f}" for name in LOGGED if name in row)
             if row.get("qk_clipped_heads"):

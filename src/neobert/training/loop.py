@@ -11,6 +11,7 @@ have reached, and whether one of them could not read its data. Then all raise th
 
 import itertools
 import math
+import random
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from neobert.data.batch import Batch
 from neobert.errors import DataError, UserError
 from neobert.optim.qk_clip import ClipReport, QKClip
 from neobert.training.metrics import Stopwatch
-from neobert.training.runtime import Runtime, seed_everything
+from neobert.training.runtime import Runtime
 
 
 @dataclass
@@ -209,7 +210,8 @@ def _accumulate(setup: Setup, micro: Sequence[Batch], step: int, num_targets: in
     total, num_correct, bad = 0.0, 0, len(micro)
     model, runtime = setup.model, setup.runtime
     for number, batch in enumerate(micro):
-        seed_everything(setup.seed, step, number, runtime.rank)
+        position = setup.seed, step, number, runtime.rank  # so that randomness depends on it, not on history
+        torch.manual_seed(random.Random(repr(position)).getrandbits(63))
         if setup.clip is not None:
             setup.clip.prepare(step + 1, is_last_microbatch=batch is micro[-1])
         with runtime.sync_gradients(model, on=batch is micro[-1]):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -11,25 +11,11 @@ from neobert.checkpoints.format import Tensors
 from neobert.config.explain import show_config
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
+from neobert.data.batch import Batch, Loader
 from neobert.errors import ConfigError, Problem
 from neobert.training.loop import Interrupt, TrainState
 from neobert.training.run_folder import OpenRun
 from neobert.training.runtime import Runtime
-
-
-class Batches(Protocol):
-    """A source of microbatches whose position can be saved: `position` is that after the last one used."""
-
-    @property
-    def position(self) -> Any: ...
-
-    def next_step(self, accumulation: int, /) -> list[Any]: ...  # of `Batch`
-
-    def state_dict(self, position: Any = None, /) -> tuple[dict[str, Any], dict[str, Any]]: ...
-
-    def load_state_dict(self, state: dict[str, Any], arrays: dict[str, Any], /) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +90,6 @@ class Finished:
     folder: Path
     state: TrainState
     step: int
-    data_fraction: float
     exit_code: int = 0
     values: dict[str, float] = field(default_factory=dict)
     is_main: bool = True
@@ -121,7 +106,7 @@ class Parts:
 
     config: Config
     model: Any  # an nn.Module with a `config`
-    batches: Batches
+    batches: Loader
     storage: Storage
     count_left: Callable[[], int] = lambda: 0  # steps from where the data stands to its end, for max_steps: -1
     num_steps: int | None = None  # of the run, where the task decides it
@@ -130,7 +115,7 @@ class Parts:
     evaluation: Callable[[nn.Module], Evaluation] | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
     after_update: Callable[[], None] = lambda: None
-    empty_batch: Callable[[], Any] | None = None  # where the data of processes ends at different steps
+    empty_batch: Callable[[], Batch] | None = None  # where the data of processes ends at different steps
     ends_with_data: bool = False  # whatever the number of steps
     set_num_rows: Callable[[int], None] = lambda num_rows: None  # gets the rows of the whole run before it begins
     facts: dict[str, Any] = field(default_factory=dict)  # lines of the summary, before those of all runs

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,9 +55,8 @@ def plan_launch(config: Config, nproc: int | None) -> tuple[Launch | None, list[
         if nproc is not None:
             raise ConfigError(Problem("--nproc", "this is already one of several processes (WORLD_SIZE is set)"))
         return None, []
-    plan, notes = Launch(), list[str]()
-    if config.accelerate_config_file is not None:
-        plan, notes = read_accelerate(config, config.accelerate_config_file)
+    file = config.accelerate_config_file
+    plan, notes = (Launch(), []) if file is None else read_accelerate(config, file)
     if nproc is not None:
         plan = replace(plan, num_processes=nproc)
     return plan if plan.num_processes * plan.num_machines > 1 else None, notes
@@ -66,25 +65,27 @@ def plan_launch(config: Config, nproc: int | None) -> tuple[Launch | None, list[
 def read_accelerate(config: Config, path: str) -> tuple[Launch, list[str]]:
     """What a file of `accelerate config` asks for, and what of it is not used. Raises ConfigError."""
     values = read_yaml(path).values
+
+    def check(is_right: bool, problem: str) -> None:
+        if not is_right:
+            raise ConfigError(Problem(KEY, f"{path}: {problem}"))
+
     kind = str(values.get("distributed_type", "NO"))
-    if kind not in KINDS:
-        raise ConfigError(Problem(KEY, f"{path}: distributed_type {kind}; it can be {', '.join(KINDS)}"))
+    check(kind in KINDS, f"distributed_type {kind}; it can be {', '.join(KINDS)}")
     numbers = {name: values.get(name, default) for name, default in NUMBERS.items()}
     for name, value in numbers.items():
-        if not isinstance(value, int) or value < NUMBERS[name]:
-            raise ConfigError(Problem(KEY, f"{path}: {name} must be a number from {NUMBERS[name]}, got {value!r}"))
+        is_number = isinstance(value, int) and value >= NUMBERS[name]
+        check(is_number, f"{name} must be a number from {NUMBERS[name]}, got {value!r}")
     total, machines = numbers["num_processes"], numbers["num_machines"]
-    if total % machines:
-        raise ConfigError(Problem(KEY, f"{path}: {total} processes are not the same number on {machines} machines"))
-    if machines > 1 and not (values.get("main_process_ip") and values.get("main_process_port")):
-        raise ConfigError(Problem(KEY, f"{path}: several machines need main_process_ip and main_process_port"))
-    endpoint = f"{values['main_process_ip']}:{values['main_process_port']}" if machines > 1 else "localhost:0"
-    notes = []
-    precision = values.get("mixed_precision")
+    check(total % machines == 0, f"{total} processes are not the same number on {machines} machines")
+    address, port = values.get("main_process_ip"), values.get("main_process_port")
+    check(machines == 1 or bool(address and port), "several machines need main_process_ip and main_process_port")
+    precision, notes = values.get("mixed_precision"), []
     if precision is not None and str(precision) != config.trainer.mixed_precision:
         notes.append(f"{path}: mixed_precision {precision} is not used; trainer.mixed_precision is")
     if kind == "NO":
         return Launch(), notes
+    endpoint = f"{address}:{port}" if machines > 1 else "localhost:0"
     return Launch(total // machines, machines, numbers["machine_rank"], endpoint, kind), notes
 
 
@@ -92,12 +93,10 @@ def launch(command: list[str] | Callable[[], None], plan: Launch, use_cpu: bool)
     """Run `neobert <command>` as planned, or a function in forks of this process; returns the exit code. Signals are handed
     on. Raises ConfigError.
     """
-    num_processes = plan.num_processes
-    gpus = 0 if use_cpu else torch.cuda.device_count()
+    num_processes, gpus = plan.num_processes, 0 if use_cpu else torch.cuda.device_count()
     if gpus and num_processes > gpus:
-        raise ConfigError(
-            Problem("--nproc", f"{num_processes} processes, but {gpus} GPUs; or set trainer.use_cpu: true")
-        )
+        why = f"{num_processes} processes, but {gpus} GPUs; or set trainer.use_cpu: true"
+        raise ConfigError(Problem("--nproc", why))
     if not gpus:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     if plan.kind in SWITCHES:
@@ -107,9 +106,9 @@ def launch(command: list[str] | Callable[[], None], plan: Launch, use_cpu: bool)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say it in a line
     several = plan.num_machines > 1
     config = LaunchConfig(
-        min_nodes=plan.num_machines,
-        max_nodes=plan.num_machines,
-        nproc_per_node=num_processes,
+        plan.num_machines,
+        plan.num_machines,
+        num_processes,
         run_id="neobert" if several else str(os.getpid()),
         rdzv_backend="c10d",
         rdzv_endpoint=plan.endpoint,
@@ -163,9 +162,8 @@ def stop_signals(interrupt: Interrupt) -> Iterator[None]:
         nonlocal first
         heard.set()
         if not interrupt.has_started:
-            print(
-                f"stopped by {signal.Signals(number).name} before the first step; nothing had to be saved", flush=True
-            )
+            name = signal.Signals(number).name
+            print(f"stopped by {name} before the first step; nothing had to be saved", flush=True)
             sys.exit(128 + number)
         if not interrupt.signal:
             interrupt.signal, first = number, time.monotonic()
@@ -202,10 +200,7 @@ def _end_when_deaf(arrived: int, heard: threading.Event, interrupt: Interrupt) -
 @contextmanager
 def main_prints_only(ranks: Ranks) -> Iterator[None]:
     """Inside, only the main process prints."""
-    if ranks.is_main:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, nullcontext() if ranks.is_main else redirect_stdout(nowhere):
         yield
 
 

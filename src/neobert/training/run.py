@@ -20,14 +20,14 @@ from neobert.optim.build import local_parts, optimizer_state
 from neobert.training.hooks import Evaluate, Log, Saver, weight_norm
 from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, train
 from neobert.training.optimizer import build_clip, build_run_optimizer, plan_learning_rate
-from neobert.training.parts import Batches, Context, Evaluation, Finished, Parts, Storage
+from neobert.training.parts import Context, Evaluation, Finished, Parts, Storage
 from neobert.training.processes import main_prints_only, start_runtime, stop_signals
 from neobert.training.resume import Length, continue_run, plan_length
 from neobert.training.run_folder import open_run, write_run_files
 from neobert.training.runtime import own_partition
 from neobert.training.summary import open_outputs, print_end, print_summary
 
-__all__ = ["Batches", "Context", "Evaluation", "Finished", "Parts", "Storage", "run_task"]
+__all__ = ["Context", "Evaluation", "Finished", "Parts", "Storage", "run_task"]
 
 
 def run_task(loaded: Loaded, build: Callable[[Context], Parts]) -> Finished:
@@ -93,9 +93,7 @@ class Run:
         config, opened, runtime = parts.config, context.opened, context.runtime
         self.trainer, self.root = config.trainer, opened.folder / "checkpoints"
         self.out = open_outputs(config, opened, runtime, state.step, length.num_steps)
-        self.log = Log(
-            config.trainer, parts.model, self.out, setup.stopwatch, length.num_steps, config.debug, parts.log_metrics
-        )
+        self.log = Log(parts, setup.stopwatch, self.out, length.num_steps)
         self.evaluate: Evaluate | None = None
         if parts.evaluation is not None:
             self.evaluate = Evaluate(config.trainer, parts.evaluation(setup.model), setup, self.out)
@@ -143,8 +141,7 @@ class Run:
             self.saver.close()
         values = self.evaluate.values if self.evaluate is not None and self.evaluate.last_step == step else {}
         code = 128 + interrupt.signal if interrupt.signal else 0
-        folder, waited = self.context.opened.folder, stopwatch.data_fraction
-        finished = Finished(folder, state, step, waited, code, values, runtime.is_main)
+        finished = Finished(self.context.opened.folder, state, step, code, values, runtime.is_main)
         messages = [*parts.end_messages(), *self.saver.describe(stopwatch.total_seconds["save"])]
         print_end(finished, stopwatch, max_steps, self.last_saved, messages, parts.next_command)
         return self.finish(finished)

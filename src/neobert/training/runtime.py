@@ -4,7 +4,6 @@ The only file that knows engines; `deepspeed.py` is its part for DeepSpeed.
 """
 
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -136,10 +135,7 @@ class Runtime(Ranks):
 
     def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient; scales it down to `max_norm` where that is given."""
-        if zero.is_engine(model):
-            gradients, is_split = zero.gradients(model)
-        else:
-            gradients, is_split = [p.grad for p in model.parameters() if p.grad is not None], False
+        gradients, is_split = zero.gradients(model)
         norm = total_norm(gradients, is_split)
         if max_norm is not None:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -196,15 +192,16 @@ class Runtime(Ranks):
         """What `function` returns in the main process, in all of them; so is a UserError raised, or one of a full disk."""
         if self.world_size == 1:
             return function()
-        result, error = None, None
+        sent: list[Any] = [None, None]  # the result, the error
         if self.is_main:
             try:
-                result = function()
-            except (UserError, OSError) as failure:
-                error = failure if isinstance(failure, UserError) else disk_error(failure)
-                if error is None:
+                sent[0] = function()
+            except UserError as error:
+                sent[1] = error
+            except OSError as error:
+                if (failed := disk_error(error)) is None:
                     raise
-        sent: list[Any] = [result, error]
+                sent[1] = failed
         dist.broadcast_object_list(sent, 0, group=self.cpu_group)
         if sent[1] is not None:
             raise sent[1]
@@ -257,19 +254,11 @@ def build_runtime(
     owns_group = ranks.world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    cpu_group = connect("long waits", dist.group.WORLD) if ranks.world_size > 1 else None
     return Runtime(
-        ranks.rank,
-        ranks.world_size,
-        device=device,
-        dtype=dtype,
-        note=note,
-        tf32=tf32,
-        engine=engine,
-        why=why,
-        cpu_group=connect("long waits", dist.group.WORLD) if ranks.world_size > 1 else None,
-        owns_group=owns_group,
-        zero_options=zero_options or {},
-    )
+        ranks.rank, ranks.world_size, device=device, dtype=dtype, note=note, tf32=tf32, engine=engine, why=why,
+        cpu_group=cpu_group, owns_group=owns_group, zero_options=zero_options or {},
+    )  # fmt: skip
 
 
 @cache
@@ -284,12 +273,12 @@ def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask. Norms
     of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.
     """
-    whole: list[Tensor] = []
-    split: list[Tensor] = []
+    whole, split = list[Tensor](), list[Tensor]()
     for tensor in tensors:
-        is_split = all_split or isinstance(tensor, DTensor) or zero.is_scattered(tensor)
-        part = zero.local_piece(tensor) if zero.is_scattered(tensor) else local(tensor)
+        is_scattered = zero.is_scattered(tensor)
+        part = zero.local_piece(tensor) if is_scattered else local(tensor)
         rows = torch.linalg.vector_norm(part, dim=-1) if part.ndim > 1 else part
+        is_split = all_split or is_scattered or isinstance(tensor, DTensor)
         (split if is_split else whole).append(rows.double().square().sum())
     total = torch.stack(split).sum() if split else torch.zeros((), dtype=torch.float64, device=whole[0].device)
     if split:
@@ -302,10 +291,8 @@ def whole_weights(model: nn.Module) -> Tensors:
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     whole = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if zero.is_scattered(tensor):
-            full = zero.whole(tensor)
-        else:
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = zero.whole(tensor) if zero.is_scattered(tensor) else full
         if is_main:
             whole[name] = full.detach().to("cpu", copy=True)
     return whole
@@ -318,8 +305,3 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process has ended."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv, got 0 bytes")
     return any(sign in str(error) for sign in signs)
-
-
-def seed_everything(*parts: int) -> None:
-    """Seed torch from (seed, step, microbatch, ...), so that randomness depends on where we are, not on history."""
-    torch.manual_seed(random.Random(repr(parts)).getrandbits(63))

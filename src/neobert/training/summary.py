@@ -45,7 +45,7 @@ def print_end(
         f"trained {state.step:,} steps, {state.num_tokens:,} tokens; this time {duration(trained)} of training, "
         f"{duration(seconds['evaluate'])} of evaluation, {duration(seconds['save'])} of saving"
     )
-    print(f"waiting for data: {finished.data_fraction:.2%} of the step time")
+    print(f"waiting for data: {stopwatch.data_fraction:.2%} of the step time")
     for note in notes:
         print(note)
     is_last = finished.step == state.step
