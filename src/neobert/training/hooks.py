@@ -19,9 +19,9 @@ from neobert.checkpoints.format import Content, ProcessGroup, save_checkpoint
 from neobert.config.sections import TrainerConfig
 from neobert.errors import ConfigError, Problem, UserError, first_line, print_notes
 from neobert.optim.qk_clip import clip_metrics
-from neobert.training.loop import Setup, StepResult, TrainState
+from neobert.training.loop import StepResult, TrainState
 from neobert.training.metrics import Outputs, Stopwatch, duration
-from neobert.training.parts import Evaluation, Parts
+from neobert.training.parts import Parts
 from neobert.training.runtime import total_norm
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
@@ -96,51 +96,23 @@ def weight_norm(model: nn.Module) -> float:
     return float(total_norm(model.parameters()))
 
 
-@dataclass
-class Evaluate:
-    """Runs the evaluation when it is due, keeps track of the best, and asks for a stop when it no longer improves."""
-
-    trainer: TrainerConfig
-    evaluation: Evaluation
-    setup: Setup
-    out: Outputs
-    last_step: int = -1
-    values: dict[str, float] = field(default_factory=dict)
-
-    def run(self, state: TrainState, loaded: int | None = None) -> bool:
-        """Evaluate, and compare with the best so far; or evaluate again the weights that were `loaded`, those of an earlier
-        step, which has been compared and has its row. Returns whether this is the best.
-        """
-        self.last_step = step = state.step if loaded is None else loaded
-        with self.setup.stopwatch.phase("evaluate"):
-            values = self.evaluation.run()
-        state.is_evaluation_open = values is None
-        if values is None:
-            self.setup.interrupt.act(state, self.setup.runtime)
-            return False
-        self.values, is_best = values, False
-        if loaded is None:
-            is_best = self._compare(state, values)
-            self.out.write({"kind": "eval", "step": step, **{f"eval_{name}": value for name, value in values.items()}})
-        best = "  best so far" if is_best else ""
-        self.out.line(f"evaluation at step {step:,}: {self.evaluation.headline(values)}{best}")
-        return is_best
-
-    def _compare(self, state: TrainState, values: dict[str, float]) -> bool:
-        name = (self.trainer.metric_for_best_model or self.evaluation.default).removeprefix("eval_")
-        if name not in values:
-            why = f"no metric {name!r}; there are: {', '.join(values)}"
-            raise ConfigError(Problem("trainer.metric_for_best_model", why))
-        larger = self.trainer.greater_is_better and name not in SMALLER_IS_BETTER
-        value, best, patience = values[name], state.best_metric, self.trainer.early_stopping
-        is_best = best is None or (value > best if larger else value < best)
-        if is_best:
-            state.best_metric, state.best_step, state.num_evaluations_without_gain = value, state.step, 0
-        else:
-            state.num_evaluations_without_gain += 1
-        if patience and state.num_evaluations_without_gain >= patience:
-            state.stop_reason = f"no better {name} in {patience} evaluations"
-        return is_best
+def compare_with_best(trainer: TrainerConfig, name: str, values: dict[str, float], state: TrainState) -> bool:
+    """Whether the value `name` of an evaluation is the best so far; keeps track of it in `state`, and asks for a stop when it no
+    longer improves. Raises ConfigError when there is no such value.
+    """
+    if name not in values:
+        why = f"no metric {name!r}; there are: {', '.join(values)}"
+        raise ConfigError(Problem("trainer.metric_for_best_model", why))
+    value, best, patience = values[name], state.best_metric, trainer.early_stopping
+    is_larger_better = trainer.greater_is_better and name not in SMALLER_IS_BETTER
+    is_best = best is None or (value > best if is_larger_better else value < best)
+    if is_best:
+        state.best_metric, state.best_step, state.num_evaluations_without_gain = value, state.step, 0
+    else:
+        state.num_evaluations_without_gain += 1
+    if patience and state.num_evaluations_without_gain >= patience:
+        state.stop_reason = f"no better {name} in {patience} evaluations"
+    return is_best
 
 
 @dataclass

@@ -1,12 +1,9 @@
 """The one training loop. Tasks differ in model, batches and hooks, never here.
 
-A step fetches all its microbatches first and counts their targets; every microbatch's loss *sum* is then divided by that
-one number. Accumulation, packing and data parallelism are exact by construction, and the last, short window of an epoch
-is too.
-
-With the counts the processes exchange what they have to agree on before they compute together: how many microbatches the
-step has (a process whose data is exhausted adds empty ones; the run ends when the data of all is), which epoch all of them
-have reached, and whether one of them could not read its data. Then all raise that error, and none waits for another.
+A step fetches all its microbatches first and counts their targets; every microbatch's loss *sum* is then divided by that one
+number: accumulation, packing and data parallelism are exact by construction. With the counts the processes exchange what they
+have to agree on before they compute together: how many microbatches the step has (a process whose data is exhausted adds
+empty ones), which epoch all have reached, and whether one could not read its data; then all raise that error.
 """
 
 import itertools
@@ -95,9 +92,7 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains with. `model` is as it is called; `lr(step)` is the learning rate of an update; `after_update` ends it
-    (nGPT).
-    """
+    """What a run trains with. `model` is as it is called; `lr(step)` is the learning rate of an update."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -106,7 +101,7 @@ class Setup:
     seed: int = 0
     gradient_clipping: float | None = None
     model_inputs: dict[str, Any] = field(default_factory=dict)
-    after_update: Callable[[], None] = lambda: None
+    after_update: Callable[[], None] = lambda: None  # ends every update (nGPT)
     clip: QKClip | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
     empty_batch: Callable[[], Batch] | None = None  # for a process whose data ends before that of others
@@ -115,11 +110,7 @@ class Setup:
 
 
 def train(
-    setup: Setup,
-    fetch: Callable[[], Sequence[Batch]],
-    state: TrainState,
-    max_steps: int | None,
-    hooks: Sequence[Hook],
+    setup: Setup, fetch: Callable[[], Sequence[Batch]], state: TrainState, max_steps: int | None, hooks: Sequence[Hook]
 ) -> None:
     """Train until `max_steps` (None: the end of the data), or `state.stop_reason`. Hooks run after every step, in order, and
     once more when the data has ended.
@@ -159,10 +150,9 @@ class Window:
 
 def fetch_window(fetch: Callable[[], Sequence[Batch]], setup: Setup) -> Window | None:
     """The next window; None when the data of all processes has ended. Raises, in all of them, what `fetch` raised in one."""
-    micro: Sequence[Batch] = []
-    error: UserError | None = None
+    micro, error = list[Batch](), None
     try:
-        micro = fetch()
+        micro = list(fetch())
     except (UserError, OSError) as failure:
         error = failure if isinstance(failure, UserError) else DataError(f"the data cannot be read: {failure}")
     targets, epoch = sum(batch.num_targets for batch in micro), micro[-1].epoch if micro else 0
@@ -174,7 +164,7 @@ def fetch_window(fetch: Callable[[], Sequence[Batch]], setup: Setup) -> Window |
         return None
     if len(micro) < count:
         assert setup.empty_batch is not None, "all processes have as many microbatches"
-        micro = [*micro, *(setup.empty_batch() for _ in range(count - len(micro)))]
+        micro += [setup.empty_batch() for _ in range(count - len(micro))]
     num_targets = int(sum(targets for _, _, targets, _ in found))
     return Window(micro, num_targets, int(min(epoch for _, number, _, epoch in found if number)))
 
@@ -267,8 +257,6 @@ def evaluate(
             local = [a + b for a, b in zip(local, one, strict=True)]
     model.train()
     total, num_correct, num_targets = runtime.all_sum(*local)
-    if is_interrupted:
-        return None
-    if not num_targets:
-        return {}
+    if is_interrupted or not num_targets:
+        return None if is_interrupted else {}
     return {"loss": total / num_targets, "accuracy": num_correct / num_targets, "num_targets": int(num_targets)}

@@ -20,8 +20,8 @@ from neobert.training.runtime import Runtime
 
 @dataclass(frozen=True)
 class Storage:
-    """How a task's model goes into a checkpoint, as whole tensors that training does not write to and config.json, and
-    comes back. `save_beside` writes the tokenizer and what else belongs to the model into the folder.
+    """How a task's model goes into a checkpoint, as whole tensors that training does not write to and config.json, and comes
+    back. `save_beside` writes the tokenizer and what else belongs to the model into the folder.
     """
 
     content: Callable[[], tuple[Tensors, dict[str, Any]]]

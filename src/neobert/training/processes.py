@@ -90,8 +90,8 @@ def read_accelerate(config: Config, path: str) -> tuple[Launch, list[str]]:
 
 
 def launch(command: list[str] | Callable[[], None], plan: Launch, use_cpu: bool) -> int:
-    """Run `neobert <command>` as planned, or a function in forks of this process; returns the exit code. Signals are handed
-    on. Raises ConfigError.
+    """Run `neobert <command>` as planned, or a function in forks of this process, and hand signals on; returns the exit code,
+    and names the process that ended first. Raises ConfigError.
     """
     num_processes, gpus = plan.num_processes, 0 if use_cpu else torch.cuda.device_count()
     if gpus and num_processes > gpus:
@@ -106,9 +106,9 @@ def launch(command: list[str] | Callable[[], None], plan: Launch, use_cpu: bool)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say it in a line
     several = plan.num_machines > 1
     config = LaunchConfig(
-        plan.num_machines,
-        plan.num_machines,
-        num_processes,
+        min_nodes=plan.num_machines,
+        max_nodes=plan.num_machines,
+        nproc_per_node=num_processes,
         run_id="neobert" if several else str(os.getpid()),
         rdzv_backend="c10d",
         rdzv_endpoint=plan.endpoint,
@@ -127,22 +127,17 @@ def launch(command: list[str] | Callable[[], None], plan: Launch, use_cpu: bool)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as error:
-        return _explain(error, num_processes * plan.num_machines)
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:  # it could not speak for itself
+            name, count = signal.Signals(-code).name, num_processes * plan.num_machines
+            print(
+                f"error: process {rank} of {count} (pid {failure.pid}) was killed by {name}; the others were ended. "
+                "Continue with --trainer.resume_from_checkpoint latest",
+                file=sys.stderr,
+            )
+        return code if code >= 0 else 128 - code
     return 0
-
-
-def _explain(error: ChildFailedError, num_processes: int) -> int:
-    """Name the process that ended first, where it could not speak for itself; returns its exit code."""
-    rank, failure = error.get_first_failure()
-    code = failure.exitcode
-    if code >= 0:
-        return code
-    print(
-        f"error: process {rank} of {num_processes} (pid {failure.pid}) was killed by {signal.Signals(-code).name}; the others "
-        "were ended. Continue with --trainer.resume_from_checkpoint latest",
-        file=sys.stderr,
-    )
-    return 128 - code
 
 
 # --- this process -----------

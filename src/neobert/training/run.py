@@ -17,7 +17,7 @@ from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
 from neobert.errors import CheckpointError, UserError, first_line, print_notes
 from neobert.optim.build import local_parts, optimizer_state
-from neobert.training.hooks import Evaluate, Log, Saver, weight_norm
+from neobert.training.hooks import Log, Saver, compare_with_best, weight_norm
 from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, train
 from neobert.training.optimizer import build_clip, build_run_optimizer, plan_learning_rate
 from neobert.training.parts import Context, Evaluation, Finished, Parts, Storage
@@ -94,14 +94,13 @@ class Run:
         self.trainer, self.root = config.trainer, opened.folder / "checkpoints"
         self.out = open_outputs(config, opened, runtime, state.step, length.num_steps)
         self.log = Log(parts, setup.stopwatch, self.out, length.num_steps)
-        self.evaluate: Evaluate | None = None
-        if parts.evaluation is not None:
-            self.evaluate = Evaluate(config.trainer, parts.evaluation(setup.model), setup, self.out)
+        self.evaluation = None if parts.evaluation is None else parts.evaluation(setup.model)
         check_lock = (lambda: None) if opened.lock is None else opened.lock.check
         self.saver = Saver(self.root, runtime.process_group(), config.trainer.save_in_background, check_lock)
         self.last_saved = state.step if opened.goes_on else -1  # what the run goes on from is not written again
         self.has_spare = True  # checkpoints beyond the limit, until the newest is known to be good
         self.last_epoch = state.epoch
+        self.last_evaluated, self.values = -1, dict[str, float]()  # of the evaluation of that step
 
     def run(self) -> Finished:
         """Train, save, go back to the best weights where that is asked for, and print where things are. Raises UserError."""
@@ -116,8 +115,8 @@ class Run:
         hooks: list[Hook] = [self.keep_position, self.log, self.evaluate_and_save]
         try:
             interrupt.has_started = True
-            if state.is_evaluation_open and self.evaluate is not None:
-                self.evaluate.run(state)  # a signal had broken it off
+            if state.is_evaluation_open and self.evaluation is not None:
+                self.evaluate(self.evaluation)  # a signal had broken it off
                 if not state.is_evaluation_open:
                     self.save(again=True)  # with its result
             try:
@@ -130,7 +129,7 @@ class Run:
             self.saver.wait()
             if not is_stopped:
                 self.prune()
-            step = state.step if is_stopped or self.evaluate is None else self.load_best(self.evaluate)
+            step = state.step if is_stopped or self.evaluation is None else self.load_best(self.evaluation)
             interrupt.act(state, runtime)
         except UserError as error:
             self.save_whole_step(error)
@@ -139,7 +138,7 @@ class Run:
             self.out.close()
             parts.batches.close()
             self.saver.close()
-        values = self.evaluate.values if self.evaluate is not None and self.evaluate.last_step == step else {}
+        values = self.values if self.last_evaluated == step else {}
         code = 128 + interrupt.signal if interrupt.signal else 0
         finished = Finished(self.context.opened.folder, state, step, code, values, runtime.is_main)
         messages = [*parts.end_messages(), *self.saver.describe(stopwatch.total_seconds["save"])]
@@ -158,16 +157,37 @@ class Run:
         new_epoch, self.last_epoch = state.epoch > self.last_epoch, state.epoch  # its first batch has been used
         self.prune()
         improved = False
-        if self.evaluate is not None and self.evaluate.last_step != state.step:
+        if self.evaluation is not None and self.last_evaluated != state.step:
             by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
             is_last = result is None or state.step == self.length.num_steps
             if by_steps or (trainer.eval_strategy == "epoch" and new_epoch) or is_last:
-                improved = self.evaluate.run(state)
+                improved = self.evaluate(self.evaluation)
         if state.is_evaluation_open:
             return  # the run ends here, with a checkpoint
         due = {"steps": state.step % trainer.save_steps == 0, "epoch": new_epoch, "best": improved, "no": False}
         if due[trainer.save_strategy] or (trainer.load_best_model_at_end and improved):
             self.save()
+
+    def evaluate(self, evaluation: Evaluation, loaded: int | None = None) -> bool:
+        """Evaluate, and compare with the best so far; or evaluate again the weights that were `loaded`, those of an earlier
+        step, which has been compared and has its row. Returns whether this is the best.
+        """
+        state, is_best = self.state, False
+        self.last_evaluated = step = state.step if loaded is None else loaded
+        with self.setup.stopwatch.phase("evaluate"):
+            values = evaluation.run()
+        state.is_evaluation_open = values is None
+        if values is None:
+            self.context.interrupt.act(state, self.context.runtime)
+            return False
+        self.values = values
+        if loaded is None:
+            name = (self.trainer.metric_for_best_model or evaluation.default).removeprefix("eval_")
+            is_best = compare_with_best(self.trainer, name, values, state)
+            self.out.write({"kind": "eval", "step": step, **{f"eval_{name}": value for name, value in values.items()}})
+        best = "  best so far" if is_best else ""
+        self.out.line(f"evaluation at step {step:,}: {evaluation.headline(values)}{best}")
+        return is_best
 
     def save(self, again: bool = False) -> None:
         """Write a checkpoint of the last whole step, unless there is one; when it is whole, point at the best one."""
@@ -260,7 +280,7 @@ class Run:
         if not self.context.runtime.on_main(lambda: best in list_steps(self.root)):
             self.state.best_step = self.state.best_metric = None
 
-    def load_best(self, evaluate: Evaluate) -> int:
+    def load_best(self, evaluation: Evaluation) -> int:
         """`load_best_model_at_end`: go back to the weights of the best evaluation, which `latest` then means. Returns the step
         whose weights these are: that of the last, too, where the best cannot be had any more.
         """
@@ -277,15 +297,15 @@ class Run:
             self.parts.storage.load(folder)
         runtime.on_main(lambda: write_pointer(self.root, "latest", best))
         self.out.line(f"loading the best checkpoint, step {best:,}")
-        evaluate.run(self.state, loaded=best)
+        self.evaluate(evaluation, loaded=best)
         return best
 
     def finish(self, finished: Finished) -> Finished:
         """What the task does with a run that came to its end. It gets values: where there are none, it is evaluated now."""
         on_finish, runtime = self.parts.on_finish, self.context.runtime
-        if finished.exit_code or on_finish is None or self.evaluate is None:
+        if finished.exit_code or on_finish is None or self.evaluation is None:
             return finished
-        values = finished.values or self.evaluate.evaluation.run()
+        values = finished.values or self.evaluation.run()
         if values is None:
             return replace(finished, exit_code=128 + int(runtime.all_max(self.context.interrupt.signal)[0]))
         result = replace(finished, values=values)

@@ -144,24 +144,21 @@ class Runtime(Ranks):
 
     def all_sum(self, *values: float) -> list[float]:
         """Sums over all processes, in float64 (exact for counts)."""
-        return self._reduce(values, dist.ReduceOp.SUM)
-
-    def all_max(self, *values: float) -> list[float]:
-        """The largest over all processes."""
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def _reduce(self, values: tuple[float, ...], how: Any) -> list[float]:
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, how)
+        dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def all_max(self, *values: float) -> list[float]:
+        """The largest over all processes."""
+        return [max(column) for column in zip(*self.gather(*values), strict=True)]
 
     def gather(self, *values: float) -> list[list[float]]:
         """The values of every process, in all of them, in float64."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size == 1:
-            return [mine.tolist()]
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         found = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(found, mine)
         return torch.stack(found).tolist()  # type: ignore[no-any-return]
