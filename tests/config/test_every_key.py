@@ -34,7 +34,6 @@ from neobert.training.choices import (
     choose_device,
     choose_engine,
     choose_kernels,
-    describe_arithmetic,
 )
 from neobert.training.optimizer import build_clip, build_run_optimizer
 
@@ -637,7 +636,8 @@ ROWS = {
         "no backend 'nonsense'", "trainer.torch_compile_backend=nonsense", "trainer.torch_compile=true"
     ),
     "trainer.tf32": lambda train, small: (
-        [describe_arithmetic(None, "cuda", on) for on in (True, False)] == ["float32 with TF32 products", "float32"]
+        [runtime.Runtime(device=torch.device("cuda"), tf32=on).arithmetic for on in (True, False)]
+        == ["float32 with TF32 products", "float32"]
     ),
     "trainer.masked_logits_only_loss": called(
         NeoBERTForMaskedLM,

@@ -35,8 +35,9 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 def choose_engine(
     requested: str, world_size: int, wants_deepspeed: bool, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run. `environment`
-    is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
+    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run.
+
+    `environment` is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
     """
     launched = {"fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true", "deepspeed": wants_deepspeed}
     asked = [engine for engine, is_launched in launched.items() if is_launched]
@@ -52,13 +53,6 @@ def choose_engine(
             why = f"{requested}, but the processes were launched for {names[engine]}; use auto or {engine}"
             raise ConfigError(Problem("trainer.engine", why))
     return requested, ""
-
-
-def describe_arithmetic(dtype: torch.dtype | None, device_type: str, tf32: bool) -> str:
-    """In words: what products are computed in."""
-    if dtype is not None:
-        return f"{str(dtype).removeprefix('torch.')} autocast, float32 weights"
-    return "float32 with TF32 products" if tf32 and device_type == "cuda" else "float32"
 
 
 def choose_precision(

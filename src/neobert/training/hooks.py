@@ -30,9 +30,7 @@ LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # 
 
 @dataclass
 class Log:
-    """Sums of the steps since the last line, and the line. The loss is summed in the state, which is saved; times are those of
-    this process.
-    """
+    """Sums of the steps since the last line, and the line. The loss is summed in the state, which is saved."""
 
     parts: Parts
     stopwatch: Stopwatch
@@ -97,8 +95,8 @@ def weight_norm(model: nn.Module) -> float:
 
 
 def compare_with_best(trainer: TrainerConfig, name: str, values: dict[str, float], state: TrainState) -> bool:
-    """Whether the value `name` of an evaluation is the best so far; keeps track of it in `state`, and asks for a stop when it no
-    longer improves. Raises ConfigError when there is no such value.
+    """Whether the value `name` is the best so far, which `state` keeps; asks for a stop after too many that are not. Raises
+    ConfigError when there is no such value.
     """
     if name not in values:
         why = f"no metric {name!r}; there are: {', '.join(values)}"
@@ -139,9 +137,8 @@ class Saver:
         """Do something in the background, after the save that is being written; if that fails, so does this. What the disk does
         not let it do is left undone, with a note.
         """
-        before = self._running
 
-        def do() -> None:
+        def do(before: Future[None] | None) -> None:
             if before is not None:
                 before.result()
             try:
@@ -149,7 +146,7 @@ class Saver:
             except OSError as error:
                 print_notes([f"{self.root}: {first_line(error)}"])
 
-        self._running = self._thread.submit(do)
+        self._running = self._thread.submit(do, self._running)
 
     def _save(self, content: Content, after: Callable[[], None]) -> None:
         start = time.perf_counter()

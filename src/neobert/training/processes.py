@@ -23,7 +23,7 @@ from neobert.config.deepspeed import read_zero
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.errors import ConfigError, Problem, print_notes
-from neobert.ranks import LAUNCHER, Ranks
+from neobert.ranks import LAUNCHER
 from neobert.training.loop import Interrupt
 from neobert.training.runtime import Runtime, build_runtime
 
@@ -193,14 +193,11 @@ def _end_when_deaf(arrived: int, heard: threading.Event, interrupt: Interrupt) -
 
 
 @contextmanager
-def main_prints_only(ranks: Ranks) -> Iterator[None]:
-    """Inside, only the main process prints."""
-    with open(os.devnull, "w") as nowhere, nullcontext() if ranks.is_main else redirect_stdout(nowhere):
-        yield
+def started(config: Config) -> Iterator[Runtime]:
+    """The runtime of this process, as the configuration and the launcher have it; inside, only the main process prints.
 
-
-def start_runtime(config: Config) -> Runtime:
-    """Device, precision and engine of this process, as the configuration and the launcher have it. Raises ConfigError."""
+    Raises ConfigError.
+    """
     trainer, asked = config.trainer, read_zero(config, os.environ)
     runtime = build_runtime(
         use_cpu=trainer.use_cpu,
@@ -210,4 +207,6 @@ def start_runtime(config: Config) -> Runtime:
         zero_options=None if asked is None else asked.options,
     )
     print_notes(asked.notes if asked is not None and runtime.is_main else [])
-    return runtime
+    with open(os.devnull, "w") as nowhere, nullcontext() if runtime.is_main else redirect_stdout(nowhere):
+        yield runtime
+    runtime.close()

@@ -21,7 +21,7 @@ from neobert.training.hooks import Log, Saver, compare_with_best, weight_norm
 from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, train
 from neobert.training.optimizer import build_clip, build_run_optimizer, plan_learning_rate
 from neobert.training.parts import Context, Evaluation, Finished, Parts, Storage
-from neobert.training.processes import main_prints_only, start_runtime, stop_signals
+from neobert.training.processes import started, stop_signals
 from neobert.training.resume import Length, continue_run, plan_length
 from neobert.training.run_folder import open_run, write_run_files
 from neobert.training.runtime import own_partition
@@ -34,13 +34,10 @@ def run_task(loaded: Loaded, build: Callable[[Context], Parts]) -> Finished:
     """Run a task whose parts `build` makes; the main process alone prints. Raises UserError."""
     check_ready(loaded)
     interrupt = Interrupt()
-    with stop_signals(interrupt):
-        runtime = start_runtime(loaded.config)
-        with main_prints_only(runtime), open_run(loaded.config, runtime) as opened:
-            print_notes(loaded.warnings if runtime.is_main else [])
-            context = Context(loaded, runtime, interrupt, opened)
-            finished = assemble(context, build(context)).run()
-        runtime.close()
+    with stop_signals(interrupt), started(loaded.config) as runtime, open_run(loaded.config, runtime) as opened:
+        print_notes(loaded.warnings if runtime.is_main else [])
+        context = Context(loaded, runtime, interrupt, opened)
+        finished = assemble(context, build(context)).run()
     return finished
 
 
@@ -211,9 +208,8 @@ class Run:
         self.has_spare = False
 
     def content(self) -> Content:
-        """Everything a checkpoint of the last whole step holds; copies, so that training can go on.
-
-        Raises CheckpointError, in all processes, for weights that are not finite: there is nothing to go on from in them.
+        """What a checkpoint of the last whole step holds; copies, so that training can go on. Raises CheckpointError, in all
+        processes, for weights that are not finite.
         """
         parts, runtime, state = self.parts, self.context.runtime, self.state
         if not math.isfinite(weight_norm(parts.model)):
@@ -244,9 +240,8 @@ class Run:
     # --- the end -----------
 
     def end_broken_step(self, error: RuntimeError | OSError) -> None:
-        """A signal to all processes of a job also ends the compiler that a step waits for: that is no error of the run.
-
-        Returns where the last whole step is to be saved; raises `error` where no signal had come, and SystemExit.
+        """A signal to all processes of a job also ends the compiler that a step waits for: that is no error of the run. Returns
+        where the last whole step is to be saved; raises `error` where no signal had come, and SystemExit.
         """
         number, step = self.context.interrupt.signal, self.state.step
         if not number:
@@ -271,9 +266,7 @@ class Run:
             error.args = (f"{error}; go on from {self.root / str(steps[-1])}",)
 
     def forget_lost_best(self) -> None:
-        """With `load_best_model_at_end`, a best checkpoint that is not in the folder cannot be what the run ends with: the next
-        evaluation begins a new search.
-        """
+        """A best checkpoint that is gone cannot be what the run ends with: the next evaluation begins a new search."""
         best = self.state.best_step
         if best is None or not self.trainer.load_best_model_at_end:
             return

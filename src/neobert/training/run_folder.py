@@ -146,9 +146,9 @@ def _refusal(folder: Path, holder: dict[str, Any] | None) -> str:
     who, hint = "another process", ""
     if holder is not None:
         who = f"process {holder['pid']} on {holder['host']}, since {holder.get('since')}"
-        if not holder["is_local"]:
-            minutes = f"{SILENT_SECONDS / 60:.0f} minutes"
-            hint = f". If that machine is lost, the folder is free {minutes} after its last sign of life"
+    if holder is not None and not holder["is_local"]:
+        minutes = f"{SILENT_SECONDS / 60:.0f} minutes"
+        hint = f". If that machine is lost, the folder is free {minutes} after its last sign of life"
     return f"another run is writing in {folder} ({who}); wait for it or stop it, or choose another folder{hint}"
 
 
@@ -165,16 +165,14 @@ def process_start(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """The folder of a run, which this process (of several the main one) holds; the checkpoint it goes on from, verified, with
-    what that counts; what in the folder is in the way; and messages.
-    """
+    """The folder of a run, and the checkpoint that it goes on from, verified."""
 
     folder: Path
     checkpoint: Path | None
-    saved: dict[str, Any]
-    in_the_way: list[str]
+    saved: dict[str, Any]  # what the checkpoint counts
+    in_the_way: list[str]  # in the folder
     messages: list[str]
-    lock: FolderLock | None = None
+    lock: FolderLock | None = None  # in the main process
 
     @property
     def goes_on(self) -> bool:
@@ -266,11 +264,9 @@ def plan_start(folder: Path, resume: str | None, overwrite: bool) -> tuple[Path 
     if not list_steps(root) and not (folder / "metrics.jsonl").exists():
         return checkpoint, [], []
     if not overwrite:
-        problem = (
-            f"{folder} holds a run; continue it with trainer.resume_from_checkpoint: latest, choose another "
-            "trainer.output_dir, or set overwrite_output_dir: true"
-        )
-        raise ConfigError(Problem("trainer.overwrite_output_dir", problem))
+        way_out = "choose another trainer.output_dir, or set overwrite_output_dir: true"
+        why = f"{folder} holds a run; continue it with trainer.resume_from_checkpoint: latest, {way_out}"
+        raise ConfigError(Problem("trainer.overwrite_output_dir", why))
     return checkpoint, [name for name in RUN_FILES if (folder / name).exists()], []
 
 
@@ -307,8 +303,8 @@ def move_aside(folder: Path, names: list[str]) -> Path:
     numbers = [int(path.name) for path in previous.iterdir() if path.name.isdigit()]
     to = previous / str(1 + max(numbers, default=0))
     os.replace(moving, to)
-    for changed in (previous, folder):
-        sync(changed)
+    sync(previous)
+    sync(folder)
     return to
 
 
@@ -335,18 +331,14 @@ def check_shared(folder: Path, runtime: Runtime) -> None:
     missing = int(runtime.all_sum(not probe.is_file())[0])
     runtime.on_main(probe.unlink)
     if missing:
-        problem = (
-            f"{missing} of {runtime.world_size} processes do not see {folder} of process 0; several machines need a file "
-            "system that all of them share"
-        )
-        raise ConfigError(Problem("trainer.output_dir", problem))
+        which = f"{missing} of {runtime.world_size} processes do not see {folder} of process 0"
+        why = f"{which}; several machines need a file system that all of them share"
+        raise ConfigError(Problem("trainer.output_dir", why))
 
 
 def write_run_files(folder: Path, config_yaml: str, facts: dict[str, Any]) -> None:
-    """config.yaml (loads to the same configuration) and environment.json (versions, machine, what was derived); the result of
-    an earlier end of the run is removed.
-    """
-    (folder / RESULT).unlink(missing_ok=True)
+    """config.yaml, which loads to the same configuration, and environment.json: versions, machine, what was derived."""
+    (folder / RESULT).unlink(missing_ok=True)  # of an earlier end of the run
     write_text(folder / "config.yaml", config_yaml)
     environment = {
         "neobert": __version__,

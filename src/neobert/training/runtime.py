@@ -29,7 +29,6 @@ from neobert.training.choices import (
     choose_device,
     choose_engine,
     choose_precision,
-    describe_arithmetic,
     gpu_capability,
     keep_memory,
 )
@@ -48,7 +47,6 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, kw_only=True)
 class Runtime(Ranks):
     """One process of a run, on its device. `dtype` None: float32 throughout; else autocast to it, weights stay float32.
-
     `engine`: `plain` (one process), `ddp` (every process holds the whole model), `fsdp2` (torch's `fully_shard`: weights,
     gradients and optimizer state are split by rows over the processes), or `deepspeed` with its options, `zero_options`.
     """
@@ -69,21 +67,27 @@ class Runtime(Ranks):
         return int(self.zero_options["zero_optimization"]["stage"]) if self.engine == "deepspeed" else 0
 
     @property
+    def arithmetic(self) -> str:
+        """What products are computed in, in words."""
+        if self.dtype is not None:
+            return f"{str(self.dtype).removeprefix('torch.')} autocast, float32 weights"
+        return "float32 with TF32 products" if self.tf32 and self.device.type == "cuda" else "float32"
+
+    @property
     def describe(self) -> str:
         """Device and arithmetic in words, for the summary."""
         is_cpu = self.device.type == "cpu"
         name = f"cpu, {torch.get_num_threads()} threads" if is_cpu else torch.cuda.get_device_name(self.device)
         note = f" ({self.note})" if self.note else ""
-        return f"{name}, {describe_arithmetic(self.dtype, self.device.type, self.tf32)}{note}"
+        return f"{name}, {self.arithmetic}{note}"
 
     @property
     def describe_engine(self) -> str:
         """Processes and engine in words, for the summary."""
-        count = "one"
+        count, stage, why = "one", self.zero_stage, f"; {self.why}" if self.why else ""
         if self.world_size > 1:
-            stage = self.zero_stage
             count = f"{self.world_size}, {ENGINES[self.engine].format(stage=stage, split=SPLIT_BY_STAGE[stage])}"
-        return f"{count}; {self.why}" if self.why else count
+        return f"{count}{why}"
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context of the forward pass."""
@@ -232,8 +236,8 @@ def build_runtime(
     zero_options: Mapping[str, Any] | None = None,
     trains: bool = True,
 ) -> Runtime:
-    """The runtime of this process, from what the machine has and what started it. `zero_options` are DeepSpeed's, where it
-    is asked for; `trains`: gradients are computed. Raises ConfigError.
+    """The runtime of this process, from what the machine has and what started it. `zero_options` are DeepSpeed's, where it is
+    asked for; `trains`: gradients are computed. Raises ConfigError.
     """
     ranks = launched_ranks()
     engine, why = choose_engine(engine, ranks.world_size, zero_options is not None, os.environ)

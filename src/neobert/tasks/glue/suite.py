@@ -25,7 +25,7 @@ from neobert.tasks.glue.data import check_best_metric, find_all_files
 from neobert.tasks.glue.metrics import check_metrics
 from neobert.tasks.glue.predict import FOLDER, write_predictions
 from neobert.training.metrics import markdown_table, write_table
-from neobert.training.processes import main_prints_only, start_runtime
+from neobert.training.processes import started
 from neobert.training.run_folder import hold_folder
 from neobert.training.runtime import Runtime
 
@@ -77,8 +77,7 @@ def run_suite(
     """
     check_metrics()
     base = load_config(files, overrides, "glue")
-    runtime = start_runtime(base.config)
-    with main_prints_only(runtime):
+    with started(base.config) as runtime:
         print_notes(base.warnings if runtime.is_main else [])
         plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
         check_plan(plan)
@@ -88,7 +87,6 @@ def run_suite(
                 runtime.on_main(lambda: print_table(results, output))
                 if predict:
                     runtime.on_main(lambda: predict_best(plan, results, output / FOLDER, runtime))
-    runtime.close()
     return code
 
 

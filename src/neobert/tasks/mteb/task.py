@@ -23,7 +23,6 @@ from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, print_notes
 from neobert.inference.embed import Embedder, load_embedder
-from neobert.training.choices import describe_arithmetic
 from neobert.training.metrics import markdown_table, write_table
 from neobert.training.runtime import build_runtime
 
@@ -108,10 +107,9 @@ def load_subject(config: Config, model: str | None) -> Subject:
     found, chosen = embedder.settings, embedder.model.contrastive.settings.pooling
     if found.similarity not in ("cosine", "dot"):
         raise CheckpointError(f"{folder}: similarity_fn_name {found.similarity!r} is not computed by MTEB's encoders")
-    arithmetic = describe_arithmetic(runtime.dtype, runtime.device.type, runtime.tf32)
     # What most models have at its default is left out, so that results of earlier versions are found again.
     usual = {"similarity": "cosine", "default_prompt": "", "arithmetic": "float32"}
-    own = {"similarity": found.similarity, "default_prompt": found.default_prompt, "arithmetic": arithmetic}
+    own = {"similarity": found.similarity, "default_prompt": found.default_prompt, "arithmetic": runtime.arithmetic}
     settings = {
         "pooling": "mean" if chosen == "avg" else chosen,
         "normalize": found.normalize is not False,
