@@ -28,7 +28,7 @@ from neobert.ranks import Ranks
 from neobert.tasks import encoder
 from neobert.tasks.encoder import build_model
 from neobert.tasks.pretraining.data import build_data
-from neobert.training import hooks, runtime
+from neobert.training import resume, runtime
 from neobert.training.choices import (
     choose_attention,
     choose_device,
@@ -92,7 +92,7 @@ def pins(train, small):
 
 def saves_before_the_next_step(train, small):
     """A save that takes longer than a step is over before the next one begins, or not."""
-    found, save = [], hooks.save_checkpoint
+    found, save = [], resume.save_checkpoint
     for word in ("trainer.save_in_background=false", "trainer.save_in_background=true"):
         events = []
 
@@ -103,7 +103,7 @@ def saves_before_the_next_step(train, small):
 
         hook = register_optimizer_step_pre_hook(lambda *given, _events=events: _events.append("step"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hooks, "save_checkpoint", slowly)
+            patch.setattr(resume, "save_checkpoint", slowly)
             train(*small, word, "trainer.save_steps=2", "trainer.max_steps=3")
         hook.remove()
         found.append(events[:3])

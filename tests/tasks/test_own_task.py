@@ -40,7 +40,7 @@ def test_it_learns_and_goes_on_exactly_after_a_kill(table, tmp_path):
     words = [*WORDS, f"trainer.output_dir={folder}", "trainer.resume_from_checkpoint=latest"]
     pid = os.fork()
     if not pid:
-        from neobert.training.hooks import Log
+        from neobert.training.reporting import Log
 
         write = Log.__call__
 

@@ -31,8 +31,8 @@ from neobert.data.batch import Batch
 from neobert.data.tokenizer import load_tokenizer, save_tokenizer
 from neobert.errors import CheckpointError, UserError
 from neobert.optim.build import OptimizerSettings, build_optimizer
-from neobert.training.hooks import Saver
 from neobert.training.loop import Interrupt, Setup, TrainState, Window, train, train_step
+from neobert.training.resume import Saver
 from neobert.training.runtime import Runtime
 
 RUNTIME = Runtime(device=torch.device("cpu"))

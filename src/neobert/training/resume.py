@@ -1,23 +1,32 @@
-"""Where a run stands: how many steps it has, what its checkpoints hold, and how it continues from one.
+"""Where a run stands: how many steps it has, how its checkpoints are written, and how it continues from one.
 
 The position of the data is in rows and documents, so batch size, accumulation, number of processes and engine may change. What
 a number of processes changes by itself is kept: the rows of a step stay as many, by accumulation, where that divides. A run of
 `max_steps: -1` ends with its data, whatever its steps are; the number of steps is counted for its learning rate.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from neobert.checkpoints.format import load_data, load_optimizer, load_rank_optimizer
+from neobert.checkpoints.format import (
+    Content,
+    ProcessGroup,
+    load_data,
+    load_optimizer,
+    load_rank_optimizer,
+    save_checkpoint,
+)
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.data.mlm.pipeline import join_positions
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, UserError, first_line, print_notes
 from neobert.optim.build import load_optimizer_state
 from neobert.optim.sharding import from_rows, local_rows
 from neobert.training.loop import TrainState
@@ -161,3 +170,78 @@ def load_by_name(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         for path, rows in load_optimizer(folder, rows_of).items()
     }
     load_optimizer_state(optimizer, placed)
+
+
+# --- save -----------
+
+
+@dataclass
+class Saver:
+    """Saves below `root`. `num_saved` checkpoints took `write_seconds` to write.
+
+    Checkpoints are written while training goes on. The loop makes a copy of what one holds, which takes as long as copying it
+    in memory takes; a thread writes it, in each process, and the threads talk to each other over a connection of their own.
+    One is written at a time. The price is memory for one more copy of weights and optimizer state, on the CPU.
+    """
+
+    root: Path
+    group: ProcessGroup
+    in_background: bool = True
+    before: Callable[[], None] = lambda: None  # of every save, in the main process; may raise UserError
+    num_saved: int = 0
+    write_seconds: float = 0.0
+    _running: Future[None] | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="save"))
+
+    def submit(self, content: Content, after: Callable[[], None]) -> None:
+        """Write a checkpoint, whose tensors nobody changes any more; then the main process calls `after`. Raises as `wait`."""
+        self.wait()
+        self._running = self._thread.submit(self._save, content, after)
+        if not self.in_background:
+            self.wait()
+
+    def then(self, work: Callable[[], object]) -> None:
+        """Do something in the background, after the save that is being written; if that fails, so does this. What the disk does
+        not let it do is left undone, with a note.
+        """
+
+        def do(before: Future[None] | None) -> None:
+            if before is not None:
+                before.result()
+            try:
+                work()
+            except OSError as error:
+                print_notes([f"{self.root}: {first_line(error)}"])
+
+        self._running = self._thread.submit(do, self._running)
+
+    def _save(self, content: Content, after: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        save_checkpoint(self.root, content, self.group, self.before, after)
+        self.write_seconds += time.perf_counter() - start
+        self.num_saved += 1
+
+    def failure(self) -> UserError | None:
+        """The error that the last save has ended in, which `wait` raises."""
+        error = self._running.exception() if self._running is not None and self._running.done() else None
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        return error
+
+    def wait(self) -> None:
+        """Until the last save is on the disk. Raises CheckpointError when it could not be written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def describe(self, blocked_seconds: float) -> list[str]:
+        """What saving cost, for the end of a run that waited for so long."""
+        if not self.num_saved:
+            return []
+        a_write, a_wait = self.write_seconds / self.num_saved, blocked_seconds / self.num_saved
+        how = "in the background, " if self.in_background else ""
+        return [f"saving: {a_write:.2f} s a checkpoint, {how}which held training for {a_wait:.2f} s"]
+
+    def close(self) -> None:
+        """End the thread; a save that is being written is finished."""
+        self._thread.shutdown()

@@ -15,19 +15,20 @@ from functools import partial
 from neobert.checkpoints.format import Content, list_steps, prune, verify_checkpoint, write_pointer
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
-from neobert.errors import CheckpointError, UserError, first_line, print_notes
+from neobert.config.sections import TrainerConfig
+from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
 from neobert.optim.build import local_parts, optimizer_state
-from neobert.training.hooks import Log, Saver, compare_with_best, weight_norm
 from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, train
 from neobert.training.optimizer import build_clip, build_run_optimizer, plan_learning_rate
 from neobert.training.parts import Context, Evaluation, Finished, Parts, Storage
 from neobert.training.processes import started, stop_signals
-from neobert.training.resume import Length, continue_run, plan_length
+from neobert.training.reporting import Log, open_outputs, print_end, print_summary
+from neobert.training.resume import Length, Saver, continue_run, plan_length
 from neobert.training.run_folder import open_run, write_run_files
-from neobert.training.runtime import own_partition
-from neobert.training.summary import open_outputs, print_end, print_summary
+from neobert.training.runtime import own_partition, total_norm
 
 __all__ = ["Context", "Evaluation", "Finished", "Parts", "Storage", "run_task"]
+SMALLER_IS_BETTER = ("loss", "perplexity")
 
 
 def run_task(loaded: Loaded, build: Callable[[Context], Parts]) -> Finished:
@@ -212,7 +213,7 @@ class Run:
         processes, for weights that are not finite.
         """
         parts, runtime, state = self.parts, self.context.runtime, self.state
-        if not math.isfinite(weight_norm(parts.model)):
+        if not math.isfinite(total_norm(parts.model.parameters())):
             raise CheckpointError(f"the weights of step {state.step} are not finite and are not saved")
         weights, model_config = parts.storage.content()
         optimizer, first_rows = own_partition(self.setup.optimizer), dict[str, int]()
@@ -304,3 +305,22 @@ class Run:
         result = replace(finished, values=values)
         runtime.on_main(lambda: on_finish(result))
         return result
+
+
+def compare_with_best(trainer: TrainerConfig, name: str, values: dict[str, float], state: TrainState) -> bool:
+    """Whether the value `name` is the best so far, which `state` keeps; asks for a stop after too many that are not. Raises
+    ConfigError when there is no such value.
+    """
+    if name not in values:
+        why = f"no metric {name!r}; there are: {', '.join(values)}"
+        raise ConfigError(Problem("trainer.metric_for_best_model", why))
+    value, best, patience = values[name], state.best_metric, trainer.early_stopping
+    is_larger_better = trainer.greater_is_better and name not in SMALLER_IS_BETTER
+    is_best = best is None or (value > best if is_larger_better else value < best)
+    if is_best:
+        state.best_metric, state.best_step, state.num_evaluations_without_gain = value, state.step, 0
+    else:
+        state.num_evaluations_without_gain += 1
+    if patience and state.num_evaluations_without_gain >= patience:
+        state.stop_reason = f"no better {name} in {patience} evaluations"
+    return is_best

@@ -270,6 +270,7 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
     return group
 
 
+@torch.no_grad()
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask. Norms
     of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.

@@ -1,4 +1,4 @@
-"""What a run says of itself: what runs and why at the start, where its metrics go, where things are at the end.
+"""What a run says of itself: what runs and why at the start, the log of its steps, where things are at the end.
 
 Trackers (Weights & Biases, TensorBoard, trackio, MLflow, ...) run through Accelerate's adapters. They and Accelerate are the
 extra `trackers`, of which nothing is imported unless a tracker is asked for.
@@ -7,6 +7,7 @@ extra `trackers`, of which nothing is imported unless a tracker is asked for.
 import json
 import os
 import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from neobert.config.explain import plain_json
 from neobert.config.schema import Config, known_keys
 from neobert.errors import ConfigError, Problem, UserError
 from neobert.files import write_text
+from neobert.optim.qk_clip import clip_metrics
 from neobert.ranks import Ranks
+from neobert.training.loop import StepResult, TrainState
 from neobert.training.metrics import Outputs, Stopwatch, duration
-from neobert.training.parts import Finished
+from neobert.training.parts import Finished, Parts
 from neobert.training.run_folder import OpenRun
+from neobert.training.runtime import total_norm
 
 INSTALL = "pip install 'neobert[trackers]'"
+LOGGED = ("grad_norm", "weight_norm", "accuracy", "alignment", "uniformity")  # printed where they are known
 
 
 def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None:
@@ -30,6 +35,66 @@ def print_summary(facts: dict[str, Any], notes: list[str], folder: Path) -> None
         for number, line in enumerate(value if isinstance(value, list) else [value]):
             print(f"{'' if number else name:<15} {line}")
     print(flush=True)
+
+
+@dataclass
+class Log:
+    """Sums of the steps since the last line, and the line. The loss is summed in the state, which is saved."""
+
+    parts: Parts
+    stopwatch: Stopwatch
+    out: Outputs
+    max_steps: int
+    window: list[StepResult] = field(default_factory=list)  # of this process
+    last_rate: float | None = None
+
+    def __call__(self, state: TrainState, result: StepResult | None) -> None:
+        if result is not None:
+            self.window.append(result)
+            loss_sum = result.loss * result.num_targets
+            one = {"loss": loss_sum, "targets": result.num_targets, "correct": result.num_correct}
+            state.logged = {name: state.logged.get(name, 0) + value for name, value in one.items()}
+        trainer = self.parts.config.trainer
+        is_due = result is None or state.step % trainer.logging_steps == 0 or state.step == self.max_steps
+        if self.window and (is_due or self.parts.config.debug):
+            self._write(state)
+        if result is not None:
+            self.out.step(result.loss, self.last_rate)
+
+    def _write(self, state: TrainState) -> None:
+        (window, self.window), (sums, state.logged) = (self.window, []), (state.logged, {})
+        trainer, seconds = self.parts.config.trainer, self.stopwatch.lap()
+        step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
+        loss = sums["loss"] / max(1, sums["targets"])
+        self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": window[-1].lr,
+            "num_tokens": state.num_tokens,
+            "tokens_per_second": self.last_rate,
+            "step_seconds": step_seconds / len(window),
+            **{f"{name}_seconds": value for name, value in seconds.items()},
+        }
+        if trainer.log_grad_norm:
+            row["grad_norm"] = window[-1].grad_norm
+        if trainer.log_weight_norms:
+            row["weight_norm"] = float(total_norm(self.parts.model.parameters()))
+        if trainer.log_train_accuracy:
+            row["accuracy"] = sums["correct"] / max(1, sums["targets"])
+        row |= self.parts.log_metrics() | clip_metrics([one.clip for one in window if one.clip is not None])
+        self.out.write(row)
+        if not self.out.has_bar or self.parts.config.debug:
+            left = (self.max_steps - state.step) * step_seconds / len(window)
+            extras = "".join(f"  {name} {row[name]:.3f}" for name in LOGGED if name in row)
+            if row.get("qk_clipped_heads"):
+                extras += f"  largest logit {row['qk_max_logit']:.1f}, {row['qk_clipped_heads']} heads clipped"
+            self.out.line(
+                f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
+                f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
+            )
 
 
 def print_end(
