@@ -35,13 +35,12 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 def choose_engine(
     requested: str, world_size: int, wants_deepspeed: bool, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run.
-
-    `environment` is what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
+    """(engine of a run: "plain", "ddp", "fsdp2" or "deepspeed"; why). Raises ConfigError for what cannot run. `environment` is
+    what the launcher set; `wants_deepspeed`: it, or the configuration, asks for DeepSpeed.
     """
-    launched = {"fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true", "deepspeed": wants_deepspeed}
-    asked = [engine for engine, is_launched in launched.items() if is_launched]
     names = {"fsdp2": "FSDP", "deepspeed": "DeepSpeed"}
+    launched = {"fsdp2": environment.get("ACCELERATE_USE_FSDP") == "true", "deepspeed": wants_deepspeed}
+    asked = [engine for engine in names if launched[engine]]
     if world_size == 1:
         whats = [f"trainer.engine: {requested} is"] if requested != "auto" else []
         whats += [f"{names[engine]} was launched, which is" for engine in asked]

@@ -194,19 +194,12 @@ def _end_when_deaf(arrived: int, heard: threading.Event, interrupt: Interrupt) -
 
 @contextmanager
 def started(config: Config) -> Iterator[Runtime]:
-    """The runtime of this process, as the configuration and the launcher have it; inside, only the main process prints.
-
-    Raises ConfigError.
-    """
-    trainer, asked = config.trainer, read_zero(config, os.environ)
+    """The runtime of this process, as configuration and launcher have it; only the main one prints. Raises ConfigError."""
+    zero, names = read_zero(config, os.environ), {"use_cpu", "mixed_precision", "tf32", "engine"}
     runtime = build_runtime(
-        use_cpu=trainer.use_cpu,
-        mixed_precision=trainer.mixed_precision,
-        tf32=trainer.tf32,
-        engine=trainer.engine,
-        zero_options=None if asked is None else asked.options,
+        **config.trainer.model_dump(include=names), zero_options=None if zero is None else zero.options
     )
-    print_notes(asked.notes if asked is not None and runtime.is_main else [])
+    print_notes(zero.notes if zero is not None and runtime.is_main else [])
     with open(os.devnull, "w") as nowhere, nullcontext() if runtime.is_main else redirect_stdout(nowhere):
         yield runtime
     runtime.close()

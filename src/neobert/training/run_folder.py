@@ -146,9 +146,9 @@ def _refusal(folder: Path, holder: dict[str, Any] | None) -> str:
     who, hint = "another process", ""
     if holder is not None:
         who = f"process {holder['pid']} on {holder['host']}, since {holder.get('since')}"
-    if holder is not None and not holder["is_local"]:
-        minutes = f"{SILENT_SECONDS / 60:.0f} minutes"
-        hint = f". If that machine is lost, the folder is free {minutes} after its last sign of life"
+        if not holder["is_local"]:
+            minutes = f"{SILENT_SECONDS / 60:.0f} minutes"
+            hint = f". If that machine is lost, the folder is free {minutes} after its last sign of life"
     return f"another run is writing in {folder} ({who}); wait for it or stop it, or choose another folder{hint}"
 
 
@@ -300,8 +300,7 @@ def move_aside(folder: Path, names: list[str]) -> Path:
         shutil.copyfile(metrics, moving / metrics.name)
     for name in names:
         os.replace(folder / name, moving / name)
-    numbers = [int(path.name) for path in previous.iterdir() if path.name.isdigit()]
-    to = previous / str(1 + max(numbers, default=0))
+    to = previous / str(1 + max((int(path.name) for path in previous.iterdir() if path.name.isdigit()), default=0))
     os.replace(moving, to)
     sync(previous)
     sync(folder)
