@@ -263,8 +263,8 @@ class EpochLoader(Loader):
         self.rows, self.layout, self.ranks, self.seed = rows, layout, ranks, seed
         self.batch_size, self.group_by_length = batch_size * ranks.world_size, group_by_length
         facts = {"rows": len(rows), "tokens": rows.num_tokens, "batch_size": self.batch_size, "seed": seed}
-        fingerprint = {**fingerprint, **facts, "group_by_length": group_by_length}
-        super().__init__({"num_used": 0}, fingerprint, num_workers, num_ahead=2 * num_workers)
+        self.fingerprint = {**fingerprint, **facts, "group_by_length": group_by_length}
+        super().__init__({"num_used": 0}, num_workers, num_ahead=2 * num_workers)
         self._order: tuple[int, list[np.ndarray]] = (-1, [])
 
     @property

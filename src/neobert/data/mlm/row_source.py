@@ -19,7 +19,7 @@ import numpy as np
 from neobert.data.batch import State
 from neobert.data.hashing import choose_sources, hash_keys
 from neobert.data.mlm.packing import Packer, Row, Segmenter, TruncationStats
-from neobert.data.mlm.readers import Reader, StreamReader
+from neobert.data.mlm.readers import Reader
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
 
@@ -69,14 +69,9 @@ class Workers:
 
     tokenizer: TextTokenizer
     count: int = 0
-    prefetch_factor: int = 2
+    prefetch_factor: int = 2  # blocks in flight per source and thread
     persistent: bool = True
     pool: ThreadPoolExecutor | None = None
-
-    @property
-    def num_ahead(self) -> int:
-        """Blocks in flight per source."""
-        return self.count * self.prefetch_factor
 
     def submit(self, documents: list[Any]) -> Future[list[Ids]] | list[Ids]:
         """Token ids of a block, now or later. Documents that are token ids already pass."""
@@ -184,6 +179,7 @@ class RowSource:
         An empty block ends an epoch; its position is the next epoch's.
         """
         pending: deque[tuple[Future[list[Ids]] | list[Ids], int, State]] = deque()
+        num_ahead = self.workers.count * self.workers.prefetch_factor
 
         def oldest() -> tuple[list[Ids], int, State]:
             block, epoch, after = pending.popleft()
@@ -194,7 +190,7 @@ class RowSource:
             if not documents:
                 self.reader.next_epoch()
             pending.append((self.workers.submit(documents), epoch, self.reader.state_dict()))
-            while len(pending) > self.workers.num_ahead or (pending and not documents):
+            while len(pending) > num_ahead or (pending and not documents):
                 yield oldest()
             if not documents and not self.workers.persistent:
                 self.workers.close(cancel=False)
@@ -228,7 +224,7 @@ class RowSource:
         """What must be the same for a position to mean the same."""
         return {
             "source": self.reader.fingerprint,
-            "streaming": isinstance(self.reader, StreamReader),
+            "streaming": self.reader.is_stream,
             "piece_length": self.segmenter.max_length,
             "long_documents": self.segmenter.policy,
             "row_length": self.packer.row_length or None,
@@ -256,7 +252,7 @@ class Shard:
 
     def next(self) -> Row | None:
         """The next row with its index in the run; None when there is no more."""
-        index, source = self._next_index, self._next_source()
+        index, source = self._next_index(), self._next_source()
         row = None if source is None else source.next()
         if row is None:
             return None
@@ -267,7 +263,6 @@ class Shard:
         """Whether there is no more row. Reads on where it has to; no row is taken."""
         return self._next_source() is None
 
-    @property
     def _next_index(self) -> int:
         return self.num_rows * self.world + self.index
 
@@ -277,7 +272,7 @@ class Shard:
             number = 0
             if len(self.sources) > 1:
                 weights = [0.0 if n in self.ended else weight for n, weight in enumerate(self.weights)]
-                number = int(choose_sources(np.array([self._next_index]), weights, self.seed)[0])
+                number = int(choose_sources(np.array([self._next_index()]), weights, self.seed)[0])
             if self.sources[number].has_next():
                 return self.sources[number]
             self.ended = set(range(len(self.sources))) if self.exhausted == "stop" else self.ended | {number}

@@ -27,8 +27,6 @@ from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 from neobert.ranks import Ranks
 
-BATCHES_AHEAD = 4
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -147,8 +145,8 @@ class PairLoader(Loader):
         """`batch_size`: of this process. `views`: targets per row, 1, or 2 where positives are anchors too."""
         self.sources, self.weights, self.layout, self.ranks, self.seed = sources, weights, layout, ranks, seed
         self.batch_size, self.views, self.batches_per_epoch, self.num_made = batch_size, views, batches_per_epoch, 0
-        fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
-        super().__init__(self._made(), fingerprint, int(ahead), BATCHES_AHEAD)
+        self.fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
+        super().__init__(self._made(), int(ahead))
 
     def _made(self) -> State:
         """The position after the last batch that was made."""

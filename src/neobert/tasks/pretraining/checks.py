@@ -71,7 +71,7 @@ def describe_data(config: Config, num_rows: int, num_documents: int) -> Iterator
     yield from data.describe[-2:]
     with closing(data.train) as loader:
         if config.trainer.max_steps < 0 and config.datacollator.mlm_probability_final is not None:
-            loader.pipeline.set_num_rows(data.count_left() * loader.pipeline.batch_size)
+            loader.set_num_rows(data.count_left() * loader.batch_size)
         batches = [batch for batch, _ in zip(loader, range(FILL_BATCHES), strict=False)]
         shares = [batch.num_tokens / batch.input_ids.numel() for batch in batches]
         targets = sum(batch.num_targets for batch in batches) / max(1, sum(batch.num_tokens for batch in batches))

@@ -15,8 +15,8 @@ from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint
 from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
 from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
 from neobert.data.mlm.packing import LongDocuments, Packer, Segmenter
-from neobert.data.mlm.pipeline import Collator, Masker, Pipeline, PipelineLoader, shards_of
-from neobert.data.mlm.readers import CorpusReader, Pieces, Reader, RememberedReader, StreamReader
+from neobert.data.mlm.pipeline import Collator, MaskedLoader, Masker, shards_of
+from neobert.data.mlm.readers import Pieces, Reader, RememberedReader, Text
 from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.errors import DataError
@@ -24,7 +24,6 @@ from neobert.ranks import Ranks
 
 EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses compare across seeds
 
-Text = Files | Corpus  # a stream, or random access
 BatchPass = Callable[[], Iterator[Batch]]
 
 
@@ -140,13 +139,10 @@ def _random_access(config: Config, train: Corpus, evaluation: Corpus | None, lin
     return CorpusSource(train, evaluation, line)
 
 
-def build_reader(config: Config, text: Text, ranks: Ranks, trains: bool = True) -> CorpusReader | StreamReader:
-    """A reader of one shard, in the order that the configuration asks for; text to evaluate is read in its own order."""
-    skips = SkippedRows(config.dataset.bad_rows == "refuse")
-    if isinstance(text, Files):
-        return StreamReader(text, ranks, skips)
-    shuffles = trains and config.dataset.shuffle_buffer_size > 1
-    return CorpusReader(text, config.seed if shuffles else None, ranks, skips)
+def build_reader(config: Config, text: Text, ranks: Ranks) -> Reader:
+    """A reader of one shard, in the order that the configuration asks for."""
+    seed = config.seed if config.dataset.shuffle_buffer_size > 1 else None
+    return Reader(text, seed, ranks, SkippedRows(config.dataset.bad_rows == "refuse"))
 
 
 # --- loaders -----------
@@ -156,7 +152,7 @@ def build_reader(config: Config, text: Text, ranks: Ranks, trains: bool = True) 
 class PretrainingData:
     """The training loader, evaluation batches (a new pass at each call) if any, and lines for the summary."""
 
-    train: PipelineLoader
+    train: MaskedLoader
     evaluation: BatchPass | None
     count_left: Callable[[], int]  # microbatches from where `train` stands to the end of its data, by reading it
     row_length: int  # tokens, padding included, at most
@@ -171,23 +167,25 @@ def build_data(
     messages = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         messages.append("dataset.pin_memory is for CUDA; this run has none")
-    pipeline = _training_pipeline(config, tokenizer, sources, ranks)
-    loader = PipelineLoader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
+    pin_memory = config.dataset.pin_memory and on_cuda
+    loader = _training_loader(config, tokenizer, sources, ranks, pin_memory)
 
     def count_left() -> int:
-        counting = _training_pipeline(config, tokenizer, sources, ranks)
-        counting.load_state_dict(loader.position)
+        counting = _training_loader(config, tokenizer, sources, ranks)
+        counting.go_to(loader.position)
         return counting.count_batches()
 
-    count = pipeline.workers.count
+    count = loader.workers.count
     how = f"tokenised by {_threads(count)}" if count else "tokenised as it is read"
     messages[0] += "; tokenised beforehand" if all(source.is_tokenized for source in sources) else f"; {how}"
     messages += [_describe_rows(config), _describe_evaluation([source.evaluation for source in sources])]
-    row_length = pipeline.collator.layout.row_length or piece_length(config)
+    row_length = loader.collator.layout.row_length or piece_length(config)
     return PretrainingData(loader, _evaluation_pass(config, tokenizer, sources), count_left, row_length, messages)
 
 
-def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource], ranks: Ranks) -> Pipeline:
+def _training_loader(
+    config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource], ranks: Ranks, pin_memory: bool = False
+) -> MaskedLoader:
     """Documents to masked batches of a rank."""
     dataset, trainer = config.dataset, config.trainer
     num_shards, batch_size = dataset.num_shards or ranks.world_size, trainer.per_device_train_batch_size
@@ -211,13 +209,14 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[C
 
     num_steps = max(0, trainer.max_steps)
     num_rows = num_steps * trainer.gradient_accumulation_steps * batch_size * ranks.world_size
-    return Pipeline(
+    return MaskedLoader(
         [shard(number) for number in shards_of(ranks, num_shards)],
         workers,
         build_collator(config, tokenizer, config.seed, num_rows),
         batch_size,
         config.seed,
         fill_last=config.datacollator.pack_sequences and trainer.enforce_full_packed_batches,
+        pin_memory=pin_memory,
     )
 
 
@@ -248,18 +247,17 @@ def _row_source(
 def _evaluation_pass(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource]) -> BatchPass | None:
     """A function that gives all evaluation batches; text is tokenised the first time only."""
     used = [(source.evaluation, source.weight) for source in sources if source.evaluation is not None]
-    readers = [build_reader(config, text, Ranks(), trains=False) for text, _ in used]
-    remembered = [RememberedReader(reader, tokenizer.encode) for reader in readers]
     if not used:
         return None
+    refuse = config.dataset.bad_rows == "refuse"
+    readers = [RememberedReader(text, skips=SkippedRows(refuse), encode=tokenizer.encode) for text, _ in used]
 
     def batches() -> Iterator[Batch]:
         workers = Workers(tokenizer)
-        rows = [_row_source(config, workers, reader.again(), 1, 0, None) for reader in remembered]
+        rows = [_row_source(config, workers, reader.again(), 1, 0, None) for reader in readers]
         shard = Shard(0, 1, rows, [weight for _, weight in used], "drop", EVAL_SEED)
         collator = build_collator(config, tokenizer, EVAL_SEED, None)
-        pipeline = Pipeline([shard], workers, collator, config.trainer.per_device_eval_batch_size)
-        with closing(PipelineLoader(pipeline)) as loader:
+        with closing(MaskedLoader([shard], workers, collator, config.trainer.per_device_eval_batch_size)) as loader:
             yield from loader
 
     return batches
