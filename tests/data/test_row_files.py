@@ -95,7 +95,9 @@ def test_every_reader_sees_the_same_rows(name, tmp_path):
     assert Reader(corpus, None).read() == TEXTS
     assert [text for text, _ in read_rows(str(path), "sentence")] == TEXTS
     roles = roles_of([str(path)], {}, "")
-    assert [row.anchor for row in read_examples([str(path)], roles, "", SkippedRows(True)).rows] == TEXTS
+    assert [
+        row.anchor for row in read_examples({"": [str(path)]}, ("", None, None), roles, "", SkippedRows(True)).rows
+    ] == TEXTS
     split = read_split(Source(str(tmp_path)), TASKS["cola"], "train")
     assert (split.texts[0], split.labels.tolist()) == (TEXTS, [0, 1] * 3)
 
@@ -168,7 +170,7 @@ def test_pairs_pass_over_what_is_no_json(tmp_path):
     rows = [json.dumps({"anchor": f"a {n}", "positive": f"b {n}"}) for n in range(5)]
     (tmp_path / "pairs.jsonl").write_bytes(joined([*rows, "[[", '["c", "d"]']) + b'{"anchor": "\xff"}\n{"anch')
     skips = SkippedRows()
-    found = read_examples([path], roles_of([path], {}, ""), "", skips).rows
+    found = read_examples({"": [path]}, ("", None, None), roles_of([path], {}, ""), "", skips).rows
     assert [row.anchor for row in found] == [*(f"a {n}" for n in range(5)), "c"]
     assert skips.counts == {"not JSON": 2, "not UTF-8": 1}
 

@@ -40,7 +40,7 @@ class Reader:
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        self._begin()
+        self.go_to(self.epoch)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -52,20 +52,20 @@ class Reader:
     def is_stream(self) -> bool:
         return isinstance(self.text, Files)
 
+    def go_to(self, epoch: int, position: tuple[int, ...] | None = None) -> None:
+        """Read an epoch from a position on, or from its beginning: how many documents come before, of all ranks; of files also
+        the number of a file and the offset of a row.
+        """
+        start = (0, *self.text.start) if isinstance(self.text, Files) else (0,)
+        self.epoch, self.position = epoch, start if position is None else position
+        self.documents = self._read()  # the rest of the epoch, one by one; `position` is after the last one taken
+
     def read(self) -> list[Any]:
         """The next block of documents, texts or token ids; an empty list at the end of an epoch. Raises DataError."""
-        return take_block(self._documents)
+        return take_block(self.documents)
 
     def next_epoch(self) -> None:
-        """Start the next epoch."""
-        self.epoch += 1
-        self._begin()
-
-    def _begin(self, position: tuple[int, ...] | None = None) -> None:
-        """Read on from a position, or from the beginning: documents passed, of all ranks, and of files the next row's place."""
-        start = (0, *self.text.start) if isinstance(self.text, Files) else (0,)
-        self.position = start if position is None else position
-        self._documents = self._read()
+        self.go_to(self.epoch + 1)
 
     def _read(self) -> Iterator[Any]:
         found = self._streamed(self.text) if isinstance(self.text, Files) else self._fetched(self.text)
@@ -102,8 +102,7 @@ class Reader:
         return {"epoch": self.epoch, **position, "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self._begin(tuple(state[name] for name in self._names))
+        self.go_to(state["epoch"], tuple(state[name] for name in self._names))
         self.skips.load_state_dict(state["skips"])
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.rows import Unusable, first_with_columns, place, records, why_no_text
-from neobert.data.files.splits import slice_bounds
+from neobert.data.files.splits import Choice, slice_bounds
 from neobert.data.hashing import draw_share
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
@@ -172,12 +172,13 @@ class Examples:
 
 
 def read_examples(
-    paths: list[str], roles: Roles, name: str, skips: SkippedRows, bounds: tuple[str | None, str | None] = (None, None)
+    splits: dict[str, list[str]], chosen: Choice, roles: Roles, name: str, skips: SkippedRows
 ) -> Examples:
-    """All rows of `paths`, or the slice of them that `bounds` says. Raises DataError, also when none can be used."""
-    rows = [example for path in paths for example in _read_file(path, roles, skips)]
-    if bounds != (None, None):
-        first, last = slice_bounds(*bounds, len(rows), name)
+    """The rows of a split, or of a slice of it. Raises DataError with `name`, also when none can be used."""
+    split, begin, end = chosen
+    rows = [example for path in splits[split] for example in _read_file(path, roles, skips)]
+    if (begin, end) != (None, None):
+        first, last = slice_bounds(begin, end, len(rows), name)
         rows = rows[first:last]
     if not rows:
         why = "; ".join(f"{number:,} {reason}, first {skips.first[reason]}" for reason, number in skips.counts.items())

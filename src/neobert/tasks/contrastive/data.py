@@ -21,11 +21,11 @@ from neobert.data.files.splits import (
     usual_training,
 )
 from neobert.data.hashing import hash_key
+from neobert.data.mlm.readers import Reader
 from neobert.data.pairs.loader import PairLoader, PairSource, Source, TextSource
 from neobert.data.pairs.table import (
     PAIR_SETS,
     Examples,
-    Roles,
     build_table,
     encode_texts,
     read_examples,
@@ -60,14 +60,6 @@ class Place:
         """(split, begin and end of its slice) that `wanted` says, or the usual one. Raises DataError saying what is there."""
         return choose_split(self.splits, wanted, usual, self.origin, f"{self.key}.{key}")
 
-    def roles(self, split: str, columns: dict[str, str]) -> Roles:
-        """What the rows of a split are. Raises DataError."""
-        return roles_of(self.splits[split], columns, f"{self.key}.columns")
-
-    def read(self, choice: Choice, roles: Roles, name: str, skips: SkippedRows) -> Examples:
-        """The rows of a slice of a split. Raises DataError with `name`."""
-        return read_examples(self.splits[choice[0]], roles, name, skips, choice[1:])
-
 
 @dataclass(frozen=True)
 class OpenSource:
@@ -94,7 +86,6 @@ class ContrastiveData:
     held_out: dict[str, Examples]
     describe: list[str]
     messages: list[str]
-    has_text: bool
 
 
 def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveData:
@@ -121,7 +112,10 @@ def build_data(config: Config, hf_tokenizer: Any, ranks: Ranks) -> ContrastiveDa
     describe = [f"{w:.0%} of the batches: {one.describe}" for w, one in zip(weights, sources, strict=True)]
     held = {one.place.label: one.held_out for one in sources if one.held_out is not None}
     messages = [*mixed, *(message for one in sources for message in one.messages)]
-    return ContrastiveData(loader, held, describe, messages, any(one.is_text for one in sources))
+    if any(one.is_text for one in sources) and not config.model.dropout_prob and not config.model.from_hub:
+        same = "both passes are the same; 0.1 is usual"
+        messages.append(f"plain text makes pairs by dropout, and model.dropout_prob is 0: {same}")
+    return ContrastiveData(loader, held, describe, messages)
 
 
 def longest_text(config: Config) -> int:
@@ -175,16 +169,16 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, seed: int) -> O
     chosen = place.choose("train_split", dataset.train_split, usual_training(place.splits))
     split, usual = chosen[0], usual_evaluation(place.splits, chosen[0])
     wanted = dataset.columns or ({"text": dataset.text_column} if dataset.text_column else {})
-    roles = place.roles(split, wanted)
+    roles = roles_of(place.splits[split], wanted, f"{place.key}.columns")
     longest, truncate = longest_text(config), config.tokenizer.truncation
     encode = partial(encode_texts, hf_tokenizer, max_length=longest, truncate=truncate, name=place.name)
     skips = SkippedRows(dataset.bad_rows == "refuse")
     if roles.kind == "texts":
         return _open_texts(place, split, roles.columns["text"], seed, encode, skips)
-    examples, held_out = place.read(chosen, roles, place.name, skips), None
+    examples, held_out = read_examples(place.splits, chosen, roles, place.name, skips), None
     if dataset.eval_split is not None or usual is not None:
         chosen = place.choose("eval_split", dataset.eval_split, usual)
-        held_out = place.read(chosen, roles, f"{place.key}.eval_split", skips)
+        held_out = read_examples(place.splits, chosen, roles, f"{place.key}.eval_split", skips)
     if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         examples, held_out = examples.hold_out(dataset.validation_split, config.seed)
     rows, messages = training_rows(examples, config.contrastive.min_score)
@@ -193,13 +187,10 @@ def open_source(config: Config, hf_tokenizer: Any, place: Place, seed: int) -> O
         messages.append(f"{place.name}: {skipped}")
     what = {"pairs": "pairs", "scores": "pairs with a score", "labels": "labelled texts"}[roles.kind]
     negatives = f", {len(table.negatives.values):,} hard negatives" if len(table.negatives.values) else ""
-    return OpenSource(
-        place, PairSource(table, seed), len(table),
-        f"{len(table):,} {what}{negatives}, {len(table.texts.values):,} tokens, {place.origin} ({roles.describe})",
-        [fingerprint(Files(tuple(place.splits[split]), None)), roles.describe, dataset.train_split, len(table)],
-        None if roles.kind == "labels" else held_out,
-        messages,
-    )  # fmt: skip
+    line = f"{len(table):,} {what}{negatives}, {len(table.texts.values):,} tokens, {place.origin} ({roles.describe})"
+    facts = [fingerprint(Files(tuple(place.splits[split]), None)), roles.describe, dataset.train_split, len(table)]
+    held_out = None if roles.kind == "labels" else held_out
+    return OpenSource(place, PairSource(table, seed), len(table), line, facts, held_out, messages)
 
 
 def _open_texts(
@@ -211,11 +202,9 @@ def _open_texts(
     corpus = open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
     if not len(corpus):
         raise DataError(f"{place.name}: no text in it")
-    return OpenSource(
-        place, TextSource(corpus, seed, dataset.min_length, encode, skips, place.name), len(corpus),
-        f"{len(corpus):,} texts of at least {dataset.min_length:,} characters, each its own positive, {place.origin}",
-        [corpus.fingerprint, column, dataset.min_length, len(corpus)],
-    )  # fmt: skip
+    line = f"{len(corpus):,} texts of at least {dataset.min_length:,} characters, each its own positive, {place.origin}"
+    source = TextSource(Reader(corpus, seed, skips=skips), len(corpus), dataset.min_length, encode, place.name)
+    return OpenSource(place, source, len(corpus), line, [corpus.fingerprint, column, dataset.min_length, len(corpus)])
 
 
 # --- mixing -----------

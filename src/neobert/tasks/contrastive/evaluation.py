@@ -3,7 +3,7 @@
 Spearman's correlation of cosines with scores; MRR@10 and nDCG@10 of finding an anchor's positive among all texts of a set.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +13,11 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.files.documents import SkippedRows
-from neobert.data.pairs.table import Examples, encode_texts
+from neobert.data.pairs.table import Examples, encode_texts, read_examples, roles_of
 from neobert.errors import ConfigError, DataError, Problem, check_installed
 from neobert.inference.embed import embed_ids, unit_rows
 from neobert.tasks.contrastive.data import ContrastiveData, find_place, longest_text
 from neobert.training.run import Context, Evaluation
-from neobert.training.runtime import Runtime
 
 TOP = 10
 NAMES = {"ndcg": f"ndcg@{TOP}", "mrr": f"mrr@{TOP}", "spearman": "spearman"}
@@ -54,14 +53,14 @@ def find_sets(config: Config, data: ContrastiveData) -> dict[str, Examples]:
         place = find_place(config.dataset.model_copy(update=given), key)
         usual = next((name for name in ("test", "validation", *place.splits) if name in place.splits), None)
         chosen = place.choose("split", entry.split, usual)
-        roles, first = place.roles(chosen[0], place.dataset.columns), place.splits[chosen[0]][0]
+        paths, label = place.splits[chosen[0]], entry.label or place.label
+        roles = roles_of(paths, place.dataset.columns, f"{key}.columns")
         if roles.kind not in ("scores", "pairs"):
-            raise DataError(f"{key}: {first} has {roles.kind}; pairs, or two texts and a score, can be evaluated")
-        label = entry.label or place.label
+            raise DataError(f"{key}: {paths[0]} has {roles.kind}; pairs, or two texts and a score, can be evaluated")
         if label in sets:
             problem = f"entry {number}: the name {label!r} is taken; set its label"
             raise ConfigError(Problem("contrastive.evaluation", problem))
-        sets[label] = place.read(chosen, roles, key, SkippedRows())
+        sets[label] = read_examples(place.splits, chosen, roles, key, SkippedRows())
     if sets:
         check_installed("evaluating embeddings needs sentence-transformers", "contrastive", "sentence_transformers")
     return sets
@@ -135,9 +134,3 @@ def build_evaluation(
         return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
     return Evaluation(measure, headline, "score")
-
-
-def mean_metrics(runtime: Runtime, sums: Iterable[float]) -> dict[str, float]:
-    """Alignment and uniformity, the mean over all processes, from `ContrastiveLoss.observe`."""
-    aligned, uniform, count = runtime.all_sum(*sums)
-    return {"alignment": aligned / count, "uniformity": uniform / count} if count else {}

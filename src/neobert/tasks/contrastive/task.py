@@ -18,7 +18,7 @@ from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding
 from neobert.tasks import encoder
 from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
-from neobert.tasks.contrastive.evaluation import build_evaluation, find_sets, mean_metrics
+from neobert.tasks.contrastive.evaluation import build_evaluation, find_sets
 from neobert.training.run import Context, Finished, Parts, Storage, run_task
 
 
@@ -38,6 +38,12 @@ def build(context: Context) -> Parts:
     context.check_evaluation(bool(sets))
     model, weights = build_model(config, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
     kernels = encoder.prepare_model(config, model, runtime)
+
+    def log_metrics() -> dict[str, float]:
+        """Alignment and uniformity, the mean over all processes."""
+        aligned, uniform, count = runtime.all_sum(*model.contrastive.observe())
+        return {"alignment": aligned / count, "uniformity": uniform / count} if count else {}
+
     evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()]
     return Parts(
         config,
@@ -51,8 +57,8 @@ def build(context: Context) -> Parts:
         facts=describe(config, model, data, runtime.world_size, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"evaluated on": evaluated or "nothing"},
-        messages=[*start.messages, *data.messages, *advice(config, data)],
-        log_metrics=lambda: mean_metrics(runtime, model.contrastive.observe()),
+        messages=[*start.messages, *data.messages],
+        log_metrics=log_metrics,
         end_messages=data.train.describe_used,
         next_command='neobert similarity {checkpoint} "one text" "another text"',
     )
@@ -87,15 +93,6 @@ def describe(
         + (alone if windows > 1 else "")
         + f"; texts of at most {longest_text(config)} tokens, {layout}",
     }
-
-
-def advice(config: Config, data: ContrastiveData) -> list[str]:
-    """What is likely not meant."""
-    if data.has_text and not config.model.dropout_prob and not config.model.from_hub:
-        return [
-            "plain text makes pairs by dropout, and model.dropout_prob is 0: both passes are the same; 0.1 is usual"
-        ]
-    return []
 
 
 # --- the model -----------

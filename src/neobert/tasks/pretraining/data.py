@@ -55,9 +55,8 @@ def open_sources(config: Config, tokenizer: TextTokenizer, output_dir: Path) -> 
             source = _open_source(own, tokenizer, folder / f"{number:02d}")
         except DataError as error:
             raise DataError(f"dataset.mixture, entry {number}: {error}") from None
-        line = f"{entry.weight:g} parts of {entry.path or entry.name}: {source.describe}"
-        name = f"entry {number} of dataset.mixture"
-        sources.append(replace(source, describe=line, name=name, weight=entry.weight))
+        line, name = f"{entry.weight:g} parts of {entry.path or entry.name}: ", f"entry {number} of dataset.mixture"
+        sources.append(replace(source, describe=line + source.describe, name=name, weight=entry.weight))
     return sources
 
 
@@ -76,13 +75,13 @@ def _open_source(config: Config, tokenizer: TextTokenizer, folder: Path) -> Corp
     if dataset.pre_tokenize:
         store, made = _tokenize(config, tokenizer, folder / "train", train_files)
         evaluation = None if eval_files is None else _tokenize(config, tokenizer, folder / "validation", eval_files)[0]
-        return _random_access(config, store, evaluation, _describe_store(config, store, made))
+        return _random_access(config, store, evaluation, made)
 
     def opened(files: Files) -> Corpus:
         return open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
 
     train = opened(train_files)
-    line = f"{len(train):,} documents, {describe_size(train_files)}{_in_memory(config)}"
+    line = f"{len(train):,} documents, {describe_size(train_files)}"
     return _random_access(config, train, None if eval_files is None else opened(eval_files), line)
 
 
@@ -113,27 +112,32 @@ def _open_store(config: Config, tokenizer: TextTokenizer) -> CorpusSource:
     dataset, path = config.dataset, Path(config.dataset.path)
     for key, split in (("train_split", "train"), ("eval_split", "validation")):
         if getattr(dataset, key) not in (None, split):
-            why = f"but of a folder of tokens it is {split!r}, whole"
-            raise DataError(f"dataset.{key}: {getattr(dataset, key)!r}, {why}")
+            where = f"dataset.{key}: {getattr(dataset, key)!r}"
+            raise DataError(f"{where}, but of a folder of tokens it is {split!r}, whole")
     folders = [path if is_token_store(path) else path / "train"]
     folders += [path / "validation"] if is_token_store(path / "validation") else []
-    train, *evaluation = [TokenStore(folder, dataset.load_all_from_disk) for folder in folders]
-    for store in (train, *evaluation):
+    stores = [TokenStore(folder, dataset.load_all_from_disk) for folder in folders]
+    for store in stores:
         store.check_tokenizer(tokenizer)
-    line = _describe_store(config, train, " in")
-    return _random_access(config, train, evaluation[0] if evaluation else None, line)
+    return _random_access(config, stores[0], stores[1] if len(stores) > 1 else None, " in")
 
 
 def _random_access(config: Config, train: Corpus, evaluation: Corpus | None, line: str) -> CorpusSource:
-    """Holds out `validation_split`, and takes long documents apart for shuffling where lengths are known."""
-    dataset = config.dataset
+    """Holds out `validation_split`, and takes long documents apart for shuffling where lengths are known. `line` describes the
+    source; of tokens it says how they came into their folder.
+    """
+    dataset, skipped = config.dataset, ""
+    in_memory = ", held in memory" if dataset.load_all_from_disk else ""
+    if isinstance(train, TokenStore):
+        skipped = train.manifest.describe_skipped(" ({})")
+        line = f"{train.manifest.counts}{line} {train.folder}"
+    line = f"{line}{in_memory}{skipped}"
     if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         if len(train) < 2:
             raise DataError("dataset.validation_split: one document cannot be split")
         train, evaluation = hold_out(train, dataset.validation_split, config.seed)
     if not len(train):
-        why = train.manifest.describe_skipped(" ({})") if isinstance(train, TokenStore) else ""
-        raise DataError(f"dataset.path: {dataset.path or dataset.name}: no document in it{why}")
+        raise DataError(f"dataset.path: {dataset.path or dataset.name}: no document in it{skipped}")
     if train.is_tokenized and long_documents(config) == "split":
         train = Pieces(train, piece_length(config) - 2)
     return CorpusSource(train, evaluation, line)
@@ -167,8 +171,7 @@ def build_data(
     messages = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         messages.append("dataset.pin_memory is for CUDA; this run has none")
-    pin_memory = config.dataset.pin_memory and on_cuda
-    loader = _training_loader(config, tokenizer, sources, ranks, pin_memory)
+    loader = _training_loader(config, tokenizer, sources, ranks, config.dataset.pin_memory and on_cuda)
 
     def count_left() -> int:
         counting = _training_loader(config, tokenizer, sources, ranks)
@@ -198,26 +201,20 @@ def _training_loader(
         num_epochs = 1
     min_rows = batch_size if num_shards == len(sources) == 1 else 1
 
+    weights = [source.weight for source in sources]
+
     def shard(number: int) -> Shard:
-        own = Ranks(number, num_shards)
-        rows = [
-            _row_source(config, workers, build_reader(config, source.train, own), num_epochs, min_rows, source)
-            for source in sources
-        ]
-        weights = [source.weight for source in sources]
+        readers = [build_reader(config, source.train, Ranks(number, num_shards)) for source in sources]
+        opened = zip(readers, sources, strict=True)
+        rows = [_row_source(config, workers, reader, num_epochs, min_rows, source) for reader, source in opened]
         return Shard(number, num_shards, rows, weights, dataset.mixture_exhausted, config.seed)
 
-    num_steps = max(0, trainer.max_steps)
-    num_rows = num_steps * trainer.gradient_accumulation_steps * batch_size * ranks.world_size
+    num_rows = max(0, trainer.max_steps) * trainer.gradient_accumulation_steps * batch_size * ranks.world_size
     return MaskedLoader(
-        [shard(number) for number in shards_of(ranks, num_shards)],
-        workers,
-        build_collator(config, tokenizer, config.seed, num_rows),
-        batch_size,
-        config.seed,
-        fill_last=config.datacollator.pack_sequences and trainer.enforce_full_packed_batches,
-        pin_memory=pin_memory,
-    )
+        [shard(number) for number in shards_of(ranks, num_shards)], workers,
+        build_collator(config, tokenizer, config.seed, num_rows), batch_size, config.seed,
+        fill_last=config.datacollator.pack_sequences and trainer.enforce_full_packed_batches, pin_memory=pin_memory,
+    )  # fmt: skip
 
 
 def build_segmenter(config: Config, tokenizer: TextTokenizer) -> Segmenter:
@@ -228,20 +225,15 @@ def build_segmenter(config: Config, tokenizer: TextTokenizer) -> Segmenter:
 def _row_source(
     config: Config, workers: Workers, reader: Reader, num_epochs: int | None, min_rows: int, source: CorpusSource | None
 ) -> RowSource:
-    """`source`: what is trained on; None for evaluation."""
+    """The rows of `source`, or of what is evaluated (None)."""
     packed, trainer = config.datacollator.pack_sequences, config.trainer
     batch_size = trainer.per_device_train_batch_size if source else trainer.per_device_eval_batch_size
+    num_shuffled = config.dataset.shuffle_buffer_size if source and config.dataset.streaming else 0
     return RowSource(
-        reader,
-        workers,
-        build_segmenter(config, workers.tokenizer),
-        Packer(config.row_length if packed else 0),
-        ShuffleBuffer(config.dataset.shuffle_buffer_size if source and config.dataset.streaming else 0, config.seed),
-        source.name if source else "",
-        num_epochs,
-        group=batch_size if packed and not trainer.enforce_full_packed_batches else None,
-        min_rows=min_rows,
-    )
+        reader, workers, build_segmenter(config, workers.tokenizer), Packer(config.row_length if packed else 0),
+        ShuffleBuffer(num_shuffled, config.seed), source.name if source else "", num_epochs,
+        group=batch_size if packed and not trainer.enforce_full_packed_batches else None, min_rows=min_rows,
+    )  # fmt: skip
 
 
 def _evaluation_pass(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource]) -> BatchPass | None:
@@ -302,15 +294,6 @@ def describe_size(files: Files) -> str:
     return f"{size / scale:.1f} {unit}{many}{part}"
 
 
-def _describe_store(config: Config, store: TokenStore, how: str) -> str:
-    skipped = store.manifest.describe_skipped(" ({})")
-    return f"{store.manifest.counts}{how} {store.folder}{_in_memory(config)}{skipped}"
-
-
-def _in_memory(config: Config) -> str:
-    return ", held in memory" if config.dataset.load_all_from_disk else ""
-
-
 def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
@@ -326,7 +309,8 @@ def _describe_rows(config: Config) -> str:
 def _describe_evaluation(texts: list[Files | Corpus | None]) -> str:
     found = [text for text in texts if text is not None]
     if not found:
-        what = "no split named validation or test (or set dataset.validation_split with streaming: false)"
-        return f"no evaluation: {what}"
+        return (
+            "no evaluation: no split named validation or test (or set dataset.validation_split with streaming: false)"
+        )
     parts = [describe_size(text) if isinstance(text, Files) else f"{len(text):,} documents" for text in found]
     return f"evaluated on {', '.join(parts)}"

@@ -51,6 +51,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
         return -(-int(runtime.all_max(data.count_left())[0]) // trainer.gradient_accumulation_steps)
 
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
+    uniform = f"{math.log(model.config.vocab_size):.3f}, the loss of a uniform guess"
     epochs = f"{trainer.num_train_epochs} epochs are " if trainer.max_steps < 0 else ""
     return Parts(
         config,
@@ -68,8 +69,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
         set_num_rows=data.train.set_num_rows,
         facts=describe(config, model, data, rows),
         describe_length=lambda steps: f"{epochs}{steps:,} steps, {steps * rows * data.row_length:,} tokens",
-        more_facts=kernels
-        | {"loss": loss, "ln(vocabulary)": f"{math.log(model.config.vocab_size):.3f}, the loss of a uniform guess"},
+        more_facts=kernels | {"loss": loss, "ln(vocabulary)": uniform},
         messages=start.messages,
         end_messages=data.train.describe_used,
         next_command='neobert fill-mask {checkpoint} "The capital of France is [MASK]."',
