@@ -1,14 +1,9 @@
 """Texts with labels: the GLUE tasks as one table, their rows from files, tokenised once, and batches of them.
 
-A local folder holds `<task>/<split>.jsonl`, `.parquet`, `.csv`, `.tsv` or another kind of file that `files/rows` reads (also
-`<split>-00000-of-00001.parquet`, as the hub names them), with the columns of the table and `label`: the number of a label, or
-its name. The hub's layout is that of `nyu-mll/glue`.
-
-The order of the batches is a function of (seed, epoch). A batch of all processes together is drawn at once; of W processes
-number r trains every W-th row of it, from row r on. So W processes with B rows each have the batches of one process with W*B
-rows. The position is a number: how many batches were used. Batches are put together ahead by threads, which changes nothing
-but time. With `group_by_length` rows of similar length come together (chunks of 50 batches are sorted, their batches
-shuffled), so that padding is small where padding costs.
+A local folder holds `<task>/<split>` in files that `files/rows` reads (also `<split>-00000-of-00001.parquet`, as the hub names
+them), with the columns of the table and `label`: the number of a label, or its name. A batch of all W processes is drawn at
+once, as a function of (seed, epoch); number r trains every W-th row of it, from row r on. The position is how many batches were
+used. With `group_by_length` chunks of 50 batches are sorted by length and their batches shuffled, which saves padding.
 """
 
 import copy
@@ -116,12 +111,11 @@ class Split(NamedTuple):
 
 def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = True) -> Split:
     """The rows of `split`. Raises DataError for what is missing or wrong, with file and row."""
-    paths = find_files(source, task.name, split)
+    paths, wanted = find_files(source, task.name, split), [*task.columns, *(["label"] if with_labels else [])]
     texts: tuple[list[str], ...] = tuple([] for _ in task.columns)
     labels: list[float] = []
     for path in paths:
         for row, begin in usable_records(path):
-            wanted = [*task.columns, *(["label"] if with_labels else [])]
             if missing := [column for column in wanted if column not in row]:
                 raise DataError(f"{place(path, begin)}: no column {missing[0]!r}; it has: {', '.join(map(str, row))}")
             for column, into in zip(task.columns, texts, strict=True):
@@ -157,9 +151,9 @@ def _local_files(root: Path, task: str, split: str) -> list[str]:
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         found = f"it has {', '.join(there)}" if there else "it has no folders" if root.is_dir() else "no such folder"
         raise DataError(f"dataset.path: {root}: no folder {task!r} with the task's files; {found}")
-    name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.\w+(\.gz|\.zst)?", re.IGNORECASE)
+    pattern = rf"(?i){re.escape(split)}(-\d+-of-\d+)?\.\w+(\.gz|\.zst)?"
     names = sorted(path.name for path in folder.iterdir())
-    paths = [path for path in names if name.fullmatch(path) and kind_of(path) not in (None, ".txt")]
+    paths = [name for name in names if re.fullmatch(pattern, name) and kind_of(name) not in (None, ".txt")]
     if not paths:
         raise DataError(f"{folder}: no file {split} ({', '.join(KINDS[1:])}); it has: {', '.join(names) or 'nothing'}")
     if len({kind_of(path) for path in paths}) > 1:
@@ -295,9 +289,8 @@ class EpochLoader(Loader):
 
     def _build(self, chosen: np.ndarray, epoch: int, is_last: bool, position: State) -> tuple[Batch, State]:
         own = chosen[self.ranks.rank :: self.ranks.world_size]
-        if len(own):
-            return self.rows.batch(own, self.layout, epoch, is_last), position
-        return self.rows.batch(chosen[:1], self.layout, epoch, is_last).without_targets(), position
+        batch = self.rows.batch(own if len(own) else chosen[:1], self.layout, epoch, is_last)
+        return batch if len(own) else batch.without_targets(), position
 
 
 def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:

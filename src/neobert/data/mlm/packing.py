@@ -1,9 +1,8 @@
-"""Documents into rows of one length: `pack` fills rows with several documents, `pad` gives each piece its own row.
+"""Documents into rows of one length: several to a row (packing), or each piece in its own row.
 
 Packing is best fit over a bounded number of open rows: a piece goes into the fullest open row it fits in, or, where that would
-leave a gap too small for anything, into one with more room; when more than `MAX_OPEN` rows are open the fullest is closed.
-64 open rows fill more than 99 % of 512-token rows, with prose as with texts of 65 tokens. It sits in the stream, before
-batching, so that every microbatch is full, and its open rows are part of the position.
+leave a gap too small for anything, into one with more room; beyond `MAX_OPEN` rows the fullest is closed. 64 open rows fill
+more than 99 % of 512-token rows, with prose as with texts of 65 tokens. They are part of the position.
 """
 
 from bisect import bisect_left, insort
@@ -65,10 +64,7 @@ class Segmenter:
     sep_id: int
 
     def pieces(self, documents: list[Ids], cut: TruncationStats) -> list[Ids]:
-        """Pieces of several documents; what is left out is counted in `cut`. An empty document gives none.
-
-        They are laid out together, 64 at a time, which costs a third.
-        """
+        """Pieces of several documents, laid out 64 at a time, which costs a third. What is left out is counted in `cut`."""
         room, out = self.max_length - 2, list[Ids]()
         lengths = list(map(len, documents))
         cut.num_documents += len(lengths)
@@ -125,8 +121,7 @@ class Packer:
         if best == len(rooms) or rooms[best][0] <= length + 2 or 4 * length > self.row_length:
             return best
         spacious = bisect_left(rooms, (length + min(32, self.row_length // 16), -1))
-        is_full = len(rooms) >= self.max_open
-        return best if spacious == len(rooms) and is_full else spacious
+        return best if spacious == len(rooms) >= self.max_open else spacious
 
     def flush(self) -> list[Row]:
         """Close all open rows, packed anew with the longest pieces first, so that few of the last rows are half empty."""

@@ -2,10 +2,8 @@
 
     reader -> tokenise -> cut into pieces -> shuffle buffer (streams) -> rows -> shard
 
-Worker threads only tokenise blocks of documents, as pure functions, and their results are taken in the order of the
-blocks. So the position is small: where the reader stands after the last block taken, the pieces in the shuffle buffer, the
-open rows, and the rows that are ready. A shard is one of the equal parts that the corpus is dealt to, document by document;
-data ranks own whole shards. Which source a row comes from is a function of its index in the run (`choose_sources`).
+Threads only tokenise blocks of documents, and their results are taken in the order of the blocks. So the position is small: the
+reader's after the last block taken, the pieces in the shuffle buffer, the open rows, and the rows that are ready.
 """
 
 from collections import deque
@@ -110,25 +108,21 @@ class RowSource:
     num_packed: int = 0  # pieces since the last group
 
     def __post_init__(self) -> None:
+        self._blocks = self._tokenized()
         self._after = self.reader.state_dict()  # the last block taken
-        self._blocks: Iterator[tuple[list[Ids], int, State]] | None = None
         self._frozen: State | None = None  # what of the position stays the same until the next block
 
     def has_next(self) -> bool:
         """Whether there is another row, for which blocks are read. Raises DataError."""
         while not self.ready:
-            if self._blocks is None:
-                self._blocks = self._tokenized()
             block = next(self._blocks, None)
             if block is None:
                 return False
             self._take(*block)
         return True
 
-    def next(self) -> Row | None:
-        """The next row; None after the last epoch. Raises DataError."""
-        if not self.has_next():
-            return None
+    def take(self) -> Row:
+        """The next row, when there is one."""
         row = self.ready.popleft()
         self.epoch = max(self.epoch, row.epoch)
         self.num_rows += 1
@@ -213,7 +207,7 @@ class RowSource:
     def load_state_dict(self, state: State) -> None:
         """Continue after `state`; reads nothing again."""
         self.reader.load_state_dict(state["reader"])
-        self._after, self._frozen, self._blocks = state["reader"], None, None
+        self._blocks, self._after, self._frozen = self._tokenized(), state["reader"], None
         self.buffer.pieces, self.buffer.num_seen = list(state["buffer"]), state["num_seen"]
         self.packer.load_state_dict(state["open_rows"])
         self.ready = deque(state["ready"])
@@ -235,10 +229,9 @@ class RowSource:
 
 @dataclass
 class Shard:
-    """The rows of one of `world` equal parts of the corpus: of one source, or drawn from several by weight.
-
-    When a source has no more rows: `drop` goes on with the others, `stop` ends the shard. With `repeat` a source begins
-    again by itself (its number of epochs is not limited).
+    """The rows of one of `world` equal parts of the corpus, dealt document by document: of one source, or drawn from several
+    by weight, as a function of a row's index in the run. When a source has no more rows, `drop` goes on with the others, `stop`
+    ends the shard; with `repeat` a source has no end.
     """
 
     index: int
@@ -252,12 +245,11 @@ class Shard:
 
     def next(self) -> Row | None:
         """The next row with its index in the run; None when there is no more."""
-        index, source = self._next_index(), self._next_source()
-        row = None if source is None else source.next()
-        if row is None:
+        source, index = self._next_source(), self._next_index()
+        if source is None:
             return None
         self.num_rows += 1
-        return replace(row, index=index)
+        return replace(source.take(), index=index)
 
     def is_done(self) -> bool:
         """Whether there is no more row. Reads on where it has to; no row is taken."""

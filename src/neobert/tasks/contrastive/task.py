@@ -17,8 +17,7 @@ from neobert.inference.sentence_transformers import Embedding, write_sentence_tr
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding
 from neobert.tasks import encoder
-from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
-from neobert.tasks.contrastive.evaluation import build_evaluation, find_sets
+from neobert.tasks.contrastive.data import ContrastiveData, build_data, build_evaluation, longest_text
 from neobert.training.run import Context, Finished, Parts, Storage, run_task
 
 
@@ -34,8 +33,7 @@ def build(context: Context) -> Parts:
     context.print_configuration(config)
     check_length(config, start.weights, "dataset.max_seq_length", longest_text(config))
     data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime))
-    sets = find_sets(config, data)
-    context.check_evaluation(bool(sets))
+    context.check_evaluation(bool(data.sets))
     model, weights = build_model(config, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
     kernels = encoder.prepare_model(config, model, runtime)
 
@@ -44,7 +42,7 @@ def build(context: Context) -> Parts:
         aligned, uniform, count = runtime.all_sum(*model.contrastive.observe())
         return {"alignment": aligned / count, "uniformity": uniform / count} if count else {}
 
-    evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()]
+    evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in data.sets.items()]
     return Parts(
         config,
         model,
@@ -52,7 +50,7 @@ def build(context: Context) -> Parts:
         build_storage(config, model, hf_tokenizer),
         count_left=partial(data.train.steps_left, trainer.num_train_epochs, trainer.gradient_accumulation_steps),
         blocks=encoder.blocks_of(model),
-        evaluation=partial(build_evaluation, config, hf_tokenizer, sets, context) if sets else None,
+        evaluation=partial(build_evaluation, config, hf_tokenizer, data.sets, context) if data.sets else None,
         after_update=model.normalize_matrices,
         facts=describe(config, model, data, runtime.world_size, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
