@@ -214,9 +214,8 @@ class Rows:
 
 
 def tokenize_rows(hf_tokenizer: Any, split: Split, max_length: int, truncate: bool, num_proc: int, what: str) -> Rows:
-    """The rows of a split as rows of at most `max_length` tokens, special tokens included.
-
-    Of a pair the longer text is cut first. Raises DataError for longer rows where `truncate` is off.
+    """The rows of a split, at most `max_length` tokens with special tokens; of a pair the longer text is cut first. Raises
+    DataError for longer rows where `truncate` is off.
     """
 
     def encode(part: tuple[list[str], ...], tokenizer: Any) -> Any:
@@ -236,10 +235,8 @@ def tokenize_rows(hf_tokenizer: Any, split: Split, max_length: int, truncate: bo
     segments = [np.array(row, dtype=np.int8) for part in encoded for row in part.get("token_type_ids", [])]
     for number, row in enumerate(ids, 1):
         if len(row) > max_length:
-            raise DataError(
-                f"{what}: row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}; raise that, or set "
-                "tokenizer.truncation: true"
-            )
+            long = f"row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}"
+            raise DataError(f"{what}: {long}; raise that, or set tokenizer.truncation: true")
     return Rows(ids, segments or None, split.labels, split.is_regression)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -222,12 +222,10 @@ class MaskedLoader(Loader):
         }
 
     def state_dict(self, position: State | None = None) -> Saved:
-        position, arrays = position or self.position, dict[str, np.ndarray]()
+        position, arrays, shards = position or self.position, dict[str, np.ndarray](), {}
         dtype = self.workers.tokenizer.dtype
-        shards = {}
         for number, shard in position["shards"].items():
-            found = enumerate(shard["sources"])
-            sources = [_write_source(arrays, f"{number}.{n}.", source, dtype) for n, source in found]
+            sources = [_write_source(arrays, f"{number}.{n}.", one, dtype) for n, one in enumerate(shard["sources"])]
             shards[str(number)] = {**shard, "sources": sources}
         turns, rest = divmod(position["num_batches"], len(shards))
         state = {"lanes_per_rank": len(shards), "turns": turns, "rest": rest, "lanes": shards}
@@ -239,8 +237,8 @@ class MaskedLoader(Loader):
         for number in (shard.index for shard in self.shards):
             shard = state["lanes"].get(str(number))
             if shard is None:
-                missing = "the files of a rank are missing"
-                raise CheckpointError(f"the checkpoint holds no position of shard {number}; {missing}")
+                holds_none = f"the checkpoint holds no position of shard {number}"
+                raise CheckpointError(f"{holds_none}; the files of a rank are missing")
             sources = [_read_source(arrays, f"{number}.{n}.", source) for n, source in enumerate(shard["sources"])]
             shards[number] = {**shard, "sources": sources}
         rest = state["rest"] if state["lanes_per_rank"] == len(shards) else 0  # or else with the first shard again
@@ -248,19 +246,16 @@ class MaskedLoader(Loader):
 
     def describe_used(self) -> list[str]:
         """What was passed over and cut in the documents up to the last batch used; empty when nothing was."""
-        counts: Counter[str] = Counter()
-        skips, found = SkippedRows(), []
+        documents, counts, first = Counter[str](), Counter[str](), dict[str, str]()
         for source in (source for shard in self.position["shards"].values() for source in shard["sources"]):
-            counts.update(source["cut"])
-            for reason, number in source["reader"]["skips"]["counts"].items():
-                skips.counts[reason] = skips.counts.get(reason, 0) + number
-                skips.first.setdefault(reason, source["reader"]["skips"]["first"].get(reason, ""))
-        cut = TruncationStats(**counts)
-        if cut.num_cut:
-            found.append(f"cut: {cut.share:.1%} of the tokens, in {cut.num_long:,} of {cut.num_documents:,} documents")
-        if skipped := skips.describe(cut.num_empty):
-            found.append(skipped)
-        return found
+            skips = source["reader"]["skips"]
+            documents.update(source["cut"])
+            counts.update(skips["counts"])
+            first |= {reason: where for reason, where in skips["first"].items() if reason not in first}
+        cut = TruncationStats(**documents)
+        found = [f"cut: {cut.share:.1%} of the tokens, in {cut.num_long:,} of {cut.num_documents:,} documents"]
+        skipped = SkippedRows(counts=counts, first=first).describe(cut.num_empty)
+        return [*(found if cut.num_cut else []), *([skipped] if skipped else [])]
 
 
 def shards_of(ranks: Ranks, num_shards: int) -> list[int]:
@@ -296,9 +291,8 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"the data was dealt to {saved['lanes']} shards when the checkpoint was written, and {current['lanes']} processes "
             f"cannot share those equally: resume with a number of processes that divides {saved['lanes']}"
         )
-    different = [name for name in current if saved.get(name) != current[name]]
-    changed = [f"{name} (was {saved.get(name)}, is {current[name]})" for name in different]
-    if changed:
+    pairs = [(name, saved.get(name), now) for name, now in current.items()]
+    if changed := [f"{name} (was {before}, is {now})" for name, before, now in pairs if before != now]:
         raise CheckpointError(
             f"the data position of the checkpoint does not fit this run: changed {', '.join(changed)}. "
             "Restore it, or start a new run from these weights"
@@ -323,12 +317,9 @@ def _read_source(arrays: dict[str, np.ndarray], prefix: str, state: State) -> St
     def pieces(name: str) -> list[Ids]:
         return np.split(arrays[f"{prefix}{name}.ids"], np.cumsum(arrays[f"{prefix}{name}.lengths"]))[:-1]
 
-    source = {name: value for name, value in state.items() if name != "ends"} | {"buffer": pieces("buffer")}
-    for name in ROWS:
-        rest = iter(pieces(name))
-        ends = state["ends"] if name == "ready" else []
-        source[name] = [
-            Row(tuple(next(rest) for _ in range(count)), epoch, ends_batch=number in ends)
-            for number, (count, epoch) in enumerate(state[name])
-        ]
-    return source
+    def rows(name: str, ends: list[int]) -> list[Row]:
+        rest, counts = iter(pieces(name)), enumerate(state[name])
+        return [Row(tuple(islice(rest, count)), epoch, ends_batch=n in ends) for n, (count, epoch) in counts]
+
+    read = {"buffer": pieces("buffer"), "open_rows": rows("open_rows", []), "ready": rows("ready", state["ends"])}
+    return {name: value for name, value in state.items() if name != "ends"} | read

@@ -26,9 +26,8 @@ Exhausted = Literal["repeat", "drop", "stop"]
 
 @dataclass
 class ShuffleBuffer:
-    """Holds `size` pieces; each new piece replaces a random one, which moves on. `size` <= 1: no shuffling.
-
-    The choice is a hash of (seed, epoch, number of the piece), so the state is the content and a counter.
+    """Holds `size` pieces; each new one replaces another, chosen by a hash of (seed, epoch, its number), which moves on. `size`
+    <= 1: no shuffling.
     """
 
     size: int
@@ -118,7 +117,7 @@ class RowSource:
             block = next(self._blocks, None)
             if block is None:
                 return False
-            self._take(*block)
+            self._add(*block)
         return True
 
     def take(self) -> Row:
@@ -128,7 +127,7 @@ class RowSource:
         self.num_rows += 1
         return row
 
-    def _take(self, documents: list[Ids], epoch: int, after: State) -> None:
+    def _add(self, documents: list[Ids], epoch: int, after: State) -> None:
         """Bring a block of documents into rows; an empty block ends an epoch."""
         pieces = self.segmenter.pieces(documents, self.cut)
         for piece in self.buffer.exchange(pieces, epoch) if documents else self.buffer.drain(epoch):
@@ -168,28 +167,21 @@ class RowSource:
         )
 
     def _tokenized(self) -> Iterator[tuple[list[Ids], int, State]]:
-        """(token ids of a block, epoch, position after it) in order; with workers, several are in flight.
-
-        An empty block ends an epoch; its position is the next epoch's.
+        """(token ids of a block, epoch, position after it) in order; with workers, several are in flight. An empty block ends
+        an epoch; its position is the next epoch's.
         """
         pending: deque[tuple[Future[list[Ids]] | list[Ids], int, State]] = deque()
         num_ahead = self.workers.count * self.workers.prefetch_factor
-
-        def oldest() -> tuple[list[Ids], int, State]:
-            block, epoch, after = pending.popleft()
-            return (block if isinstance(block, list) else block.result()), epoch, after
-
         while self.num_epochs is None or self.reader.epoch < self.num_epochs:
             documents, epoch = self.reader.read(), self.reader.epoch
             if not documents:
                 self.reader.next_epoch()
             pending.append((self.workers.submit(documents), epoch, self.reader.state_dict()))
             while len(pending) > num_ahead or (pending and not documents):
-                yield oldest()
+                block, epoch, after = pending.popleft()
+                yield (block if isinstance(block, list) else block.result()), epoch, after
             if not documents and not self.workers.persistent:
                 self.workers.close(cancel=False)
-        while pending:
-            yield oldest()
 
     def state_dict(self) -> State:
         """The position after the last row; shares its arrays, and costs a few microseconds between blocks."""

@@ -258,9 +258,7 @@ class SentenceEncoder:
 
 
 def find_sets(config: Config, held_out: dict[str, Examples]) -> dict[str, Examples]:
-    """Everything to evaluate on, by name: held-out rows of the sources, then `contrastive.evaluation`. Raises DataError,
-    and UserError where the evaluators are missing, before anything is trained.
-    """
+    """What is evaluated, by name: held-out rows of the sources, then `contrastive.evaluation`. Raises UserError."""
     sets = dict(held_out)
     for number, entry in enumerate(config.contrastive.evaluation):
         key = f"contrastive.evaluation, entry {number}"
@@ -273,8 +271,8 @@ def find_sets(config: Config, held_out: dict[str, Examples]) -> dict[str, Exampl
         if roles.kind not in ("scores", "pairs"):
             raise DataError(f"{key}: {paths[0]} has {roles.kind}; pairs, or two texts and a score, can be evaluated")
         if label in sets:
-            problem = f"entry {number}: the name {label!r} is taken; set its label"
-            raise ConfigError(Problem("contrastive.evaluation", problem))
+            taken = f"entry {number}: the name {label!r} is taken; set its label"
+            raise ConfigError(Problem("contrastive.evaluation", taken))
         sets[label] = read_examples(place.splits, chosen, roles, key, SkippedRows())
     if sets:
         check_installed("evaluating embeddings needs sentence-transformers", "contrastive", "sentence_transformers")
@@ -317,10 +315,7 @@ def evaluate_set(evaluator: Any, model: SentenceEncoder) -> dict[str, float]:
 def build_evaluation(
     config: Config, hf_tokenizer: Any, sets: dict[str, Examples], context: Context, model: Any
 ) -> Evaluation:
-    """All sets, and `score`: the mean of Spearman's correlations and nDCG@10s.
-
-    The processes embed the texts in turn, and each evaluates all of the vectors.
-    """
+    """All sets, and `score`: the mean of Spearman's correlations and nDCG@10s. The processes embed the texts in turn."""
     runtime, interrupt = context.runtime, context.interrupt
     size, most = config.trainer.per_device_eval_batch_size, config.trainer.eval_max_batches
     shortened = {name: examples.first(None if most is None else most * size) for name, examples in sets.items()}

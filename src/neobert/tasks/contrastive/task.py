@@ -44,22 +44,17 @@ def build(context: Context) -> Parts:
 
     evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in data.sets.items()]
     return Parts(
-        config,
-        model,
-        data.train,
-        build_storage(config, model, hf_tokenizer),
+        config, model, data.train, build_storage(config, model, hf_tokenizer),
         count_left=partial(data.train.steps_left, trainer.num_train_epochs, trainer.gradient_accumulation_steps),
         blocks=encoder.blocks_of(model),
         evaluation=partial(build_evaluation, config, hf_tokenizer, data.sets, context) if data.sets else None,
-        after_update=model.normalize_matrices,
+        after_update=model.normalize_matrices, log_metrics=log_metrics, end_messages=data.train.describe_used,
         facts=describe(config, model, data, runtime.world_size, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"evaluated on": evaluated or "nothing"},
         messages=[*start.messages, *data.messages],
-        log_metrics=log_metrics,
-        end_messages=data.train.describe_used,
         next_command='neobert similarity {checkpoint} "one text" "another text"',
-    )
+    )  # fmt: skip
 
 
 def fill_in(config: Config, weights: InitialWeights) -> Config:
@@ -87,9 +82,8 @@ def describe(
         "weights": weights,
         "parameters": f"{num_parameters:,}",
         "data": data.describe,
-        "step": f"{rows} rows of one source, every text against those of all {rows}"
-        + (alone if windows > 1 else "")
-        + f"; texts of at most {longest_text(config)} tokens, {layout}",
+        "step": f"{rows} rows of one source, every text against those of all {rows}{alone if windows > 1 else ''}"
+        f"; texts of at most {longest_text(config)} tokens, {layout}",
     }
 
 

@@ -14,7 +14,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,7 @@ from neobert.data.mlm.packing import TruncationStats
 from neobert.data.tokenizer import TextTokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.ranks import Ranks
-from neobert.tasks.pretraining.data import (
-    CorpusSource,
-    build_data,
-    build_reader,
-    build_segmenter,
-    open_sources,
-)
+from neobert.tasks.pretraining.data import CorpusSource, build_data, build_reader, build_segmenter, open_sources
 from neobert.training.metrics import read_metrics
 
 BAR_WIDTH, SHOWN_TOKENS, FILL_BATCHES = 50, 120, 50
@@ -149,21 +142,6 @@ def _decode(ids: np.ndarray, labels: np.ndarray, lengths: list[int], hf_tokenize
 # --- verify-resume -----------
 
 
-@dataclass
-class Recorder:
-    """Writes checksums of every batch to a file; ends the process at once when it is shown batch `kill_at`."""
-
-    path: Path
-    kill_at: int | None
-
-    def __call__(self, batch: Any, number: int) -> None:
-        if number == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        ids, labels = (zlib.crc32(x.numpy().tobytes()) for x in (batch.input_ids, batch.labels))
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"number": number, "ids": ids, "labels": labels}) + "\n")
-
-
 def verify(files: list[str], overrides: list[str], num_steps: int) -> bool:
     """Whether the resumed run equals the uninterrupted one; prints what was compared. Raises UserError."""
     config = load_config(files, overrides, "pretraining").config
@@ -198,10 +176,18 @@ def _train(files: list[str], overrides: list[str], folder: Path, kill_at: int | 
 
 
 def _run_child(files: list[str], overrides: list[str], folder: str, kill_at: int | None) -> None:
+    """Train, writing checksums of every batch to a file; end the process at once when batch `kill_at` comes."""
     from neobert.tasks.pretraining import task as pretraining
 
+    def record(batch: Any, number: int) -> None:
+        if number == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ids, labels = (zlib.crc32(x.numpy().tobytes()) for x in (batch.input_ids, batch.labels))
+        with open(Path(folder) / BATCHES, "a") as file:
+            file.write(json.dumps({"number": number, "ids": ids, "labels": labels}) + "\n")
+
     try:
-        pretraining.run(load_config(files, overrides), Recorder(Path(folder) / BATCHES, kill_at))
+        pretraining.run(load_config(files, overrides), record)
     except UserError as error:
         (Path(folder) / "error").write_text(str(error))
         sys.exit(2)

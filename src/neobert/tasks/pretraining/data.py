@@ -21,6 +21,7 @@ from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.errors import DataError
 from neobert.ranks import Ranks
+from neobert.tasks.encoder import row_layout
 
 EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses compare across seeds
 
@@ -181,7 +182,7 @@ def build_data(
     count = loader.workers.count
     how = f"tokenised by {_threads(count)}" if count else "tokenised as it is read"
     messages[0] += "; tokenised beforehand" if all(source.is_tokenized for source in sources) else f"; {how}"
-    messages += [_describe_rows(config), _describe_evaluation([source.evaluation for source in sources])]
+    messages += [_describe_rows(config), _describe_evaluation(sources)]
     row_length = loader.collator.layout.row_length or piece_length(config)
     return PretrainingData(loader, _evaluation_pass(config, tokenizer, sources), count_left, row_length, messages)
 
@@ -257,14 +258,13 @@ def _evaluation_pass(config: Config, tokenizer: TextTokenizer, sources: list[Cor
 
 def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows: int | None) -> Collator:
     """Rows to masked batches. `num_rows`: of the whole run; None for evaluation, whose rate is constant."""
-    datacollator, packed = config.datacollator, config.datacollator.pack_sequences
+    asked = config.datacollator
     ids = (tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
-    final = None if num_rows is None else datacollator.mlm_probability_final
-    masker = Masker(seed, datacollator.mlm_probability, datacollator.mask_all, *ids, final, num_rows or 0)
-    to_full_length = packed or config.tokenizer.padding == "max_length"
-    length = (config.row_length if packed else piece_length(config)) if to_full_length else None
-    multiple = None if packed else datacollator.pad_to_multiple_of
-    return Collator(masker, RowLayout(tokenizer.pad_id, packed, length, multiple or 1))
+    final = None if num_rows is None else asked.mlm_probability_final
+    masker = Masker(seed, asked.mlm_probability, asked.mask_all, *ids, final, num_rows or 0)
+    if asked.pack_sequences:
+        return Collator(masker, RowLayout(tokenizer.pad_id, True, config.row_length))
+    return Collator(masker, row_layout(config, tokenizer.pad_id, piece_length(config)))
 
 
 # --- lengths, and lines of the summary -----------
@@ -306,11 +306,11 @@ def _describe_rows(config: Config) -> str:
     return f"one document a row, at most {piece_length(config)} tokens, {how}; {longer}"
 
 
-def _describe_evaluation(texts: list[Files | Corpus | None]) -> str:
-    found = [text for text in texts if text is not None]
-    if not found:
+def _describe_evaluation(sources: list[CorpusSource]) -> str:
+    texts = [source.evaluation for source in sources if source.evaluation is not None]
+    if not texts:
         return (
             "no evaluation: no split named validation or test (or set dataset.validation_split with streaming: false)"
         )
-    parts = [describe_size(text) if isinstance(text, Files) else f"{len(text):,} documents" for text in found]
+    parts = [describe_size(text) if isinstance(text, Files) else f"{len(text):,} documents" for text in texts]
     return f"evaluated on {', '.join(parts)}"
