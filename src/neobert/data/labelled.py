@@ -102,11 +102,10 @@ class Source:
 
 
 class Split(NamedTuple):
-    """The rows of a split: one or two columns of text, and labels (float64; None where they were not asked for)."""
+    """The rows of a split: one or two columns of text, and labels: int64 classes, float64 values of a regression, or None."""
 
     texts: tuple[list[str], ...]
     labels: np.ndarray | None
-    is_regression: bool = False
 
 
 def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = True) -> Split:
@@ -124,7 +123,7 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
                 labels.append(_label(row["label"], task, path, begin))
     if not texts[0]:
         raise DataError(f"{paths[0]}: the split {split} of {task.name} is empty")
-    return Split(texts, np.array(labels) if with_labels else None, not task.labels)
+    return Split(texts, np.array(labels, dtype=np.int64 if task.labels else np.float64) if with_labels else None)
 
 
 def has_split(source: Source, task: GlueTask, split: str) -> bool:
@@ -181,15 +180,11 @@ def _label(value: Any, task: GlueTask, path: str, begin: int) -> float:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised rows: ids, segment numbers where the tokenizer has them (else None), and labels (None: not known).
-
-    Labels are float64: numbers of classes, or values where `is_regression`.
-    """
+    """Tokenised rows: ids, segment numbers where the tokenizer has them (else None), and labels as in `Split`."""
 
     ids: list[Ids]
     segments: list[Ids] | None
     labels: np.ndarray | None
-    is_regression: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -206,8 +201,9 @@ class Rows:
 
     def batch(self, chosen: np.ndarray, layout: RowLayout, epoch: int = 0, ends_epoch: bool = False) -> Batch:
         """The rows numbered `chosen`; labels as int64 classes or float32 values."""
-        dtype = torch.float32 if self.is_regression else torch.int64
-        labels = None if self.labels is None else torch.from_numpy(self.labels[chosen]).to(dtype)
+        labels = None if self.labels is None else torch.from_numpy(self.labels[chosen])
+        if labels is not None and labels.is_floating_point():
+            labels = labels.float()
         segments = None if self.segments is None else [self.segments[i] for i in chosen]
         facts = {"labels": labels, "num_targets": len(chosen), "epoch": epoch, "ends_epoch": ends_epoch}
         return layout.batch([self.ids[i] for i in chosen], segments, **facts)
@@ -237,7 +233,7 @@ def tokenize_rows(hf_tokenizer: Any, split: Split, max_length: int, truncate: bo
         if len(row) > max_length:
             long = f"row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}"
             raise DataError(f"{what}: {long}; raise that, or set tokenizer.truncation: true")
-    return Rows(ids, segments or None, split.labels, split.is_regression)
+    return Rows(ids, segments or None, split.labels)
 
 
 # --- batches -----------

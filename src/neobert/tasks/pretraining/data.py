@@ -201,7 +201,6 @@ def _training_loader(
     elif dataset.mixture and dataset.mixture_exhausted != "repeat":
         num_epochs = 1
     min_rows = batch_size if num_shards == len(sources) == 1 else 1
-
     weights = [source.weight for source in sources]
 
     def shard(number: int) -> Shard:
@@ -309,8 +308,7 @@ def _describe_rows(config: Config) -> str:
 def _describe_evaluation(sources: list[CorpusSource]) -> str:
     texts = [source.evaluation for source in sources if source.evaluation is not None]
     if not texts:
-        return (
-            "no evaluation: no split named validation or test (or set dataset.validation_split with streaming: false)"
-        )
+        none = "no split named validation or test (or set dataset.validation_split with streaming: false)"
+        return f"no evaluation: {none}"
     parts = [describe_size(text) if isinstance(text, Files) else f"{len(text):,} documents" for text in texts]
     return f"evaluated on {', '.join(parts)}"

@@ -54,9 +54,12 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
     uniform = f"{math.log(model.config.vocab_size):.3f}, the loss of a uniform guess"
     epochs = f"{trainer.num_train_epochs} epochs are " if trainer.max_steps < 0 else ""
     return Parts(
-        config, model, data.train,
+        config,
+        model,
+        data.train,
         build_storage(model, fields, lambda folder: save_tokenizer(hf_tokenizer, folder, has_token_types=False)),
-        count_left=count_left, size=size, blocks=blocks_of(model),
+        count_left=count_left,
+        size=size, blocks=blocks_of(model),
         evaluation=None if data.evaluation is None else partial(build_evaluation, context, data.evaluation),
         model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
         after_update=model.normalize_matrices, empty_batch=data.train.empty_batch,
