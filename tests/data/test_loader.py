@@ -12,10 +12,9 @@ from neobert.data.files.documents import fingerprint, open_corpus
 from neobert.data.files.splits import find_splits
 from neobert.data.files.token_store import TokenStore, tokenize_files
 from neobert.data.hashing import choose_sources
-from neobert.data.mlm.packing import Packer, Segmenter
 from neobert.data.mlm.pipeline import Collator, MaskedLoader, Masker, join_positions, shards_of
-from neobert.data.mlm.readers import Pieces, Reader
-from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
+from neobert.data.mlm.readers import Pieces, Reader, Segmenter
+from neobert.data.mlm.row_source import Packer, RowSource, Shard, ShuffleBuffer, Workers
 from neobert.errors import CheckpointError, DataError
 from neobert.ranks import Ranks
 

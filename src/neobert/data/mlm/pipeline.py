@@ -18,8 +18,8 @@ import torch
 from neobert.data.batch import IGNORED, Batch, Loader, RowLayout, Saved, State
 from neobert.data.files.documents import SkippedRows
 from neobert.data.hashing import GOLDEN, hash_keys, mix
-from neobert.data.mlm.packing import Row, TruncationStats
-from neobert.data.mlm.row_source import Shard, Workers
+from neobert.data.mlm.readers import TruncationStats
+from neobert.data.mlm.row_source import Row, Shard, Workers
 from neobert.data.tokenizer import Ids
 from neobert.errors import CheckpointError
 from neobert.ranks import Ranks

@@ -1,9 +1,10 @@
-"""The order of documents: a reader hands out blocks of them and knows its position."""
+"""Documents in their order: a reader hands out blocks of them and knows its position; a segmenter cuts them into pieces."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from neobert.ranks import Ranks
 FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
 
 Text = Files | Corpus  # a stream, or random access
+LongDocuments = Literal["split", "truncate", "drop"]
 
 
 @dataclass
@@ -159,3 +161,52 @@ class Pieces:
         offsets = (indices - begins) * self.room
         ids = self.corpus.fetch(documents)
         return [one[offset : offset + self.room] for one, offset in zip(ids, offsets, strict=True)]
+
+
+@dataclass
+class TruncationStats:
+    """What the documents came to: their tokens, and those not used because of `truncate` or `drop`."""
+
+    num_tokens: int = 0
+    num_cut: int = 0
+    num_documents: int = 0
+    num_empty: int = 0  # without a single token
+    num_long: int = 0  # longer than a piece
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that was cut."""
+        return self.num_cut / max(1, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Cuts documents into pieces of at most `max_length` tokens, [CLS] and [SEP] included."""
+
+    max_length: int
+    policy: LongDocuments
+    cls_id: int
+    sep_id: int
+
+    def pieces(self, documents: list[Ids], cut: TruncationStats) -> list[Ids]:
+        """Pieces of several documents, laid out 64 at a time, which costs a third. What is left out is counted in `cut`."""
+        room, out = self.max_length - 2, list[Ids]()
+        lengths = list(map(len, documents))
+        cut.num_documents += len(lengths)
+        cut.num_tokens += sum(lengths)
+        cut.num_empty += lengths.count(0)
+        parts = documents
+        if 0 in lengths or max(lengths, default=0) > room:
+            parts = []
+            for document, length in zip(documents, lengths, strict=True):
+                kept = {"split": length, "truncate": room, "drop": 0}[self.policy] if length > room else length
+                cut.num_long += length > room
+                cut.num_cut += length - kept
+                parts += [document[start : start + room] for start in range(0, kept, room)]
+        for begin in range(0, len(parts), 64):
+            group = parts[begin : begin + 64]
+            first, last = (np.array([token], dtype=group[0].dtype) for token in (self.cls_id, self.sep_id))
+            flat = np.concatenate([part for ids in group for part in (first, ids, last)])
+            ends = list(accumulate(len(ids) + 2 for ids in group))
+            out += [flat[a:b] for a, b in pairwise([0, *ends])]
+        return out

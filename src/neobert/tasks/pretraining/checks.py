@@ -25,7 +25,7 @@ from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.data.batch import IGNORED, Batch
 from neobert.data.files.documents import Files, num_bytes
-from neobert.data.mlm.packing import TruncationStats
+from neobert.data.mlm.readers import TruncationStats
 from neobert.data.tokenizer import TextTokenizer, text_tokenizer
 from neobert.errors import UserError
 from neobert.ranks import Ranks

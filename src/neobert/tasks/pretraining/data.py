@@ -14,10 +14,9 @@ from neobert.data.batch import Batch, RowLayout
 from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint, hold_out, num_bytes, open_corpus
 from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
 from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
-from neobert.data.mlm.packing import LongDocuments, Packer, Segmenter
 from neobert.data.mlm.pipeline import Collator, MaskedLoader, Masker, shards_of
-from neobert.data.mlm.readers import Pieces, Reader, RememberedReader, Text
-from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
+from neobert.data.mlm.readers import LongDocuments, Pieces, Reader, RememberedReader, Segmenter, Text
+from neobert.data.mlm.row_source import Packer, RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.errors import DataError
 from neobert.ranks import Ranks
