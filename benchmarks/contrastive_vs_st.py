@@ -43,7 +43,7 @@ def split(args) -> tuple[list[dict], list[dict]]:
 def evaluate(model, rows: list[dict]) -> float:
     """nDCG@10 of anything with sentence-transformers' `encode`."""
     from neobert.data.pairs.table import Example, Examples, Roles
-    from neobert.tasks.contrastive.evaluation import build_evaluator, evaluate_set
+    from neobert.tasks.contrastive.data import build_evaluator, evaluate_set
 
     roles = Roles("pairs", {"anchor": "anchor", "positive": "positive"})
     examples = Examples(roles, [Example(row["anchor"], row["positive"]) for row in rows], "held out")
@@ -55,7 +55,7 @@ def one_of_ours(args, seed: int) -> tuple[float, float]:
     from neobert.config.load import load_config
     from neobert.inference.embed import load_embedder
     from neobert.tasks.contrastive import task as contrastive
-    from neobert.tasks.contrastive.evaluation import SentenceEncoder
+    from neobert.tasks.contrastive.data import SentenceEncoder
 
     with tempfile.TemporaryDirectory() as folder:
         words = [

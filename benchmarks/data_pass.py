@@ -31,12 +31,12 @@ def words_for(name: str) -> list[str]:
 
 def one_epoch(words: list[str], folder: str) -> float:
     """Tokens a second of the training pipeline, without the thread that runs it ahead of training."""
-    pipeline = make_data(*words, folder=folder).train.pipeline
-    pipeline.workers.tokenizer.encode(["a word"])  # builds the backend, as a run does once
-    for source in pipeline.shards[0].sources:
+    loader = make_data(*words, folder=folder).train
+    loader.workers.tokenizer.encode(["a word"])  # builds the backend, as a run does once
+    for source in loader.shards[0].sources:
         source.num_epochs = 1
     num_tokens, start = 0, time.perf_counter()
-    for batch, _ in pipeline.batches():
+    for batch, _ in loader.batches():
         num_tokens += batch.num_tokens
     return num_tokens / (time.perf_counter() - start)
 
@@ -47,9 +47,9 @@ def peer_over(words: list[str], folder: str, num_batches: int) -> float:
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.15)
-    pipeline = make_data(*words, folder=folder).train.pipeline
+    loader = make_data(*words, folder=folder).train
     rows = []
-    for batch, _ in pipeline.batches():
+    for batch, _ in loader.batches():
         ids = batch.labels.where(batch.labels != -100, batch.input_ids).tolist()
         rows.append([{"input_ids": one, "attention_mask": [1] * len(one)} for one in ids])
         if len(rows) == num_batches:

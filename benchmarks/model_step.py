@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from neobert.data.batch import Batch, RowLayout
-from neobert.data.mlm.packing import Packer, Row
 from neobert.data.mlm.pipeline import Collator, Masker
+from neobert.data.mlm.row_source import Packer, Row
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from neobert.training.choices import compile_blocks, keep_memory

@@ -75,14 +75,14 @@ class Simulated:
 
 def simulated() -> dict[float, float]:
     """Seconds to restore a reader at a depth of 10^9 rows and read a block."""
-    from neobert.data.mlm.readers import CorpusReader
+    from neobert.data.mlm.readers import Reader
     from neobert.ranks import Ranks
 
     out = {}
     for depth in DEPTHS:
         position = int(depth * 10**9)
         start = time.perf_counter()
-        reader = CorpusReader(Simulated(), 0, Ranks(3, 8))
+        reader = Reader(Simulated(), 0, Ranks(3, 8))
         reader.load_state_dict({"epoch": 0, "position": position, "skips": {"counts": {}, "first": {}}})
         reader.read()
         out[depth] = time.perf_counter() - start

@@ -12,13 +12,13 @@ PROOF = """
 import lzma, sys, torch
 from neobert.config.load import load_config
 from neobert.data.files.splits import find_splits
-from neobert.data.mlm.readers import StreamReader
+from neobert.data.mlm.readers import Reader
 from neobert.optim.build import OptimizerSettings, build_optimizer
 
 assert load_config([], ["trainer.log_num_rows=true", "optimizer.name=nadam"]).config.trainer.log_num_rows
 with lzma.open("corpus.txt.xz", "wt") as file:
     file.write("one\\ntwo\\n")
-assert StreamReader(find_splits("corpus.txt.xz", None, None, None)[0]).read() == ["one", "two"]
+assert Reader(find_splits("corpus.txt.xz", None, None, None)[0]).read() == ["one", "two"]
 weight = torch.nn.Linear(2, 2)
 assert isinstance(build_optimizer(weight.named_parameters(), OptimizerSettings("nadam", 1e-3)), torch.optim.NAdam)
 """

@@ -42,7 +42,7 @@ def build(context: Context) -> Parts:
     except ValueError as error:
         raise DataError(f"{path}: not lines of text, tab, number: {error}") from None
     longest = config.dataset.max_seq_length
-    rows = tokenize_rows(hf_tokenizer, Split((texts,), numbers, is_regression=True), longest, True, 1, str(path))
+    rows = tokenize_rows(hf_tokenizer, Split((texts,), numbers), longest, True, 1, str(path))
     layout = RowLayout(hf_tokenizer.pad_token_id)
     size = trainer.per_device_train_batch_size
     batches = EpochLoader(rows, layout, runtime, size, config.seed, False, 0, {"path": str(path)})

@@ -273,12 +273,12 @@ def workers_restart(train, small):
     seen = {}
     for value in ("true", "false"):
         words = ["dataset.num_workers=1", f"dataset.persistent_workers={value}", STREAM]
-        pipeline = data_of(small, *words).train.pipeline
+        loader = data_of(small, *words).train
         with tokenizing_threads() as started:
-            batches = pipeline.batches()
+            batches = loader.batches()
             for _ in range(30):  # several epochs
                 next(batches)
-            pipeline.workers.close()
+            loader.workers.close()
         seen[value] = len(started)
 
     return seen["true"] == 1 < seen["false"]
@@ -307,11 +307,11 @@ def blocks_in_flight(train, small):
     ahead = []
     for factor in (1, 8):
         words = ["dataset.num_workers=1", f"dataset.prefetch_factor={factor}", STREAM, "dataset.shuffle_buffer_size=0"]
-        pipeline = data_of(small, *words).train.pipeline
-        batches = pipeline.batches()
+        loader = data_of(small, *words).train
+        batches = loader.batches()
         next(batches)
-        ahead.append(pipeline.shards[0].sources[0].reader.num_read)
-        pipeline.workers.close()
+        ahead.append(loader.shards[0].sources[0].reader.position[0])
+        loader.workers.close()
     return ahead[0] < ahead[1]
 
 

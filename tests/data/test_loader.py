@@ -12,10 +12,9 @@ from neobert.data.files.documents import fingerprint, open_corpus
 from neobert.data.files.splits import find_splits
 from neobert.data.files.token_store import TokenStore, tokenize_files
 from neobert.data.hashing import choose_sources
-from neobert.data.mlm.packing import Packer, Segmenter
-from neobert.data.mlm.pipeline import Collator, Masker, Pipeline, PipelineLoader, join_positions, shards_of
-from neobert.data.mlm.readers import CorpusReader, Pieces, StreamReader
-from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
+from neobert.data.mlm.pipeline import Collator, MaskedLoader, Masker, join_positions, shards_of
+from neobert.data.mlm.readers import Pieces, Reader, Segmenter
+from neobert.data.mlm.row_source import Packer, RowSource, Shard, ShuffleBuffer, Workers
 from neobert.errors import CheckpointError, DataError
 from neobert.ranks import Ranks
 
@@ -33,10 +32,8 @@ def store(tmp_path_factory, tokenizer):
 def reader(kind, store, rank, path=TEXT / "validation.txt"):
     files, _ = find_splits(str(path), None, None, None)
     if kind == "stream":
-        return StreamReader(files, rank)
-    return CorpusReader(
-        Pieces(store, LENGTH - 2) if kind == "tokens" else open_corpus(files, fingerprint(files)), 3, rank
-    )
+        return Reader(files, ranks=rank)
+    return Reader(Pieces(store, LENGTH - 2) if kind == "tokens" else open_corpus(files, fingerprint(files)), 3, rank)
 
 
 def make_loader(
@@ -71,14 +68,12 @@ def make_loader(
 
     owned = range(rank.rank, lanes, rank.world_size)
     weights = [2.0, 1.0][:sources]
-    return PipelineLoader(
-        Pipeline(
-            [Shard(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
-            workers,
-            Collator(masker, RowLayout(tokenizer.pad_id, packed, LENGTH)),
-            batch_size=4,
-            seed=3,
-        )
+    return MaskedLoader(
+        [Shard(n, lanes, [source(n) for _ in range(sources)], weights, settings["exhausted"], 3) for n in owned],
+        workers,
+        Collator(masker, RowLayout(tokenizer.pad_id, packed, LENGTH)),
+        batch_size=4,
+        seed=3,
     )
 
 
@@ -206,7 +201,7 @@ def test_ranks_read_disjoint_documents_and_count_their_batches(kind, packed, tmp
         (tmp_path / f"{name}.txt").write_text("\n".join(part))
     settings = {"num_epochs": 1, "path": tmp_path, "packed": packed}
     ranks = [Ranks(number, 3) for number in range(3)]
-    counts = [make_loader(kind, store, tokenizer, rank=rank, **settings).pipeline.count_batches() for rank in ranks]
+    counts = [make_loader(kind, store, tokenizer, rank=rank, **settings).count_batches() for rank in ranks]
     loaders = [make_loader(kind, store, tokenizer, rank=rank, **settings) for rank in ranks]
     batches = [list(loader) for loader in loaders]
     assert [len(one) for one in batches] == counts
@@ -225,7 +220,7 @@ def test_lanes_of_one_rank_end_together(tmp_path, store, tokenizer):
     assert [int((batch.attention_mask.sum(1) > 2).sum()) for batch in batches] == [4, 4, 1, 0]
     for number in range(2):
         alone = make_loader("stream", store, tokenizer, rank=Ranks(number, 2), **settings)
-        turns = [*alone, alone.pipeline.empty_batch()][:2]
+        turns = [*alone, alone.empty_batch()][:2]
         assert_equal(turns, batches[number::2])
         assert batches[3].num_targets == 0
 
@@ -237,9 +232,9 @@ def test_lanes_are_dealt_anew_to_another_number_of_ranks(kind, store, tokenizer)
 
     def turns(loaders, count):
         """The batches of `count` turns, by lane."""
-        lanes = [lane.index for loader in loaders for lane in loader.pipeline.shards]
-        taken = [batch for loader in loaders for batch in take(loader, count * len(loader.pipeline.shards))]
-        per_rank = [len(loader.pipeline.shards) for loader in loaders]
+        lanes = [lane.index for loader in loaders for lane in loader.shards]
+        taken = [batch for loader in loaders for batch in take(loader, count * len(loader.shards))]
+        per_rank = [len(loader.shards) for loader in loaders]
         out, start = {}, 0
         for width in per_rank:
             part = taken[start * count : (start + width) * count]
@@ -306,7 +301,7 @@ def test_streamed_and_materialised_rows_are_the_same(store, tokenizer):
     """Unshuffled, from the same seed."""
     loaders = [make_loader(kind, store, tokenizer, shuffle=0) for kind in ("stream", "text", "tokens")]
     for loader in loaders[1:]:
-        loader.pipeline.shards[0].sources[0].reader.seed = None
+        loader.shards[0].sources[0].reader.seed = None
     a, b, c = (take(loader, 150) for loader in loaders)
     assert_equal(a, b)
     assert_equal(a, c)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.runs import TEXT
-from neobert.data.mlm.packing import Packer, Segmenter, TruncationStats
+from neobert.data.mlm.readers import Segmenter, TruncationStats
+from neobert.data.mlm.row_source import Packer
 
 
 def documents(lengths):

@@ -20,7 +20,7 @@ from neobert.data.files.token_store import (
     verify_store,
     write_shard,
 )
-from neobert.data.mlm.readers import Pieces, StreamReader
+from neobert.data.mlm.readers import Pieces, Reader
 from neobert.errors import DataError
 from neobert.files import write_json
 
@@ -51,7 +51,7 @@ def test_shards_are_the_corpus_in_order(tmp_path, kind, tokenizer, many_shards):
         assert len(starts) > 4
     made, manifest = tokenize_files(files, tokenizer, tmp_path / "tokens", 1, False)
     assert made == len(starts) == len(manifest.shards)
-    store, reader, texts = TokenStore(tmp_path / "tokens"), StreamReader(files), []
+    store, reader, texts = TokenStore(tmp_path / "tokens"), Reader(files), []
     while block := reader.read():
         texts += block
     assert documents_of(store) == [ids.tolist() for ids in tokenizer.encode(texts)]

@@ -28,7 +28,7 @@ from neobert.data.files.documents import Files, SkippedRows, fingerprint, open_c
 from neobert.data.files.splits import find_splits
 from neobert.data.files.token_store import TokenStore, tokenize_files
 from neobert.data.labelled import TASKS, Source, read_split
-from neobert.data.mlm.readers import CorpusReader, StreamReader
+from neobert.data.mlm.readers import Reader
 from neobert.data.pairs.table import read_examples, roles_of
 from neobert.errors import DataError
 from neobert.inference.embed_file import read_rows
@@ -90,12 +90,14 @@ def test_every_reader_sees_the_same_rows(name, tmp_path):
     path.parent.mkdir()
     path.write_bytes(SAME[name])
     files = files_at(path, "sentence")
-    assert StreamReader(files).read() == TEXTS
+    assert Reader(files).read() == TEXTS
     corpus = open_corpus(files, fingerprint(files), cache_dir=str(tmp_path / "cache"))
-    assert CorpusReader(corpus, None).read() == TEXTS
+    assert Reader(corpus, None).read() == TEXTS
     assert [text for text, _ in read_rows(str(path), "sentence")] == TEXTS
     roles = roles_of([str(path)], {}, "")
-    assert [row.anchor for row in read_examples([str(path)], roles, "", SkippedRows(True)).rows] == TEXTS
+    assert [
+        row.anchor for row in read_examples({"": [str(path)]}, ("", None, None), roles, "", SkippedRows(True)).rows
+    ] == TEXTS
     split = read_split(Source(str(tmp_path)), TASKS["cola"], "train")
     assert (split.texts[0], split.labels.tolist()) == (TEXTS, [0, 1] * 3)
 
@@ -140,7 +142,7 @@ def test_damage_is_passed_over_and_counted(kind, tmp_path):
     behind = b'{"text": "the file behind it"}\n' if kind.startswith("jsonl") else b"the file behind it\n"
     (tmp_path / f"b.{kind}").write_bytes({"gz": gzip.compress, "zst": zstd}.get(kind.partition(".")[2], bytes)(behind))
     files = files_at(tmp_path)
-    reader, texts, states = StreamReader(files), [], []
+    reader, texts, states = Reader(files), [], []
     while block := reader.read():
         texts += block
         states.append((len(texts), json.loads(json.dumps(reader.state_dict()))))
@@ -152,15 +154,15 @@ def test_damage_is_passed_over_and_counted(kind, tmp_path):
     assert counts == (bad_lines if kind == "jsonl" else rest)
     assert all("a." in where for where in reader.skips.first.values())
     for count, state in states[-3:]:
-        again = StreamReader(files)
+        again = Reader(files)
         again.load_state_dict(state)
         assert [text for block in iter(again.read, []) for text in block] == texts[count:]
         assert again.skips.counts == reader.skips.counts
-    corpus = CorpusReader(open_corpus(files, fingerprint(files), cache_dir=str(tmp_path / "cache")), None)
+    corpus = Reader(open_corpus(files, fingerprint(files), cache_dir=str(tmp_path / "cache")), None)
     assert [text for block in iter(corpus.read, []) for text in block] == texts
     assert corpus.skips.counts == reader.skips.counts
     with pytest.raises(DataError, match=rf"a.{kind}:\d+: (not JSON|the rest of a compressed file)"):
-        list(iter(StreamReader(files, skips=SkippedRows(True)).read, []))
+        list(iter(Reader(files, skips=SkippedRows(True)).read, []))
 
 
 def test_pairs_pass_over_what_is_no_json(tmp_path):
@@ -168,7 +170,7 @@ def test_pairs_pass_over_what_is_no_json(tmp_path):
     rows = [json.dumps({"anchor": f"a {n}", "positive": f"b {n}"}) for n in range(5)]
     (tmp_path / "pairs.jsonl").write_bytes(joined([*rows, "[[", '["c", "d"]']) + b'{"anchor": "\xff"}\n{"anch')
     skips = SkippedRows()
-    found = read_examples([path], roles_of([path], {}, ""), "", skips).rows
+    found = read_examples({"": [path]}, ("", None, None), roles_of([path], {}, ""), "", skips).rows
     assert [row.anchor for row in found] == [*(f"a {n}" for n in range(5)), "c"]
     assert skips.counts == {"not JSON": 2, "not UTF-8": 1}
 
@@ -190,8 +192,8 @@ def test_utf16_is_refused_by_name(name, encoding, tmp_path):
     raw = "\n".join(rows[name.split(".")[1]]).encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     for read in (
-        lambda: StreamReader(files_at(tmp_path, "text")).read(),
-        lambda: CorpusReader(open_corpus(Files((str(tmp_path / name),), "text"), "", True), None).read(),
+        lambda: Reader(files_at(tmp_path, "text")).read(),
+        lambda: Reader(open_corpus(Files((str(tmp_path / name),), "text"), "", True), None).read(),
         lambda: list(read_rows(str(tmp_path / name), None)),
     ):
         with pytest.raises(DataError, match=rf"{name}: looks like UTF-16") as caught:
@@ -204,19 +206,19 @@ def test_what_stands_among_files_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / ".hidden.txt").write_text("not of the corpus\n")
     (tmp_path / "x.txt").mkdir()
     (tmp_path / "x.txt/round").symlink_to(tmp_path)
-    assert StreamReader(files_at(tmp_path)).read() == ["fine"]
+    assert Reader(files_at(tmp_path)).read() == ["fine"]
     for path, words in ((tmp_path / "*.txt", r"x.txt: is a folder"), (tmp_path / "x.txt/none", "nothing at")):
         with pytest.raises(DataError, match=words):
             files_at(path)
     Dataset.from_dict({"text": ["saved"]}).save_to_disk(tmp_path / "x.txt")
-    assert StreamReader(files_at(tmp_path / "x.txt")).read() == ["saved"]
+    assert Reader(files_at(tmp_path / "x.txt")).read() == ["saved"]
     with pytest.raises(DataError, match=r"has folders of save_to_disk in it; name one, as .*x.txt"):
         files_at(tmp_path)
     (tmp_path / "books").mkdir()
     (tmp_path / "books/more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/c.txt").write_text("linked\n")
-    assert StreamReader(files_at(tmp_path / "books")).read() == ["linked"]
+    assert Reader(files_at(tmp_path / "books")).read() == ["linked"]
     (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"b.txt: is a link to nothing"):
         files_at(tmp_path / "?.txt")
@@ -235,9 +237,7 @@ def test_an_empty_file_among_others_is_passed_over(kind, streaming, tmp_path):
             content = gzip.compress(content)
         (tmp_path / f"{number}.{kind}").write_bytes(content)
     files = files_at(tmp_path, "text")
-    reader = (
-        StreamReader(files) if streaming else CorpusReader(open_corpus(files, "e" + kind, cache_dir=str(tmp_path)), 1)
-    )
+    reader = Reader(files) if streaming else Reader(open_corpus(files, "e" + kind, cache_dir=str(tmp_path)), 1)
     assert reader.read() == ["x y"] * 2
     if kind == "parquet":
         assert len(open_corpus(files_at(tmp_path / "0.parquet"), "")) == 0
@@ -249,10 +249,10 @@ def test_an_empty_file_among_others_is_passed_over(kind, streaming, tmp_path):
 def test_files_that_change_while_they_are_read(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("".join(f"line {n} of {number}\n" for n in range(2000)))
-    corpus, reader = open_corpus(files_at(tmp_path), ""), StreamReader(files_at(tmp_path))
+    corpus, reader = open_corpus(files_at(tmp_path), ""), Reader(files_at(tmp_path))
     assert reader.read()[0] == "line 0 of 0"
     (tmp_path / "0.txt").write_text("line 0 of 0\n")
-    again = StreamReader(reader.files)
+    again = Reader(reader.text)
     again.load_state_dict(reader.state_dict())
     for one in (reader, again):
         with pytest.raises(DataError, match=r"0.txt: became shorter while it was read"):
@@ -360,7 +360,7 @@ def test_a_connection_that_breaks_off_loses_nothing(name, monkeypatch, capsys):
     files = Files((f"unreliable://{name}",), None if "txt" in name else "text")
 
     def read():
-        return [text for block in iter(StreamReader(files).read, []) for text in block]
+        return [text for block in iter(Reader(files).read, []) for text in block]
 
     Unreliable.failures = 3
     assert read() == texts
@@ -397,7 +397,7 @@ def test_validation_text_is_never_trained_on(path, tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{split} text of {name}\n")
     train, evaluation = find_splits(f"{root}{path}", None, None, None)
-    trained, evaluated = StreamReader(train).read(), StreamReader(evaluation).read()
+    trained, evaluated = Reader(train).read(), Reader(evaluation).read()
     assert {text.split()[0] for text in trained} == {"train"}
     assert {text.split()[0] for text in evaluated} <= {"validation", "val"}
     if path != "/*/*/*.txt" and path != "/*/*.txt":
@@ -412,7 +412,7 @@ def test_an_explicit_evaluation_split_wins(tmp_path, tokenizer):
     def texts(*more):
         loaded = load_config([], ["task=pretraining", *words, *more])
         source = open_sources(loaded.config, tokenizer, tmp_path / "out")[0]
-        both = (CorpusReader(one, None).read() for one in (source.train, source.evaluation))
+        both = (Reader(one, None).read() for one in (source.train, source.evaluation))
         return *both, [note for note in loaded.warnings if "validation_split" in note]
 
     trained, evaluated, notes = texts("dataset.eval_split=test")
@@ -438,7 +438,7 @@ def test_an_entry_of_a_mixture_changes_what_it_sets(tmp_path, tokenizer):
     words = [f"dataset.mixture={json.dumps(entries)}", "dataset.text_column=body", "dataset.train_split=train[5:]"]
     config = load_config([], ["task=pretraining", "trainer.max_steps=1", "dataset.streaming=false", *words]).config
     sources = open_sources(config, tokenizer, tmp_path / "out")
-    assert [CorpusReader(source.train, None).read() for source in sources] == [
+    assert [Reader(source.train, None).read() for source in sources] == [
         [f"body {n}" for n in range(5, 10)], [f"title {n}" for n in range(5, 10)], [f"body {n}" for n in range(3)]
     ]  # fmt: skip
     words[0] = "dataset.mixture=" + json.dumps([*entries, {"path": path["a"], "columns": {"text": "title"}}])
@@ -459,7 +459,7 @@ def test_any_glob_is_a_path(tmp_path):
         (tmp_path / f"part-{name}.txt").write_text(f"mine {name}\n")
     for pattern in ("part-?.txt", "part-[ab].txt", "part-*.txt"):
         files, _ = find_files(dataset_of(f"dataset.path={tmp_path}/{pattern}", "dataset.name=me/tiny"))
-        assert StreamReader(files).read() == ["mine a", "mine b"]
+        assert Reader(files).read() == ["mine a", "mine b"]
 
 
 def test_tokens_have_the_splits_they_have(tmp_path, tokenizer):

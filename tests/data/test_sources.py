@@ -13,7 +13,7 @@ from neobert.data.files.documents import SkippedRows, fingerprint, hold_out, num
 from neobert.data.files.rows import columns_of
 from neobert.data.files.splits import count_rows, find_splits, hold_out_head
 from neobert.data.hashing import permute
-from neobert.data.mlm.readers import CorpusReader, RememberedReader, StreamReader
+from neobert.data.mlm.readers import Reader, RememberedReader
 from neobert.errors import DataError
 from neobert.ranks import Ranks
 
@@ -127,7 +127,7 @@ def test_splits_are_found_by_name(tmp_path):
 def test_broken_files_are_named(tmp_path, name, content, column, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
-        list(iter(StreamReader(files_at(tmp_path, column), skips=SkippedRows(refuse=True)).read, []))
+        list(iter(Reader(files_at(tmp_path, column), skips=SkippedRows(refuse=True)).read, []))
 
 
 def test_a_truncated_table_is_named(tmp_path):
@@ -158,9 +158,9 @@ def test_rows_without_text_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*good[:2], *bad, *good[2:]]))
     files = files_at(tmp_path)
     readers = (
-        StreamReader(files),
-        CorpusReader(open_corpus(files, ""), 3),
-        CorpusReader(open_corpus(files, "", True), 3),
+        Reader(files),
+        Reader(open_corpus(files, ""), 3),
+        Reader(open_corpus(files, "", True), 3),
     )
     for reader in readers:
         assert sorted(reader.read()) == [f"fine {n}" for n in range(5)]
@@ -174,7 +174,7 @@ def test_rows_without_text_are_counted(tmp_path):
 
 def test_a_row_of_50_megabytes_is_read(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 10_000_000}) + '\n{"text": "x"}\n')
-    reader = StreamReader(files_at(tmp_path))
+    reader = Reader(files_at(tmp_path))
     assert [len(text) for text in reader.read()] == [50_000_000]
     assert reader.read() == ["x"]
     part = "The people, of the United States. " * 40_000
@@ -184,8 +184,7 @@ def test_a_row_of_50_megabytes_is_read(tmp_path, tokenizer):
 def test_evaluation_text_is_read_once(tmp_path, tokenizer):
     files = files_at(write(tmp_path / "data", "jsonl"))
     for limit in (10**6, 60):  # all is remembered, or the first block
-        inner = StreamReader(files)
-        reader, passes = RememberedReader(inner, tokenizer.encode, limit), []
+        reader, passes = RememberedReader(files, encode=tokenizer.encode, limit=limit), []
         for _ in range(3):
             reader.again()
             tokens = []
@@ -196,7 +195,7 @@ def test_evaluation_text_is_read_once(tmp_path, tokenizer):
         assert (
             passes[0] == passes[1] == passes[2] == [list(ids) for ids in tokenizer.encode([t.strip() for t in TEXTS])]
         )
-        assert inner.skips.counts == {}
+        assert reader.skips.counts == {}
 
 
 def test_missing_paths_are_named(tmp_path):
@@ -256,9 +255,7 @@ def test_ranks_read_each_document_once(tmp_path, kind, world):
     corpus = open_corpus(files, "", True)
     seen = []
     for rank in range(world):
-        reader = (
-            StreamReader(files, Ranks(rank, world)) if kind == "stream" else CorpusReader(corpus, 5, Ranks(rank, world))
-        )
+        reader = Reader(files if kind == "stream" else corpus, 5, Ranks(rank, world))
         while block := reader.read():
             seen += block
     assert sorted(seen) == sorted(TEXTS)

@@ -12,7 +12,6 @@ from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import UserError
 from neobert.ranks import Ranks
 from neobert.tasks.contrastive.data import build_data
-from neobert.tasks.contrastive.evaluation import find_sets
 from neobert.training.metrics import read_metrics
 
 
@@ -72,8 +71,8 @@ def scores_choose_positives(train, small):
 def evaluates(train, small):
     root, base = base_of(small)
     entries = [{"path": str(write_rows(root / "scores.jsonl", made_scores())), "label": "sts", "split": "train[:9]"}]
-    config, data = data_of(*base, "dataset.max_seq_length=64", f"contrastive.evaluation={json.dumps(entries)}")
-    return {name: len(rows) for name, rows in find_sets(config, data).items()} == {"sts": 9}
+    _, data = data_of(*base, "dataset.max_seq_length=64", f"contrastive.evaluation={json.dumps(entries)}")
+    return {name: len(rows) for name, rows in data.sets.items()} == {"sts": 9}
 
 
 def starts(words_of):

@@ -28,9 +28,7 @@ class Batch:
     """A microbatch of any task. Either `attention_mask` or `document_lengths` says which tokens belong together."""
 
     input_ids: torch.Tensor  # int64, B x T
-    labels: torch.Tensor | None = (
-        None  # int64, B x T; of a row each B, int64 or float32; None where the model needs none
-    )
+    labels: torch.Tensor | None = None  # int64, B x T; of a row each B, int64 or float32; None where none are needed
     attention_mask: torch.Tensor | None = None  # int64, B x T
     document_lengths: tuple[int, ...] | None = None  # their sum is B * T
     num_targets: int = 0
@@ -106,12 +104,13 @@ class Loader(ABC, Iterator[Batch]):
     """Batches in an order that depends neither on threads nor on time; without threads each is made when it is asked for.
 
     `position` is that after the last batch used: what was made ahead and not used is made again after a resume. It holds for
-    data of the same `fingerprint`.
+    data of the same `fingerprint`, which subclasses set.
     """
 
-    def __init__(self, position: State, fingerprint: dict[str, Any], num_threads: int, num_ahead: int):
-        self.position, self.fingerprint = position, fingerprint
-        self.num_threads, self._num_ahead = num_threads, num_ahead
+    fingerprint: dict[str, Any]
+
+    def __init__(self, position: State, num_threads: int, num_ahead: int = 4):
+        self.position, self.num_threads, self._num_ahead = position, num_threads, num_ahead
         self._pool = ThreadPoolExecutor(num_threads, "batches") if num_threads else None
         self._jobs: Iterator[Callable[[], tuple[Batch, State]]] | None = None
         self._ahead: deque[Future[tuple[Batch, State]]] = deque()

@@ -1,14 +1,9 @@
 """Texts with labels: the GLUE tasks as one table, their rows from files, tokenised once, and batches of them.
 
-A local folder holds `<task>/<split>.jsonl`, `.parquet`, `.csv`, `.tsv` or another kind of file that `files/rows` reads (also
-`<split>-00000-of-00001.parquet`, as the hub names them), with the columns of the table and `label`: the number of a label, or
-its name. The hub's layout is that of `nyu-mll/glue`.
-
-The order of the batches is a function of (seed, epoch). A batch of all processes together is drawn at once; of W processes
-number r trains every W-th row of it, from row r on. So W processes with B rows each have the batches of one process with W*B
-rows. The position is a number: how many batches were used. Batches are put together ahead by threads, which changes nothing
-but time. With `group_by_length` rows of similar length come together (chunks of 50 batches are sorted, their batches
-shuffled), so that padding is small where padding costs.
+A local folder holds `<task>/<split>` in files that `files/rows` reads (also `<split>-00000-of-00001.parquet`, as the hub names
+them), with the columns of the table and `label`: the number of a label, or its name. A batch of all W processes is drawn at
+once, as a function of (seed, epoch); number r trains every W-th row of it, from row r on. The position is how many batches were
+used. With `group_by_length` chunks of 50 batches are sorted by length and their batches shuffled, which saves padding.
 """
 
 import copy
@@ -107,21 +102,19 @@ class Source:
 
 
 class Split(NamedTuple):
-    """The rows of a split: one or two columns of text, and labels (float64; None where they were not asked for)."""
+    """The rows of a split: one or two columns of text, and labels: int64 classes, float64 values of a regression, or None."""
 
     texts: tuple[list[str], ...]
     labels: np.ndarray | None
-    is_regression: bool = False
 
 
 def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = True) -> Split:
     """The rows of `split`. Raises DataError for what is missing or wrong, with file and row."""
-    paths = find_files(source, task.name, split)
+    paths, wanted = find_files(source, task.name, split), [*task.columns, *(["label"] if with_labels else [])]
     texts: tuple[list[str], ...] = tuple([] for _ in task.columns)
     labels: list[float] = []
     for path in paths:
         for row, begin in usable_records(path):
-            wanted = [*task.columns, *(["label"] if with_labels else [])]
             if missing := [column for column in wanted if column not in row]:
                 raise DataError(f"{place(path, begin)}: no column {missing[0]!r}; it has: {', '.join(map(str, row))}")
             for column, into in zip(task.columns, texts, strict=True):
@@ -130,7 +123,7 @@ def read_split(source: Source, task: GlueTask, split: str, with_labels: bool = T
                 labels.append(_label(row["label"], task, path, begin))
     if not texts[0]:
         raise DataError(f"{paths[0]}: the split {split} of {task.name} is empty")
-    return Split(texts, np.array(labels) if with_labels else None, not task.labels)
+    return Split(texts, np.array(labels, dtype=np.int64 if task.labels else np.float64) if with_labels else None)
 
 
 def has_split(source: Source, task: GlueTask, split: str) -> bool:
@@ -157,9 +150,9 @@ def _local_files(root: Path, task: str, split: str) -> list[str]:
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         found = f"it has {', '.join(there)}" if there else "it has no folders" if root.is_dir() else "no such folder"
         raise DataError(f"dataset.path: {root}: no folder {task!r} with the task's files; {found}")
-    name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.\w+(\.gz|\.zst)?", re.IGNORECASE)
+    pattern = rf"(?i){re.escape(split)}(-\d+-of-\d+)?\.\w+(\.gz|\.zst)?"
     names = sorted(path.name for path in folder.iterdir())
-    paths = [path for path in names if name.fullmatch(path) and kind_of(path) not in (None, ".txt")]
+    paths = [name for name in names if re.fullmatch(pattern, name) and kind_of(name) not in (None, ".txt")]
     if not paths:
         raise DataError(f"{folder}: no file {split} ({', '.join(KINDS[1:])}); it has: {', '.join(names) or 'nothing'}")
     if len({kind_of(path) for path in paths}) > 1:
@@ -187,15 +180,11 @@ def _label(value: Any, task: GlueTask, path: str, begin: int) -> float:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised rows: ids, segment numbers where the tokenizer has them (else None), and labels (None: not known).
-
-    Labels are float64: numbers of classes, or values where `is_regression`.
-    """
+    """Tokenised rows: ids, segment numbers where the tokenizer has them (else None), and labels as in `Split`."""
 
     ids: list[Ids]
     segments: list[Ids] | None
     labels: np.ndarray | None
-    is_regression: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -212,17 +201,17 @@ class Rows:
 
     def batch(self, chosen: np.ndarray, layout: RowLayout, epoch: int = 0, ends_epoch: bool = False) -> Batch:
         """The rows numbered `chosen`; labels as int64 classes or float32 values."""
-        dtype = torch.float32 if self.is_regression else torch.int64
-        labels = None if self.labels is None else torch.from_numpy(self.labels[chosen]).to(dtype)
+        labels = None if self.labels is None else torch.from_numpy(self.labels[chosen])
+        if labels is not None and labels.is_floating_point():
+            labels = labels.float()
         segments = None if self.segments is None else [self.segments[i] for i in chosen]
         facts = {"labels": labels, "num_targets": len(chosen), "epoch": epoch, "ends_epoch": ends_epoch}
         return layout.batch([self.ids[i] for i in chosen], segments, **facts)
 
 
 def tokenize_rows(hf_tokenizer: Any, split: Split, max_length: int, truncate: bool, num_proc: int, what: str) -> Rows:
-    """The rows of a split as rows of at most `max_length` tokens, special tokens included.
-
-    Of a pair the longer text is cut first. Raises DataError for longer rows where `truncate` is off.
+    """The rows of a split, at most `max_length` tokens with special tokens; of a pair the longer text is cut first. Raises
+    DataError for longer rows where `truncate` is off.
     """
 
     def encode(part: tuple[list[str], ...], tokenizer: Any) -> Any:
@@ -242,11 +231,9 @@ def tokenize_rows(hf_tokenizer: Any, split: Split, max_length: int, truncate: bo
     segments = [np.array(row, dtype=np.int8) for part in encoded for row in part.get("token_type_ids", [])]
     for number, row in enumerate(ids, 1):
         if len(row) > max_length:
-            raise DataError(
-                f"{what}: row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}; raise that, or set "
-                "tokenizer.truncation: true"
-            )
-    return Rows(ids, segments or None, split.labels, split.is_regression)
+            long = f"row {number} has {len(row)} tokens, glue.max_seq_length is {max_length}"
+            raise DataError(f"{what}: {long}; raise that, or set tokenizer.truncation: true")
+    return Rows(ids, segments or None, split.labels)
 
 
 # --- batches -----------
@@ -263,8 +250,8 @@ class EpochLoader(Loader):
         self.rows, self.layout, self.ranks, self.seed = rows, layout, ranks, seed
         self.batch_size, self.group_by_length = batch_size * ranks.world_size, group_by_length
         facts = {"rows": len(rows), "tokens": rows.num_tokens, "batch_size": self.batch_size, "seed": seed}
-        fingerprint = {**fingerprint, **facts, "group_by_length": group_by_length}
-        super().__init__({"num_used": 0}, fingerprint, num_workers, num_ahead=2 * num_workers)
+        self.fingerprint = {**fingerprint, **facts, "group_by_length": group_by_length}
+        super().__init__({"num_used": 0}, num_workers, num_ahead=2 * num_workers)
         self._order: tuple[int, list[np.ndarray]] = (-1, [])
 
     @property
@@ -295,9 +282,8 @@ class EpochLoader(Loader):
 
     def _build(self, chosen: np.ndarray, epoch: int, is_last: bool, position: State) -> tuple[Batch, State]:
         own = chosen[self.ranks.rank :: self.ranks.world_size]
-        if len(own):
-            return self.rows.batch(own, self.layout, epoch, is_last), position
-        return self.rows.batch(chosen[:1], self.layout, epoch, is_last).without_targets(), position
+        batch = self.rows.batch(own if len(own) else chosen[:1], self.layout, epoch, is_last)
+        return batch if len(own) else batch.without_targets(), position
 
 
 def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:

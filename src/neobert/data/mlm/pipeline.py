@@ -1,26 +1,15 @@
 """From rows to masked batches, with a position that is exact at every batch.
 
-    RowSource (one per source) -> Shard (draws rows from its sources) -> microbatches -> mask -> training
-
-Everything after the tokeniser runs in one background thread, in one order, whatever the number of tokenising threads.
-Each batch made ahead carries the position after it (plain data that shares arrays: tens of microseconds), so what was
-prefetched and not used is read again after a resume, and nothing else is.
-
-A rank owns the shards whose number is its own modulo the number of ranks, and takes its batches from them in turn: so a run
-may go on with any number of ranks that divides the shards. A shard that has ended gives empty batches until all shards of its
-rank have; then the loader ends, and the training loop fills up with empty batches (`Pipeline.empty_batch`) while other ranks
-have some.
-
-Masks are a pure function of (seed, epoch, row index). No generator is kept: every token's random number is a hash of its row's
-key and its position in the row, so a replayed or resumed row is masked exactly as before, on any number of ranks. All rows of
-a batch are hashed at once (about 10 ns per token).
+Everything after the tokeniser runs in one background thread, in one order, whatever the number of tokenising threads. Each
+batch made ahead carries the position after it, which shares arrays with what is running and costs tens of microseconds.
+Masks are a function of (seed, epoch, row index, position in the row), so a row that is read again is masked as before.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -29,13 +18,12 @@ import torch
 from neobert.data.batch import IGNORED, Batch, Loader, RowLayout, Saved, State
 from neobert.data.files.documents import SkippedRows
 from neobert.data.hashing import GOLDEN, hash_keys, mix
-from neobert.data.mlm.packing import Row, TruncationStats
-from neobert.data.mlm.row_source import Shard, Workers
+from neobert.data.mlm.readers import TruncationStats
+from neobert.data.mlm.row_source import Row, Shard, Workers
 from neobert.data.tokenizer import Ids
 from neobert.errors import CheckpointError
 from neobert.ranks import Ranks
 
-BATCHES_AHEAD = 4
 FORMAT = 2  # of saved positions; their JSON keeps its names
 ROWS = ("open_rows", "ready")
 
@@ -123,30 +111,52 @@ class Collator:
         )
 
 
-# --- the pipeline -----------
+# --- the loader -----------
 
 
-@dataclass
-class Pipeline:
-    """Microbatches of one data rank, endlessly, or until its shards end."""
+class MaskedLoader(Loader):
+    """Microbatches of one data rank, endlessly, or until its shards end; they are made ahead by one thread.
 
-    shards: list[Shard]
-    workers: Workers
-    collator: Collator
-    batch_size: int
-    seed: int = 0
-    fill_last: bool = False  # a shard's last, short microbatch is filled up with empty rows
-    num_done: int = 0
+    A rank owns the shards whose number is its own modulo the number of ranks, and takes its batches from them in turn: so a run
+    may go on with any number of ranks that divides the shards. A shard that has ended gives empty batches until all shards of
+    its rank have; then the loader ends, and the training loop fills up with `empty_batch` while other ranks have some.
+    """
+
+    def __init__(
+        self, shards: list[Shard], workers: Workers, collator: Collator, batch_size: int, seed: int = 0,
+        fill_last: bool = False, pin_memory: bool = False,
+    ):  # fmt: skip
+        """`fill_last`: a shard's last, short microbatch is filled up with empty rows."""
+        self.shards, self.workers, self.collator, self.batch_size, self.seed = (
+            shards,
+            workers,
+            collator,
+            batch_size,
+            seed,
+        )
+        self.fill_last, self.pin_memory, self.num_made = fill_last, pin_memory, 0
+        self.observe: Callable[[Batch, int], None] | None = None  # called with every batch used and its number, from 1
+        super().__init__(self._made(), num_threads=1)
+
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        if self.observe is not None:
+            self.observe(batch, self.position["num_batches"])
+        return batch
+
+    def jobs(self) -> Iterator[Callable[[], tuple[Batch, State]]]:
+        return repeat(self.batches().__next__)
 
     def batches(self) -> Iterator[tuple[Batch, State]]:
-        """Masked microbatches, each with the position after it."""
+        """Masked microbatches as the thread makes them, each with the position after it."""
         for rows in self._microbatches():
-            yield self.collator(rows, self.epoch), self.state_dict()
+            batch = self.collator(rows, self.epoch)
+            yield batch.pin_memory() if self.pin_memory else batch, self._made()
 
     def _microbatches(self) -> Iterator[list[Row]]:
         """The rows of the microbatches; shards take turns, those that have ended with empty rows."""
-        while self.num_done % len(self.shards) or not all(shard.is_done() for shard in self.shards):
-            shard, rows = self.shards[self.num_done % len(self.shards)], list[Row]()
+        while self.num_made % len(self.shards) or not all(shard.is_done() for shard in self.shards):
+            shard, rows = self.shards[self.num_made % len(self.shards)], list[Row]()
             while len(rows) < self.batch_size and not (rows and rows[-1].ends_batch):
                 row = shard.next()
                 if row is None:
@@ -154,12 +164,12 @@ class Pipeline:
                 rows.append(row)
             if not rows or self.fill_last:
                 rows += self._empty_rows()[len(rows) :]
-            self.num_done += 1
+            self.num_made += 1
             yield rows
 
     @property
     def epoch(self) -> int:
-        """The epoch that all of these shards have got to."""
+        """The epoch that all shards have got to."""
         return min(shard.epoch for shard in self.shards)
 
     def _empty_rows(self) -> list[Row]:
@@ -182,18 +192,23 @@ class Pipeline:
         self.workers.close()
         return count
 
-    def state_dict(self) -> State:
-        """The position after the last batch that `batches` yielded."""
-        return {"num_batches": self.num_done, "shards": {shard.index: shard.state_dict() for shard in self.shards}}
+    def close(self) -> None:
+        super().close()
+        self.workers.close()
 
-    def load_state_dict(self, state: State) -> None:
-        """Continue after `state`; reads nothing again."""
-        self.num_done = state["num_batches"]
+    def _made(self) -> State:
+        """The position after the last batch that was made."""
+        return {"num_batches": self.num_made, "shards": {shard.index: shard.state_dict() for shard in self.shards}}
+
+    def go_to(self, position: State) -> None:
+        """Continue after `position`; reads nothing again."""
+        self.position, self.num_made = position, position["num_batches"]
         for shard in self.shards:
-            shard.load_state_dict(state["shards"][shard.index])
+            shard.load_state_dict(position["shards"][shard.index])
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a position to mean the same."""
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:  # type: ignore[override]
+        """What must be the same for a position to mean the same. Reads files where they are streamed."""
         first = self.shards[0]
         sources = [source.fingerprint() for source in first.sources]
         mixture = [[source["source"], weight] for source, weight in zip(sources, first.weights, strict=True)]
@@ -206,72 +221,41 @@ class Pipeline:
             "mixture": [*mixture, first.exhausted] if len(sources) > 1 else None,
         }
 
-
-class PipelineLoader(Loader):
-    """Batches of a pipeline, made ahead by one thread."""
-
-    def __init__(self, pipeline: Pipeline, pin_memory: bool = False):
-        # The pipeline's fingerprint reads files: it is asked for when a position is saved or loaded.
-        super().__init__(pipeline.state_dict(), {}, num_threads=1, num_ahead=BATCHES_AHEAD)
-        self.pipeline, self._pin = pipeline, pin_memory
-        self.observe: Callable[[Batch, int], None] | None = None  # called with every batch used and its number, from 1
-
-    def __next__(self) -> Batch:
-        batch = super().__next__()
-        if self.observe is not None:
-            self.observe(batch, self.position["num_batches"])
-        return batch
-
-    def jobs(self) -> Iterator[Callable[[], tuple[Batch, State]]]:
-        batches = self.pipeline.batches()
-        pinned = ((batch.pin_memory(), position) for batch, position in batches)
-        return repeat((pinned if self._pin else batches).__next__)
-
-    def close(self) -> None:
-        super().close()
-        self.pipeline.workers.close()
-
     def state_dict(self, position: State | None = None) -> Saved:
-        position, arrays = position or self.position, dict[str, np.ndarray]()
-        dtype = self.pipeline.workers.tokenizer.dtype
-        shards = {}
+        position, arrays, shards = position or self.position, dict[str, np.ndarray](), {}
+        dtype = self.workers.tokenizer.dtype
         for number, shard in position["shards"].items():
-            found = enumerate(shard["sources"])
-            sources = [_write_source(arrays, f"{number}.{n}.", source, dtype) for n, source in found]
+            sources = [_write_source(arrays, f"{number}.{n}.", one, dtype) for n, one in enumerate(shard["sources"])]
             shards[str(number)] = {**shard, "sources": sources}
         turns, rest = divmod(position["num_batches"], len(shards))
         state = {"lanes_per_rank": len(shards), "turns": turns, "rest": rest, "lanes": shards}
-        return {"fingerprint": self.pipeline.fingerprint(), **state}, arrays
+        return {"fingerprint": self.fingerprint, **state}, arrays
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        check_fingerprint(state["fingerprint"], self.pipeline.fingerprint())
+        check_fingerprint(state["fingerprint"], self.fingerprint)
         shards = {}
-        for number in (shard.index for shard in self.pipeline.shards):
+        for number in (shard.index for shard in self.shards):
             shard = state["lanes"].get(str(number))
             if shard is None:
-                missing = "the files of a rank are missing"
-                raise CheckpointError(f"the checkpoint holds no position of shard {number}; {missing}")
+                holds_none = f"the checkpoint holds no position of shard {number}"
+                raise CheckpointError(f"{holds_none}; the files of a rank are missing")
             sources = [_read_source(arrays, f"{number}.{n}.", source) for n, source in enumerate(shard["sources"])]
             shards[number] = {**shard, "sources": sources}
         rest = state["rest"] if state["lanes_per_rank"] == len(shards) else 0  # or else with the first shard again
-        self.position = {"num_batches": state["turns"] * len(shards) + rest, "shards": shards}
-        self.pipeline.load_state_dict(self.position)
+        self.go_to({"num_batches": state["turns"] * len(shards) + rest, "shards": shards})
 
     def describe_used(self) -> list[str]:
         """What was passed over and cut in the documents up to the last batch used; empty when nothing was."""
-        counts: Counter[str] = Counter()
-        skips, found = SkippedRows(), []
+        documents, counts, first = Counter[str](), Counter[str](), dict[str, str]()
         for source in (source for shard in self.position["shards"].values() for source in shard["sources"]):
-            counts.update(source["cut"])
-            for reason, number in source["reader"]["skips"]["counts"].items():
-                skips.counts[reason] = skips.counts.get(reason, 0) + number
-                skips.first.setdefault(reason, source["reader"]["skips"]["first"].get(reason, ""))
-        cut = TruncationStats(**counts)
-        if cut.num_cut:
-            found.append(f"cut: {cut.share:.1%} of the tokens, in {cut.num_long:,} of {cut.num_documents:,} documents")
-        if skipped := skips.describe(cut.num_empty):
-            found.append(skipped)
-        return found
+            skips = source["reader"]["skips"]
+            documents.update(source["cut"])
+            counts.update(skips["counts"])
+            first |= {reason: where for reason, where in skips["first"].items() if reason not in first}
+        cut = TruncationStats(**documents)
+        found = [f"cut: {cut.share:.1%} of the tokens, in {cut.num_long:,} of {cut.num_documents:,} documents"]
+        skipped = SkippedRows(counts=counts, first=first).describe(cut.num_empty)
+        return [*(found if cut.num_cut else []), *([skipped] if skipped else [])]
 
 
 def shards_of(ranks: Ranks, num_shards: int) -> list[int]:
@@ -307,9 +291,8 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"the data was dealt to {saved['lanes']} shards when the checkpoint was written, and {current['lanes']} processes "
             f"cannot share those equally: resume with a number of processes that divides {saved['lanes']}"
         )
-    different = [name for name in current if saved.get(name) != current[name]]
-    changed = [f"{name} (was {saved.get(name)}, is {current[name]})" for name in different]
-    if changed:
+    pairs = [(name, saved.get(name), now) for name, now in current.items()]
+    if changed := [f"{name} (was {before}, is {now})" for name, before, now in pairs if before != now]:
         raise CheckpointError(
             f"the data position of the checkpoint does not fit this run: changed {', '.join(changed)}. "
             "Restore it, or start a new run from these weights"
@@ -334,12 +317,9 @@ def _read_source(arrays: dict[str, np.ndarray], prefix: str, state: State) -> St
     def pieces(name: str) -> list[Ids]:
         return np.split(arrays[f"{prefix}{name}.ids"], np.cumsum(arrays[f"{prefix}{name}.lengths"]))[:-1]
 
-    source = {name: value for name, value in state.items() if name != "ends"} | {"buffer": pieces("buffer")}
-    for name in ROWS:
-        rest = iter(pieces(name))
-        ends = state["ends"] if name == "ready" else []
-        source[name] = [
-            Row(tuple(next(rest) for _ in range(count)), epoch, ends_batch=number in ends)
-            for number, (count, epoch) in enumerate(state[name])
-        ]
-    return source
+    def rows(name: str, ends: list[int]) -> list[Row]:
+        rest, counts = iter(pieces(name)), enumerate(state[name])
+        return [Row(tuple(islice(rest, count)), epoch, ends_batch=n in ends) for n, (count, epoch) in counts]
+
+    read = {"buffer": pieces("buffer"), "open_rows": rows("open_rows", []), "ready": rows("ready", state["ends"])}
+    return {name: value for name, value in state.items() if name != "ends"} | read

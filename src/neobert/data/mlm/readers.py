@@ -1,20 +1,14 @@
-"""The order of documents: readers that hand out blocks and know their position.
-
-Both readers have the same shape: `read()` gives the next block of documents, an empty list at the end of an epoch;
-`next_epoch()` starts the next one; `state_dict()` is the position after the last block, as plain JSON. Data ranks take
-every `world`-th document.
-"""
+"""Documents in their order: a reader hands out blocks of them and knows its position; a segmenter cuts them into pieces."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
 import numpy as np
 
 from neobert.data.files.documents import (
-    BLOCK_CHARACTERS,
-    BLOCK_DOCUMENTS,
     Corpus,
     Files,
     Position,
@@ -31,152 +25,120 @@ from neobert.ranks import Ranks
 
 FETCH_TEXTS, FETCH_TOKENS = 16, 1024  # documents at a time: texts may be long, pieces of tokens are not
 
-
-@dataclass
-class CorpusReader:
-    """Blocks of a corpus in a new order each epoch (`seed` None: always its own order)."""
-
-    corpus: Corpus
-    seed: int | None
-    ranks: Ranks = field(default_factory=Ranks)
-    skips: SkippedRows = field(default_factory=SkippedRows)
-    epoch: int = 0
-    position: int = 0  # documents of this epoch that all ranks together have passed
-
-    @property
-    def fingerprint(self) -> str:
-        return self.corpus.fingerprint + ("" if self.seed is not None else "/ordered")
-
-    def read(self) -> list[Any]:
-        block: list[Any] = []
-        num_characters, size, world = 0, len(self.corpus), self.ranks.world_size
-        step = (FETCH_TOKENS if self.corpus.is_tokenized else FETCH_TEXTS) * world
-        while self.position < size and len(block) < BLOCK_DOCUMENTS and num_characters < BLOCK_CHARACTERS:
-            indices = np.arange(self.position + self.ranks.rank, min(size, self.position + step), world)
-            self.position = min(size, self.position + step)
-            if self.seed is not None:
-                indices = permute(indices, size, hash_key(self.seed, self.epoch))
-            for document in self.corpus.fetch(indices) if len(indices) else []:
-                if isinstance(document, Unusable):
-                    self.skips.add(document)
-                    continue
-                block.append(document)
-                num_characters += len(document)
-        return block
-
-    def next_epoch(self) -> None:
-        self.epoch, self.position = self.epoch + 1, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "skips": self.skips.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
-        self.skips.load_state_dict(state["skips"])
+Text = Files | Corpus  # a stream, or random access
+LongDocuments = Literal["split", "truncate", "drop"]
 
 
 @dataclass
-class StreamReader:
-    """Blocks of documents in the order of the files. Documents of other ranks are passed over without parsing them."""
+class Reader:
+    """Blocks of documents, of which a rank takes every `world_size`-th: files in their order, a corpus in a new order each
+    epoch (`seed` None: always its own order). Documents of other ranks are passed over without parsing them.
+    """
 
-    files: Files
+    text: Text
+    seed: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
     skips: SkippedRows = field(default_factory=SkippedRows)
     epoch: int = 0
-    num_read: int = 0  # documents of this epoch passed by this reader, of all ranks
 
     def __post_init__(self) -> None:
-        self.position = self.files.start
-        self._texts = self._read_texts()
+        self.go_to(self.epoch)
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.files)
+        if isinstance(self.text, Files):
+            return fingerprint(self.text)
+        return self.text.fingerprint + ("" if self.seed is not None else "/ordered")
 
-    def read(self) -> list[str]:
-        return take_block(self._texts)
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.text, Files)
 
-    def _read_texts(self) -> Iterator[str]:
-        """The texts of this rank from `position` on, which is after the row of the last one that was taken."""
-        for row, begin, after in stream(self.files, self.position, self.files.stop):
-            self.position = after
-            is_mine = self.num_read % self.ranks.world_size == self.ranks.rank
-            self.num_read += 1
-            if not is_mine:
-                continue
-            text = read_text(self.files, row, begin)
-            if isinstance(text, Unusable):
-                self.skips.add(text)
-            else:
-                yield text
+    def go_to(self, epoch: int, position: tuple[int, ...] | None = None) -> None:
+        """Read an epoch from a position on, or from its beginning: how many documents come before, of all ranks; of files also
+        the number of a file and the offset of a row.
+        """
+        start = (0, *self.text.start) if isinstance(self.text, Files) else (0,)
+        self.epoch, self.position = epoch, start if position is None else position
+        self.documents = self._read()  # the rest of the epoch, one by one; `position` is after the last one taken
+
+    def read(self) -> list[Any]:
+        """The next block of documents, texts or token ids; an empty list at the end of an epoch. Raises DataError."""
+        return take_block(self.documents)
 
     def next_epoch(self) -> None:
-        self.epoch, self.num_read, self.position = self.epoch + 1, 0, self.files.start
-        self._texts = self._read_texts()
+        self.go_to(self.epoch + 1)
+
+    def _read(self) -> Iterator[Any]:
+        found = self._streamed(self.text) if isinstance(self.text, Files) else self._fetched(self.text)
+        for document, self.position in found:
+            if isinstance(document, Unusable):
+                self.skips.add(document)
+            else:
+                yield document
+
+    def _streamed(self, files: Files) -> Iterator[tuple[Any, tuple[int, ...]]]:
+        """(document of this rank, position after it)."""
+        first, *where = self.position
+        for number, (row, begin, after) in enumerate(stream(files, Position(*where), files.stop), first):
+            if number % self.ranks.world_size == self.ranks.rank:
+                yield read_text(files, row, begin), (number + 1, *after)
+
+    def _fetched(self, corpus: Corpus) -> Iterator[tuple[Any, tuple[int, ...]]]:
+        size, world, rank = len(corpus), self.ranks.world_size, self.ranks.rank
+        step = (FETCH_TOKENS if corpus.is_tokenized else FETCH_TEXTS) * world
+        for first in range(self.position[0] + rank, size, step):
+            numbers = np.arange(first, min(size, first + step), world)
+            indices = numbers if self.seed is None else permute(numbers, size, hash_key(self.seed, self.epoch))
+            for number, document in zip(numbers.tolist(), corpus.fetch(indices), strict=True):
+                yield document, (number - rank + world,)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """What the numbers of a position are called in a checkpoint."""
+        return ("num_read", *Position._fields) if self.is_stream else ("position",)
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"epoch": self.epoch, "num_read": self.num_read}
-        return {**counts, **self.position._asdict(), "skips": self.skips.state_dict()}
+        """The position after the last block, as plain JSON."""
+        position = dict(zip(self._names, self.position, strict=True))
+        return {"epoch": self.epoch, **position, "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.num_read = state["epoch"], state["num_read"]
-        self.position, self._texts = Position(state["file"], state["offset"]), self._read_texts()
+        self.go_to(state["epoch"], tuple(state[name] for name in self._names))
         self.skips.load_state_dict(state["skips"])
 
 
 @dataclass
-class RememberedReader:
+class RememberedReader(Reader):
     """A reader that is read many times: its first `limit` tokens are tokenised once and kept. For evaluations."""
 
-    inner: CorpusReader | StreamReader
-    encode: Callable[[list[Any]], list[Ids]]
+    encode: Callable[[list[Any]], list[Ids]] = field(kw_only=True)
     limit: int = 50_000_000
-    blocks: list[list[Ids]] = field(default_factory=list)
-    num_tokens: int = 0
-    next_block: int = 0  # of those that are remembered
 
     def __post_init__(self) -> None:
-        self._after = self.inner.state_dict()  # what is remembered
-        self.ranks, self.skips = self.inner.ranks, self.inner.skips
-
-    @property
-    def fingerprint(self) -> str:
-        return self.inner.fingerprint
-
-    @property
-    def epoch(self) -> int:
-        return self.inner.epoch
+        super().__post_init__()
+        self._blocks: list[list[Ids]] = []
+        self._num_tokens, self._next_block = 0, 0  # of those that are remembered
+        self._after = self.state_dict()
 
     def read(self) -> list[Any]:
-        if self.next_block < len(self.blocks):
-            self.next_block += 1
-            return self.blocks[self.next_block - 1]
-        block: list[Any] = self.inner.read()
+        if self._next_block < len(self._blocks):
+            self._next_block += 1
+            return self._blocks[self._next_block - 1]
+        block = super().read()
         block = self.encode(block) if block and isinstance(block[0], str) else block
-        if block and self.num_tokens < self.limit and self.next_block == len(self.blocks):
-            self.blocks.append(block)
-            self.next_block += 1
-            self.num_tokens += sum(map(len, block))
-            self._after = self.inner.state_dict()
+        if block and self._num_tokens < self.limit and self._next_block == len(self._blocks):
+            self._blocks.append(block)
+            self._next_block += 1
+            self._num_tokens += sum(map(len, block))
+            self._after = self.state_dict()
         return block
-
-    def next_epoch(self) -> None:
-        self.inner.next_epoch()
 
     def again(self) -> "RememberedReader":
         """At the beginning again, with what is remembered."""
-        self.inner.load_state_dict(self._after)
-        self.next_block = 0
+        self.load_state_dict(self._after)
+        self._next_block = 0
         return self
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise AssertionError("an evaluation is not resumed")
-
-
-Reader = CorpusReader | StreamReader | RememberedReader
 
 
 class Pieces:
@@ -199,3 +161,52 @@ class Pieces:
         offsets = (indices - begins) * self.room
         ids = self.corpus.fetch(documents)
         return [one[offset : offset + self.room] for one, offset in zip(ids, offsets, strict=True)]
+
+
+@dataclass
+class TruncationStats:
+    """What the documents came to: their tokens, and those not used because of `truncate` or `drop`."""
+
+    num_tokens: int = 0
+    num_cut: int = 0
+    num_documents: int = 0
+    num_empty: int = 0  # without a single token
+    num_long: int = 0  # longer than a piece
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that was cut."""
+        return self.num_cut / max(1, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Cuts documents into pieces of at most `max_length` tokens, [CLS] and [SEP] included."""
+
+    max_length: int
+    policy: LongDocuments
+    cls_id: int
+    sep_id: int
+
+    def pieces(self, documents: list[Ids], cut: TruncationStats) -> list[Ids]:
+        """Pieces of several documents, laid out 64 at a time, which costs a third. What is left out is counted in `cut`."""
+        room, out = self.max_length - 2, list[Ids]()
+        lengths = list(map(len, documents))
+        cut.num_documents += len(lengths)
+        cut.num_tokens += sum(lengths)
+        cut.num_empty += lengths.count(0)
+        parts = documents
+        if 0 in lengths or max(lengths, default=0) > room:
+            parts = []
+            for document, length in zip(documents, lengths, strict=True):
+                kept = {"split": length, "truncate": room, "drop": 0}[self.policy] if length > room else length
+                cut.num_long += length > room
+                cut.num_cut += length - kept
+                parts += [document[start : start + room] for start in range(0, kept, room)]
+        for begin in range(0, len(parts), 64):
+            group = parts[begin : begin + 64]
+            first, last = (np.array([token], dtype=group[0].dtype) for token in (self.cls_id, self.sep_id))
+            flat = np.concatenate([part for ids in group for part in (first, ids, last)])
+            ends = list(accumulate(len(ids) + 2 for ids in group))
+            out += [flat[a:b] for a, b in pairwise([0, *ends])]
+        return out

@@ -1,11 +1,8 @@
 """Batches of pairs: each from one source, in an order that is a function of (seed, source, position).
 
 A batch of all processes together, G rows, is drawn at once; process r of W trains rows r*G/W to (r+1)*G/W of it, and knows the
-keys of all. So W processes with B rows each have the batches of one process with W*B rows, and a run may go on with any
-number of processes that keeps G. Which source a batch comes from is a function of its number; a source begins again when it
-has been read.
-
-Shapes: B rows of this process, G rows of all, n texts of this process (anchors, positives, negatives).
+keys of all. So a run may go on with any number of processes that keeps G. Which source a batch comes from is a function of its
+number; a source begins again when it has been read. Shapes: B rows of this process, G rows of all.
 """
 
 import math
@@ -18,16 +15,12 @@ import numpy as np
 import torch
 
 from neobert.data.batch import Batch, Loader, RowLayout, State
-from neobert.data.files.documents import Corpus, SkippedRows
-from neobert.data.files.rows import Unusable
 from neobert.data.hashing import choose_sources, hash_key, hash_keys, permute
-from neobert.data.mlm.readers import FETCH_TEXTS
+from neobert.data.mlm.readers import Reader
 from neobert.data.pairs.table import PairTable
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
 from neobert.ranks import Ranks
-
-BATCHES_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -60,11 +53,11 @@ class PairSource:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             rows[chosen] = permute(offsets[chosen], len(table), hash_key(self.seed, int(epoch)))
-        keys, positives = table.keys[rows], table.positives[rows]
+        keys, anchors, negatives = table.keys[rows], table.anchors[rows], table.negatives.pick(rows)
         if table.is_labelled:
             positives = table.anchors[self._partners(rows, epochs)]
-        anchors, negatives = table.anchors[rows], table.negatives.pick(rows)
-        return Drawn(anchors, positives, negatives, keys, keys if table.is_labelled else anchors, table.texts.pick)
+            return Drawn(anchors, positives, negatives, keys, keys, table.texts.pick)
+        return Drawn(anchors, table.positives[rows], negatives, keys, anchors, table.texts.pick)
 
     def _partners(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """For every row another one of its class, drawn by (seed, epoch, row)."""
@@ -86,52 +79,46 @@ class PairSource:
 class TextSource:
     """Texts of a corpus, each its own positive: two passes with different dropout (SimCSE). Shorter ones are passed over."""
 
-    corpus: Corpus
-    seed: int
+    reader: Reader
+    num_texts: int  # of the corpus
     min_length: int
     encode: Callable[[list[str]], list[Ids]]
-    skips: SkippedRows
     name: str
-    position: int = 0  # documents passed, over all epochs
     num_used: int = 0
 
     def take(self, count: int) -> Drawn:
         texts: list[str] = []
-        begin, size = self.position, len(self.corpus)
         while len(texts) < count:
-            epoch, offset = divmod(self.position, size)
-            indices = np.arange(offset, min(offset + FETCH_TEXTS, size))
-            for text in self.corpus.fetch(permute(indices, size, hash_key(self.seed, epoch))):
-                self.position += 1
-                if isinstance(text, Unusable):
-                    self.skips.add(text)
-                elif len(text) >= self.min_length:
-                    texts.append(text)
-                if len(texts) == count:
-                    break
-            if not self.num_used and not texts and self.position - begin >= size:
+            text = next(self.reader.documents, None)
+            if text is not None:
+                texts += [text] if len(text) >= self.min_length else []
+            elif texts or self.num_used:
+                self.reader.next_epoch()
+            else:
                 least = f"{self.min_length:,} characters; lower dataset.min_length"
-                raise DataError(f"{self.name}: none of its {size:,} texts has {least}")
+                raise DataError(f"{self.name}: none of its {self.num_texts:,} texts has {least}")
         self.num_used += count
-        numbers: dict[str, int] = {}
-        rows = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
-        different = list(numbers)
+        different = list(dict.fromkeys(texts))
         if count > 1 and len(different) == 1:
             raise DataError(f"{self.name}: {count:,} texts in a row are all the same; there is nothing to tell apart")
-        none = [np.zeros(0, dtype=np.int64)] * count
+        numbers = {text: number for number, text in enumerate(different)}
+        rows, none = np.array([numbers[text] for text in texts]), np.zeros(0, dtype=np.int64)
 
         def encode(wanted: np.ndarray) -> list[Ids]:
             chosen, indices = np.unique(wanted, return_inverse=True)
             ids = self.encode([different[number] for number in chosen])
             return [ids[index] for index in indices]
 
-        return Drawn(rows, rows, none, rows, rows, encode)
+        return Drawn(rows, rows, [none] * count, rows, rows, encode)
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "num_used": self.num_used}
+        """`position` counts documents passed, over all epochs."""
+        return {"position": self.reader.epoch * self.num_texts + self.reader.position[0], "num_used": self.num_used}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position, self.num_used = state["position"], state["num_used"]
+        epoch, offset = divmod(state["position"], self.num_texts)
+        self.reader.go_to(epoch, (offset,))
+        self.num_used = state["num_used"]
 
 
 Source = PairSource | TextSource  # rows without end, with a position
@@ -147,8 +134,8 @@ class PairLoader(Loader):
         """`batch_size`: of this process. `views`: targets per row, 1, or 2 where positives are anchors too."""
         self.sources, self.weights, self.layout, self.ranks, self.seed = sources, weights, layout, ranks, seed
         self.batch_size, self.views, self.batches_per_epoch, self.num_made = batch_size, views, batches_per_epoch, 0
-        fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
-        super().__init__(self._made(), fingerprint, int(ahead), BATCHES_AHEAD)
+        self.fingerprint = {**fingerprint, "weights": weights, "rows": batch_size * ranks.world_size, "seed": seed}
+        super().__init__(self._made(), int(ahead))
 
     def _made(self) -> State:
         """The position after the last batch that was made."""
@@ -160,22 +147,19 @@ class PairLoader(Loader):
     def _make(self) -> tuple[Batch, State]:
         number = int(choose_sources(np.array([self.num_made]), self.weights, self.seed)[0])
         B, world, rank = self.batch_size, self.ranks.world_size, self.ranks.rank
-        drawn = self.sources[number].take(B * world)
+        drawn, own = self.sources[number].take(B * world), slice(rank * B, (rank + 1) * B)
         self.num_made += 1
-        own, none = slice(rank * B, (rank + 1) * B), np.zeros(0, dtype=np.int64)
         counts = np.array([len(part) for part in drawn.negatives])
-        numbers = np.concatenate([drawn.anchors_G[own], drawn.positives_G[own], none, *drawn.negatives[own]])
         keys: dict[str, Any] = {
             "row_keys_G": torch.from_numpy(drawn.row_keys_G),
             "anchor_keys_G": torch.from_numpy(drawn.anchor_keys_G),
-            "negative_keys": torch.from_numpy(np.concatenate([none, *drawn.negatives])),
+            "negative_keys": torch.from_numpy(np.concatenate(drawn.negatives)),
             "negative_rows": torch.from_numpy(np.repeat(np.arange(B * world), counts)),
             "num_negatives": tuple(counts.reshape(world, B).sum(1).tolist()),
         }
+        ids = drawn.encode(np.concatenate([drawn.anchors_G[own], drawn.positives_G[own], *drawn.negatives[own]]))
         epoch = self.num_made // self.batches_per_epoch
-        return self.layout.batch(
-            drawn.encode(numbers), num_targets=self.views * B, epoch=epoch, keys=keys
-        ), self._made()
+        return self.layout.batch(ids, num_targets=self.views * B, epoch=epoch, keys=keys), self._made()
 
     def steps_left(self, num_epochs: int, accumulation: int) -> int:
         """Steps of `accumulation` batches until the end of so many epochs, each of which is a whole number of steps."""
@@ -190,5 +174,5 @@ class PairLoader(Loader):
 
     def describe_used(self) -> list[str]:
         """What was passed over in plain text so far, what was made ahead included."""
-        found = [(source.name, source.skips) for source in self.sources if isinstance(source, TextSource)]
+        found = [(source.name, source.reader.skips) for source in self.sources if isinstance(source, TextSource)]
         return [f"{name}: {s.describe()}" for name, s in found if s.counts]

@@ -1,8 +1,6 @@
-"""Rows of contrastive training: what their columns are (anchor and positive, text and label, two texts and a score), and the
-rows, read from files into memory. `find_roles` reads it from the names of the columns, or from what the user says;
-`PAIR_SETS` knows public sets.
-
-A text that occurs several times is kept and tokenised once, and its number says whether two texts are the same.
+"""Rows of contrastive training, read from files into memory, and what they are: anchor and positive, text and label, two texts
+and a score. `find_roles` tells by the names of the columns, or by what the user says; `PAIR_SETS` knows public sets. A text
+that occurs several times is kept and tokenised once, and its number says whether two texts are the same.
 """
 
 import math
@@ -16,7 +14,7 @@ from tqdm import tqdm
 
 from neobert.data.files.documents import SkippedRows
 from neobert.data.files.rows import Unusable, first_with_columns, place, records, why_no_text
-from neobert.data.files.splits import slice_bounds
+from neobert.data.files.splits import Choice, slice_bounds
 from neobert.data.hashing import draw_share
 from neobert.data.tokenizer import Ids
 from neobert.errors import DataError
@@ -106,10 +104,7 @@ PAIR_SETS: dict[str, PairSet] = {
 
 
 def find_roles(names: list[str], wanted: dict[str, str], path: str, key: str = "dataset.columns") -> Roles:
-    """What the rows with these columns are; `wanted` (role -> column) decides where it says something.
-
-    Raises DataError naming `path` and what to set.
-    """
+    """What the rows with these columns are; `wanted` (role -> column) decides where it says something. Raises DataError."""
     there = f"{path} has the columns {', '.join(names)}"
     for role, column in wanted.items():
         if role not in ROLES:
@@ -172,12 +167,13 @@ class Examples:
 
 
 def read_examples(
-    paths: list[str], roles: Roles, name: str, skips: SkippedRows, bounds: tuple[str | None, str | None] = (None, None)
+    splits: dict[str, list[str]], chosen: Choice, roles: Roles, name: str, skips: SkippedRows
 ) -> Examples:
-    """All rows of `paths`, or the slice of them that `bounds` says. Raises DataError, also when none can be used."""
-    rows = [example for path in paths for example in _read_file(path, roles, skips)]
-    if bounds != (None, None):
-        first, last = slice_bounds(*bounds, len(rows), name)
+    """The rows of a split, or of a slice of it. Raises DataError with `name`, also when none can be used."""
+    split, begin, end = chosen
+    rows = [example for path in splits[split] for example in _read_file(path, roles, skips)]
+    if (begin, end) != (None, None):
+        first, last = slice_bounds(begin, end, len(rows), name)
         rows = rows[first:last]
     if not rows:
         why = "; ".join(f"{number:,} {reason}, first {skips.first[reason]}" for reason, number in skips.counts.items())
@@ -193,27 +189,27 @@ def roles_of(paths: list[str], wanted: dict[str, str], key: str) -> Roles:
 
 def _read_file(path: str, roles: Roles, skips: SkippedRows) -> Iterator[Example]:
     for row, offset in records(path):
-        if isinstance(row, Unusable):
-            skips.add(row)
-            continue
-        missing = [column for column in roles.columns.values() if column not in row]
-        for found in [f"no column {missing[0]!r}"] if missing else _examples(row, roles, path, offset):
-            if isinstance(found, str):
-                skips.add(Unusable(found, path, offset))
+        for found in [row] if isinstance(row, Unusable) else _examples(row, roles, path, offset):
+            if isinstance(found, Unusable):
+                skips.add(found)
             else:
                 yield found
 
 
-def _examples(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | str]:
+def _examples(row: dict[str, Any], roles: Roles, path: str, offset: int) -> Iterator[Example | Unusable]:
     """The examples of a row, one for each of its positives, or why there is none. Raises DataError for a label or score."""
+    if missing := [column for column in roles.columns.values() if column not in row]:
+        yield Unusable(f"no column {missing[0]!r}", path, offset)
+        return
     cells = {role: row[column] for role, column in roles.columns.items()}
     if roles.kind == "pairs":
         negatives = [text for column in roles.negatives for text in _texts(row.get(column))]
         for positive in _texts(cells["positive"]) or [None]:
             texts = [("anchor", cells["anchor"]), ("positive", positive), *(("negative", text) for text in negatives)]
-            yield _why_unusable(texts) or Example(cells["anchor"], positive, tuple(negatives))
+            reason = _why_unusable(texts)
+            yield Unusable(reason, path, offset) if reason else Example(cells["anchor"], positive, tuple(negatives))
     elif reason := _why_unusable([(role, cell) for role, cell in cells.items() if role.startswith("text")]):
-        yield reason
+        yield Unusable(reason, path, offset)
     elif roles.kind == "scores":
         score, column = _number(cells["score"]), roles.columns["score"]
         if score is None or not math.isfinite(score):
@@ -300,9 +296,8 @@ def training_rows(examples: Examples, min_score: float | None) -> tuple[list[Exa
     if kind == "scores":
         least = POSITIVE_SHARE * max(row.value for row in rows) if min_score is None else min_score
         kept = [row for row in rows if row.value >= least]
-        messages = [
-            f"{name}: {len(kept):,} of {len(rows):,} pairs have a score of at least {least:g} and are positives"
-        ]
+        counts = f"{len(kept):,} of {len(rows):,}"
+        messages = [f"{name}: {counts} pairs have a score of at least {least:g} and are positives"]
         rows = kept
         if not rows:
             raise DataError(f"{name}: no score of at least {least:g}; lower contrastive.min_score")

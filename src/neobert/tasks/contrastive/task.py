@@ -17,8 +17,7 @@ from neobert.inference.sentence_transformers import Embedding, write_sentence_tr
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding
 from neobert.tasks import encoder
-from neobert.tasks.contrastive.data import ContrastiveData, build_data, longest_text
-from neobert.tasks.contrastive.evaluation import build_evaluation, find_sets, mean_metrics
+from neobert.tasks.contrastive.data import ContrastiveData, build_data, build_evaluation, longest_text
 from neobert.training.run import Context, Finished, Parts, Storage, run_task
 
 
@@ -34,28 +33,28 @@ def build(context: Context) -> Parts:
     context.print_configuration(config)
     check_length(config, start.weights, "dataset.max_seq_length", longest_text(config))
     data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime))
-    sets = find_sets(config, data)
-    context.check_evaluation(bool(sets))
+    context.check_evaluation(bool(data.sets))
     model, weights = build_model(config, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
     kernels = encoder.prepare_model(config, model, runtime)
-    evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()]
+
+    def log_metrics() -> dict[str, float]:
+        """Alignment and uniformity, the mean over all processes."""
+        aligned, uniform, count = runtime.all_sum(*model.contrastive.observe())
+        return {"alignment": aligned / count, "uniformity": uniform / count} if count else {}
+
+    evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in data.sets.items()]
     return Parts(
-        config,
-        model,
-        data.train,
-        build_storage(config, model, hf_tokenizer),
+        config, model, data.train, build_storage(config, model, hf_tokenizer),
         count_left=partial(data.train.steps_left, trainer.num_train_epochs, trainer.gradient_accumulation_steps),
         blocks=encoder.blocks_of(model),
-        evaluation=partial(build_evaluation, config, hf_tokenizer, sets, context) if sets else None,
-        after_update=model.normalize_matrices,
+        evaluation=partial(build_evaluation, config, hf_tokenizer, data.sets, context) if data.sets else None,
+        after_update=model.normalize_matrices, log_metrics=log_metrics, end_messages=data.train.describe_used,
         facts=describe(config, model, data, runtime.world_size, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
         more_facts=kernels | {"evaluated on": evaluated or "nothing"},
-        messages=[*start.messages, *data.messages, *advice(config, data)],
-        log_metrics=lambda: mean_metrics(runtime, model.contrastive.observe()),
-        end_messages=data.train.describe_used,
+        messages=[*start.messages, *data.messages],
         next_command='neobert similarity {checkpoint} "one text" "another text"',
-    )
+    )  # fmt: skip
 
 
 def fill_in(config: Config, weights: InitialWeights) -> Config:
@@ -83,19 +82,9 @@ def describe(
         "weights": weights,
         "parameters": f"{num_parameters:,}",
         "data": data.describe,
-        "step": f"{rows} rows of one source, every text against those of all {rows}"
-        + (alone if windows > 1 else "")
-        + f"; texts of at most {longest_text(config)} tokens, {layout}",
+        "step": f"{rows} rows of one source, every text against those of all {rows}{alone if windows > 1 else ''}"
+        f"; texts of at most {longest_text(config)} tokens, {layout}",
     }
-
-
-def advice(config: Config, data: ContrastiveData) -> list[str]:
-    """What is likely not meant."""
-    if data.has_text and not config.model.dropout_prob and not config.model.from_hub:
-        return [
-            "plain text makes pairs by dropout, and model.dropout_prob is 0: both passes are the same; 0.1 is usual"
-        ]
-    return []
 
 
 # --- the model -----------

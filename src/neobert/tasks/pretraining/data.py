@@ -14,17 +14,16 @@ from neobert.data.batch import Batch, RowLayout
 from neobert.data.files.documents import Corpus, Files, SkippedRows, fingerprint, hold_out, num_bytes, open_corpus
 from neobert.data.files.splits import find_hub_splits, find_splits, hold_out_head
 from neobert.data.files.token_store import TokenStore, is_token_store, tokenize_files
-from neobert.data.mlm.packing import LongDocuments, Packer, Segmenter
-from neobert.data.mlm.pipeline import Collator, Masker, Pipeline, PipelineLoader, shards_of
-from neobert.data.mlm.readers import CorpusReader, Pieces, Reader, RememberedReader, StreamReader
-from neobert.data.mlm.row_source import RowSource, Shard, ShuffleBuffer, Workers
+from neobert.data.mlm.pipeline import Collator, MaskedLoader, Masker, shards_of
+from neobert.data.mlm.readers import LongDocuments, Pieces, Reader, RememberedReader, Segmenter, Text
+from neobert.data.mlm.row_source import Packer, RowSource, Shard, ShuffleBuffer, Workers
 from neobert.data.tokenizer import TextTokenizer, cores
 from neobert.errors import DataError
 from neobert.ranks import Ranks
+from neobert.tasks.encoder import row_layout
 
 EVAL_SEED = 0  # evaluation masks are the same in every run, so that losses compare across seeds
 
-Text = Files | Corpus  # a stream, or random access
 BatchPass = Callable[[], Iterator[Batch]]
 
 
@@ -56,9 +55,8 @@ def open_sources(config: Config, tokenizer: TextTokenizer, output_dir: Path) -> 
             source = _open_source(own, tokenizer, folder / f"{number:02d}")
         except DataError as error:
             raise DataError(f"dataset.mixture, entry {number}: {error}") from None
-        line = f"{entry.weight:g} parts of {entry.path or entry.name}: {source.describe}"
-        name = f"entry {number} of dataset.mixture"
-        sources.append(replace(source, describe=line, name=name, weight=entry.weight))
+        line, name = f"{entry.weight:g} parts of {entry.path or entry.name}: ", f"entry {number} of dataset.mixture"
+        sources.append(replace(source, describe=line + source.describe, name=name, weight=entry.weight))
     return sources
 
 
@@ -77,13 +75,13 @@ def _open_source(config: Config, tokenizer: TextTokenizer, folder: Path) -> Corp
     if dataset.pre_tokenize:
         store, made = _tokenize(config, tokenizer, folder / "train", train_files)
         evaluation = None if eval_files is None else _tokenize(config, tokenizer, folder / "validation", eval_files)[0]
-        return _random_access(config, store, evaluation, _describe_store(config, store, made))
+        return _random_access(config, store, evaluation, made)
 
     def opened(files: Files) -> Corpus:
         return open_corpus(files, fingerprint(files), dataset.load_all_from_disk, dataset.cache_dir)
 
     train = opened(train_files)
-    line = f"{len(train):,} documents, {describe_size(train_files)}{_in_memory(config)}"
+    line = f"{len(train):,} documents, {describe_size(train_files)}"
     return _random_access(config, train, None if eval_files is None else opened(eval_files), line)
 
 
@@ -114,39 +112,41 @@ def _open_store(config: Config, tokenizer: TextTokenizer) -> CorpusSource:
     dataset, path = config.dataset, Path(config.dataset.path)
     for key, split in (("train_split", "train"), ("eval_split", "validation")):
         if getattr(dataset, key) not in (None, split):
-            why = f"but of a folder of tokens it is {split!r}, whole"
-            raise DataError(f"dataset.{key}: {getattr(dataset, key)!r}, {why}")
+            where = f"dataset.{key}: {getattr(dataset, key)!r}"
+            raise DataError(f"{where}, but of a folder of tokens it is {split!r}, whole")
     folders = [path if is_token_store(path) else path / "train"]
     folders += [path / "validation"] if is_token_store(path / "validation") else []
-    train, *evaluation = [TokenStore(folder, dataset.load_all_from_disk) for folder in folders]
-    for store in (train, *evaluation):
+    stores = [TokenStore(folder, dataset.load_all_from_disk) for folder in folders]
+    for store in stores:
         store.check_tokenizer(tokenizer)
-    line = _describe_store(config, train, " in")
-    return _random_access(config, train, evaluation[0] if evaluation else None, line)
+    return _random_access(config, stores[0], stores[1] if len(stores) > 1 else None, " in")
 
 
 def _random_access(config: Config, train: Corpus, evaluation: Corpus | None, line: str) -> CorpusSource:
-    """Holds out `validation_split`, and takes long documents apart for shuffling where lengths are known."""
-    dataset = config.dataset
+    """Holds out `validation_split`, and takes long documents apart for shuffling where lengths are known. `line` describes the
+    source; of tokens it says how they came into their folder.
+    """
+    dataset, skipped = config.dataset, ""
+    in_memory = ", held in memory" if dataset.load_all_from_disk else ""
+    if isinstance(train, TokenStore):
+        skipped = train.manifest.describe_skipped(" ({})")
+        line = f"{train.manifest.counts}{line} {train.folder}"
+    line = f"{line}{in_memory}{skipped}"
     if dataset.validation_split is not None and dataset.eval_split is None and not dataset.streaming:
         if len(train) < 2:
             raise DataError("dataset.validation_split: one document cannot be split")
         train, evaluation = hold_out(train, dataset.validation_split, config.seed)
     if not len(train):
-        why = train.manifest.describe_skipped(" ({})") if isinstance(train, TokenStore) else ""
-        raise DataError(f"dataset.path: {dataset.path or dataset.name}: no document in it{why}")
+        raise DataError(f"dataset.path: {dataset.path or dataset.name}: no document in it{skipped}")
     if train.is_tokenized and long_documents(config) == "split":
         train = Pieces(train, piece_length(config) - 2)
     return CorpusSource(train, evaluation, line)
 
 
-def build_reader(config: Config, text: Text, ranks: Ranks, trains: bool = True) -> CorpusReader | StreamReader:
-    """A reader of one shard, in the order that the configuration asks for; text to evaluate is read in its own order."""
-    skips = SkippedRows(config.dataset.bad_rows == "refuse")
-    if isinstance(text, Files):
-        return StreamReader(text, ranks, skips)
-    shuffles = trains and config.dataset.shuffle_buffer_size > 1
-    return CorpusReader(text, config.seed if shuffles else None, ranks, skips)
+def build_reader(config: Config, text: Text, ranks: Ranks) -> Reader:
+    """A reader of one shard, in the order that the configuration asks for."""
+    seed = config.seed if config.dataset.shuffle_buffer_size > 1 else None
+    return Reader(text, seed, ranks, SkippedRows(config.dataset.bad_rows == "refuse"))
 
 
 # --- loaders -----------
@@ -156,7 +156,7 @@ def build_reader(config: Config, text: Text, ranks: Ranks, trains: bool = True) 
 class PretrainingData:
     """The training loader, evaluation batches (a new pass at each call) if any, and lines for the summary."""
 
-    train: PipelineLoader
+    train: MaskedLoader
     evaluation: BatchPass | None
     count_left: Callable[[], int]  # microbatches from where `train` stands to the end of its data, by reading it
     row_length: int  # tokens, padding included, at most
@@ -171,23 +171,24 @@ def build_data(
     messages = [source.describe for source in sources]
     if config.dataset.pin_memory and not on_cuda:
         messages.append("dataset.pin_memory is for CUDA; this run has none")
-    pipeline = _training_pipeline(config, tokenizer, sources, ranks)
-    loader = PipelineLoader(pipeline, pin_memory=config.dataset.pin_memory and on_cuda)
+    loader = _training_loader(config, tokenizer, sources, ranks, config.dataset.pin_memory and on_cuda)
 
     def count_left() -> int:
-        counting = _training_pipeline(config, tokenizer, sources, ranks)
-        counting.load_state_dict(loader.position)
+        counting = _training_loader(config, tokenizer, sources, ranks)
+        counting.go_to(loader.position)
         return counting.count_batches()
 
-    count = pipeline.workers.count
+    count = loader.workers.count
     how = f"tokenised by {_threads(count)}" if count else "tokenised as it is read"
     messages[0] += "; tokenised beforehand" if all(source.is_tokenized for source in sources) else f"; {how}"
-    messages += [_describe_rows(config), _describe_evaluation([source.evaluation for source in sources])]
-    row_length = pipeline.collator.layout.row_length or piece_length(config)
+    messages += [_describe_rows(config), _describe_evaluation(sources)]
+    row_length = loader.collator.layout.row_length or piece_length(config)
     return PretrainingData(loader, _evaluation_pass(config, tokenizer, sources), count_left, row_length, messages)
 
 
-def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource], ranks: Ranks) -> Pipeline:
+def _training_loader(
+    config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource], ranks: Ranks, pin_memory: bool = False
+) -> MaskedLoader:
     """Documents to masked batches of a rank."""
     dataset, trainer = config.dataset, config.trainer
     num_shards, batch_size = dataset.num_shards or ranks.world_size, trainer.per_device_train_batch_size
@@ -199,26 +200,20 @@ def _training_pipeline(config: Config, tokenizer: TextTokenizer, sources: list[C
     elif dataset.mixture and dataset.mixture_exhausted != "repeat":
         num_epochs = 1
     min_rows = batch_size if num_shards == len(sources) == 1 else 1
+    weights = [source.weight for source in sources]
 
     def shard(number: int) -> Shard:
-        own = Ranks(number, num_shards)
-        rows = [
-            _row_source(config, workers, build_reader(config, source.train, own), num_epochs, min_rows, source)
-            for source in sources
-        ]
-        weights = [source.weight for source in sources]
+        readers = [build_reader(config, source.train, Ranks(number, num_shards)) for source in sources]
+        opened = zip(readers, sources, strict=True)
+        rows = [_row_source(config, workers, reader, num_epochs, min_rows, source) for reader, source in opened]
         return Shard(number, num_shards, rows, weights, dataset.mixture_exhausted, config.seed)
 
-    num_steps = max(0, trainer.max_steps)
-    num_rows = num_steps * trainer.gradient_accumulation_steps * batch_size * ranks.world_size
-    return Pipeline(
-        [shard(number) for number in shards_of(ranks, num_shards)],
-        workers,
-        build_collator(config, tokenizer, config.seed, num_rows),
-        batch_size,
-        config.seed,
-        fill_last=config.datacollator.pack_sequences and trainer.enforce_full_packed_batches,
-    )
+    num_rows = max(0, trainer.max_steps) * trainer.gradient_accumulation_steps * batch_size * ranks.world_size
+    return MaskedLoader(
+        [shard(number) for number in shards_of(ranks, num_shards)], workers,
+        build_collator(config, tokenizer, config.seed, num_rows), batch_size, config.seed,
+        fill_last=config.datacollator.pack_sequences and trainer.enforce_full_packed_batches, pin_memory=pin_memory,
+    )  # fmt: skip
 
 
 def build_segmenter(config: Config, tokenizer: TextTokenizer) -> Segmenter:
@@ -229,37 +224,31 @@ def build_segmenter(config: Config, tokenizer: TextTokenizer) -> Segmenter:
 def _row_source(
     config: Config, workers: Workers, reader: Reader, num_epochs: int | None, min_rows: int, source: CorpusSource | None
 ) -> RowSource:
-    """`source`: what is trained on; None for evaluation."""
+    """The rows of `source`, or of what is evaluated (None)."""
     packed, trainer = config.datacollator.pack_sequences, config.trainer
     batch_size = trainer.per_device_train_batch_size if source else trainer.per_device_eval_batch_size
+    num_shuffled = config.dataset.shuffle_buffer_size if source and config.dataset.streaming else 0
     return RowSource(
-        reader,
-        workers,
-        build_segmenter(config, workers.tokenizer),
-        Packer(config.row_length if packed else 0),
-        ShuffleBuffer(config.dataset.shuffle_buffer_size if source and config.dataset.streaming else 0, config.seed),
-        source.name if source else "",
-        num_epochs,
-        group=batch_size if packed and not trainer.enforce_full_packed_batches else None,
-        min_rows=min_rows,
-    )
+        reader, workers, build_segmenter(config, workers.tokenizer), Packer(config.row_length if packed else 0),
+        ShuffleBuffer(num_shuffled, config.seed), source.name if source else "", num_epochs,
+        group=batch_size if packed and not trainer.enforce_full_packed_batches else None, min_rows=min_rows,
+    )  # fmt: skip
 
 
 def _evaluation_pass(config: Config, tokenizer: TextTokenizer, sources: list[CorpusSource]) -> BatchPass | None:
     """A function that gives all evaluation batches; text is tokenised the first time only."""
     used = [(source.evaluation, source.weight) for source in sources if source.evaluation is not None]
-    readers = [build_reader(config, text, Ranks(), trains=False) for text, _ in used]
-    remembered = [RememberedReader(reader, tokenizer.encode) for reader in readers]
     if not used:
         return None
+    refuse = config.dataset.bad_rows == "refuse"
+    readers = [RememberedReader(text, skips=SkippedRows(refuse), encode=tokenizer.encode) for text, _ in used]
 
     def batches() -> Iterator[Batch]:
         workers = Workers(tokenizer)
-        rows = [_row_source(config, workers, reader.again(), 1, 0, None) for reader in remembered]
+        rows = [_row_source(config, workers, reader.again(), 1, 0, None) for reader in readers]
         shard = Shard(0, 1, rows, [weight for _, weight in used], "drop", EVAL_SEED)
         collator = build_collator(config, tokenizer, EVAL_SEED, None)
-        pipeline = Pipeline([shard], workers, collator, config.trainer.per_device_eval_batch_size)
-        with closing(PipelineLoader(pipeline)) as loader:
+        with closing(MaskedLoader([shard], workers, collator, config.trainer.per_device_eval_batch_size)) as loader:
             yield from loader
 
     return batches
@@ -267,14 +256,13 @@ def _evaluation_pass(config: Config, tokenizer: TextTokenizer, sources: list[Cor
 
 def build_collator(config: Config, tokenizer: TextTokenizer, seed: int, num_rows: int | None) -> Collator:
     """Rows to masked batches. `num_rows`: of the whole run; None for evaluation, whose rate is constant."""
-    datacollator, packed = config.datacollator, config.datacollator.pack_sequences
+    asked = config.datacollator
     ids = (tokenizer.mask_id, tokenizer.special_ids, tokenizer.num_real)
-    final = None if num_rows is None else datacollator.mlm_probability_final
-    masker = Masker(seed, datacollator.mlm_probability, datacollator.mask_all, *ids, final, num_rows or 0)
-    to_full_length = packed or config.tokenizer.padding == "max_length"
-    length = (config.row_length if packed else piece_length(config)) if to_full_length else None
-    multiple = None if packed else datacollator.pad_to_multiple_of
-    return Collator(masker, RowLayout(tokenizer.pad_id, packed, length, multiple or 1))
+    final = None if num_rows is None else asked.mlm_probability_final
+    masker = Masker(seed, asked.mlm_probability, asked.mask_all, *ids, final, num_rows or 0)
+    if asked.pack_sequences:
+        return Collator(masker, RowLayout(tokenizer.pad_id, True, config.row_length))
+    return Collator(masker, row_layout(config, tokenizer.pad_id, piece_length(config)))
 
 
 # --- lengths, and lines of the summary -----------
@@ -304,15 +292,6 @@ def describe_size(files: Files) -> str:
     return f"{size / scale:.1f} {unit}{many}{part}"
 
 
-def _describe_store(config: Config, store: TokenStore, how: str) -> str:
-    skipped = store.manifest.describe_skipped(" ({})")
-    return f"{store.manifest.counts}{how} {store.folder}{_in_memory(config)}{skipped}"
-
-
-def _in_memory(config: Config) -> str:
-    return ", held in memory" if config.dataset.load_all_from_disk else ""
-
-
 def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
@@ -325,10 +304,10 @@ def _describe_rows(config: Config) -> str:
     return f"one document a row, at most {piece_length(config)} tokens, {how}; {longer}"
 
 
-def _describe_evaluation(texts: list[Files | Corpus | None]) -> str:
-    found = [text for text in texts if text is not None]
-    if not found:
-        what = "no split named validation or test (or set dataset.validation_split with streaming: false)"
-        return f"no evaluation: {what}"
-    parts = [describe_size(text) if isinstance(text, Files) else f"{len(text):,} documents" for text in found]
+def _describe_evaluation(sources: list[CorpusSource]) -> str:
+    texts = [source.evaluation for source in sources if source.evaluation is not None]
+    if not texts:
+        none = "no split named validation or test (or set dataset.validation_split with streaming: false)"
+        return f"no evaluation: {none}"
+    parts = [describe_size(text) if isinstance(text, Files) else f"{len(text):,} documents" for text in texts]
     return f"evaluated on {', '.join(parts)}"

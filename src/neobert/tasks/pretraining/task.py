@@ -51,6 +51,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
         return -(-int(runtime.all_max(data.count_left())[0]) // trainer.gradient_accumulation_steps)
 
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * runtime.world_size
+    uniform = f"{math.log(model.config.vocab_size):.3f}, the loss of a uniform guess"
     epochs = f"{trainer.num_train_epochs} epochs are " if trainer.max_steps < 0 else ""
     return Parts(
         config,
@@ -58,22 +59,17 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
         data.train,
         build_storage(model, fields, lambda folder: save_tokenizer(hf_tokenizer, folder, has_token_types=False)),
         count_left=count_left,
-        size=size,
-        blocks=blocks_of(model),
+        size=size, blocks=blocks_of(model),
         evaluation=None if data.evaluation is None else partial(build_evaluation, context, data.evaluation),
         model_inputs={"masked_only": trainer.masked_logits_only_loss, "count_correct": trainer.log_train_accuracy},
-        after_update=model.normalize_matrices,
-        empty_batch=data.train.pipeline.empty_batch,
-        ends_with_data=trainer.max_steps < 0,
-        set_num_rows=data.train.pipeline.set_num_rows,
+        after_update=model.normalize_matrices, empty_batch=data.train.empty_batch,
+        ends_with_data=trainer.max_steps < 0, set_num_rows=data.train.set_num_rows,
         facts=describe(config, model, data, rows),
         describe_length=lambda steps: f"{epochs}{steps:,} steps, {steps * rows * data.row_length:,} tokens",
-        more_facts=kernels
-        | {"loss": loss, "ln(vocabulary)": f"{math.log(model.config.vocab_size):.3f}, the loss of a uniform guess"},
-        messages=start.messages,
-        end_messages=data.train.describe_used,
+        more_facts=kernels | {"loss": loss, "ln(vocabulary)": uniform},
+        messages=start.messages, end_messages=data.train.describe_used,
         next_command='neobert fill-mask {checkpoint} "The capital of France is [MASK]."',
-    )
+    )  # fmt: skip
 
 
 def describe(config: Config, model: NeoBERTForMaskedLM, data: PretrainingData, rows: int) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def describe(config: Config, model: NeoBERTForMaskedLM, data: PretrainingData, r
     norm = "nGPT" if m.ngpt else "RMSNorm" if m.rms_norm else "LayerNorm"
     kinds = f"{'RoPE' if m.rope else 'learned positions'}, {norm}, {m.hidden_act}"
     shape = f"{m.num_hidden_layers} layers x {m.hidden_size} wide x {m.num_attention_heads} heads"
-    last = masks.mlm_probability_final
+    last, parts = masks.mlm_probability_final, f" in {micro} microbatches" if micro > 1 else ""
     rates = f"{masks.mlm_probability:.0%}" + ("" if last is None else f", linearly to {last:.0%} at the end,")
     return {
         "model": f"{shape}, {kinds}",
@@ -92,8 +88,7 @@ def describe(config: Config, model: NeoBERTForMaskedLM, data: PretrainingData, r
         "vocabulary": f"{m.vocab_size:,} tokens, {config.tokenizer.path or config.tokenizer.name}",
         "data": data.describe,
         "masking": f"{rates} of the tokens, {'all [MASK]' if masks.mask_all else '80/10/10'}",
-        "step": f"{rows} rows x {data.row_length} = {rows * data.row_length:,} tokens"
-        + (f" in {micro} microbatches" if micro > 1 else ""),
+        "step": f"{rows} rows x {data.row_length} = {rows * data.row_length:,} tokens{parts}",
     }
 
 
