@@ -6,8 +6,6 @@ nGPT (arXiv 2410.01131) has no norms: hidden states and the rows or columns of e
 norms and magnitudes did is done by learned scales. `base_scale` is how large those are stored.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,13 +58,11 @@ class Attention(nn.Module):
     """Self-attention within documents. `qkv` holds the three projections one below the other.
 
     With `base_scale` (nGPT) queries and keys are unit vectors times a learned scale, and the softmax is scaled by sqrt(K).
-    `capture`, where it is set, gets (this module, qkv N x 3 x H x K before rotation, rotary, layout) of every forward pass.
     """
 
     def __init__(self, width: int, num_heads: int, base_scale: float | None = None):
         super().__init__()
         self.num_heads = num_heads
-        self.capture: Callable[[nn.Module, Tensor, Rotary | None, Layout], None] | None = None
         self.qkv = nn.Linear(width, 3 * width, bias=False)  # (3D, D): rows of q, then k, then v
         self.out = nn.Linear(width, width, bias=False)
         self.qk_scale = None if base_scale is None else LearnedScale(width, 1.0, base_scale)
@@ -77,8 +73,6 @@ class Attention(nn.Module):
 
     def forward(self, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> Tensor:
         """What `project` gave -> N x D, before the output projection."""
-        if self.capture is not None:
-            self.capture(self, qkv_N3HK, rotary, layout)
         K = qkv_N3HK.shape[-1]
         if self.qk_scale is None:
             return attend(qkv_N3HK, rotary, layout, K**-0.5).flatten(1)
