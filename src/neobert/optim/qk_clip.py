@@ -28,7 +28,7 @@ from neobert.errors import ConfigError, Problem
 from neobert.model.attention import Buckets, Layout, Rotary
 from neobert.model.layers import Attention
 from neobert.model.unpadding import host_lengths
-from neobert.optim.sharding import local, part_of
+from neobert.optim.sharding import local, local_rows
 
 MAPPING_KEY = "optimizer.muon_config.clipping_layers_mapping"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -179,8 +179,8 @@ class Heads:
             for weight in projection.parameters(recurse=False):
                 rows = torch.ones(weight.shape[0], dtype=torch.float64, device=factors.device)
                 rows[start : start + len(factors) * self.width] = factors.repeat_interleave(self.width)
-                scale = rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.ndim - 1))
-                local(weight).mul_(local(part_of(scale, weight)))
+                scale = rows[local_rows(weight)].to(weight.device, weight.dtype)
+                local(weight).mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
 
 
 def find_separate(model: nn.Module, names: Mapping[str, str], required: bool) -> list[nn.Module]:
