@@ -5,18 +5,10 @@ P tokens with padding, n documents, L padded length, in matrix products B = H*n.
 Hidden states are N x D in every layer; only the layout knows where a document begins. It is one of two kinds:
 
 - ragged: the lengths of the documents, one after the other. Packed rows are this, and so are padded batches on the CPU or
-  with a variable-length kernel, whose padding is left out before the first layer and restored after the last.
+  with a variable-length kernel, whose padding is left out before the first layer and restored after the last. Runs on CUDA by
+  a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel` names one; on the CPU in bfloat16
+  as `BucketAttention`; else as SDPA, one call for documents of the same length.
 - padded: rows of one length with a mask of the real tokens, for SDPA on CUDA, which wants static shapes.
-
-Ragged attention runs on CUDA by a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel`
-names one. On the CPU it runs as `BucketAttention` in bfloat16 (`uses_buckets`). Everything else is SDPA, one call
-for documents of the same length.
-
-`BucketAttention` is batched matrix products over documents of similar length. Documents are padded to a multiple of 32 tokens
-and those of one padded length form a bucket, so that every product is a batch of equal matrices, which is what AMX is fast at,
-and only a few shapes occur. Padding repeats the document's own last token, its keys are masked out and its gradients are zero:
-documents never touch. Forward and backward together take a quarter of the time of one SDPA call per document in bfloat16
-(whose backward is slower than float32's), and 1/50 of one SDPA call with a block mask.
 """
 
 import itertools
@@ -48,8 +40,9 @@ class Rotary:
 
     @staticmethod
     def of(length: int, head_width: int, positions_N: Tensor, base: float = 10_000.0) -> "Rotary":
-        """Tables for positions below `length`, and those that buckets pad it with."""
-        length = (length + GRANULARITY - 1) // GRANULARITY * GRANULARITY  # ONNX rounds negative quotients up
+        length = (
+            (length + GRANULARITY - 1) // GRANULARITY * GRANULARITY
+        )  # as buckets pad; ONNX rounds negative quotients up
         exponents = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32) / head_width
         angles = torch.arange(length, device=positions_N.device)[:, None] * (1.0 / base**exponents)
         return Rotary(angles.cos(), angles.sin(), positions_N)
@@ -164,9 +157,7 @@ class Layout:
         return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])), self.granularity)
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
-        """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length. Copied to
-        the device once per batch, as all layers ask for it.
-        """
+        """What variable-length kernels take: int32 starts of the documents and the end, copied once; the longest length."""
         assert self.lengths is not None
         if self._starts is None:
             self._starts = torch.tensor((0, *self.lengths)).cumsum(0).to(device, torch.int32, non_blocking=True)
@@ -245,7 +236,12 @@ def _attend_equal(qkv_nL3HK: Tensor, dropout: float, scale: float) -> Tensor:
 
 
 class BucketAttention(torch.autograd.Function):
-    """Rotary positions and ragged attention: qkv N x 3 x H x K -> N x H x K.
+    """Rotary positions and ragged attention by batched matrix products: qkv N x 3 x H x K -> N x H x K.
+
+    Documents are padded to a multiple of `GRANULARITY` tokens, and those of one padded length form a bucket: a batch of equal
+    matrices, which is what AMX is fast at, and only a few shapes occur. Padding repeats the document's own last token, its keys
+    are masked out and its gradients are zero: documents never touch. In bfloat16 forward and backward take a quarter of the
+    time of one SDPA call per document, and 1/50 of one with a block mask.
 
     `cos` and `sin` are position x K/2 (every document starts at position 0) or None; `scale` multiplies the scores. Saved for
     the backward pass: the rotated q, k, v of every bucket, and the weights of short documents; those of long ones are

@@ -1,10 +1,7 @@
-"""Sentence embeddings and their contrastive loss.
+"""Sentence embeddings and their contrastive loss, which is computed in `forward`, over the candidates of all processes.
 
-The loss is computed inside `forward`, over the candidates of all processes. Texts of a step go through the encoder together,
-whatever their role: anchors, positives, then hard negatives. Keys say which texts are the same: a candidate that carries the
-key of an anchor's positive is not a negative of that anchor. Sums are returned, not means: the loop divides by the number of
-anchors of the whole step.
-
+Texts of a step go through the encoder together: anchors, positives, then hard negatives. Keys say which texts are the same: a
+candidate that carries the key of an anchor's positive is not a negative of that anchor. Losses are sums over the anchors.
 Shapes: D width, n texts of this process, B rows of this process, G rows of all, A anchors of this process, C candidates of all.
 """
 

@@ -1,6 +1,5 @@
-"""Encoders of other libraries' making under our classifier and our contrastive loss: any model that `AutoModel` loads.
+"""Encoders that `AutoModel` loads under our classifier and our contrastive loss, so that peers run under one protocol.
 
-Hidden layer, classifier and losses are those of our own models, so that peers run under one protocol.
 Shapes: B rows, T row length, D width.
 """
 

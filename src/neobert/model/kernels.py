@@ -4,12 +4,7 @@ Shapes: N tokens, D width, F feed-forward width, M targets, V vocabulary.
 
 On the CPU norm and SwiGLU are single autograd functions: composed of torch's operators, each makes a dozen passes over memory
 and keeps as many copies for the backward pass. Ours keep their input and little more, and work on blocks of rows that stay in
-the cache. While torch.compile traces, the composed form is used, which the compiler fuses by itself. All forms compute the
-same mathematics, to rounding.
-
-With V = 30,000 the logits are the largest tensor of a training step by far, and autograd keeps several copies of them.
-`linear_cross_entropy` computes their gradient where they are and in blocks that stay in the cache, multiplies it into the
-gradients of hidden states and weight at once, and forgets it: at most `LOGIT_BUDGET` logits exist at a time.
+the cache. While torch.compile traces, the composed form is used. All forms compute the same mathematics, to rounding.
 """
 
 from collections.abc import Iterator
@@ -155,7 +150,10 @@ def linear_cross_entropy(
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed in the forward pass; the backward pass multiplies them by one number."""
+    """With V = 30,000 the logits are the largest tensor of a step by far, and autograd keeps several copies of them. Here the
+    forward pass computes their gradient where they are, multiplies it into those of hidden states and weight at once, and
+    forgets it: at most `LOGIT_BUDGET` logits exist at a time. The backward pass multiplies the gradients by one number.
+    """
 
     @staticmethod
     def forward(ctx, hidden_MD, weight_VD, bias_V, labels_M, dtype: torch.dtype, count: bool):  # type: ignore

@@ -1,9 +1,8 @@
 """The parts of an encoder block: norms, attention, feed-forward, and nGPT's scales.
 
 Shapes: N tokens of the batch, D width, H heads, K = D / H head width, F feed-forward width. No biases anywhere.
-
-nGPT (arXiv 2410.01131) has no norms: hidden states and the rows or columns of every matrix along D have length 1, and what
-norms and magnitudes did is done by learned scales. `base_scale` is how large those are stored.
+nGPT (arXiv 2410.01131) has no norms: hidden states and the rows or columns of every matrix along D have length 1, and learned
+scales do what norms and magnitudes did.
 """
 
 import torch

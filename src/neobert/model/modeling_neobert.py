@@ -2,12 +2,9 @@
 
 Shapes: B rows, T row length, N tokens, D width, V vocabulary, M masked tokens, n documents.
 
-`NeoBERTForMaskedLM` computes its loss inside `forward` from the masked positions only: the decoder is applied to M rows
-instead of N, so logits cost the masking rate (15 %) of the usual memory and time. It returns the *sum* of the losses; the
-caller divides by the number of targets of the whole step, which makes accumulation and data parallelism exact.
-
 A batch is either padded rows with an `attention_mask`, or packed rows with `document_lengths` (their sum is B*T; padding
 at the end of a row counts as a document of its own). Documents do not attend to each other and positions restart in each.
+Losses are computed in `forward` and are sums: the caller divides by the number of targets of the whole step.
 """
 
 from dataclasses import dataclass
