@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .embedding import ContrastiveLoss, ContrastiveSettings, EmbeddingHead
 from .modeling_neobert import LossOutput, classify
-from .unpadding import Lengths, check_not_empty, host_lengths, pool_rows
+from .unpadding import Lengths, check_not_empty, host_lengths
 
 Tensors = dict[str, Tensor]
 
@@ -27,10 +27,17 @@ class HFEncoder(nn.Module):
         self.config, self.model, self.prefix = encoder.config, encoder, prefix
 
     def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, segments_BT: Tensor | None = None) -> Tensor:
-        """One vector per row, B x D in float32, as `pool_rows` makes it. `segments_BT` are token types, if any are known."""
+        """One vector per row, B x D in float32: of its first token ("bos", "cls"), or the maximum ("max") or mean of all.
+        `segments_BT` are token types, if any are known.
+        """
         more = {} if segments_BT is None else {"token_type_ids": segments_BT}
-        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state
-        return pool_rows(hidden_BTD, mask_BT.bool(), pooling)
+        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state.float()
+        mask_BT1 = mask_BT.bool()[..., None]
+        if pooling in ("bos", "cls"):
+            return hidden_BTD[torch.arange(len(mask_BT), device=mask_BT.device), mask_BT.bool().int().argmax(1)]
+        if pooling == "max":
+            return hidden_BTD.masked_fill(~mask_BT1, -torch.inf).amax(1)
+        return (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
 
     def normalize_matrices(self) -> None:
         """Nothing: only nGPT has matrices of length 1."""
@@ -83,7 +90,7 @@ class HFEncoderForEmbedding(EmbeddingHead, HFEncoder):
         self.pad_id = pad_id
         self.contrastive = ContrastiveLoss(settings)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths) -> Tensor:
         if document_lengths is None:
             assert attention_mask is not None
             document_lengths = attention_mask.sum(1)

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from .attention import FINE_GRANULARITY, Kernel, Rotary
+from .attention import FINE_GRANULARITY, Kernel, Layout, Rotary
 from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
 from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
-from .unpadding import Lengths, Pooling, UnpaddedBatch, flatten
+from .unpadding import Lengths, Pooling, UnpaddedBatch, host_lengths
 
 
 class NeoBERTConfig(PreTrainedConfig):
@@ -198,15 +198,38 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self.attention_kernel: Kernel = "sdpa"
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
     def flatten(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths | None = None
+        self, ids_BT: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths = None
     ) -> UnpaddedBatch:
-        """The batch as this model takes it. Raises ValueError for lengths that do not fit it."""
-        longest, dropout = self.config.max_position_embeddings, self.config.dropout_prob * self.training
-        return flatten(input_ids, attention_mask, document_lengths, longest, dropout, self.attention_kernel)
+        """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out. Raises
+        ValueError when `document_lengths` do not sum to B*T, or for a document longer than `max_position_embeddings`.
+        """
+        (B, T), kind, limit = ids_BT.shape, ids_BT.device.type, self.config.max_position_embeddings
+        dropout, kernel = self.config.dropout_prob * self.training, self.attention_kernel
+        ids_N, kept_N, lengths = ids_BT.flatten(), None, (T,) * B
+        is_static = document_lengths is None and attention_mask is not None and kind != "cpu" and kernel == "sdpa"
+        if document_lengths is not None:
+            lengths = host_lengths(document_lengths)
+            if sum(lengths) != B * T or min(lengths, default=1) < 1:
+                raise ValueError(
+                    f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens"
+                )
+        elif attention_mask is not None and not is_static:
+            mask_BT = attention_mask.bool()
+            kept_N, lengths = mask_BT.flatten().nonzero().squeeze(1), tuple(mask_BT.sum(1).tolist())
+            ids_N = ids_N[kept_N]
+        if max(lengths, default=0) > limit:
+            raise ValueError(f"a document of {max(lengths)} tokens, but max_position_embeddings is {limit}")
+        if is_static:
+            return UnpaddedBatch.padded(ids_BT, attention_mask, dropout)
+        lengths_n = torch.tensor(lengths, dtype=torch.int64)
+        starts_N = (lengths_n.cumsum(0) - lengths_n).repeat_interleave(lengths_n, output_size=len(ids_N))
+        positions_N = (torch.arange(len(ids_N)) - starts_N).to(ids_BT.device)  # from 0 in every document
+        padding = round_up_tokens(len(ids_N), kind, compute_dtype(ids_BT)) - len(ids_N)
+        if padding:
+            ids_N, positions_N = (torch.cat((x, x.new_zeros(padding))) for x in (ids_N, positions_N))
+        layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel, padding=padding)
+        return UnpaddedBatch(ids_N, positions_N, layout, ids_BT.shape, kept_N)
 
     def encode(
         self, unpadded: UnpaddedBatch, rows_M: Tensor | None = None, states: list[Tensor] | None = None
@@ -249,11 +272,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         return self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND), rotary
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
-        **extra: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths = None, **extra: Any
     ) -> BaseModelOutput:
         """Hidden states B x T x D; zero where `attention_mask` is. With `output_hidden_states` also what went into each
         block, B x T x D each, and last the same as `last_hidden_state`. Raises ValueError as `new_states`.
@@ -267,7 +286,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
+        document_lengths: Lengths = None,
         pooling: Pooling = "mean",
         states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -293,9 +312,6 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         self.kernel_backend = "torch"
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
     def decoder_weight(self) -> Tensor:
         """V x D; in nGPT with every token's logit scale multiplied in."""
         weight = self.lm_head.weight
@@ -305,7 +321,7 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
+        document_lengths: Lengths = None,
         labels: Tensor | None = None,
         masked_only: bool = False,
         count_correct: bool = False,
@@ -318,19 +334,21 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         """
         states = new_states(self.config, extra)
         unpadded = self.model.flatten(input_ids, attention_mask, document_lengths)
-        labels_N = None if labels is None else unpadded.select(labels)
-        if labels_N is not None:
+        if labels is not None:
+            labels_N = unpadded.select(labels)
             targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
-            self._check_labels(labels_N[targets_M])
+            labels_M = labels_N[targets_M]
+            self._check_labels(labels_M)
             if masked_only:
-                hidden_MD = self.model.encode(unpadded, targets_M)
-                loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
+                hidden_MD, backend = self.model.encode(unpadded, targets_M), self.kernel_backend
+                decoder = self.decoder_weight(), self.lm_head.bias
+                loss_sum, num_correct = linear_cross_entropy(hidden_MD, *decoder, labels_M, backend, count_correct)
                 return LossOutput(loss=loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
         hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
         hidden_states = None if states is None else tuple(states)
         output = LossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
-        if labels_N is not None:
+        if labels is not None:
             output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
             output.loss = output.loss_sum / max(1, len(targets_M))
         return output
@@ -341,11 +359,6 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
             least, most = int(labels_M.min()), int(labels_M.max())
             if not 0 <= least <= most < self.config.vocab_size:
                 raise ValueError(f"labels go up to {most}, but the vocabulary has {self.config.vocab_size} tokens")
-
-    def masked_loss(self, hidden_MD: Tensor, labels_M: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
-        """(sum of the losses, how many targets were the likeliest token), from the hidden states of the targets alone."""
-        weight, bias = self.decoder_weight(), self.lm_head.bias
-        return linear_cross_entropy(hidden_MD, weight, bias, labels_M, self.kernel_backend, count_correct)
 
 
 class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
@@ -363,7 +376,7 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
+        document_lengths: Lengths = None,
         labels: Tensor | None = None,
         **extra: Any,
     ) -> LossOutput:
