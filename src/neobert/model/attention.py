@@ -178,7 +178,7 @@ def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float
     on_cpu = qkv_N3HK.device.type == "cpu"
     if layout.lengths is not None and on_cpu and uses_buckets(qkv_N3HK.dtype):
         cos, sin = (None, None) if rotary is None else (rotary.cos_TK, rotary.sin_TK)
-        return BucketAttention.apply(qkv_N3HK, cos, sin, layout.buckets, scale, layout.dropout)
+        return BucketAttention.apply(qkv_N3HK, cos, sin, layout, scale)
     if layout.lengths is not None and (on_cpu or layout.kernel == "sdpa"):
         if rotary is not None:
             qkv_N3HK = FusedRotary.apply(qkv_N3HK, *rotary.tables_N1K)
@@ -249,11 +249,12 @@ class BucketAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv_N3HK, cos, sin, buckets: Buckets, scale: float, dropout: float):  # type: ignore
-        _, _, H, K = qkv_N3HK.shape
+    def forward(ctx, qkv_N3HK, cos, sin, layout: Layout, scale: float):  # type: ignore
+        (_, _, H, K), buckets = qkv_N3HK.shape, layout.buckets
         qkv_P3HK = qkv_N3HK.index_select(0, buckets.tokens_P)
         out_P1HK = qkv_N3HK.new_empty(len(buckets.tokens_P), 1, H, K)
-        noise = _Noise(dropout)
+        seed = int(torch.randint(2**62, ())) if layout.dropout else None
+        noise = None if seed is None else torch.Generator().manual_seed(seed)
         saved: list[list[Tensor]] = []
         for bucket in buckets.buckets:
             heads = qkv_N3HK.new_empty(3, H, bucket.num_documents, bucket.length, K)
@@ -263,22 +264,20 @@ class BucketAttention(torch.autograd.Function):
             for part in bucket.parts(H):
                 weights = bucket.weights(q, k, part)
                 kept += [weights] if bucket.length <= KEPT_LENGTH and ctx.needs_input_grad[0] else []
-                torch.bmm(noise.drop(weights), v[part], out=out[part])
+                torch.bmm(_drop(weights, layout.dropout, noise), v[part], out=out[part])
             bucket.heads(out_P1HK).copy_(out.view(1, *heads.shape[1:]))
             saved.append([heads, *kept])
         ctx.save_for_backward(cos, sin, *itertools.chain(*saved))
-        ctx.counts, ctx.buckets = list(map(len, saved)), buckets
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, noise.seed
+        ctx.counts, ctx.layout, ctx.scale, ctx.seed = list(map(len, saved)), layout, scale, seed
         return out_P1HK.squeeze(1).index_select(0, buckets.index_N)
 
     @staticmethod
     def backward(ctx, grad_NHK: Tensor):  # type: ignore
         cos, sin, *saved = ctx.saved_tensors
-        buckets, saved = ctx.buckets, iter(saved)
-        _, H, K = grad_NHK.shape
+        (_, H, K), buckets, saved = grad_NHK.shape, ctx.layout.buckets, iter(saved)
         grad_P1HK = grad_NHK.index_select(0, buckets.tokens_P).index_fill_(0, buckets.padding, 0)[:, None]
         grads_P3HK = grad_NHK.new_empty(len(buckets.tokens_P), 3, H, K)
-        noise = _Noise(ctx.dropout, ctx.seed)
+        noise = None if ctx.seed is None else torch.Generator().manual_seed(ctx.seed)
         for bucket, count in zip(buckets.buckets, ctx.counts, strict=True):
             heads, *kept = itertools.islice(saved, count)
             q, k, v = heads.flatten(1, 2)
@@ -288,33 +287,23 @@ class BucketAttention(torch.autograd.Function):
             for number, part in enumerate(bucket.parts(H)):
                 weights = kept[number] if kept else bucket.weights(q, k, part)
                 grad_weights = torch.bmm(grad[part], v[part].transpose(1, 2))
-                dropped = noise.drop(weights, grad_weights)
+                dropped = _drop(weights, ctx.layout.dropout, noise, grad_weights)
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
                 torch.bmm(grad_scores, k[part], out=grad_q[part])
                 torch.bmm(grad_scores.transpose(1, 2), q[part], out=grad_k[part])
                 torch.bmm(dropped.transpose(1, 2), grad[part], out=grad_v[part])
             _rotate(grads, bucket.heads(grads_P3HK), cos, None if sin is None else -sin, ctx.scale)
-        return grads_P3HK.index_select(0, buckets.index_N), None, None, None, None, None
+        return grads_P3HK.index_select(0, buckets.index_N), None, None, None, None
 
 
-class _Noise:
-    """Dropout of attention weights, drawn part by part from a seed, so that the backward pass draws the same."""
-
-    def __init__(self, probability: float, seed: int | None = None):
-        self.probability, self.seed = probability, seed
-        if probability:
-            self.seed = int(torch.randint(2**62, ())) if seed is None else seed
-            self.generator = torch.Generator().manual_seed(self.seed)
-
-    def drop(self, weights: Tensor, grad: Tensor | None = None) -> Tensor:
-        """The weights after dropout; `grad`, of the dropped weights, becomes in place that of the weights."""
-        if not self.probability:
-            return weights
-        kept = torch.empty_like(weights).bernoulli_(1 - self.probability, generator=self.generator)
-        kept.div_(1 - self.probability)
-        if grad is not None:
-            grad.mul_(kept)
-        return kept.mul_(weights)
+def _drop(weights: Tensor, probability: float, generator: torch.Generator | None, grad: Tensor | None = None) -> Tensor:
+    """The weights after dropout; `grad`, of the dropped weights, becomes in place that of the weights."""
+    if generator is None:
+        return weights
+    kept = torch.empty_like(weights).bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+    if grad is not None:
+        grad.mul_(kept)
+    return kept.mul_(weights)
 
 
 def rotate_pairs(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> None:

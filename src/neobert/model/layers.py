@@ -8,6 +8,7 @@ scales do what norms and magnitudes did.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .attention import Layout, Rotary, attend
 from .kernels import compute_dtype, rms_norm, swiglu
@@ -32,6 +33,14 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x_ND: Tensor) -> Tensor:
         normed = F.layer_norm(x_ND.float(), self.normalized_shape, self.weight.float(), None, self.eps)
         return normed.to(compute_dtype(x_ND))
+
+
+def build_norm(config: PreTrainedConfig) -> nn.Module:
+    """The norm of the variant; nGPT has none."""
+    if config.ngpt:
+        return nn.Identity()
+    width, eps = config.hidden_size, config.norm_eps
+    return RMSNorm(width, eps) if config.rms_norm else LayerNorm(width, eps, bias=False)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -128,11 +137,14 @@ class Block(nn.Module):
     what torch.compile compiles, free of document lengths.
     """
 
-    def __init__(self, attention: Attention, ffn: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.attention_norm, self.ffn_norm = norms
-        self.attention, self.ffn = attention, ffn
-        self.dropout = nn.Dropout(dropout)
+        self.attention_norm, self.ffn_norm = build_norm(config), build_norm(config)
+        base_scale = config.base_scale if config.ngpt else None
+        self.attention = Attention(config.hidden_size, config.num_attention_heads, base_scale)
+        feed_forward = SwiGLU if config.hidden_act == "swiglu" else GELU
+        self.ffn = feed_forward(config.hidden_size, config.intermediate_size, config.ngpt)
+        self.dropout = nn.Dropout(config.dropout_prob)
 
     def project(self, x_ND: Tensor) -> Tensor:
         return self.attention.project(self.attention_norm(x_ND))
@@ -152,10 +164,10 @@ class Block(nn.Module):
 class NormalizedBlock(Block):
     """nGPT's block: h <- unit(h + alpha * (unit(part(h)) - h)) for attention, then for the feed-forward part."""
 
-    def __init__(self, attention: Attention, ffn: nn.Module, width: int, base_scale: float, dropout: float):
-        super().__init__(attention, ffn, (nn.Identity(), nn.Identity()), dropout)
-        self.attention_alpha = LearnedScale(width, 0.05, base_scale)
-        self.ffn_alpha = LearnedScale(width, 0.05, base_scale)
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.attention_alpha = LearnedScale(config.hidden_size, 0.05, config.base_scale)
+        self.ffn_alpha = LearnedScale(config.hidden_size, 0.05, config.base_scale)
 
     def finish(self, x_ND: Tensor, attended_ND: Tensor) -> Tensor:
         x_ND = self._step(x_ND, self.attention.out(attended_ND), self.attention_alpha)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from .attention import FINE_GRANULARITY, Kernel, Layout, Rotary
 from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
-from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
+from .layers import Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, build_norm, unit
 from .unpadding import Lengths, Pooling, UnpaddedBatch, host_lengths
 
 
@@ -98,26 +98,6 @@ def new_states(config: NeoBERTConfig, extra: dict[str, Any]) -> list[Tensor] | N
     return [] if (config.output_hidden_states if asked is None else asked) else None
 
 
-def build_block(config: NeoBERTConfig) -> Block:
-    """One layer of the variant that `config` describes."""
-    width = config.hidden_size
-    feed_forward = SwiGLU if config.hidden_act == "swiglu" else GELU
-    ffn = feed_forward(width, config.intermediate_size, config.ngpt)
-    if config.ngpt:
-        attention = Attention(width, config.num_attention_heads, config.base_scale)
-        return NormalizedBlock(attention, ffn, width, config.base_scale, config.dropout_prob)
-    attention = Attention(width, config.num_attention_heads)
-    return Block(attention, ffn, (build_norm(config), build_norm(config)), config.dropout_prob)
-
-
-def build_norm(config: NeoBERTConfig) -> nn.Module:
-    """The norm of the variant; nGPT has none."""
-    if config.ngpt:
-        return nn.Identity()
-    width, eps = config.hidden_size, config.norm_eps
-    return RMSNorm(width, eps) if config.rms_norm else LayerNorm(width, eps, bias=False)
-
-
 class NeoBERTPreTrainedModel(PreTrainedModel):
     """Initialisation shared by all heads."""
 
@@ -192,7 +172,8 @@ class NeoBERT(NeoBERTPreTrainedModel):
         if not config.rope:  # learned positions count from 1; row 0 stays for padding
             self.embed_positions = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout_prob)
-        self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
+        block = NormalizedBlock if config.ngpt else Block
+        self.layers = nn.ModuleList([block(config) for _ in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.gradient_checkpointing = self.is_compiled = False
         self.attention_kernel: Kernel = "sdpa"
@@ -244,32 +225,27 @@ class NeoBERT(NeoBERTPreTrainedModel):
             end = len(rows_M)
             size = round_up_tokens(max(1, end), rows_M.device.type, compute_dtype(self.embed_tokens.weight))
             chosen = F.pad(rows_M, (0, size - end))
-        x_ND, rotary = self.embed_input(unpadded)
+        config, layout, rotary = self.config, unpadded.layout, None
+        x_ND = self.embed_tokens(unpadded.ids_N)
+        if config.rope:
+            longest = unpadded.shape[1] if layout.lengths is None else max(layout.lengths, default=0)
+            width = config.hidden_size // config.num_attention_heads
+            rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
+        else:
+            x_ND = x_ND + self.embed_positions(unpadded.positions_N + 1)
+        x_ND = self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND)
         for block in self.layers:
             if states is not None:
                 states.append(unpadded.restore(x_ND[:end]))
             wanted = chosen if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(block, x_ND, rotary, unpadded.layout, wanted, use_reentrant=False)
+                x_ND = checkpoint(block, x_ND, rotary, layout, wanted, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rotary, unpadded.layout, wanted)
+                x_ND = block(x_ND, rotary, layout, wanted)
         x_ND = self.norm(x_ND if end is None else x_ND[:end])
         if states is not None:
             states.append(unpadded.restore(x_ND))
         return x_ND
-
-    def embed_input(self, unpadded: UnpaddedBatch) -> tuple[Tensor, Rotary | None]:
-        """What goes into the first block, and the rotations of the tokens where positions are rotary."""
-        config, rotary = self.config, None
-        x_ND = self.embed_tokens(unpadded.ids_N)
-        if config.rope:
-            lengths = unpadded.layout.lengths
-            longest = unpadded.shape[1] if lengths is None else max(lengths, default=0)
-            width = config.hidden_size // config.num_attention_heads
-            rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
-        else:
-            x_ND = x_ND + self.embed_positions(unpadded.positions_N + 1)
-        return self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND), rotary
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths = None, **extra: Any
