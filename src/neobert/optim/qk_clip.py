@@ -30,7 +30,6 @@ from neobert.model.layers import Attention
 from neobert.model.unpadding import host_lengths
 from neobert.optim.sharding import local, local_rows
 
-MAPPING_KEY = "optimizer.muon_config.clipping_layers_mapping"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -156,17 +155,17 @@ class Heads:
     @staticmethod
     def separate(block: nn.Module, names: Mapping[str, str]) -> "Heads":
         """The heads of a block with modules of these names. Raises ConfigError where they cannot be clipped."""
-        kind = type(block).__name__
+        kind, parts = type(block).__name__, dict(block.named_modules())
         for norm in ("q_norm", "k_norm"):
-            if _child(block, norm) is not None:
+            if norm in parts:
                 raise _bad_mapping(f"{kind} normalises q and k ({norm}): their rows cannot be clipped")
-        q, k = (block.get_submodule(names[role]) for role in PROJECTIONS[:2])
         widths = [getattr(block, name, None) for name in ("head_dim", "attention_head_size", "dim_head")]
         width = next((width for width in widths if isinstance(width, int)), None)
         if width is None:
             if (config := getattr(block, "config", None)) is None:
                 raise _bad_mapping(f"{kind} does not say how wide its heads are (head_dim)")
             width = int(config.hidden_size // config.num_attention_heads)
+        q, k = parts[names["q_proj"]], parts[names["k_proj"]]
         num_heads, num_key_heads = (int(one.weight.shape[0]) // width for one in (q, k))
         if num_key_heads < 1 or num_heads % num_key_heads:
             raise _bad_mapping(f"{num_heads} query heads do not share {num_key_heads} key heads evenly")
@@ -187,24 +186,19 @@ def find_separate(model: nn.Module, names: Mapping[str, str], required: bool) ->
     """Blocks that hold all named projections. Raises ConfigError for a name of none, where names are `required`."""
     if unknown := sorted(set(names) - set(PROJECTIONS)):
         raise _bad_mapping(f"no projection {unknown[0]!r}; keys are {', '.join(PROJECTIONS)}")
-    modules = list(model.modules())
-    blocks = [block for block in modules if all(_child(block, name) is not None for name in names.values())]
+    parts = {block: {name for name, _ in block.named_modules() if name} for block in model.modules()}
+    blocks = [block for block, inner in parts.items() if inner.issuperset(names.values())]
     if required and not blocks:
-        missing = [f"{role}: {name}" for role, name in names.items() if not any(_child(b, name) for b in modules)]
+        missing = [
+            f"{role}: {name}" for role, name in names.items() if not any(name in inner for inner in parts.values())
+        ]
         wrong = ", ".join(missing) or "these together"
         raise _bad_mapping(f"no attention block of the model has modules of these names ({wrong})")
     return blocks
 
 
-def _child(block: nn.Module, name: str) -> nn.Module | None:
-    child: nn.Module | None = block
-    for part in name.split("."):
-        child = None if child is None else child._modules.get(part)
-    return child
-
-
 def _bad_mapping(message: str) -> ConfigError:
-    return ConfigError(Problem(MAPPING_KEY, message))
+    return ConfigError(Problem("optimizer.muon_config.clipping_layers_mapping", message))
 
 
 def _real_documents(
