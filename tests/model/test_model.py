@@ -7,10 +7,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.models import VARIANTS, VOCABULARY, assert_same, build, gradients, packed_batch, unpacked
 from neobert.model import kernels, modeling_neobert
-from neobert.model.attention import CPU_CALL, BucketAttention, Layout, Rotary, attend, attend_documents, uses_buckets
+from neobert.model.attention import (
+    CPU_CALL,
+    BucketAttention,
+    Layout,
+    Rotary,
+    UnpaddedBatch,
+    attend,
+    attend_documents,
+    uses_buckets,
+)
 from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, round_up_tokens
 from neobert.model.modeling_neobert import IGNORED, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
-from neobert.model.unpadding import UnpaddedBatch
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -12,17 +12,19 @@ Hidden states are N x D in every layer; only the layout knows where a document b
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Kernel = Literal["sdpa", "flash_attn", "torch_varlen"]
+Pooling = Literal["mean", "avg", "cls", "max"]
+Lengths: TypeAlias = Sequence[int] | Tensor | None  # of the documents in packed rows; None where rows are padded
 GRANULARITY = 32  # documents are padded to a multiple of this many tokens
 FINE_GRANULARITY = 8  # where texts come sorted by length, so that few lengths occur: less padding
 SCORE_BUDGET = 2**21  # attention scores computed at a time: 4 MiB in bfloat16, about the L2 cache
@@ -146,7 +148,7 @@ class Layout:
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
     granularity: int = GRANULARITY  # of the buckets on the CPU
-    padding: int = 0  # tokens after those of the documents, which belong to none (CPU; unpadding.py)
+    padding: int = 0  # tokens after those of the documents, which belong to none (on the CPU)
     _starts: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -162,6 +164,66 @@ class Layout:
         if self._starts is None:
             self._starts = torch.tensor((0, *self.lengths)).cumsum(0).to(device, torch.int32, non_blocking=True)
         return self._starts, max(self.lengths)
+
+
+@dataclass(frozen=True)
+class UnpaddedBatch:
+    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were. After the tokens
+    there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
+    """
+
+    ids_N: Tensor
+    positions_N: Tensor
+    layout: Layout
+    shape: torch.Size
+    kept_N: Tensor | None
+
+    @staticmethod
+    def padded(input_ids: Tensor, attention_mask: Tensor, dropout: float = 0.0) -> "UnpaddedBatch":
+        """The batch with all its padding and a mask of the real tokens: shapes do not depend on what is in it."""
+        mask_BT = attention_mask.bool()
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
+        layout = Layout(mask_BT=mask_BT, dropout=dropout)
+        return UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
+
+    def select(self, x_BT: Tensor) -> Tensor:
+        """The same tokens' values of another B x T tensor, unpadded."""
+        return x_BT.flatten() if self.kept_N is None else x_BT.flatten()[self.kept_N]
+
+    def restore(self, x_ND: Tensor) -> Tensor:
+        """N x D -> B x T x D, zeros in place of padding."""
+        width = x_ND.shape[-1]
+        if self.kept_N is not None:
+            x_ND = x_ND.new_zeros(self.shape.numel(), width).index_copy(0, self.kept_N, x_ND)
+        elif self.layout.mask_BT is not None:
+            x_ND = x_ND.masked_fill(~self.layout.mask_BT.flatten()[:, None], 0)
+        return x_ND.view(*self.shape, width)
+
+    def pool(self, x_ND: Tensor, how: Pooling) -> Tensor:
+        """One vector per document, n x D in float32: its tokens' mean ("mean", "avg"), maximum, or its first one ("cls").
+        Documents are rows, or the pieces of packed rows. Raises ValueError for a document without tokens.
+        """
+        x_ND, lengths = x_ND.float(), self.layout.lengths
+        if lengths is None:
+            mask_BT = self.layout.mask_BT
+            assert mask_BT is not None
+            x_ND, lengths = x_ND[mask_BT.flatten()], mask_BT.sum(1).tolist()
+        check_not_empty(lengths)
+        lengths_n = torch.tensor(lengths, dtype=torch.int64, device=x_ND.device)
+        if how == "cls":
+            return x_ND[lengths_n.cumsum(0) - lengths_n]
+        return torch.segment_reduce(x_ND, "max" if how == "max" else "mean", lengths=lengths_n)
+
+
+def check_not_empty(lengths: Sequence[int]) -> None:
+    """Raises ValueError for a row without tokens, which has no vector."""
+    if 0 in lengths:
+        raise ValueError(f"row {list(lengths).index(0)} has no tokens to pool")
+
+
+def host_lengths(document_lengths: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Lengths of documents as numbers: shapes follow from them, on every device."""
+    return tuple(document_lengths.tolist() if isinstance(document_lengths, Tensor) else document_lengths)
 
 
 def uses_buckets(dtype: torch.dtype) -> bool:

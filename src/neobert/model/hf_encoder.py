@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import Lengths, check_not_empty, host_lengths
 from .embedding import ContrastiveLoss, ContrastiveSettings, EmbeddingHead
 from .modeling_neobert import LossOutput, classify
-from .unpadding import Lengths, check_not_empty, host_lengths
 
 Tensors = dict[str, Tensor]
 
@@ -24,6 +24,8 @@ class HFEncoder(nn.Module):
 
     def __init__(self, encoder: Any, prefix: str = ""):
         super().__init__()
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # of BERT's next-sentence task; vectors are pooled here
         self.config, self.model, self.prefix = encoder.config, encoder, prefix
 
     def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, segments_BT: Tensor | None = None) -> Tensor:
@@ -54,17 +56,15 @@ class HFEncoder(nn.Module):
 class HFEncoderForSequenceClassification(HFEncoder):
     """An encoder under our classifier. `pooling` is "bos" (the first token) or "mean"."""
 
-    def __init__(
-        self, encoder: Any, num_labels: int, pooling: str, classifier_dropout: float, classifier_init_range: float
-    ):
+    def __init__(self, encoder: Any, num_labels: int, pooling: str, dropout: float, init_range: float):
         super().__init__(encoder, f"{encoder.base_model_prefix}.")
         self.pooling = pooling
         width = encoder.config.hidden_size
         self.dense, self.classifier = nn.Linear(width, width), nn.Linear(width, num_labels)
         for layer in (self.dense, self.classifier):
-            nn.init.normal_(layer.weight, std=classifier_init_range)
+            nn.init.normal_(layer.weight, std=init_range)
             nn.init.zeros_(layer.bias)
-        self.dropout = nn.Dropout(classifier_dropout)
+        self.dropout = nn.Dropout(dropout)
         self.takes_segments = "token_type_ids" in inspect.signature(encoder.forward).parameters
 
     def forward(
@@ -84,8 +84,6 @@ class HFEncoderForEmbedding(EmbeddingHead, HFEncoder):
     """An encoder under the contrastive loss. Texts of similar length are padded together, and only those."""
 
     def __init__(self, encoder: Any, settings: ContrastiveSettings, pad_id: int):
-        if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # of BERT's next-sentence task; vectors are pooled here
         super().__init__(encoder)
         self.pad_id = pad_id
         self.contrastive = ContrastiveLoss(settings)

@@ -164,11 +164,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         if missing := -M % size:  # every part has `size` rows
             hidden = F.pad(hidden, (0, 0, 0, missing))
         bias = None if bias_V is None else bias_V.to(dtype)
-        loss_sum = hidden_MD.new_zeros((), dtype=torch.float32)
-        num_correct = labels_M.new_zeros(())
+        loss_sum, num_correct = hidden_MD.new_zeros((), dtype=torch.float32), labels_M.new_zeros(())
         wants_grad = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden if wants_grad else hidden[:0])
-        grad_weight = grad_bias = None
+        grad_hidden, grad_weight = torch.empty_like(hidden if wants_grad else hidden[:0]), None
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, M, size):
             part, real = slice(start, start + size), min(size, M - start)
             logits = F.linear(hidden[part], weight, bias)
@@ -177,11 +176,12 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if wants_grad:
                 logits[real:] = 0
                 torch.mm(logits, weight, out=grad_hidden[part])
-                grad_weight = _accumulate(grad_weight, logits.t() @ hidden[part])
-                grad_bias = None if bias is None else _accumulate(grad_bias, logits.sum(0, dtype=torch.float32))
+                product = logits.t() @ hidden[part]  # several are added in float32, a single one stays as it is
+                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0, dtype=torch.float32)
         if wants_grad:
             grad_weight = torch.zeros_like(weight_VD) if grad_weight is None else grad_weight
-            grad_bias = torch.zeros_like(bias_V) if grad_bias is None and bias is not None else grad_bias
             ctx.save_for_backward(grad_hidden[:M], grad_weight, grad_bias)
         ctx.dtypes = hidden_MD.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(num_correct)
@@ -194,11 +194,6 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         grad_bias = None if grad_bias is None else grad_bias * grad
         grad_hidden, grad_weight = (grad_hidden * grad).to(hidden_dtype), grad_weight.to(weight_dtype).mul_(grad)
         return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-def _accumulate(total: Tensor | None, one: Tensor) -> Tensor:
-    """Sums over several parts are kept in float32; a single part stays as it is."""
-    return one if total is None else total.float().add_(one)
 
 
 def _softmax_loss_(logits_MV: Tensor, labels_M: Tensor, num_correct: Tensor | None, wants_grad: bool) -> Tensor:

@@ -17,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from .attention import FINE_GRANULARITY, Kernel, Layout, Rotary
+from .attention import FINE_GRANULARITY, Kernel, Layout, Lengths, Pooling, Rotary, UnpaddedBatch, host_lengths
 from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
 from .layers import Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, build_norm, unit
-from .unpadding import Lengths, Pooling, UnpaddedBatch, host_lengths
 
 
 class NeoBERTConfig(PreTrainedConfig):
