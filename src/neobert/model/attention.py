@@ -42,9 +42,8 @@ class Rotary:
 
     @staticmethod
     def of(length: int, head_width: int, positions_N: Tensor, base: float = 10_000.0) -> "Rotary":
-        length = (
-            (length + GRANULARITY - 1) // GRANULARITY * GRANULARITY
-        )  # as buckets pad; ONNX rounds negative quotients up
+        """Tables for positions below `length`, and those that buckets pad it with."""
+        length = (length + GRANULARITY - 1) // GRANULARITY * GRANULARITY  # ONNX rounds negative quotients up
         exponents = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32) / head_width
         angles = torch.arange(length, device=positions_N.device)[:, None] * (1.0 / base**exponents)
         return Rotary(angles.cos(), angles.sin(), positions_N)
@@ -227,10 +226,8 @@ def host_lengths(document_lengths: Sequence[int] | Tensor) -> tuple[int, ...]:
 
 
 def uses_buckets(dtype: torch.dtype) -> bool:
-    """Whether ragged attention on the CPU runs as `BucketAttention`, which computes the same as SDPA.
-
-    Measured forward and backward at documents of 8 to 4,096 tokens (`benchmarks/attention.py`): in bfloat16 buckets take
-    half of the time of SDPA without AMX and a third with it; in float32 SDPA takes less at every length, 0.45 to 0.95.
+    """Whether ragged attention on the CPU runs as `BucketAttention`, which computes the same as SDPA: in bfloat16 it takes half
+    of the time without AMX and a third with it; in float32 SDPA takes 0.45 to 0.95 of its time (`benchmarks/attention.py`).
     """
     return dtype is torch.bfloat16
 

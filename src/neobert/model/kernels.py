@@ -1,10 +1,9 @@
-"""RMSNorm, SwiGLU and the cross-entropy by the fastest kernel of the device, chosen by `backend`: "torch", or "liger" (CUDA).
+"""RMSNorm, SwiGLU and the cross-entropy as autograd functions, and what layers ask before they choose a kernel.
 
 Shapes: N tokens, D width, F feed-forward width, M targets, V vocabulary.
-
-On the CPU norm and SwiGLU are single autograd functions: composed of torch's operators, each makes a dozen passes over memory
-and keeps as many copies for the backward pass. Ours keep their input and little more, and work on blocks of rows that stay in
-the cache. While torch.compile traces, the composed form is used. All forms compute the same mathematics, to rounding.
+On the CPU torch's operators make a dozen passes over memory for a norm or SwiGLU, and keep as many copies for the backward
+pass. These keep their input and little more, and work on blocks of rows that stay in the cache. While torch.compile traces,
+layers use the composed form. All forms compute the same mathematics, to rounding.
 """
 
 from collections.abc import Iterator
@@ -47,25 +46,6 @@ def round_up_tokens(rows: int, device_type: str, dtype: torch.dtype) -> int:
         return rows
     granularity = max(1, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // granularity) * granularity
-
-
-def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, backend: str) -> Tensor:
-    """x / rms(x) * weight (arXiv 1910.07467), computed in float32 and returned in the dtype of the products that follow."""
-    if backend == "liger":
-        return liger("functional", "liger_rms_norm")(x_ND, weight_D, eps, in_place=False)
-    if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
-        return FusedRMSNorm.apply(x_ND, weight_D, eps, compute_dtype(x_ND))
-    return F.rms_norm(x_ND.float(), weight_D.shape, weight_D.float(), eps).to(compute_dtype(x_ND))
-
-
-def swiglu(gate_up_N2F: Tensor, backend: str) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202), of N x 2F that holds gate and up side by side."""
-    if gate_up_N2F.device.type == "cpu" and not torch.compiler.is_compiling():
-        return FusedSwiGLU.apply(gate_up_N2F)
-    gate, up = gate_up_N2F.chunk(2, dim=-1)
-    if backend == "liger":
-        return liger("functional", "liger_swiglu")(gate, up)
-    return F.silu(gate) * up
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

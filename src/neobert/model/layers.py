@@ -2,7 +2,7 @@
 
 Shapes: N tokens of the batch, D width, H heads, K = D / H head width, F feed-forward width. No biases anywhere.
 nGPT (arXiv 2410.01131) has no norms: hidden states and the rows or columns of every matrix along D have length 1, and learned
-scales do what norms and magnitudes did.
+scales do what norms and magnitudes did. `kernel_backend` is "torch", or "liger" (on CUDA).
 """
 
 import torch
@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .attention import Layout, Rotary, attend
-from .kernels import compute_dtype, rms_norm, swiglu
+from .kernels import FusedRMSNorm, FusedSwiGLU, compute_dtype, liger
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight (arXiv 1910.07467), computed in float32 and returned in the dtype of the products that follow."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-        self.kernel_backend = "torch"
+    kernel_backend = "torch"
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return rms_norm(x_ND, self.weight, self.eps, self.kernel_backend)
+        if self.kernel_backend == "liger":
+            return liger("functional", "liger_rms_norm")(x_ND, self.weight, self.eps, in_place=False)
+        dtype = compute_dtype(x_ND)
+        if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
+            return FusedRMSNorm.apply(x_ND, self.weight, self.eps, dtype)
+        return F.rms_norm(x_ND.float(), self.normalized_shape, self.weight.float(), self.eps).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -100,12 +101,13 @@ def swiglu_width(intermediate_size: int) -> int:
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202). `gate_up` holds both projections one below the other."""
 
+    kernel_backend = "torch"
+
     def __init__(self, width: int, intermediate_size: int, ngpt: bool = False):
         super().__init__()
         inner = swiglu_width(intermediate_size)
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)  # (2F, D): rows of gate, then up
         self.down = nn.Linear(inner, width, bias=False)
-        self.kernel_backend = "torch"
         self.gate_scale = LearnedScale(inner, width**0.5, 1.0) if ngpt else None
         self.up_scale = LearnedScale(inner, 1.0, 1.0) if ngpt else None
 
@@ -113,7 +115,12 @@ class SwiGLU(nn.Module):
         gate_up = self.gate_up(x_ND)
         if self.gate_scale is not None and self.up_scale is not None:
             gate_up = gate_up * torch.cat((self.gate_scale(), self.up_scale())).to(gate_up.dtype)
-        return self.down(swiglu(gate_up, self.kernel_backend))
+        if gate_up.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.down(FusedSwiGLU.apply(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.kernel_backend == "liger":
+            return self.down(liger("functional", "liger_swiglu")(gate, up))
+        return self.down(F.silu(gate) * up)
 
 
 class GELU(nn.Module):

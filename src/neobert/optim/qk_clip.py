@@ -30,6 +30,9 @@ from neobert.model.layers import Attention
 from neobert.optim.sharding import local, local_rows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+Documents = tuple[
+    Tensor | None, list[Tensor]
+]  # positions in B*T of tokens that are no padding (None: all), their groups
 
 
 @dataclass(frozen=True)
@@ -188,10 +191,8 @@ def find_separate(model: nn.Module, names: Mapping[str, str], required: bool) ->
     parts = {block: {name for name, _ in block.named_modules() if name} for block in model.modules()}
     blocks = [block for block, inner in parts.items() if inner.issuperset(names.values())]
     if required and not blocks:
-        missing = [
-            f"{role}: {name}" for role, name in names.items() if not any(name in inner for inner in parts.values())
-        ]
-        wrong = ", ".join(missing) or "these together"
+        known = set().union(*parts.values())
+        wrong = ", ".join(f"{role}: {name}" for role, name in names.items() if name not in known) or "these together"
         raise _bad_mapping(f"no attention block of the model has modules of these names ({wrong})")
     return blocks
 
@@ -241,9 +242,7 @@ class QKClip:
         if not self._blocks:
             raise _bad_mapping("the model has no attention block that is known; name its projections")
         self._is_armed = False  # the next forward pass is to be looked at
-        self._documents: tuple[Tensor | None, list[Tensor]] | None = (
-            None  # of this pass, where it is looked at: see `_before`
-        )
+        self._documents: Documents | None = None  # of this forward pass, where it is looked at
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
 
@@ -277,7 +276,6 @@ class QKClip:
         return ClipReport(maxima_LH, factors_LH)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the positions in B*T of the tokens that are not padding (None: all), and their documents in groups."""
         if self._is_armed:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             kept_N, lengths = _real_documents(ids, kwargs, self.pad_id)
