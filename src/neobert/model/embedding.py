@@ -130,9 +130,6 @@ class NeoBERTForEmbedding(EmbeddingHead, NeoBERTPreTrainedModel):
         return self.model.embed(input_ids, attention_mask, document_lengths, self.contrastive.settings.pooling)
 
 
-# Losses and measures of vectors of length 1, in float32.
-
-
 def supcon(logits_AC: Tensor, self_A: Tensor, same_AC: Tensor) -> tuple[Tensor, Tensor]:
     """The same with SupCon, L_out of arXiv 2004.11362. `self_A[i]` is anchor i among the candidates, which is neither positive
     nor negative; positives are all other candidates in `same_AC`. An anchor without one adds nothing.

@@ -178,30 +178,28 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self.attention_kernel: Kernel = "sdpa"
         self.post_init()
 
-    def flatten(
-        self, ids_BT: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths = None
-    ) -> UnpaddedBatch:
+    def flatten(self, ids_BT: Tensor, mask_BT: Tensor | None = None, document_lengths: Lengths = None) -> UnpaddedBatch:
         """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out. Raises
         ValueError when `document_lengths` do not sum to B*T, or for a document longer than `max_position_embeddings`.
         """
         (B, T), kind, limit = ids_BT.shape, ids_BT.device.type, self.config.max_position_embeddings
         dropout, kernel = self.config.dropout_prob * self.training, self.attention_kernel
         ids_N, kept_N, lengths = ids_BT.flatten(), None, (T,) * B
-        is_static = document_lengths is None and attention_mask is not None and kind != "cpu" and kernel == "sdpa"
+        is_static = document_lengths is None and mask_BT is not None and kind != "cpu" and kernel == "sdpa"
         if document_lengths is not None:
             lengths = host_lengths(document_lengths)
             if sum(lengths) != B * T or min(lengths, default=1) < 1:
                 raise ValueError(
                     f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens"
                 )
-        elif attention_mask is not None and not is_static:
-            mask_BT = attention_mask.bool()
+        elif mask_BT is not None and not is_static:
+            mask_BT = mask_BT.bool()
             kept_N, lengths = mask_BT.flatten().nonzero().squeeze(1), tuple(mask_BT.sum(1).tolist())
             ids_N = ids_N[kept_N]
         if max(lengths, default=0) > limit:
             raise ValueError(f"a document of {max(lengths)} tokens, but max_position_embeddings is {limit}")
         if is_static:
-            return UnpaddedBatch.padded(ids_BT, attention_mask, dropout)
+            return UnpaddedBatch.padded(ids_BT, mask_BT, dropout)
         lengths_n = torch.tensor(lengths, dtype=torch.int64)
         starts_N = (lengths_n.cumsum(0) - lengths_n).repeat_interleave(lengths_n, output_size=len(ids_N))
         positions_N = (torch.arange(len(ids_N)) - starts_N).to(ids_BT.device)  # from 0 in every document

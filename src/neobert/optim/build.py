@@ -48,29 +48,26 @@ class OptimizerSettings:
     eps: float = 1e-8
     rules: Sequence[GroupRule] = ()
     muon: MuonSettings = field(default_factory=MuonSettings)
+    fused: Mapping[str, int] = field(default_factory=dict)  # endings of names -> matrices that lie one below the other
 
 
-def build_optimizer(
-    named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
-) -> torch.optim.Optimizer:
+def build_optimizer(named_parameters: Named, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer, with torch's fused kernels. The learning rate of a step is to be multiplied by a group's `lr_scale`.
-    `fused` as in `parameter_groups`. Raises ValueError as `parameter_groups` and `Muon` do.
+    Raises ValueError as `parameter_groups` and `Muon` do.
     """
-    groups = parameter_groups(named_parameters, settings, fused)
+    groups = parameter_groups(named_parameters, settings)
+    numbers = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.name == "muonclip":
-        return Muon(groups, settings.lr, settings.betas, settings.eps, settings.muon)
+        return Muon(groups, settings.muon, **numbers)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.name]
-    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return kind(groups, **numbers, fused=True)
 
 
-def parameter_groups(
-    named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Named, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Groups for an optimizer, in order of first appearance; frozen parameters are left out.
 
-    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. `fused`: name endings of matrices that hold several,
-    one below the other, and how many. Raises ValueError for a rule that acts on nothing, for Muon on what is no matrix, and
-    when nothing is left to train.
+    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. Raises ValueError for a rule that acts on nothing, for
+    Muon on what is no matrix, and when nothing is left to train.
     """
     rules, is_muon = settings.rules, settings.name == "muonclip"
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -94,7 +91,7 @@ def parameter_groups(
         group = groups.setdefault(tuple(facts.values()), {"params": [], "param_names": [], "parts": [], **facts})
         group["params"].append(parameter)
         group["param_names"].append(name)
-        group["parts"].append(next((n for ending, n in (fused or {}).items() if name.endswith(ending)), 1))
+        group["parts"].append(next((n for ending, n in settings.fused.items() if name.endswith(ending)), 1))
     for rule in unused:
         names = [name for name, _ in trained]
         why = f"matches no parameter; names are like {', '.join(names[:3])}"

@@ -61,20 +61,13 @@ class Muon(torch.optim.Optimizer):
     """Groups whose `algorithm` is `muon` take matrices; those with `adamw` take anything.
 
     Keys of a group: lr, weight_decay, param_names, parts (per parameter: how many matrices lie in it, one below the other);
-    for adamw: betas, eps. Raises ValueError for groups and settings that cannot work.
+    for adamw: betas, eps. `defaults` are those of all groups. Raises ValueError for groups and settings that cannot work.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[Group],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        settings: MuonSettings | None = None,
-    ):
+    def __init__(self, groups: Iterable[Group], settings: MuonSettings | None = None, **defaults: Any):
         self.settings = settings or MuonSettings()
         quintics(self.settings.method, self.settings.num_steps)
-        super().__init__(list(groups), {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps})
+        super().__init__(list(groups), {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, **defaults})
         for group in self.param_groups:
             for name, parameter, parts in zip(group["param_names"], group["params"], group["parts"], strict=True):
                 if group["algorithm"] == "muon":

@@ -76,6 +76,7 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
     maxima_LH = torch.stack([report.maxima for report in reports]).amax(0)
     factors = torch.stack([report.factors for report in reports])
     in_all_LH = factors.prod(0)
+    clipped = (in_all_LH < 1).nonzero().tolist()
     maxima = [maxima_LH.max().item(), *maxima_LH.amax(1).tolist()]
     in_json = [round(value, 4) if math.isfinite(value) else None for value in maxima]
     return {
@@ -83,10 +84,7 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
         "qk_clipped_heads": int((factors < 1).sum()),
         "qk_min_factor": factors.min().item(),
         "qk_block_max_logits": in_json[1:],
-        "qk_factors": {
-            f"{block}.{head}": round(in_all_LH[block, head].item(), 6)
-            for block, head in (in_all_LH < 1).nonzero().tolist()
-        },
+        "qk_factors": {f"{block}.{head}": round(in_all_LH[block, head].item(), 6) for block, head in clipped},
     }
 
 
@@ -201,9 +199,7 @@ def _bad_mapping(message: str) -> ConfigError:
     return ConfigError(Problem("optimizer.muon_config.clipping_layers_mapping", message))
 
 
-def _real_documents(
-    ids_BT: Tensor, inputs: Mapping[str, Any], pad_id: int | None
-) -> tuple[Tensor | None, Sequence[int]]:
+def _real_documents(ids_BT: Tensor, inputs: dict[str, Any], pad_id: int | None) -> tuple[Tensor | None, Sequence[int]]:
     """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`."""
     mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
     if packed is not None:
