@@ -124,8 +124,7 @@ def linear_cross_entropy(
         dtype = compute_dtype(hidden_MD)
         bias = None if bias_V is None else bias_V.to(dtype)
         fused_loss = loss_class(reduction="sum", accum_dtype=torch.float32)
-        loss_sum = fused_loss(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float()
-        return loss_sum, labels_M.new_zeros(())
+        return fused_loss(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float(), labels_M.new_zeros(())
     return FusedLinearCrossEntropy.apply(hidden_MD, weight_VD, bias_V, labels_M, compute_dtype(hidden_MD), count)
 
 

@@ -161,15 +161,13 @@ class NeoBERT(NeoBERTPreTrainedModel):
 
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
-        head_width, rest = divmod(config.hidden_size, config.num_attention_heads)
-        if rest or (config.rope and head_width % 2):
-            raise ValueError(
-                f"hidden_size {config.hidden_size} does not give {config.num_attention_heads} heads of one"
-                f"{', even' if config.rope else ''} width"
-            )
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads or (config.rope and width // heads % 2):
+            even = ", even" if config.rope else ""
+            raise ValueError(f"hidden_size {width} does not give {heads} heads of one{even} width")
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
         if not config.rope:  # learned positions count from 1; row 0 stays for padding
-            self.embed_positions = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings + 1, width)
         self.dropout = nn.Dropout(config.dropout_prob)
         block = NormalizedBlock if config.ngpt else Block
         self.layers = nn.ModuleList([block(config) for _ in range(config.num_hidden_layers)])
@@ -188,10 +186,8 @@ class NeoBERT(NeoBERTPreTrainedModel):
         is_static = document_lengths is None and mask_BT is not None and kind != "cpu" and kernel == "sdpa"
         if document_lengths is not None:
             lengths = host_lengths(document_lengths)
-            if sum(lengths) != B * T or min(lengths, default=1) < 1:
-                raise ValueError(
-                    f"document_lengths sum to {sum(lengths)}, but the batch has {B} x {T} = {B * T} tokens"
-                )
+            if (total := sum(lengths)) != B * T or min(lengths, default=1) < 1:
+                raise ValueError(f"document_lengths sum to {total}, but the batch has {B} x {T} = {B * T} tokens")
         elif mask_BT is not None and not is_static:
             mask_BT = mask_BT.bool()
             kept_N, lengths = mask_BT.flatten().nonzero().squeeze(1), tuple(mask_BT.sum(1).tolist())

@@ -3,14 +3,13 @@
 Shapes: B rows, T row length, N tokens, H query heads, G key heads (G divides H; head h reads key head h // (H / G)), K head
 width, L attention blocks.
 
-After a step, where S is the largest logit q.k / sqrt(K) of a head in the whole global batch and S exceeds the threshold tau,
-the rows of q are multiplied by (tau/S)^alpha and those of k by (tau/S)^(1 - alpha), which brings that logit to tau
-(Kimi K2, arXiv 2507.20534). Rotary positions keep the lengths of q and k, so this holds with them too. Where query heads share
-a key head, k shrinks by the smallest of their factors and each q by what then remains: every head gets its own factor.
+Where S, the largest logit q.k / sqrt(K) of a head in the whole global batch, exceeds the threshold tau after a step, the rows
+of q are multiplied by (tau/S)^alpha and those of k by (tau/S)^(1 - alpha), which brings that logit to tau (Kimi K2, arXiv
+2507.20534), also with rotary positions, which keep lengths. Where query heads share a key head, k shrinks by the smallest of
+their factors and each q by what then remains.
 
-Maxima are taken inside the forward pass, of float32 products over pairs of tokens of one document, so no activation is kept for
-them. They are reduced over all ranks: replicas that clipped by their own maxima would drift apart. A pass that recomputes
-activations (gradient checkpointing) is not looked at, nor is evaluation.
+Maxima are taken inside the forward pass and reduced over all ranks: replicas that clipped by their own would drift apart. A
+pass that recomputes activations (gradient checkpointing) is not looked at, nor is evaluation.
 """
 
 import itertools
