@@ -18,7 +18,7 @@ def measure(masked_only: bool) -> None:
     import torch
     import torch.nn.functional as F
 
-    from neobert.model.kernels import IGNORED, full_cross_entropy
+    from neobert.model.kernels import IGNORED, full_cross_entropy, linear_cross_entropy
     from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 
     torch.manual_seed(0)
@@ -33,7 +33,8 @@ def measure(masked_only: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if masked_only:
             targets = (labels != IGNORED).nonzero().squeeze(1)
-            loss_sum, _ = model.masked_loss(hidden.index_select(0, targets), labels[targets], count_correct=False)
+            inputs = hidden.index_select(0, targets), model.decoder_weight(), None, labels[targets]
+            loss_sum, _ = linear_cross_entropy(*inputs, "torch")
         else:
             loss_sum, _ = full_cross_entropy(F.linear(hidden, model.decoder_weight()), labels)
     loss_sum.backward()

@@ -57,8 +57,8 @@ class Contestant:
         self.model = NeoBERTForMaskedLM(config)
         self.window = window_of(micro)
         muon = MuonSettings(dtype=self.runtime.dtype or torch.float32)
-        settings = OptimizerSettings(name, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), muon=muon)
-        self.optimizer = build_optimizer(self.model.named_parameters(), settings, PARTS)
+        settings = OptimizerSettings(name, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), muon=muon, fused=PARTS)
+        self.optimizer = build_optimizer(self.model.named_parameters(), settings)
         clip = QKClip(self.model, QKClipSettings(interval=10), pad_id=0) if name == "muonclip" else None
         self.setup = Setup(
             self.model, self.optimizer, self.runtime, lr=lambda step: 1e-4, gradient_clipping=1.0, clip=clip

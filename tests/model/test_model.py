@@ -6,12 +6,19 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.models import VARIANTS, VOCABULARY, assert_same, build, gradients, packed_batch, unpacked
-from neobert.model import kernels
-from neobert.model import unpadding as unpadded
-from neobert.model.attention import CPU_CALL, BucketAttention, Layout, Rotary, attend, attend_documents, uses_buckets
+from neobert.model import kernels, modeling_neobert
+from neobert.model.attention import (
+    CPU_CALL,
+    BucketAttention,
+    Layout,
+    Rotary,
+    UnpaddedBatch,
+    attend,
+    attend_documents,
+    uses_buckets,
+)
 from neobert.model.kernels import FusedRMSNorm, FusedSwiGLU, round_up_tokens
 from neobert.model.modeling_neobert import IGNORED, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
-from neobert.model.unpadding import UnpaddedBatch
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -246,7 +253,7 @@ def test_padding_tokens_change_nothing(variant, monkeypatch):
     filled = outcome()
     assert filled[1].shape == (len(lengths), 32)
     assert filled[0][1]["model.embed_tokens.weight"][0].abs().max() == 0  # the padding's token
-    monkeypatch.setattr(unpadded, "round_up_tokens", lambda rows, *_: rows)
+    monkeypatch.setattr(modeling_neobert, "round_up_tokens", lambda rows, *_: rows)
     monkeypatch.setattr(kernels, "round_up_tokens", lambda rows, *_: rows)
     padding = 0
     plain = outcome()

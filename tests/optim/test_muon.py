@@ -140,8 +140,8 @@ def test_fused_matrices_are_updated_as_the_separate_ones_of_eurobert():
     )
     theirs.load_state_dict(to_eurobert(ours.state_dict()))
     muon = MuonSettings(dtype=torch.float32, weight_decay=0.1)
-    settings = OptimizerSettings("muonclip", lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), muon=muon)
-    optimizers = [build_optimizer(model.named_parameters(), settings, PARTS) for model in (ours, theirs)]
+    settings = OptimizerSettings("muonclip", lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), muon=muon, fused=PARTS)
+    optimizers = [build_optimizer(model.named_parameters(), settings) for model in (ours, theirs)]
     for seed in range(3):
         torch.manual_seed(seed)
         gradients = {name: torch.randn_like(p) for name, p in ours.named_parameters()}
@@ -157,8 +157,8 @@ def test_fused_matrices_are_updated_as_the_separate_ones_of_eurobert():
 
 def muonclip(model, **settings):
     muon = MuonSettings(dtype=torch.float32, **settings)
-    settings = OptimizerSettings("muonclip", lr=0.01, betas=(0.9, 0.99), muon=muon)
-    return build_optimizer(model.named_parameters(), settings, PARTS)
+    settings = OptimizerSettings("muonclip", lr=0.01, betas=(0.9, 0.99), muon=muon, fused=PARTS)
+    return build_optimizer(model.named_parameters(), settings)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -191,7 +191,7 @@ def test_zero_and_absent_gradients():
 def test_matrices_that_do_not_fit():
     named = [("layers.0.w", torch.nn.Parameter(torch.ones(8, 4)))]
     with pytest.raises(ValueError, match=r"layers.0.w has 8 rows, which are not 3 equal matrices"):
-        Muon(parameter_groups(named, OptimizerSettings("muonclip", lr=0.1), {"w": 3}), lr=0.1)
+        Muon(parameter_groups(named, OptimizerSettings("muonclip", lr=0.1, fused={"w": 3})), lr=0.1)
     group = {"params": [torch.nn.Parameter(torch.ones(8))], "param_names": ["v"], "parts": [1], "algorithm": "muon"}
     with pytest.raises(ValueError, match=r"muon takes matrices, and v has shape \(8,\)"):
         Muon([group], lr=0.1)

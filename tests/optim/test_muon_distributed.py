@@ -36,7 +36,7 @@ def optimizer_of(model, **settings):
     muon = MuonSettings(dtype=torch.float32, weight_decay=0.01, **settings)
     fused = {ours: len(parts) for ours, parts in FUSED.items()}
     adamw = {"lr": 2e-3, "weight_decay": 0.01, "betas": (0.9, 0.95)}
-    return build_optimizer(model.named_parameters(), OptimizerSettings("muonclip", **adamw, muon=muon), fused)
+    return build_optimizer(model.named_parameters(), OptimizerSettings("muonclip", **adamw, muon=muon, fused=fused))
 
 
 def train(model, wrapped, rank=None, resume_at=None):

@@ -153,11 +153,11 @@ def test_updates_that_are_due():
     assert [update for update in range(1, 14) if settings.is_due(update)] == [6, 9, 12]
     model = planted(build())
     clip, before = QKClip(model, settings, pad_id=None), qkv(model)
+    clip.see = lambda *_: pytest.fail("update 5 is not due")
     clip.prepare(5, is_last_microbatch=True)
     model(**packed_inputs()[0])
     assert clip.apply(5) is None
     assert all(torch.equal(a, b) for a, b in zip(before, qkv(model), strict=True))
-    assert all(layer.attention.capture is None for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("how", ["checkpointing", "compiled", "both"])

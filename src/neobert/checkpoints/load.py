@@ -55,8 +55,6 @@ def _load_hf_model(folder: Path, head: dict[str, Any]) -> HFEncoderModel:
     if "glue_task" not in head:
         settings = ContrastiveSettings(pooling=head[EMBEDDING]["pooling"])
         return HFEncoderForEmbedding(encoder, settings, encoder.config.pad_token_id or 0)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # as it was trained
     pooling = "bos" if head["pooling"] == "cls" else head["pooling"]
     model = HFEncoderForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
     load_into(model, folder, model.from_checkpoint(load_weights(folder)))

@@ -41,8 +41,8 @@ from neobert.export.source import Source, hf_encoder_config, hf_encoder_tensors,
 from neobert.files import check_target, whole_folder, write_json
 from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.model import modeling_neobert
+from neobert.model.attention import UnpaddedBatch
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
-from neobert.model.unpadding import UnpaddedBatch
 
 RECORD = "export.json"
 ONNX = "onnx/model.onnx"  # where sentence-transformers and optimum look

@@ -18,10 +18,10 @@ from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError
 from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
+from neobert.model.attention import Pooling
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
-from neobert.model.unpadding import Pooling
 from neobert.training.choices import choose_attention, find_kernels, gpu_capability
 from neobert.training.runtime import Runtime, build_runtime
 

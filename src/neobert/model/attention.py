@@ -5,32 +5,26 @@ P tokens with padding, n documents, L padded length, in matrix products B = H*n.
 Hidden states are N x D in every layer; only the layout knows where a document begins. It is one of two kinds:
 
 - ragged: the lengths of the documents, one after the other. Packed rows are this, and so are padded batches on the CPU or
-  with a variable-length kernel, whose padding is left out before the first layer and restored after the last.
+  with a variable-length kernel, whose padding is left out before the first layer and restored after the last. Runs on CUDA by
+  a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel` names one; on the CPU in bfloat16
+  as `BucketAttention`; else as SDPA, one call for documents of the same length.
 - padded: rows of one length with a mask of the real tokens, for SDPA on CUDA, which wants static shapes.
-
-Ragged attention runs on CUDA by a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel`
-names one. On the CPU it runs as `BucketAttention` in bfloat16 (`uses_buckets`). Everything else is SDPA, one call
-for documents of the same length.
-
-`BucketAttention` is batched matrix products over documents of similar length. Documents are padded to a multiple of 32 tokens
-and those of one padded length form a bucket, so that every product is a batch of equal matrices, which is what AMX is fast at,
-and only a few shapes occur. Padding repeats the document's own last token, its keys are masked out and its gradients are zero:
-documents never touch. Forward and backward together take a quarter of the time of one SDPA call per document in bfloat16
-(whose backward is slower than float32's), and 1/50 of one SDPA call with a block mask.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Kernel = Literal["sdpa", "flash_attn", "torch_varlen"]
+Pooling = Literal["mean", "avg", "cls", "max"]
+Lengths: TypeAlias = Sequence[int] | Tensor | None  # of the documents in packed rows; None where rows are padded
 GRANULARITY = 32  # documents are padded to a multiple of this many tokens
 FINE_GRANULARITY = 8  # where texts come sorted by length, so that few lengths occur: less padding
 SCORE_BUDGET = 2**21  # attention scores computed at a time: 4 MiB in bfloat16, about the L2 cache
@@ -153,7 +147,7 @@ class Layout:
     dropout: float = 0.0  # of attention weights; 0 outside training
     kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
     granularity: int = GRANULARITY  # of the buckets on the CPU
-    padding: int = 0  # tokens after those of the documents, which belong to none (CPU; unpadding.py)
+    padding: int = 0  # tokens after those of the documents, which belong to none (on the CPU)
     _starts: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -164,20 +158,76 @@ class Layout:
         return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])), self.granularity)
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
-        """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length. Copied to
-        the device once per batch, as all layers ask for it.
-        """
+        """What variable-length kernels take: int32 starts of the documents and the end, copied once; the longest length."""
         assert self.lengths is not None
         if self._starts is None:
             self._starts = torch.tensor((0, *self.lengths)).cumsum(0).to(device, torch.int32, non_blocking=True)
         return self._starts, max(self.lengths)
 
 
-def uses_buckets(dtype: torch.dtype) -> bool:
-    """Whether ragged attention on the CPU runs as `BucketAttention`, which computes the same as SDPA.
+@dataclass(frozen=True)
+class UnpaddedBatch:
+    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were. After the tokens
+    there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
+    """
 
-    Measured forward and backward at documents of 8 to 4,096 tokens (`benchmarks/attention.py`): in bfloat16 buckets take
-    half of the time of SDPA without AMX and a third with it; in float32 SDPA takes less at every length, 0.45 to 0.95.
+    ids_N: Tensor
+    positions_N: Tensor
+    layout: Layout
+    shape: torch.Size
+    kept_N: Tensor | None
+
+    @staticmethod
+    def padded(input_ids: Tensor, attention_mask: Tensor, dropout: float = 0.0) -> "UnpaddedBatch":
+        """The batch with all its padding and a mask of the real tokens: shapes do not depend on what is in it."""
+        mask_BT = attention_mask.bool()
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
+        layout = Layout(mask_BT=mask_BT, dropout=dropout)
+        return UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
+
+    def select(self, x_BT: Tensor) -> Tensor:
+        """The same tokens' values of another B x T tensor, unpadded."""
+        return x_BT.flatten() if self.kept_N is None else x_BT.flatten()[self.kept_N]
+
+    def restore(self, x_ND: Tensor) -> Tensor:
+        """N x D -> B x T x D, zeros in place of padding."""
+        width = x_ND.shape[-1]
+        if self.kept_N is not None:
+            x_ND = x_ND.new_zeros(self.shape.numel(), width).index_copy(0, self.kept_N, x_ND)
+        elif self.layout.mask_BT is not None:
+            x_ND = x_ND.masked_fill(~self.layout.mask_BT.flatten()[:, None], 0)
+        return x_ND.view(*self.shape, width)
+
+    def pool(self, x_ND: Tensor, how: Pooling) -> Tensor:
+        """One vector per document, n x D in float32: its tokens' mean ("mean", "avg"), maximum, or its first one ("cls").
+        Documents are rows, or the pieces of packed rows. Raises ValueError for a document without tokens.
+        """
+        x_ND, lengths = x_ND.float(), self.layout.lengths
+        if lengths is None:
+            mask_BT = self.layout.mask_BT
+            assert mask_BT is not None
+            x_ND, lengths = x_ND[mask_BT.flatten()], mask_BT.sum(1).tolist()
+        check_not_empty(lengths)
+        lengths_n = torch.tensor(lengths, dtype=torch.int64, device=x_ND.device)
+        if how == "cls":
+            return x_ND[lengths_n.cumsum(0) - lengths_n]
+        return torch.segment_reduce(x_ND, "max" if how == "max" else "mean", lengths=lengths_n)
+
+
+def check_not_empty(lengths: Sequence[int]) -> None:
+    """Raises ValueError for a row without tokens, which has no vector."""
+    if 0 in lengths:
+        raise ValueError(f"row {list(lengths).index(0)} has no tokens to pool")
+
+
+def host_lengths(document_lengths: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Lengths of documents as numbers: shapes follow from them, on every device."""
+    return tuple(document_lengths.tolist() if isinstance(document_lengths, Tensor) else document_lengths)
+
+
+def uses_buckets(dtype: torch.dtype) -> bool:
+    """Whether ragged attention on the CPU runs as `BucketAttention`, which computes the same as SDPA: in bfloat16 it takes half
+    of the time without AMX and a third with it; in float32 SDPA takes 0.45 to 0.95 of its time (`benchmarks/attention.py`).
     """
     return dtype is torch.bfloat16
 
@@ -187,7 +237,7 @@ def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float
     on_cpu = qkv_N3HK.device.type == "cpu"
     if layout.lengths is not None and on_cpu and uses_buckets(qkv_N3HK.dtype):
         cos, sin = (None, None) if rotary is None else (rotary.cos_TK, rotary.sin_TK)
-        return BucketAttention.apply(qkv_N3HK, cos, sin, layout.buckets, scale, layout.dropout)
+        return BucketAttention.apply(qkv_N3HK, cos, sin, layout, scale)
     if layout.lengths is not None and (on_cpu or layout.kernel == "sdpa"):
         if rotary is not None:
             qkv_N3HK = FusedRotary.apply(qkv_N3HK, *rotary.tables_N1K)
@@ -245,7 +295,12 @@ def _attend_equal(qkv_nL3HK: Tensor, dropout: float, scale: float) -> Tensor:
 
 
 class BucketAttention(torch.autograd.Function):
-    """Rotary positions and ragged attention: qkv N x 3 x H x K -> N x H x K.
+    """Rotary positions and ragged attention by batched matrix products: qkv N x 3 x H x K -> N x H x K.
+
+    Documents are padded to a multiple of `GRANULARITY` tokens, and those of one padded length form a bucket: a batch of equal
+    matrices, which is what AMX is fast at, and only a few shapes occur. Padding repeats the document's own last token, its keys
+    are masked out and its gradients are zero: documents never touch. In bfloat16 forward and backward take a quarter of the
+    time of one SDPA call per document, and 1/50 of one with a block mask.
 
     `cos` and `sin` are position x K/2 (every document starts at position 0) or None; `scale` multiplies the scores. Saved for
     the backward pass: the rotated q, k, v of every bucket, and the weights of short documents; those of long ones are
@@ -253,11 +308,12 @@ class BucketAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv_N3HK, cos, sin, buckets: Buckets, scale: float, dropout: float):  # type: ignore
-        _, _, H, K = qkv_N3HK.shape
+    def forward(ctx, qkv_N3HK, cos, sin, layout: Layout, scale: float):  # type: ignore
+        (_, _, H, K), buckets = qkv_N3HK.shape, layout.buckets
         qkv_P3HK = qkv_N3HK.index_select(0, buckets.tokens_P)
         out_P1HK = qkv_N3HK.new_empty(len(buckets.tokens_P), 1, H, K)
-        noise = _Noise(dropout)
+        seed = int(torch.randint(2**62, ())) if layout.dropout else None
+        noise = None if seed is None else torch.Generator().manual_seed(seed)
         saved: list[list[Tensor]] = []
         for bucket in buckets.buckets:
             heads = qkv_N3HK.new_empty(3, H, bucket.num_documents, bucket.length, K)
@@ -267,22 +323,20 @@ class BucketAttention(torch.autograd.Function):
             for part in bucket.parts(H):
                 weights = bucket.weights(q, k, part)
                 kept += [weights] if bucket.length <= KEPT_LENGTH and ctx.needs_input_grad[0] else []
-                torch.bmm(noise.drop(weights), v[part], out=out[part])
+                torch.bmm(_drop(weights, layout.dropout, noise), v[part], out=out[part])
             bucket.heads(out_P1HK).copy_(out.view(1, *heads.shape[1:]))
             saved.append([heads, *kept])
         ctx.save_for_backward(cos, sin, *itertools.chain(*saved))
-        ctx.counts, ctx.buckets = list(map(len, saved)), buckets
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, noise.seed
+        ctx.counts, ctx.layout, ctx.scale, ctx.seed = list(map(len, saved)), layout, scale, seed
         return out_P1HK.squeeze(1).index_select(0, buckets.index_N)
 
     @staticmethod
     def backward(ctx, grad_NHK: Tensor):  # type: ignore
         cos, sin, *saved = ctx.saved_tensors
-        buckets, saved = ctx.buckets, iter(saved)
-        _, H, K = grad_NHK.shape
+        (_, H, K), buckets, saved = grad_NHK.shape, ctx.layout.buckets, iter(saved)
         grad_P1HK = grad_NHK.index_select(0, buckets.tokens_P).index_fill_(0, buckets.padding, 0)[:, None]
         grads_P3HK = grad_NHK.new_empty(len(buckets.tokens_P), 3, H, K)
-        noise = _Noise(ctx.dropout, ctx.seed)
+        noise = None if ctx.seed is None else torch.Generator().manual_seed(ctx.seed)
         for bucket, count in zip(buckets.buckets, ctx.counts, strict=True):
             heads, *kept = itertools.islice(saved, count)
             q, k, v = heads.flatten(1, 2)
@@ -292,33 +346,23 @@ class BucketAttention(torch.autograd.Function):
             for number, part in enumerate(bucket.parts(H)):
                 weights = kept[number] if kept else bucket.weights(q, k, part)
                 grad_weights = torch.bmm(grad[part], v[part].transpose(1, 2))
-                dropped = noise.drop(weights, grad_weights)
+                dropped = _drop(weights, ctx.layout.dropout, noise, grad_weights)
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
                 torch.bmm(grad_scores, k[part], out=grad_q[part])
                 torch.bmm(grad_scores.transpose(1, 2), q[part], out=grad_k[part])
                 torch.bmm(dropped.transpose(1, 2), grad[part], out=grad_v[part])
             _rotate(grads, bucket.heads(grads_P3HK), cos, None if sin is None else -sin, ctx.scale)
-        return grads_P3HK.index_select(0, buckets.index_N), None, None, None, None, None
+        return grads_P3HK.index_select(0, buckets.index_N), None, None, None, None
 
 
-class _Noise:
-    """Dropout of attention weights, drawn part by part from a seed, so that the backward pass draws the same."""
-
-    def __init__(self, probability: float, seed: int | None = None):
-        self.probability, self.seed = probability, seed
-        if probability:
-            self.seed = int(torch.randint(2**62, ())) if seed is None else seed
-            self.generator = torch.Generator().manual_seed(self.seed)
-
-    def drop(self, weights: Tensor, grad: Tensor | None = None) -> Tensor:
-        """The weights after dropout; `grad`, of the dropped weights, becomes in place that of the weights."""
-        if not self.probability:
-            return weights
-        kept = torch.empty_like(weights).bernoulli_(1 - self.probability, generator=self.generator)
-        kept.div_(1 - self.probability)
-        if grad is not None:
-            grad.mul_(kept)
-        return kept.mul_(weights)
+def _drop(weights: Tensor, probability: float, generator: torch.Generator | None, grad: Tensor | None = None) -> Tensor:
+    """The weights after dropout; `grad`, of the dropped weights, becomes in place that of the weights."""
+    if generator is None:
+        return weights
+    kept = torch.empty_like(weights).bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+    if grad is not None:
+        grad.mul_(kept)
+    return kept.mul_(weights)
 
 
 def rotate_pairs(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -1,10 +1,7 @@
-"""Sentence embeddings and their contrastive loss.
+"""Sentence embeddings and their contrastive loss, which is computed in `forward`, over the candidates of all processes.
 
-The loss is computed inside `forward`, over the candidates of all processes. Texts of a step go through the encoder together,
-whatever their role: anchors, positives, then hard negatives. Keys say which texts are the same: a candidate that carries the
-key of an anchor's positive is not a negative of that anchor. Sums are returned, not means: the loop divides by the number of
-anchors of the whole step.
-
+Texts of a step go through the encoder together: anchors, positives, then hard negatives. Keys say which texts are the same: a
+candidate that carries the key of an anchor's positive is not a negative of that anchor. Losses are sums over the anchors.
 Shapes: D width, n texts of this process, B rows of this process, G rows of all, A anchors of this process, C candidates of all.
 """
 
@@ -16,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Lengths, Pooling
 from .modeling_neobert import LossOutput, NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
-from .unpadding import Lengths, Pooling
 
 OBSERVED = 512  # pairs of a batch that alignment and uniformity are computed of
 
@@ -49,10 +46,9 @@ class ContrastiveLoss(nn.Module):
         negative_rows: Tensor,
         num_negatives: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
-        """(loss sum, number correct). `row_keys_G` are the keys of the positives (or labels), `negative_rows` the row of every
-        hard negative, `num_negatives` how many each process has.
-
-        A hard negative with weight w counts e^w times in the denominator (SimCSE, arXiv 2104.08821).
+        """(loss sum, how many anchors are nearest to one of their own). `row_keys_G` are the keys of the positives (or labels),
+        `negative_rows` the row of every hard negative, `num_negatives` how many each process has. A hard negative with weight
+        w counts e^w times in the denominator (SimCSE, arXiv 2104.08821).
         """
         with torch.autocast(embeddings_nD.device.type, enabled=False):
             vectors = F.normalize(embeddings_nD.float(), dim=-1)
@@ -80,7 +76,8 @@ class ContrastiveLoss(nn.Module):
                 return supcon(logits_AC, own_A, same_AC)
             masked_AC = same_AC | (keys_C == anchor_keys_G[rows_A][:, None])
             masked_AC[torch.arange(B, device=vectors.device), own_A] = False
-            return info_nce(logits_AC.masked_fill(masked_AC, -torch.inf), own_A)
+            logits_AC = logits_AC.masked_fill(masked_AC, -torch.inf)  # InfoNCE (arXiv 1807.03748)
+            return F.cross_entropy(logits_AC, own_A, reduction="sum"), (logits_AC.argmax(1) == own_A).sum()
 
     def observe(self) -> tuple[float, float, float]:
         """(alignment, uniformity, 1) of the last batch in training; zeros where it had one row, or none was seen."""
@@ -102,7 +99,7 @@ class EmbeddingHead:
 
     contrastive: ContrastiveLoss
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths) -> Tensor:
         """One vector per row, or per document of packed rows: n x D in float32. Raises ValueError for one without tokens."""
         raise NotImplementedError
 
@@ -110,7 +107,7 @@ class EmbeddingHead:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
+        document_lengths: Lengths = None,
         keys: dict[str, Any] | None = None,
         **_: Any,
     ) -> LossOutput:
@@ -129,25 +126,13 @@ class NeoBERTForEmbedding(EmbeddingHead, NeoBERTPreTrainedModel):
         self.contrastive = ContrastiveLoss(settings or ContrastiveSettings())
         self.post_init()
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths) -> Tensor:
         return self.model.embed(input_ids, attention_mask, document_lengths, self.contrastive.settings.pooling)
 
 
-# Losses and measures of vectors of length 1, in float32.
-
-
-def info_nce(logits_AC: Tensor, own_A: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, how many anchors are nearest to their own positive): InfoNCE (arXiv 1807.03748). Candidate
-    `own_A[i]` is the positive of anchor i, all others with a finite logit are negatives.
-    """
-    return F.cross_entropy(logits_AC, own_A, reduction="sum"), (logits_AC.argmax(1) == own_A).sum()
-
-
 def supcon(logits_AC: Tensor, self_A: Tensor, same_AC: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, how many anchors are nearest to one of their own): SupCon, L_out of arXiv 2004.11362.
-
-    `self_A[i]` is anchor i among the candidates, which is neither positive nor negative. Positives are all other candidates in
-    `same_AC`; an anchor without one adds nothing.
+    """The same with SupCon, L_out of arXiv 2004.11362. `self_A[i]` is anchor i among the candidates, which is neither positive
+    nor negative; positives are all other candidates in `same_AC`. An anchor without one adds nothing.
     """
     is_self_AC = F.one_hot(self_A, logits_AC.shape[1]).bool()
     logits_AC = logits_AC.masked_fill(is_self_AC, -torch.inf)

@@ -1,6 +1,5 @@
-"""Encoders of other libraries' making under our classifier and our contrastive loss: any model that `AutoModel` loads.
+"""Encoders that `AutoModel` loads under our classifier and our contrastive loss, so that peers run under one protocol.
 
-Hidden layer, classifier and losses are those of our own models, so that peers run under one protocol.
 Shapes: B rows, T row length, D width.
 """
 
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import Lengths, check_not_empty, host_lengths
 from .embedding import ContrastiveLoss, ContrastiveSettings, EmbeddingHead
 from .modeling_neobert import LossOutput, classify
-from .unpadding import Lengths, check_not_empty, host_lengths, pool_rows
 
 Tensors = dict[str, Tensor]
 
@@ -25,13 +24,22 @@ class HFEncoder(nn.Module):
 
     def __init__(self, encoder: Any, prefix: str = ""):
         super().__init__()
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # of BERT's next-sentence task; vectors are pooled here
         self.config, self.model, self.prefix = encoder.config, encoder, prefix
 
     def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, segments_BT: Tensor | None = None) -> Tensor:
-        """One vector per row, B x D in float32, as `pool_rows` makes it. `segments_BT` are token types, if any are known."""
+        """One vector per row, B x D in float32: of its first token ("bos", "cls"), or the maximum ("max") or mean of all.
+        `segments_BT` are token types, if any are known.
+        """
         more = {} if segments_BT is None else {"token_type_ids": segments_BT}
-        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state
-        return pool_rows(hidden_BTD, mask_BT.bool(), pooling)
+        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state.float()
+        mask_BT1 = mask_BT.bool()[..., None]
+        if pooling in ("bos", "cls"):
+            return hidden_BTD[torch.arange(len(mask_BT), device=mask_BT.device), mask_BT.bool().int().argmax(1)]
+        if pooling == "max":
+            return hidden_BTD.masked_fill(~mask_BT1, -torch.inf).amax(1)
+        return (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
 
     def normalize_matrices(self) -> None:
         """Nothing: only nGPT has matrices of length 1."""
@@ -48,17 +56,15 @@ class HFEncoder(nn.Module):
 class HFEncoderForSequenceClassification(HFEncoder):
     """An encoder under our classifier. `pooling` is "bos" (the first token) or "mean"."""
 
-    def __init__(
-        self, encoder: Any, num_labels: int, pooling: str, classifier_dropout: float, classifier_init_range: float
-    ):
+    def __init__(self, encoder: Any, num_labels: int, pooling: str, dropout: float, init_range: float):
         super().__init__(encoder, f"{encoder.base_model_prefix}.")
         self.pooling = pooling
         width = encoder.config.hidden_size
         self.dense, self.classifier = nn.Linear(width, width), nn.Linear(width, num_labels)
         for layer in (self.dense, self.classifier):
-            nn.init.normal_(layer.weight, std=classifier_init_range)
+            nn.init.normal_(layer.weight, std=init_range)
             nn.init.zeros_(layer.bias)
-        self.dropout = nn.Dropout(classifier_dropout)
+        self.dropout = nn.Dropout(dropout)
         self.takes_segments = "token_type_ids" in inspect.signature(encoder.forward).parameters
 
     def forward(
@@ -78,13 +84,11 @@ class HFEncoderForEmbedding(EmbeddingHead, HFEncoder):
     """An encoder under the contrastive loss. Texts of similar length are padded together, and only those."""
 
     def __init__(self, encoder: Any, settings: ContrastiveSettings, pad_id: int):
-        if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # of BERT's next-sentence task; vectors are pooled here
         super().__init__(encoder)
         self.pad_id = pad_id
         self.contrastive = ContrastiveLoss(settings)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths | None) -> Tensor:
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, document_lengths: Lengths) -> Tensor:
         if document_lengths is None:
             assert attention_mask is not None
             document_lengths = attention_mask.sum(1)

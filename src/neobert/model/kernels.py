@@ -1,15 +1,9 @@
-"""RMSNorm, SwiGLU and the cross-entropy by the fastest kernel of the device, chosen by `backend`: "torch", or "liger" (CUDA).
+"""RMSNorm, SwiGLU and the cross-entropy as autograd functions, and what layers ask before they choose a kernel.
 
 Shapes: N tokens, D width, F feed-forward width, M targets, V vocabulary.
-
-On the CPU norm and SwiGLU are single autograd functions: composed of torch's operators, each makes a dozen passes over memory
-and keeps as many copies for the backward pass. Ours keep their input and little more, and work on blocks of rows that stay in
-the cache. While torch.compile traces, the composed form is used, which the compiler fuses by itself. All forms compute the
-same mathematics, to rounding.
-
-With V = 30,000 the logits are the largest tensor of a training step by far, and autograd keeps several copies of them.
-`linear_cross_entropy` computes their gradient where they are and in blocks that stay in the cache, multiplies it into the
-gradients of hidden states and weight at once, and forgets it: at most `LOGIT_BUDGET` logits exist at a time.
+On the CPU torch's operators make a dozen passes over memory for a norm or SwiGLU, and keep as many copies for the backward
+pass. These keep their input and little more, and work on blocks of rows that stay in the cache. While torch.compile traces,
+layers use the composed form. All forms compute the same mathematics, to rounding.
 """
 
 from collections.abc import Iterator
@@ -52,25 +46,6 @@ def round_up_tokens(rows: int, device_type: str, dtype: torch.dtype) -> int:
         return rows
     granularity = max(1, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // granularity) * granularity
-
-
-def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, backend: str) -> Tensor:
-    """x / rms(x) * weight (arXiv 1910.07467), computed in float32 and returned in the dtype of the products that follow."""
-    if backend == "liger":
-        return liger("functional", "liger_rms_norm")(x_ND, weight_D, eps, in_place=False)
-    if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
-        return FusedRMSNorm.apply(x_ND, weight_D, eps, compute_dtype(x_ND))
-    return F.rms_norm(x_ND.float(), weight_D.shape, weight_D.float(), eps).to(compute_dtype(x_ND))
-
-
-def swiglu(gate_up_N2F: Tensor, backend: str) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202), of N x 2F that holds gate and up side by side."""
-    if gate_up_N2F.device.type == "cpu" and not torch.compiler.is_compiling():
-        return FusedSwiGLU.apply(gate_up_N2F)
-    gate, up = gate_up_N2F.chunk(2, dim=-1)
-    if backend == "liger":
-        return liger("functional", "liger_swiglu")(gate, up)
-    return F.silu(gate) * up
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -149,13 +124,15 @@ def linear_cross_entropy(
         dtype = compute_dtype(hidden_MD)
         bias = None if bias_V is None else bias_V.to(dtype)
         fused_loss = loss_class(reduction="sum", accum_dtype=torch.float32)
-        loss_sum = fused_loss(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float()
-        return loss_sum, labels_M.new_zeros(())
+        return fused_loss(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float(), labels_M.new_zeros(())
     return FusedLinearCrossEntropy.apply(hidden_MD, weight_VD, bias_V, labels_M, compute_dtype(hidden_MD), count)
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed in the forward pass; the backward pass multiplies them by one number."""
+    """With V = 30,000 the logits are the largest tensor of a step by far, and autograd keeps several copies of them. Here the
+    forward pass computes their gradient where they are, multiplies it into those of hidden states and weight at once, and
+    forgets it: at most `LOGIT_BUDGET` logits exist at a time. The backward pass multiplies the gradients by one number.
+    """
 
     @staticmethod
     def forward(ctx, hidden_MD, weight_VD, bias_V, labels_M, dtype: torch.dtype, count: bool):  # type: ignore
@@ -166,11 +143,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         if missing := -M % size:  # every part has `size` rows
             hidden = F.pad(hidden, (0, 0, 0, missing))
         bias = None if bias_V is None else bias_V.to(dtype)
-        loss_sum = hidden_MD.new_zeros((), dtype=torch.float32)
-        num_correct = labels_M.new_zeros(())
+        loss_sum, num_correct = hidden_MD.new_zeros((), dtype=torch.float32), labels_M.new_zeros(())
         wants_grad = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden if wants_grad else hidden[:0])
-        grad_weight = grad_bias = None
+        grad_hidden, grad_weight = torch.empty_like(hidden if wants_grad else hidden[:0]), None
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, M, size):
             part, real = slice(start, start + size), min(size, M - start)
             logits = F.linear(hidden[part], weight, bias)
@@ -179,11 +155,12 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if wants_grad:
                 logits[real:] = 0
                 torch.mm(logits, weight, out=grad_hidden[part])
-                grad_weight = _accumulate(grad_weight, logits.t() @ hidden[part])
-                grad_bias = None if bias is None else _accumulate(grad_bias, logits.sum(0, dtype=torch.float32))
+                product = logits.t() @ hidden[part]  # several are added in float32, a single one stays as it is
+                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0, dtype=torch.float32)
         if wants_grad:
             grad_weight = torch.zeros_like(weight_VD) if grad_weight is None else grad_weight
-            grad_bias = torch.zeros_like(bias_V) if grad_bias is None and bias is not None else grad_bias
             ctx.save_for_backward(grad_hidden[:M], grad_weight, grad_bias)
         ctx.dtypes = hidden_MD.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(num_correct)
@@ -196,11 +173,6 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         grad_bias = None if grad_bias is None else grad_bias * grad
         grad_hidden, grad_weight = (grad_hidden * grad).to(hidden_dtype), grad_weight.to(weight_dtype).mul_(grad)
         return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-def _accumulate(total: Tensor | None, one: Tensor) -> Tensor:
-    """Sums over several parts are kept in float32; a single part stays as it is."""
-    return one if total is None else total.float().add_(one)
 
 
 def _softmax_loss_(logits_MV: Tensor, labels_M: Tensor, num_correct: Tensor | None, wants_grad: bool) -> Tensor:

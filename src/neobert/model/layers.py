@@ -1,32 +1,31 @@
 """The parts of an encoder block: norms, attention, feed-forward, and nGPT's scales.
 
 Shapes: N tokens of the batch, D width, H heads, K = D / H head width, F feed-forward width. No biases anywhere.
-
-nGPT (arXiv 2410.01131) has no norms: hidden states and the rows or columns of every matrix along D have length 1, and what
-norms and magnitudes did is done by learned scales. `base_scale` is how large those are stored.
+nGPT (arXiv 2410.01131) has no norms: hidden states and the rows or columns of every matrix along D have length 1, and learned
+scales do what norms and magnitudes did. `kernel_backend` is "torch", or "liger" (on CUDA).
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .attention import Layout, Rotary, attend
-from .kernels import compute_dtype, rms_norm, swiglu
+from .kernels import FusedRMSNorm, FusedSwiGLU, compute_dtype, liger
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight (arXiv 1910.07467), computed in float32 and returned in the dtype of the products that follow."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-        self.kernel_backend = "torch"
+    kernel_backend = "torch"
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return rms_norm(x_ND, self.weight, self.eps, self.kernel_backend)
+        if self.kernel_backend == "liger":
+            return liger("functional", "liger_rms_norm")(x_ND, self.weight, self.eps, in_place=False)
+        dtype = compute_dtype(x_ND)
+        if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
+            return FusedRMSNorm.apply(x_ND, self.weight, self.eps, dtype)
+        return F.rms_norm(x_ND.float(), self.normalized_shape, self.weight.float(), self.eps).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -35,6 +34,14 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x_ND: Tensor) -> Tensor:
         normed = F.layer_norm(x_ND.float(), self.normalized_shape, self.weight.float(), None, self.eps)
         return normed.to(compute_dtype(x_ND))
+
+
+def build_norm(config: PreTrainedConfig) -> nn.Module:
+    """The norm of the variant; nGPT has none."""
+    if config.ngpt:
+        return nn.Identity()
+    width, eps = config.hidden_size, config.norm_eps
+    return RMSNorm(width, eps) if config.rms_norm else LayerNorm(width, eps, bias=False)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -60,13 +67,11 @@ class Attention(nn.Module):
     """Self-attention within documents. `qkv` holds the three projections one below the other.
 
     With `base_scale` (nGPT) queries and keys are unit vectors times a learned scale, and the softmax is scaled by sqrt(K).
-    `capture`, where it is set, gets (this module, qkv N x 3 x H x K before rotation, rotary, layout) of every forward pass.
     """
 
     def __init__(self, width: int, num_heads: int, base_scale: float | None = None):
         super().__init__()
         self.num_heads = num_heads
-        self.capture: Callable[[nn.Module, Tensor, Rotary | None, Layout], None] | None = None
         self.qkv = nn.Linear(width, 3 * width, bias=False)  # (3D, D): rows of q, then k, then v
         self.out = nn.Linear(width, width, bias=False)
         self.qk_scale = None if base_scale is None else LearnedScale(width, 1.0, base_scale)
@@ -77,8 +82,6 @@ class Attention(nn.Module):
 
     def forward(self, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> Tensor:
         """What `project` gave -> N x D, before the output projection."""
-        if self.capture is not None:
-            self.capture(self, qkv_N3HK, rotary, layout)
         K = qkv_N3HK.shape[-1]
         if self.qk_scale is None:
             return attend(qkv_N3HK, rotary, layout, K**-0.5).flatten(1)
@@ -98,12 +101,13 @@ def swiglu_width(intermediate_size: int) -> int:
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202). `gate_up` holds both projections one below the other."""
 
+    kernel_backend = "torch"
+
     def __init__(self, width: int, intermediate_size: int, ngpt: bool = False):
         super().__init__()
         inner = swiglu_width(intermediate_size)
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)  # (2F, D): rows of gate, then up
         self.down = nn.Linear(inner, width, bias=False)
-        self.kernel_backend = "torch"
         self.gate_scale = LearnedScale(inner, width**0.5, 1.0) if ngpt else None
         self.up_scale = LearnedScale(inner, 1.0, 1.0) if ngpt else None
 
@@ -111,7 +115,12 @@ class SwiGLU(nn.Module):
         gate_up = self.gate_up(x_ND)
         if self.gate_scale is not None and self.up_scale is not None:
             gate_up = gate_up * torch.cat((self.gate_scale(), self.up_scale())).to(gate_up.dtype)
-        return self.down(swiglu(gate_up, self.kernel_backend))
+        if gate_up.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.down(FusedSwiGLU.apply(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.kernel_backend == "liger":
+            return self.down(liger("functional", "liger_swiglu")(gate, up))
+        return self.down(F.silu(gate) * up)
 
 
 class GELU(nn.Module):
@@ -135,11 +144,14 @@ class Block(nn.Module):
     what torch.compile compiles, free of document lengths.
     """
 
-    def __init__(self, attention: Attention, ffn: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.attention_norm, self.ffn_norm = norms
-        self.attention, self.ffn = attention, ffn
-        self.dropout = nn.Dropout(dropout)
+        self.attention_norm, self.ffn_norm = build_norm(config), build_norm(config)
+        base_scale = config.base_scale if config.ngpt else None
+        self.attention = Attention(config.hidden_size, config.num_attention_heads, base_scale)
+        feed_forward = SwiGLU if config.hidden_act == "swiglu" else GELU
+        self.ffn = feed_forward(config.hidden_size, config.intermediate_size, config.ngpt)
+        self.dropout = nn.Dropout(config.dropout_prob)
 
     def project(self, x_ND: Tensor) -> Tensor:
         return self.attention.project(self.attention_norm(x_ND))
@@ -159,10 +171,10 @@ class Block(nn.Module):
 class NormalizedBlock(Block):
     """nGPT's block: h <- unit(h + alpha * (unit(part(h)) - h)) for attention, then for the feed-forward part."""
 
-    def __init__(self, attention: Attention, ffn: nn.Module, width: int, base_scale: float, dropout: float):
-        super().__init__(attention, ffn, (nn.Identity(), nn.Identity()), dropout)
-        self.attention_alpha = LearnedScale(width, 0.05, base_scale)
-        self.ffn_alpha = LearnedScale(width, 0.05, base_scale)
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.attention_alpha = LearnedScale(config.hidden_size, 0.05, config.base_scale)
+        self.ffn_alpha = LearnedScale(config.hidden_size, 0.05, config.base_scale)
 
     def finish(self, x_ND: Tensor, attended_ND: Tensor) -> Tensor:
         x_ND = self._step(x_ND, self.attention.out(attended_ND), self.attention_alpha)

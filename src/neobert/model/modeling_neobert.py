@@ -2,12 +2,9 @@
 
 Shapes: B rows, T row length, N tokens, D width, V vocabulary, M masked tokens, n documents.
 
-`NeoBERTForMaskedLM` computes its loss inside `forward` from the masked positions only: the decoder is applied to M rows
-instead of N, so logits cost the masking rate (15 %) of the usual memory and time. It returns the *sum* of the losses; the
-caller divides by the number of targets of the whole step, which makes accumulation and data parallelism exact.
-
 A batch is either padded rows with an `attention_mask`, or packed rows with `document_lengths` (their sum is B*T; padding
 at the end of a row counts as a document of its own). Documents do not attend to each other and positions restart in each.
+Losses are computed in `forward` and are sums: the caller divides by the number of targets of the whole step.
 """
 
 from dataclasses import dataclass
@@ -20,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from .attention import FINE_GRANULARITY, Kernel, Rotary
+from .attention import FINE_GRANULARITY, Kernel, Layout, Lengths, Pooling, Rotary, UnpaddedBatch, host_lengths
 from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
-from .layers import GELU, Attention, Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, SwiGLU, unit
-from .unpadding import Lengths, Pooling, UnpaddedBatch, flatten
+from .layers import Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, build_norm, unit
 
 
 class NeoBERTConfig(PreTrainedConfig):
@@ -101,26 +97,6 @@ def new_states(config: NeoBERTConfig, extra: dict[str, Any]) -> list[Tensor] | N
     return [] if (config.output_hidden_states if asked is None else asked) else None
 
 
-def build_block(config: NeoBERTConfig) -> Block:
-    """One layer of the variant that `config` describes."""
-    width = config.hidden_size
-    feed_forward = SwiGLU if config.hidden_act == "swiglu" else GELU
-    ffn = feed_forward(width, config.intermediate_size, config.ngpt)
-    if config.ngpt:
-        attention = Attention(width, config.num_attention_heads, config.base_scale)
-        return NormalizedBlock(attention, ffn, width, config.base_scale, config.dropout_prob)
-    attention = Attention(width, config.num_attention_heads)
-    return Block(attention, ffn, (build_norm(config), build_norm(config)), config.dropout_prob)
-
-
-def build_norm(config: NeoBERTConfig) -> nn.Module:
-    """The norm of the variant; nGPT has none."""
-    if config.ngpt:
-        return nn.Identity()
-    width, eps = config.hidden_size, config.norm_eps
-    return RMSNorm(width, eps) if config.rms_norm else LayerNorm(width, eps, bias=False)
-
-
 class NeoBERTPreTrainedModel(PreTrainedModel):
     """Initialisation shared by all heads."""
 
@@ -185,31 +161,49 @@ class NeoBERT(NeoBERTPreTrainedModel):
 
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
-        head_width, rest = divmod(config.hidden_size, config.num_attention_heads)
-        if rest or (config.rope and head_width % 2):
-            raise ValueError(
-                f"hidden_size {config.hidden_size} does not give {config.num_attention_heads} heads of one"
-                f"{', even' if config.rope else ''} width"
-            )
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads or (config.rope and width // heads % 2):
+            even = ", even" if config.rope else ""
+            raise ValueError(f"hidden_size {width} does not give {heads} heads of one{even} width")
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
         if not config.rope:  # learned positions count from 1; row 0 stays for padding
-            self.embed_positions = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings + 1, width)
         self.dropout = nn.Dropout(config.dropout_prob)
-        self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
+        block = NormalizedBlock if config.ngpt else Block
+        self.layers = nn.ModuleList([block(config) for _ in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.gradient_checkpointing = self.is_compiled = False
         self.attention_kernel: Kernel = "sdpa"
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def flatten(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths | None = None
-    ) -> UnpaddedBatch:
-        """The batch as this model takes it. Raises ValueError for lengths that do not fit it."""
-        longest, dropout = self.config.max_position_embeddings, self.config.dropout_prob * self.training
-        return flatten(input_ids, attention_mask, document_lengths, longest, dropout, self.attention_kernel)
+    def flatten(self, ids_BT: Tensor, mask_BT: Tensor | None = None, document_lengths: Lengths = None) -> UnpaddedBatch:
+        """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out. Raises
+        ValueError when `document_lengths` do not sum to B*T, or for a document longer than `max_position_embeddings`.
+        """
+        (B, T), kind, limit = ids_BT.shape, ids_BT.device.type, self.config.max_position_embeddings
+        dropout, kernel = self.config.dropout_prob * self.training, self.attention_kernel
+        ids_N, kept_N, lengths = ids_BT.flatten(), None, (T,) * B
+        is_static = document_lengths is None and mask_BT is not None and kind != "cpu" and kernel == "sdpa"
+        if document_lengths is not None:
+            lengths = host_lengths(document_lengths)
+            if (total := sum(lengths)) != B * T or min(lengths, default=1) < 1:
+                raise ValueError(f"document_lengths sum to {total}, but the batch has {B} x {T} = {B * T} tokens")
+        elif mask_BT is not None and not is_static:
+            mask_BT = mask_BT.bool()
+            kept_N, lengths = mask_BT.flatten().nonzero().squeeze(1), tuple(mask_BT.sum(1).tolist())
+            ids_N = ids_N[kept_N]
+        if max(lengths, default=0) > limit:
+            raise ValueError(f"a document of {max(lengths)} tokens, but max_position_embeddings is {limit}")
+        if is_static:
+            return UnpaddedBatch.padded(ids_BT, mask_BT, dropout)
+        lengths_n = torch.tensor(lengths, dtype=torch.int64)
+        starts_N = (lengths_n.cumsum(0) - lengths_n).repeat_interleave(lengths_n, output_size=len(ids_N))
+        positions_N = (torch.arange(len(ids_N)) - starts_N).to(ids_BT.device)  # from 0 in every document
+        padding = round_up_tokens(len(ids_N), kind, compute_dtype(ids_BT)) - len(ids_N)
+        if padding:
+            ids_N, positions_N = (torch.cat((x, x.new_zeros(padding))) for x in (ids_N, positions_N))
+        layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel, padding=padding)
+        return UnpaddedBatch(ids_N, positions_N, layout, ids_BT.shape, kept_N)
 
     def encode(
         self, unpadded: UnpaddedBatch, rows_M: Tensor | None = None, states: list[Tensor] | None = None
@@ -224,39 +218,30 @@ class NeoBERT(NeoBERTPreTrainedModel):
             end = len(rows_M)
             size = round_up_tokens(max(1, end), rows_M.device.type, compute_dtype(self.embed_tokens.weight))
             chosen = F.pad(rows_M, (0, size - end))
-        x_ND, rotary = self.embed_input(unpadded)
+        config, layout, rotary = self.config, unpadded.layout, None
+        x_ND = self.embed_tokens(unpadded.ids_N)
+        if config.rope:
+            longest = unpadded.shape[1] if layout.lengths is None else max(layout.lengths, default=0)
+            width = config.hidden_size // config.num_attention_heads
+            rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
+        else:
+            x_ND = x_ND + self.embed_positions(unpadded.positions_N + 1)
+        x_ND = self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND)
         for block in self.layers:
             if states is not None:
                 states.append(unpadded.restore(x_ND[:end]))
             wanted = chosen if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(block, x_ND, rotary, unpadded.layout, wanted, use_reentrant=False)
+                x_ND = checkpoint(block, x_ND, rotary, layout, wanted, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rotary, unpadded.layout, wanted)
+                x_ND = block(x_ND, rotary, layout, wanted)
         x_ND = self.norm(x_ND if end is None else x_ND[:end])
         if states is not None:
             states.append(unpadded.restore(x_ND))
         return x_ND
 
-    def embed_input(self, unpadded: UnpaddedBatch) -> tuple[Tensor, Rotary | None]:
-        """What goes into the first block, and the rotations of the tokens where positions are rotary."""
-        config, rotary = self.config, None
-        x_ND = self.embed_tokens(unpadded.ids_N)
-        if config.rope:
-            lengths = unpadded.layout.lengths
-            longest = unpadded.shape[1] if lengths is None else max(lengths, default=0)
-            width = config.hidden_size // config.num_attention_heads
-            rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
-        else:
-            x_ND = x_ND + self.embed_positions(unpadded.positions_N + 1)
-        return self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND), rotary
-
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
-        **extra: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_lengths: Lengths = None, **extra: Any
     ) -> BaseModelOutput:
         """Hidden states B x T x D; zero where `attention_mask` is. With `output_hidden_states` also what went into each
         block, B x T x D each, and last the same as `last_hidden_state`. Raises ValueError as `new_states`.
@@ -270,7 +255,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
+        document_lengths: Lengths = None,
         pooling: Pooling = "mean",
         states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -296,9 +281,6 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         self.kernel_backend = "torch"
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
     def decoder_weight(self) -> Tensor:
         """V x D; in nGPT with every token's logit scale multiplied in."""
         weight = self.lm_head.weight
@@ -308,7 +290,7 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
+        document_lengths: Lengths = None,
         labels: Tensor | None = None,
         masked_only: bool = False,
         count_correct: bool = False,
@@ -321,19 +303,21 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         """
         states = new_states(self.config, extra)
         unpadded = self.model.flatten(input_ids, attention_mask, document_lengths)
-        labels_N = None if labels is None else unpadded.select(labels)
-        if labels_N is not None:
+        if labels is not None:
+            labels_N = unpadded.select(labels)
             targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
-            self._check_labels(labels_N[targets_M])
+            labels_M = labels_N[targets_M]
+            self._check_labels(labels_M)
             if masked_only:
-                hidden_MD = self.model.encode(unpadded, targets_M)
-                loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
+                hidden_MD, backend = self.model.encode(unpadded, targets_M), self.kernel_backend
+                decoder = self.decoder_weight(), self.lm_head.bias
+                loss_sum, num_correct = linear_cross_entropy(hidden_MD, *decoder, labels_M, backend, count_correct)
                 return LossOutput(loss=loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
         hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
         hidden_states = None if states is None else tuple(states)
         output = LossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
-        if labels_N is not None:
+        if labels is not None:
             output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
             output.loss = output.loss_sum / max(1, len(targets_M))
         return output
@@ -344,11 +328,6 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
             least, most = int(labels_M.min()), int(labels_M.max())
             if not 0 <= least <= most < self.config.vocab_size:
                 raise ValueError(f"labels go up to {most}, but the vocabulary has {self.config.vocab_size} tokens")
-
-    def masked_loss(self, hidden_MD: Tensor, labels_M: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
-        """(sum of the losses, how many targets were the likeliest token), from the hidden states of the targets alone."""
-        weight, bias = self.decoder_weight(), self.lm_head.bias
-        return linear_cross_entropy(hidden_MD, weight, bias, labels_M, self.kernel_backend, count_correct)
 
 
 class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
@@ -366,7 +345,7 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document_lengths: Lengths | None = None,
+        document_lengths: Lengths = None,
         labels: Tensor | None = None,
         **extra: Any,
     ) -> LossOutput:

@@ -1,13 +1,8 @@
 """The optimizer of a run: which parameter is updated how, at what rate, and its state as plain tensors.
 
-Without rules of the user's:
-
-- Weight decay applies to matrices only: not to norms, biases and scalars, and not to embeddings (`embed` in the name), whose
-  rows only get a gradient when their token occurs, so that decay would pull rare tokens to zero. The decoder is a matrix
-  like any other and decays.
-- Muon takes the matrices of numbered encoder layers (`layers.N.` or `layer.N.` in the name); embeddings, decoder, heads,
-  norms and scalars go to AdamW.
-
+Without rules of the user's, weight decay applies to matrices only: not to norms, biases and scalars, and not to embeddings
+(`embed` in the name), whose rows only get a gradient when their token occurs, so that decay would pull rare tokens to zero; the
+decoder decays. Muon takes the matrices of numbered encoder layers (`layers.N.` or `layer.N.` in the name), AdamW all others.
 Rules are ordered patterns over names, as in a shell (`*`, `?`, `[abc]`); the first that matches a name decides for it.
 """
 
@@ -23,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from neobert.optim.muon import Muon, MuonSettings
-from neobert.optim.sharding import local_rows, part_of
+from neobert.optim.sharding import local, local_rows, part_of
 
 Named = Iterable[tuple[str, nn.Parameter]]
 Tensors = dict[str, Tensor]
@@ -53,71 +48,62 @@ class OptimizerSettings:
     eps: float = 1e-8
     rules: Sequence[GroupRule] = ()
     muon: MuonSettings = field(default_factory=MuonSettings)
+    fused: Mapping[str, int] = field(default_factory=dict)  # endings of names -> matrices that lie one below the other
 
 
-def build_optimizer(
-    named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
-) -> torch.optim.Optimizer:
+def build_optimizer(named_parameters: Named, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer, with torch's fused kernels. The learning rate of a step is to be multiplied by a group's `lr_scale`.
-    `fused` as in `parameter_groups`. Raises ValueError as `parameter_groups` and `Muon` do.
+    Raises ValueError as `parameter_groups` and `Muon` do.
     """
-    groups = parameter_groups(named_parameters, settings, fused)
+    groups = parameter_groups(named_parameters, settings)
+    numbers = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.name == "muonclip":
-        return Muon(groups, settings.lr, settings.betas, settings.eps, settings.muon)
+        return Muon(groups, settings.muon, **numbers)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.name]
-    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return kind(groups, **numbers, fused=True)
 
 
-def parameter_groups(
-    named_parameters: Named, settings: OptimizerSettings, fused: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Named, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Groups for an optimizer, in order of first appearance; frozen parameters are left out.
 
-    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. `fused`: name endings of matrices that hold several,
-    one below the other, and how many. Raises ValueError for a rule that acts on nothing, for Muon on what is no matrix, and
-    when nothing is left to train.
+    Keys: params, param_names, algorithm, weight_decay, lr_scale, parts. Raises ValueError for a rule that acts on nothing, for
+    Muon on what is no matrix, and when nothing is left to train.
     """
     rules, is_muon = settings.rules, settings.name == "muonclip"
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    used: set[int | None] = set()
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("there is no parameter to train")
+    unused = list(rules)
     for name, parameter in trained:
-        number = next((number for number, rule in enumerate(rules) if fnmatchcase(name, rule.pattern)), None)
-        used.add(number)
-        rule = GroupRule("*") if number is None else rules[number]
-        facts = _group_facts(name, parameter, rule, settings)
+        rule = next((rule for rule in rules if fnmatchcase(name, rule.pattern)), GroupRule("*"))
+        unused = [other for other in unused if other is not rule]
+        algorithm, decay, is_embedding = rule.algorithm, rule.weight_decay, "embed" in name
+        if algorithm is None:
+            is_encoder_matrix = parameter.ndim == 2 and not is_embedding and _IN_LAYER.search(name) is not None
+            algorithm = "muon" if is_muon and is_encoder_matrix else "adamw"
+        elif algorithm == "muon" and parameter.ndim != 2:
+            raise ValueError(f"pattern {rule.pattern!r} gives {name} to muon, which takes matrices only")
+        if decay is None:
+            decay = settings.muon.weight_decay if algorithm == "muon" else settings.weight_decay
+            decay = decay if parameter.ndim >= 2 and not is_embedding else 0.0
+        facts = {"algorithm": algorithm, "weight_decay": decay, "lr_scale": rule.lr_scale}
         group = groups.setdefault(tuple(facts.values()), {"params": [], "param_names": [], "parts": [], **facts})
         group["params"].append(parameter)
         group["param_names"].append(name)
-        group["parts"].append(next((n for ending, n in (fused or {}).items() if name.endswith(ending)), 1))
-    for number, rule in enumerate(rules):
-        if number not in used:
-            names = [name for name, _ in trained]
-            why = f"matches no parameter; names are like {', '.join(names[:3])}"
-            if any(fnmatchcase(name, rule.pattern) for name in names):
-                why = "acts on nothing: earlier patterns take all parameters that it matches"
-            raise ValueError(f"pattern {rule.pattern!r} {why}")
+        group["parts"].append(next((n for ending, n in settings.fused.items() if name.endswith(ending)), 1))
+    for rule in unused:
+        names = [name for name, _ in trained]
+        why = f"matches no parameter; names are like {', '.join(names[:3])}"
+        if any(fnmatchcase(name, rule.pattern) for name in names):
+            why = "acts on nothing: earlier patterns take all parameters that it matches"
+        raise ValueError(f"pattern {rule.pattern!r} {why}")
     if is_muon and not any(group["algorithm"] == "muon" for group in groups.values()):
         raise ValueError(
             "muonclip found no matrix in a numbered layer (layers.N.*); engines that hand over flattened weights (ZeRO) cannot "
             "be used with it: use adamw, or ZeRO stage 0"
         )
     return list(groups.values())
-
-
-def _group_facts(name: str, parameter: nn.Parameter, rule: GroupRule, settings: OptimizerSettings) -> dict[str, Any]:
-    algorithm, decay, is_embedding = rule.algorithm, rule.weight_decay, "embed" in name
-    if algorithm is None:
-        is_encoder_matrix = parameter.ndim == 2 and not is_embedding and _IN_LAYER.search(name) is not None
-        algorithm = "muon" if settings.name == "muonclip" and is_encoder_matrix else "adamw"
-    elif algorithm == "muon" and parameter.ndim != 2:
-        raise ValueError(f"pattern {rule.pattern!r} gives {name} to muon, which takes matrices only")
-    if decay is None:
-        decay = settings.muon.weight_decay if algorithm == "muon" else settings.weight_decay
-        decay = decay if parameter.ndim >= 2 and not is_embedding else 0.0
-    return {"algorithm": algorithm, "weight_decay": decay, "lr_scale": rule.lr_scale}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -134,14 +120,9 @@ def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]
     """What this process has to save of optimizer state, copied to the CPU, and the first row of each shard. What all have is
     saved by the main one.
     """
-    parts, first_rows = {}, {}
-    for path, tensor in state.items():
-        if isinstance(tensor, DTensor):
-            first_rows[path] = local_rows(tensor).start
-            parts[path] = tensor.to_local().detach().to("cpu", copy=True)
-        elif is_main:
-            parts[path] = tensor.detach().to("cpu", copy=True)
-    return parts, first_rows
+    first_rows = {path: local_rows(tensor).start for path, tensor in state.items() if isinstance(tensor, DTensor)}
+    own = {path: local(tensor).detach() for path, tensor in state.items() if is_main or path in first_rows}
+    return {path: tensor.to("cpu", copy=True) for path, tensor in own.items()}, first_rows
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:

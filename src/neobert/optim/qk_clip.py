@@ -3,24 +3,20 @@
 Shapes: B rows, T row length, N tokens, H query heads, G key heads (G divides H; head h reads key head h // (H / G)), K head
 width, L attention blocks.
 
-After a step, where S is the largest logit q.k / sqrt(K) of a head in the whole global batch and S exceeds the threshold tau,
-the rows of q are multiplied by (tau/S)^alpha and those of k by (tau/S)^(1 - alpha), which brings that logit to tau
-(Kimi K2, arXiv 2507.20534). Rotary positions rotate q and k but keep their lengths, so this holds with them too. Where several
-query heads share a key head, k shrinks by the smallest of their factors and each q by what then remains, so that every head
-gets exactly its own factor.
+Where S, the largest logit q.k / sqrt(K) of a head in the whole global batch, exceeds the threshold tau after a step, the rows
+of q are multiplied by (tau/S)^alpha and those of k by (tau/S)^(1 - alpha), which brings that logit to tau (Kimi K2, arXiv
+2507.20534), also with rotary positions, which keep lengths. Where query heads share a key head, k shrinks by the smallest of
+their factors and each q by what then remains.
 
-Two kinds of attention block are known: our own, whose q, k and v are one matrix, and any block that keeps projections apart
-under names that `clipping_layers_mapping` gives, as transformers' models do. Maxima are taken at once, inside the forward
-pass, so no activation is kept for them: of float32 products, over pairs of tokens of one document only. They are reduced over
-all ranks; replicas that clipped by their own maxima would drift apart. A pass that recomputes activations (gradient
-checkpointing) runs the same code but is not looked at, nor is evaluation.
+Maxima are taken inside the forward pass and reduced over all ranks: replicas that clipped by their own would drift apart. A
+pass that recomputes activations (gradient checkpointing) is not looked at, nor is evaluation.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +24,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neobert.errors import ConfigError, Problem
-from neobert.model.attention import Buckets, Layout, Rotary
+from neobert.model.attention import Buckets, Layout, Rotary, host_lengths
 from neobert.model.layers import Attention
-from neobert.model.unpadding import host_lengths
-from neobert.optim.sharding import local, part_of
+from neobert.optim.sharding import local, local_rows
 
-MAPPING_KEY = "optimizer.muon_config.clipping_layers_mapping"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+Documents = tuple[
+    Tensor | None, list[Tensor]
+]  # positions in B*T of tokens that are no padding (None: all), their groups
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,7 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
     maxima_LH = torch.stack([report.maxima for report in reports]).amax(0)
     factors = torch.stack([report.factors for report in reports])
     in_all_LH = factors.prod(0)
+    clipped = (in_all_LH < 1).nonzero().tolist()
     maxima = [maxima_LH.max().item(), *maxima_LH.amax(1).tolist()]
     in_json = [round(value, 4) if math.isfinite(value) else None for value in maxima]
     return {
@@ -85,10 +83,7 @@ def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
         "qk_clipped_heads": int((factors < 1).sum()),
         "qk_min_factor": factors.min().item(),
         "qk_block_max_logits": in_json[1:],
-        "qk_factors": {
-            f"{block}.{head}": round(in_all_LH[block, head].item(), 6)
-            for block, head in (in_all_LH < 1).nonzero().tolist()
-        },
+        "qk_factors": {f"{block}.{head}": round(in_all_LH[block, head].item(), 6) for block, head in clipped},
     }
 
 
@@ -112,7 +107,9 @@ def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], ch
     num_heads, width = q_NHK.shape[1:]
     q_NHK, k_NGK = q_NHK.detach().float(), k_NGK.detach().float()
     largest_H = q_NHK.new_full((num_heads,), -torch.inf)
-    with _without_tf32():
+    cuda = torch.backends.cuda.matmul
+    tf32, cuda.allow_tf32 = cuda.allow_tf32, False  # whatever `trainer.tf32` is
+    try:
         for group_nT in groups_nT:
             q_BTK = q_NHK[group_nT].transpose(1, 2).flatten(0, 1)
             k_nGKT = k_NGK[group_nT].permute(0, 2, 3, 1)
@@ -120,17 +117,9 @@ def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], ch
             for chunk_BCK in q_BTK.split(chunk_size, 1):
                 largest_B = torch.bmm(chunk_BCK, k_BKT).amax((1, 2))
                 torch.maximum(largest_H, largest_B.view(-1, num_heads).amax(0), out=largest_H)
-    return largest_H * width**-0.5
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """CUDA's float32 products with all their bits, whatever `trainer.tf32` is."""
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        cuda.allow_tf32 = tf32
+    return largest_H * width**-0.5
 
 
 def clip_factors(maxima_H: Tensor, threshold: float, alpha: float, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,15 +129,6 @@ def clip_factors(maxima_H: Tensor, threshold: float, alpha: float, num_key_heads
     logits_H = torch.where(is_over, threshold / maxima, 1.0)
     k_G = logits_H.view(num_key_heads, -1).amin(1) ** (1 - alpha)
     return logits_H, logits_H / k_G.repeat_interleave(len(logits_H) // num_key_heads), k_G
-
-
-@torch.no_grad()
-def scale_rows_(weight: Tensor, factors_R: Tensor, start: int = 0) -> None:
-    """Multiply rows of a matrix, or entries of a bias, from `start` on by a factor each; every rank scales those it holds."""
-    rows = torch.ones(weight.shape[0], dtype=torch.float64, device=factors_R.device)
-    rows[start : start + len(factors_R)] = factors_R
-    scale = rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.ndim - 1))
-    local(weight).mul_(local(part_of(scale, weight)))
 
 
 @dataclass
@@ -174,65 +154,51 @@ class Heads:
     @staticmethod
     def separate(block: nn.Module, names: Mapping[str, str]) -> "Heads":
         """The heads of a block with modules of these names. Raises ConfigError where they cannot be clipped."""
-        kind = type(block).__name__
+        kind, parts = type(block).__name__, dict(block.named_modules())
         for norm in ("q_norm", "k_norm"):
-            if _child(block, norm) is not None:
+            if norm in parts:
                 raise _bad_mapping(f"{kind} normalises q and k ({norm}): their rows cannot be clipped")
-        q, k = (block.get_submodule(names[role]) for role in PROJECTIONS[:2])
         widths = [getattr(block, name, None) for name in ("head_dim", "attention_head_size", "dim_head")]
         width = next((width for width in widths if isinstance(width, int)), None)
         if width is None:
             if (config := getattr(block, "config", None)) is None:
                 raise _bad_mapping(f"{kind} does not say how wide its heads are (head_dim)")
             width = int(config.hidden_size // config.num_attention_heads)
+        q, k = parts[names["q_proj"]], parts[names["k_proj"]]
         num_heads, num_key_heads = (int(one.weight.shape[0]) // width for one in (q, k))
         if num_key_heads < 1 or num_heads % num_key_heads:
             raise _bad_mapping(f"{num_heads} query heads do not share {num_key_heads} key heads evenly")
         return Heads(q, k, 0, num_heads, num_key_heads, width)
 
+    @torch.no_grad()
     def scale_(self, q_H: Tensor, k_G: Tensor) -> None:
-        """Multiply each head's rows of the matrices, and entries of the biases where there are some."""
-        for weight in self.q.parameters(recurse=False):
-            scale_rows_(weight, q_H.repeat_interleave(self.width))
-        for weight in self.k.parameters(recurse=False):
-            scale_rows_(weight, k_G.repeat_interleave(self.width), self.k_start)
+        """Multiply each head's rows of the matrices, and entries of the biases; every rank scales those it holds."""
+        for projection, start, factors in ((self.q, 0, q_H), (self.k, self.k_start, k_G)):
+            for weight in projection.parameters(recurse=False):
+                rows = torch.ones(weight.shape[0], dtype=torch.float64, device=factors.device)
+                rows[start : start + len(factors) * self.width] = factors.repeat_interleave(self.width)
+                scale = rows[local_rows(weight)].to(weight.device, weight.dtype)
+                local(weight).mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
 
 
 def find_separate(model: nn.Module, names: Mapping[str, str], required: bool) -> list[nn.Module]:
     """Blocks that hold all named projections. Raises ConfigError for a name of none, where names are `required`."""
     if unknown := sorted(set(names) - set(PROJECTIONS)):
         raise _bad_mapping(f"no projection {unknown[0]!r}; keys are {', '.join(PROJECTIONS)}")
-    modules = list(model.modules())
-    blocks = [block for block in modules if all(_child(block, name) is not None for name in names.values())]
+    parts = {block: {name for name, _ in block.named_modules() if name} for block in model.modules()}
+    blocks = [block for block, inner in parts.items() if inner.issuperset(names.values())]
     if required and not blocks:
-        missing = [f"{role}: {name}" for role, name in names.items() if not any(_child(b, name) for b in modules)]
-        wrong = ", ".join(missing) or "these together"
+        known = set().union(*parts.values())
+        wrong = ", ".join(f"{role}: {name}" for role, name in names.items() if name not in known) or "these together"
         raise _bad_mapping(f"no attention block of the model has modules of these names ({wrong})")
     return blocks
 
 
-def _child(block: nn.Module, name: str) -> nn.Module | None:
-    child: nn.Module | None = block
-    for part in name.split("."):
-        child = None if child is None else child._modules.get(part)
-    return child
-
-
 def _bad_mapping(message: str) -> ConfigError:
-    return ConfigError(Problem(MAPPING_KEY, message))
+    return ConfigError(Problem("optimizer.muon_config.clipping_layers_mapping", message))
 
 
-@dataclass
-class Documents:
-    """The real documents of the batch in a forward pass."""
-
-    kept_N: Tensor | None  # positions of their tokens in B*T; None: all
-    groups_nT: list[Tensor]  # as `group_documents` makes them, for all blocks
-
-
-def _real_documents(
-    ids_BT: Tensor, inputs: Mapping[str, Any], pad_id: int | None
-) -> tuple[Tensor | None, Sequence[int]]:
+def _real_documents(ids_BT: Tensor, inputs: dict[str, Any], pad_id: int | None) -> tuple[Tensor | None, Sequence[int]]:
     """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`."""
     mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
     if packed is not None:
@@ -259,13 +225,16 @@ class QKClip:
         self, model: nn.Module, settings: QKClipSettings, pad_id: int | None, mapping: Mapping[str, str] | None = None
     ):
         self.settings, self.pad_id = settings, pad_id
-        self._fused = [module for module in model.modules() if isinstance(module, Attention)]
-        self._heads = {block: Heads.fused(block) for block in self._fused}
+        self._blocks: list[Heads] = []
+        for block in model.modules():
+            if isinstance(block, Attention):
+                self._blocks.append(Heads.fused(block))
+                block.register_forward_pre_hook(partial(self._see_fused, self._blocks[-1]))
         names = {"q_proj": "q_proj", "k_proj": "k_proj", **(mapping or {})}
         for block in find_separate(model, names, required=bool(mapping)):
-            self._heads[block] = Heads.separate(block, names)
-            self._watch_projections(block, names)
-        if not self._heads:
+            self._blocks.append(Heads.separate(block, names))
+            self._watch_projections(block, self._blocks[-1])
+        if not self._blocks:
             raise _bad_mapping("the model has no attention block that is known; name its projections")
         self._is_armed = False  # the next forward pass is to be looked at
         self._documents: Documents | None = None  # of this forward pass, where it is looked at
@@ -275,18 +244,14 @@ class QKClip:
     def prepare(self, update: int, is_last_microbatch: bool) -> None:
         """Look at the next forward pass, where that is due for update number `update` (the first is 1)."""
         self._is_armed = self.settings.is_due(update) and (is_last_microbatch or not self.settings.last_microbatch_only)
-        for block in self._fused if self._is_armed else ():
-            block.capture = self._see_fused  # stays until `apply`: recomputation has to run the same code
 
     @torch.no_grad()
     def apply(self, update: int) -> ClipReport | None:
         """Clip after update number `update`; None where it is not due. All ranks have to call it together."""
         self._is_armed = False
-        for block in self._fused:
-            block.capture = None
         if not self.settings.is_due(update):
             return None
-        blocks = list(self._heads.values())
+        blocks = self._blocks
         device = next(blocks[0].q.parameters()).device
         maxima_LH = torch.full((len(blocks), max(heads.num_heads for heads in blocks)), -torch.inf, device=device)
         for heads, row_H in zip(blocks, maxima_LH, strict=True):
@@ -309,24 +274,23 @@ class QKClip:
         if self._is_armed:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             kept_N, lengths = _real_documents(ids, kwargs, self.pad_id)
-            groups_nT = group_documents(lengths, self.settings.chunk_size, ids.device)
-            self._documents = Documents(kept_N, groups_nT)
+            self._documents = kept_N, group_documents(lengths, self.settings.chunk_size, ids.device)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._documents, self._is_armed = None, False
 
-    def _see_fused(self, block: nn.Module, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> None:
-        """`Attention.capture`."""
+    def _see_fused(self, heads: Heads, block: nn.Module, args: tuple[Tensor, Rotary | None, Layout]) -> None:
+        """What `Attention.forward` is called with."""
         if self._documents is not None:
+            qkv_N3HK, rotary, layout = args
             if layout.padding:  # these tokens belong to no document
                 qkv_N3HK = qkv_N3HK[: -layout.padding]
                 rotary = rotary and replace(rotary, positions_N=rotary.positions_N[: -layout.padding])
             q, k, _ = qkv_N3HK.detach().unbind(1)
-            self.see(block, q, k, rotary)
+            self.see(heads, q, k, rotary)
 
-    def _watch_projections(self, block: nn.Module, names: Mapping[str, str]) -> None:
+    def _watch_projections(self, block: nn.Module, heads: Heads) -> None:
         """Hooks on a block whose projections are apart: q and k of a pass are kept until both are there."""
-        heads = self._heads[block]
         seen: dict[Any, Any] = {}
 
         @torch.compiler.disable
@@ -347,22 +311,22 @@ class QKClip:
                 cos, sin = (x[..., :half].expand(len(q_BTD), -1, -1).flatten(0, 1).float() for x in tables)
                 rotary = Rotary(cos, sin, torch.arange(len(cos), device=cos.device))
             q_NHK = q_BTD.reshape(-1, heads.num_heads, heads.width)
-            self.see(block, q_NHK, k_BTD.reshape(-1, heads.num_key_heads, heads.width), rotary)
+            self.see(heads, q_NHK, k_BTD.reshape(-1, heads.num_key_heads, heads.width), rotary)
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
-        for role in PROJECTIONS[:2]:
-            block.get_submodule(names[role]).register_forward_hook(keep)
+        heads.q.register_forward_hook(keep)
+        heads.k.register_forward_hook(keep)
 
     @torch.no_grad()
-    def see(self, block: nn.Module, q_NHK: Tensor, k_NGK: Tensor, rotary: Rotary | None) -> None:
+    def see(self, heads: Heads, q_NHK: Tensor, k_NGK: Tensor, rotary: Rotary | None) -> None:
         """Raise the maxima of a block by the logits of q and k, of all B*T tokens or of those that are not padding."""
-        documents, heads = self._documents, self._heads[block]
-        assert documents is not None
+        assert self._documents is not None
+        kept_N, groups_nT = self._documents
         with torch.autocast(q_NHK.device.type, enabled=False):
             q, k = q_NHK.float(), k_NGK.float()
             if rotary is not None:
                 q, k = rotary.rotate(q), rotary.rotate(k)
-            if documents.kept_N is not None and len(q) != len(documents.kept_N):
-                q, k = (x.index_select(0, documents.kept_N) for x in (q, k))
-            maxima_H = largest_logits(q, k, documents.groups_nT, self.settings.chunk_size)
+            if kept_N is not None and len(q) != len(kept_N):
+                q, k = q.index_select(0, kept_N), k.index_select(0, kept_N)
+            maxima_H = largest_logits(q, k, groups_nT, self.settings.chunk_size)
         heads.maxima_H = maxima_H if heads.maxima_H is None else torch.maximum(heads.maxima_H, maxima_H)

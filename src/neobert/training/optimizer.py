@@ -36,9 +36,10 @@ def build_run_optimizer(config: Config, model: nn.Module, dtype: torch.dtype | N
             dtype=dtype or torch.float32,
             detect_anomalies=muon.detect_anomalies,
         ),
+        fused=fused_parts(getattr(model.config, "model_type", "")),
     )
     try:
-        return build_optimizer(model.named_parameters(), settings, fused_parts(getattr(model.config, "model_type", "")))
+        return build_optimizer(model.named_parameters(), settings)
     except ValueError as error:
         dotted = "optimizer.param_groups" if "pattern" in str(error) else "optimizer.name"
         raise ConfigError(Problem(dotted, str(error))) from None

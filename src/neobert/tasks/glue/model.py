@@ -41,8 +41,6 @@ def build_classifier(
         own.model.gradient_checkpointing = config.trainer.gradient_checkpointing
         return own, encoder.load_own_encoder(weights, own, vocab_size)
     bare = encoder.load_hf_encoder(config, weights.hub, vocab_size, "glue.max_seq_length", glue.max_seq_length)
-    if getattr(bare, "pooler", None) is not None:
-        bare.pooler = None  # of BERT's next-sentence task; our head has a layer of its own
     model = HFEncoderForSequenceClassification(
         bare, task.num_labels, POOLING[glue.pooling], glue.classifier_dropout, glue.classifier_init_range
     )
