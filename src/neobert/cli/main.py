@@ -209,13 +209,15 @@ for name, command, options in COMMANDS:
 
 
 def _prepare_process() -> None:
-    """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files."""
+    """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files.
+    Looking for plugins of pydantic, of which our models have none, reads the metadata of every installed package.
+    """
     quiet = {
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    for name, value in {"TOKENIZERS_PARALLELISM": "true", **quiet}.items():
+    for name, value in {"TOKENIZERS_PARALLELISM": "true", "PYDANTIC_DISABLE_PLUGINS": "1", **quiet}.items():
         os.environ.setdefault(name, value)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not allow

@@ -1,6 +1,5 @@
 """The commands before training: config ..., tokenize, tokenizer train, data, verify-resume."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -78,9 +77,10 @@ def config_diff(
 @config_app.command("schema")
 def config_schema() -> None:
     """The JSON Schema of a configuration, for editors that complete and check YAML."""
+    from neobert.config.explain import plain_json
     from neobert.config.schema import Config
 
-    print(json.dumps(Config.model_json_schema(), indent=1))
+    print(plain_json(Config.model_json_schema(), indent=1))
 
 
 @config_app.command("new")

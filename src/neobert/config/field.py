@@ -21,24 +21,29 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Section(BaseModel):
-    """A mapping of the YAML: unknown keys and wrong types are refused, and nothing can be assigned afterwards."""
+    """A mapping of the YAML: unknown keys and wrong types are refused, and nothing can be assigned afterwards. Validators are
+    built on first use: for a whole configuration that is one, with all sections in it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
     tasks: ClassVar[tuple[str, ...]] = TRAINING  # in which the keys act that name none of their own
 
 
 def key(
-    default: Any, help: str, effect: str, *, tasks: tuple[str, ...] = (), beyond: bool = False,
-    factory: Any = None, **bounds: Any,
-) -> Any:  # fmt: skip
+    default: Any, help: str, effect: str, *, tasks: tuple[str, ...] = (), beyond: bool = False, **bounds: Any
+) -> Any:
     """A field with its default, its help in whole sentences, and where its effect shows. `tasks`: where it acts, if not in all
     tasks of its section; `beyond`: whether the reference has no such key; `bounds`: ge, gt, le, lt, ...
     """
-    extra: dict[str, Any] = {"effect": effect}
-    extra |= {"tasks": list(tasks)} if tasks else {}
-    start: Any = {"default_factory": factory} if factory else {"default": default}
+    extra: dict[str, Any] = {"effect": effect, "tasks": list(tasks)} if tasks else {"effect": effect}
     note = " Beyond the reference." if beyond else ""
-    return Field(description=help + note, json_schema_extra=extra, **start, **bounds)
+    return Field(default, description=help + note, json_schema_extra=extra, **bounds)
+
+
+def section(help: str) -> Any:
+    """A field that holds a section, by default one with all of its keys at their defaults."""
+    return Field({}, description=help, json_schema_extra={"effect": ""}, validate_default=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def describe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]
             yield KeyInfo(
                 key=prefix + name,
                 type=_type_name(field.annotation),
-                default=field.get_default(call_default_factory=True),
+                default=field.get_default(),
                 section=prefix.rstrip(".") or "top",
                 help=field.description or "",
                 choices=list(typing.get_args(literal)) if literal else None,

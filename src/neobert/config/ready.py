@@ -4,7 +4,6 @@ What stands on the hub is not looked for.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from glob import has_magic, iglob
 from pathlib import Path
 
@@ -27,7 +26,7 @@ NO_WEIGHTS = (
 def check_ready(loaded: Loaded) -> None:
     """Raises ConfigError with everything that a run of this configuration would not find."""
     if problems := list(find_missing(loaded.config)):
-        raise ConfigError(*(replace(one, where=loaded.origins.get(one.path, "")) for one in problems))
+        raise ConfigError(*(one._replace(where=loaded.origins.get(one.path, "")) for one in problems))
 
 
 def find_missing(config: Config) -> Iterator[Problem]:
