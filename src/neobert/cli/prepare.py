@@ -113,7 +113,7 @@ def config_keys(
 
     keys = known_keys().values()
     if as_json:
-        print(plain_json([info.as_json() for info in keys], indent=1))
+        print(plain_json([info._asdict() for info in keys], indent=1))
         return
     for info in keys:
         choices = f" ({', '.join(info.choices)})" if info.choices else ""

@@ -1,7 +1,5 @@
 """What a run asks of DeepSpeed: a stage of ZeRO and options of its own, from its JSON, a file of Accelerate, or a launcher.
-
-DeepSpeed's file says how states are split and sent. What it says of batch sizes, precision, clipping, optimizer and schedule
-stands in our own keys; such values are not used, and a message says so. What we have not built (offloading) is refused.
+What that JSON says of our own keys (`OURS`) is not used, and a message says so; what we have not built (offloading) is refused.
 """
 
 import json
@@ -25,14 +23,10 @@ TAKEN = {
 OURS = {
     "train_batch_size": "trainer.per_device_train_batch_size",
     "train_micro_batch_size_per_gpu": "trainer.per_device_train_batch_size",
-    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps",
-    "gradient_clipping": "trainer.gradient_clipping",
-    "bf16": "trainer.mixed_precision",
-    "fp16": "trainer.mixed_precision",
-    "optimizer": "optimizer",
-    "scheduler": "scheduler",
+    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps", "optimizer": "optimizer", "scheduler": "scheduler",
+    "gradient_clipping": "trainer.gradient_clipping", "bf16": "trainer.mixed_precision", "fp16": "trainer.mixed_precision",
     "steps_per_print": "trainer.logging_steps",
-}
+}  # fmt: skip
 OFFLOAD = ("offload_optimizer", "offload_param", "zenflow")
 AUTO = "auto"  # as Hugging Face writes it: take the trainer's value
 
@@ -52,8 +46,7 @@ class Zero:
 
 def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     """What DeepSpeed is to do in this run; None where it is not asked for. Raises ConfigError."""
-    file = config.accelerate_config_file
-    values = {} if file is None else read_yaml(file).values
+    values = {} if config.accelerate_config_file is None else read_yaml(config.accelerate_config_file).values
     section = {} if values.get("deepspeed_config") is None else values["deepspeed_config"]
     if not isinstance(section, dict):
         raise ConfigError(Problem(ACCELERATE, f"deepspeed_config must be a mapping, got {section!r}"))

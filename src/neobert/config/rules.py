@@ -19,9 +19,8 @@ GLUE_LABELS = {"stsb": 1, "mnli": 3, "ax": 3}  # the other tasks have 2
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule about `keys`. `check` is a function, whose docstring describes the rule; or it is the message about those of the
-    keys that were chosen, with the configuration as `{c}`. Then `when` is the condition, `text` the description, and `others`
-    are further keys that take part.
+    """A rule about `keys`. `check` is a function, whose docstring describes the rule; or the message about those of the keys
+    that were chosen, with the configuration as `{c}`, where `when` holds; `text` describes it, and `others` take part.
     """
 
     kind: Literal["ERROR", "WARNING", "PRECEDENCE", "IMPORTANT"]
@@ -69,9 +68,8 @@ def heads_divide_width(config: Config) -> Found:
         best = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
         message = f"{width} is not divisible by num_attention_heads {heads}; {best} heads would fit"
         yield Problem("model.hidden_size", message)
-    elif config.model.rope and (width // heads) % 2:
-        message = f"RoPE needs an even head width; {width} / {heads} = {width // heads}"
-        yield Problem("model.num_attention_heads", message)
+    elif config.model.rope and (head := width // heads) % 2:
+        yield Problem("model.num_attention_heads", f"RoPE needs an even head width; {width} / {heads} = {head}")
 
 
 def rows_fit_model(config: Config) -> Found:
@@ -140,8 +138,7 @@ def resume_needs_a_position(config: Config, has_position: bool = True) -> Found:
 
 def zero_stage(config: Config) -> int:
     """The stage of ZeRO that this process runs in; 0 also without DeepSpeed."""
-    zero = read_zero(config, os.environ)
-    return 0 if zero is None else zero.stage
+    return zero.stage if (zero := read_zero(config, os.environ)) else 0
 
 
 def muonclip_needs_whole_matrices(config: Config) -> Found:
@@ -155,12 +152,12 @@ def zero_updates_copies(config: Config) -> Found:
     module by module, which compiled blocks cannot do.
     """
     stage = zero_stage(config)
+    pieces = f"renormalises matrices, which ZeRO stage {stage} has in pieces; use stage 0, or FSDP2"
+    fetched = "not under ZeRO stage 3, which fetches weights by module; use stage 2 or FSDP2"
     if config.model.ngpt and stage:
-        message = f"renormalises matrices, which ZeRO stage {stage} has in pieces; use stage 0, or FSDP2"
-        yield Problem("model.ngpt", message)
+        yield Problem("model.ngpt", pieces)
     if config.trainer.torch_compile and stage == 3:
-        message = "not under ZeRO stage 3, which fetches weights by module; use stage 2 or FSDP2"
-        yield Problem("trainer.torch_compile", message)
+        yield Problem("trainer.torch_compile", fetched)
 
 
 def packed_sdpa_is_slower(config: Config) -> Found:
