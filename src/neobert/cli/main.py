@@ -44,9 +44,9 @@ NumProcesses = Annotated[
 ]
 
 
-def with_overrides(options: str, name: str | None = None) -> Callable[[Command], Command]:
+def with_overrides(options: str) -> Callable[[Command], Command]:
     """Registers a command that takes a configuration file and, after it, overrides of any key."""
-    return app.command(name, context_settings=WITH_OVERRIDES, options_metavar=f"{options} {OVERRIDES}")
+    return app.command(context_settings=WITH_OVERRIDES, options_metavar=f"{options} {OVERRIDES}")
 
 
 @with_overrides("[--nproc N]")
@@ -120,7 +120,7 @@ def glue(
     names = parse_tasks(tasks or loaded.config.glue.task_name) if is_suite else []
     if is_suite or not predict:
         given = {"--tasks": tasks, "--seeds": seeds}
-        options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        options = [f"{name}={value}" for name, value in given.items() if value is not None]
         options += ["--predict"] if predict else []
         _start(loaded, ["glue", str(config), *context.args, *options], nproc)
     elif nproc is not None:
@@ -162,9 +162,7 @@ def _run(command: str, task: str | None, first: Path, arguments: list[str], npro
 
 
 def _start(loaded: "Loaded", command: list[str], nproc: int | None) -> None:
-    """Check what a run needs. Where `--nproc` or a file of Accelerate ask for several processes, run `neobert <command>` in
-    them and exit as they do.
-    """
+    """Check what a run needs. Where several processes are asked for, run `neobert <command>` in them and exit as they do."""
     from neobert.config.ready import check_ready
 
     check_ready(loaded)
@@ -191,34 +189,27 @@ def _train(loaded: "Loaded") -> None:
         raise Exit(finished.exit_code)
 
 
-COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
-    ("report", models.report, None),
-    ("data", prepare.data, "[--rows N] [--documents N]"),
-    ("verify-resume", prepare.verify_resume, "[--steps N]"),
-    ("tokenize", prepare.tokenize, None),
-    ("fill-mask", models.fill_mask, None),
-    ("embed", models.embed, None),
-    ("similarity", models.similarity, None),
-    ("mteb", models.mteb, "[--model PATH]"),
-    ("pseudo-perplexity", models.pseudo_perplexity, None),
-    ("export", models.export, None),
-    ("import", models.import_, None),
-)
-for name, command, options in COMMANDS:
-    (with_overrides(options, name) if options else app.command(name))(command)
+app.command()(models.report)
+with_overrides("[--rows N] [--documents N]")(prepare.data)
+with_overrides("[--steps N]")(prepare.verify_resume)
+app.command()(prepare.tokenize)
+app.command()(models.fill_mask)
+app.command()(models.embed)
+app.command()(models.similarity)
+with_overrides("[--model PATH]")(models.mteb)
+app.command()(models.pseudo_perplexity)
+app.command()(models.export)
+app.command("import")(models.import_)
 
 
 def _prepare_process() -> None:
     """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files.
     Looking for plugins of pydantic, of which our models have none, reads the metadata of every installed package.
     """
-    quiet = {
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    for name, value in {"TOKENIZERS_PARALLELISM": "true", "PYDANTIC_DISABLE_PLUGINS": "1", **quiet}.items():
-        os.environ.setdefault(name, value)
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "PYDANTIC_DISABLE_PLUGINS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))

@@ -111,11 +111,10 @@ def config_keys(
     from neobert.config.explain import plain_json
     from neobert.config.schema import known_keys
 
-    keys = known_keys().values()
     if as_json:
-        print(plain_json([info._asdict() for info in keys], indent=1))
+        print(plain_json([info._asdict() for info in known_keys().values()], indent=1))
         return
-    for info in keys:
+    for info in known_keys().values():
         choices = f" ({', '.join(info.choices)})" if info.choices else ""
         print(f"{info.key}: {info.type} = {plain_json(info.default)}{choices}\n    {info.help}")
 
@@ -155,9 +154,8 @@ def tokenize(
     if manifest is None:
         print("not whole yet: the other parts are missing")
         return
-    skipped = manifest.describe_skipped()
-    counts = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
-    print(f"whole: {counts}" + (f"; {skipped}" if skipped else ""))
+    skipped = manifest.describe_skipped("; {}")
+    print(f"whole: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens{skipped}")
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -186,17 +184,15 @@ def tokenizer_train(
       neobert tokenizer train corpus/ -o tokenizer --kind bpe --cased
     """
     if kind == "bpe" and vocab_size < 261 + 1:
-        raise ConfigError(
-            Problem("--vocab-size", "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more")
-        )
+        problem = "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more"
+        raise ConfigError(Problem("--vocab-size", problem))
     from neobert.data.tokenizer import train_from_files
 
     size, skips = train_from_files(
         files, text_column, os.isatty(2), output=output, vocab_size=vocab_size, lowercase=not cased, max_length=max_length,
         kind=kind,
     )  # fmt: skip
-    note = skips.describe(form="\nnote: {}")
-    print(f"{output}: {size:,} tokens{note}")
+    print(f"{output}: {size:,} tokens" + skips.describe(form="\nnote: {}"))
     print(f"next: neobert pretrain CONFIG --tokenizer.path {output}")
 
 
