@@ -8,12 +8,9 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than is allowed here",
-    errno.EROFS: "read-only",
-    errno.EIO: "the disk does not work",
-}
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only",
+    errno.EFBIG: "the file is larger than is allowed here", errno.EIO: "the disk does not work",
+}  # fmt: skip
 
 
 class UserError(ValueError):

@@ -27,16 +27,12 @@ if TYPE_CHECKING:
     from neobert.config.load import Loaded
 
 app = typer.Typer(
-    name="neobert",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+    name="neobert", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train your own text encoder: raw text in; tokenizer, masked-LM pretraining, a checkpoint that transformers loads.",
     epilog="First steps:  neobert tokenizer train TEXT... -o tokenizer   |   neobert pretrain CONFIG   |   "
     'neobert fill-mask CHECKPOINT "some [MASK] text"',
-)
+)  # fmt: skip
 app.add_typer(prepare.config_app, name="config")
 app.add_typer(prepare.tokenizer_app, name="tokenizer")
 NumProcesses = Annotated[
@@ -97,13 +93,11 @@ def contrastive(context: Context, config: ConfigFile, nproc: NumProcesses = None
 
 @with_overrides("[OPTIONS]")
 def glue(
-    context: Context,
-    config: ConfigFile,
-    nproc: NumProcesses = None,
+    context: Context, config: ConfigFile, nproc: NumProcesses = None,
     tasks: Annotated[str | None, Option(help="`all`, or names: cola,rte. A suite: one run per task and seed.")] = None,
     seeds: Annotated[int | None, Option(min=1, max=1000, help="Runs per task, from `seed` up.")] = None,
     predict: Annotated[bool, Option("--predict", help="Write the files that GLUE's server takes.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Fine-tune on GLUE: one task, or a suite over tasks and seeds with a table.
 
     A suite that was stopped goes on with the runs that are missing. Its table is on the terminal and in

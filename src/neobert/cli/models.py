@@ -133,15 +133,13 @@ def embed(
         Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder.")],
     output: Annotated[Path, Option("-o", "--output", help="File to write: .npy or .parquet.")],
     column: Annotated[str | None, Option(help="Column of the texts [text, or the only one].")] = None,
-    pooling: PoolingOption = None,
-    prompt: PromptOption = None,
+    pooling: PoolingOption = None, prompt: PromptOption = None,
     normalize: Annotated[bool | None,
         Option("--normalize/--no-normalize", help="Give every vector length 1 [as the folder says, else yes].")] = None,
     max_length: Annotated[int | None, Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
     batch_tokens: Annotated[int | None,
         Option(min=1, help="Tokens computed at a time [2048 on a CPU, else 32768].")] = None,
-    bf16: Bf16 = False,
-    force: Force = False,
+    bf16: Bf16 = False, force: Force = False,
 ) -> None:  # fmt: skip
     """A vector for every text of a file, in the order of its rows.
 
@@ -171,9 +169,8 @@ def embed(
 def similarity(
     checkpoint: EncoderFolder,
     texts: Annotated[list[str], Argument(metavar="TEXT TEXT...", help="Two texts or more.")],
-    pooling: PoolingOption = None,
-    prompt: PromptOption = None,
-) -> None:
+    pooling: PoolingOption = None, prompt: PromptOption = None,
+) -> None:  # fmt: skip
     """Cosine similarity of the first text to each of the others.
 
     \b
@@ -204,8 +201,7 @@ def export(
     normalize: Annotated[bool, Option("--normalize/--no-normalize", help="Embeddings of length 1.")] = True,
     prompt: Annotated[list[str] | None, Option("--prompt", metavar="NAME=TEXT",
         help="With --sentence-transformers: a prompt, as query='query: '. Repeat.")] = None,
-    tolerance: Tolerance = None,
-    replace: Replace = False,
+    tolerance: Tolerance = None, replace: Replace = False,
 ) -> None:  # fmt: skip
     """A checkpoint as a folder that every Hugging Face tool loads, with the same numbers.
 
@@ -222,11 +218,13 @@ def export(
     from neobert.export.write import Wanted, export_model
     from neobert.inference.sentence_transformers import Embedding, parse_pooling
 
-    embedding, pairs = None, [one.partition("=") for one in prompt or []]
+    embedding, prompts = None, dict[str, str]()
     if sentence_transformers:
-        if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[1])]:
-            raise UserError(f"--prompt: expected NAME=TEXT, got {wrong[0]!r}")
-        prompts = {name: text for name, _, text in pairs}
+        for one in prompt or []:
+            name, equals, text = one.partition("=")
+            if not (name and equals):
+                raise UserError(f"--prompt: expected NAME=TEXT, got {one!r}")
+            prompts[name] = text
         embedding = Embedding(parse_pooling(pooling) if pooling else None, normalize, prompts)
     elif pooling is not None or prompt or not normalize:
         raise UserError("--pooling, --prompt and --no-normalize: have no effect without --sentence-transformers")
@@ -239,10 +237,9 @@ def import_(
         Argument(help="Folder of a published NeoBERT, of a EuroBERT, or of what `neobert export` wrote.")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
     tokenizer: Annotated[str | None, Option(help="Folder of the tokenizer, where SOURCE has none.")] = None,
-    trust_remote_code: Annotated[bool,
-        Option("--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it.")] = False,
-    tolerance: Tolerance = None,
-    replace: Replace = False,
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code",
+        help="Run code in SOURCE that is not this version's, to verify against it.")] = False,
+    tolerance: Tolerance = None, replace: Replace = False,
 ) -> None:  # fmt: skip
     """A model from elsewhere as a checkpoint to continue from or to fine-tune.
 

@@ -124,13 +124,12 @@ def tokenize(
     output: Annotated[Path, Option("-o", "--output", help="Folder of the tokens.")],
     tokenizer: Annotated[str, Option("-t", "--tokenizer", help="Folder of a tokenizer, or its name on the hub.")],
     num_proc: Annotated[int | None, Option(min=1, max=1024, help="Threads [one per core].")] = None,
-    shard: Annotated[
-        str, Option(metavar="I/N", help="Make every N-th shard from the I-th, counted from 1: for array jobs.")
-    ] = "1/1",
+    shard: Annotated[str,
+        Option(metavar="I/N", help="Make every N-th shard from the I-th, counted from 1: for array jobs.")] = "1/1",
     split: Annotated[str | None, Option(help="Split, or a slice of one, as train[:10%].")] = None,
     text_column: TextColumn = None,
     refuse: Annotated[bool, Option("--refuse-bad-rows", help="Stop at rows without usable text.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Tokenise a corpus before training, into a folder that dataset.path takes.
 
     Started again after a crash, it goes on with the shards that are missing. Machines that share the folder may each
@@ -197,11 +196,10 @@ def tokenizer_train(
 
 
 def data(
-    context: Context,
-    config: ConfigFile,
+    context: Context, config: ConfigFile,
     rows: Annotated[int, Option(min=0, max=100, help="Rows to show.")] = 3,
     documents: Annotated[int, Option(min=1, help="Documents to look at for the figures.")] = 2000,
-) -> None:
+) -> None:  # fmt: skip
     """What training will see: rows with their documents and masks, lengths, fill, tokens per epoch, share cut.
 
     \b

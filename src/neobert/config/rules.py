@@ -177,20 +177,20 @@ def warmup_fits_run(config: Config) -> Found:
 
 def keys_act_in_their_task(config: Config) -> Found:
     """A key acts in the tasks that its description names, or in all of them."""
-    by_section: dict[str, list[str]] = {}
     acting: set[str] = set()
+    inert: dict[str, list[str]] = {}
     for key, info in known_keys().items():
-        section, dot, _ = key.partition(".")
+        section = key.partition(".")[0]
         if config.task in info.tasks:
             acting.add(section)
         elif config.is_chosen(key):
-            by_section.setdefault(section if dot else key, []).append(key)
-    for section, chosen in by_section.items():
-        message = f"has no effect in task: {config.task}"
-        if section in acting or section in chosen:
-            yield from (Problem(key, message) for key in chosen)
+            inert.setdefault(section, []).append(key)
+    message = f"has no effect in task: {config.task}"
+    for section, keys in inert.items():
+        if section in acting or section in keys:
+            yield from (Problem(key, message) for key in keys)
         else:
-            yield Problem(min(chosen), f"{message}, nor has the rest of {section}")
+            yield Problem(min(keys), f"{message}, nor has the rest of {section}")
 
 
 def classifier_range_of_glue_wins(config: Config) -> Found:
