@@ -2,11 +2,9 @@
 What that JSON says of our own keys (`OURS`) is not used, and a message says so; what we have not built (offloading) is refused.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
@@ -31,12 +29,11 @@ OFFLOAD = ("offload_optimizer", "offload_param", "zenflow")
 AUTO = "auto"  # as Hugging Face writes it: take the trainer's value
 
 
-@dataclass(frozen=True)
-class Zero:
+class Zero(NamedTuple):
     """DeepSpeed's configuration, without what is ours: `options["zero_optimization"]["stage"]` is 0 to 3."""
 
     options: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     @property
     def stage(self) -> int:
@@ -62,11 +59,12 @@ def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     if file := config.trainer.deepspeed_config_file or named:
         return _read_file(str(file))
     stage = str(environment.get(STAGE, section.get("zero_stage", DEFAULT_STAGE)))
-    return Zero({"zero_optimization": _with_stage({}, stage, ACCELERATE)})
+    return Zero({"zero_optimization": _with_stage({}, stage, ACCELERATE)}, [])
 
 
 def _read_file(path: str) -> Zero:
     """DeepSpeed's own JSON. Raises ConfigError for what is not one, and for options that are not supported."""
+    import json
 
     def refuse(problem: str) -> NoReturn:
         raise ConfigError(Problem(KEY, f"{path}: {problem}")) from None

@@ -8,8 +8,7 @@ itself: a newer one may set the new name of what an older one set by the old nam
 """
 
 import copy
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,10 +139,18 @@ def nearest_key(dotted: str) -> str:
     keys |= {name: name for key in known_keys() for name in (key, key.rpartition(".")[0]) if name}
     section, _, name = dotted.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
-    found = siblings[near[0]] if near else next((key for key in keys if key.rpartition(".")[2] == name), None)
-    found = found or next(iter(difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)), None)
+    found = siblings.get(_closest(name, siblings, 0.7)) or next(
+        (key for key in keys if key.rpartition(".")[2] == name), ""
+    )
+    found = found or _closest(dotted, keys, 0.75)
     return f"; did you mean {keys[found]}?" if found else "; `neobert config keys` lists all keys"
+
+
+def _closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known word that is most like `word`; empty where none is."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, list(known), 1, cutoff)), "")
 
 
 @dataclass(frozen=True)
@@ -284,8 +291,8 @@ def _problem(details: Any) -> Problem:
         if dotted == "trainer.eval_strategy" and value in (False, "no"):
             hint = "; set trainer.eval_steps to more than the steps of the run to train without evaluations"
         else:
-            near = difflib.get_close_matches(str(value), info.choices, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = _closest(str(value), info.choices)
+            hint = f"; did you mean {near}?" if near else ""
         return Problem(dotted, message + hint)
     if info is not None and (kind.endswith("_type") or kind.startswith(("is_", "int_from", "finite"))):
         return Problem(dotted, f"must be {info.type}, got {shown} ({type(value).__name__})")

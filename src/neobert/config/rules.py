@@ -6,8 +6,7 @@ that yields what it finds. ERROR stops the run; WARNING, PRECEDENCE and IMPORTAN
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from neobert.config.deepspeed import read_zero
 from neobert.config.schema import Config, known_keys
@@ -17,8 +16,7 @@ Found = Iterator[Problem]
 GLUE_LABELS = {"stsb": 1, "mnli": 3, "ax": 3}  # the other tasks have 2
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A rule about `keys`. `check` is a function, whose docstring describes the rule; or the message about those of the keys
     that were chosen, with the configuration as `{c}`, where `when` holds; `text` describes it, and `others` take part.
     """
