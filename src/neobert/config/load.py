@@ -138,11 +138,9 @@ def nearest_key(dotted: str) -> str:
     keys = {rule.old: rule.new for rule in LEGACY if not rule.old.endswith(".*")}
     keys |= {name: name for key in known_keys() for name in (key, key.rpartition(".")[0]) if name}
     section, _, name = dotted.rpartition(".")
+    anywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    found = siblings.get(_closest(name, siblings, 0.7)) or next(
-        (key for key in keys if key.rpartition(".")[2] == name), ""
-    )
-    found = found or _closest(dotted, keys, 0.75)
+    found = siblings.get(_closest(name, siblings, 0.7)) or anywhere.get(name) or _closest(dotted, keys, 0.75)
     return f"; did you mean {keys[found]}?" if found else "; `neobert config keys` lists all keys"
 
 
@@ -167,15 +165,11 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
 
     `task`, when given, is what the command runs: a file that says otherwise is an error. Raises ConfigError.
     """
-    command_line = Layer({}, {}, [])
-    for dotted, value in parse_overrides(overrides or []):
-        put(command_line.values, dotted, value)
-        command_line.origins[dotted] = COMMAND_LINE
     values: Values = {}
     origins: dict[str, str] = {}
     warnings: list[str] = []
     problems: list[Problem] = []
-    for layer in (*map(read_yaml, files), command_line):
+    for layer in [*map(read_yaml, files), parse_overrides(overrides or [])]:
         warnings += apply_legacy(layer)
         problems += layer.problems
         origins |= layer.origins
@@ -214,9 +208,9 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump({"task": config.task, **values}, sort_keys=False, allow_unicode=True)
 
 
-def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
-    """`["--a.b", "3", "c.d=x"]` -> `[("a.b", 3), ("c.d", "x")]`. Raises ConfigError for one that fits neither form."""
-    pairs, rest = [], list(arguments)
+def parse_overrides(arguments: list[str]) -> Layer:
+    """`["--a.b", "3", "c.d=x"]` -> `{"a": {"b": 3}, "c": {"d": "x"}}`. Raises ConfigError for one that fits neither form."""
+    layer, rest = Layer({}, {}, []), list(arguments)
     while rest:
         argument = rest.pop(0)
         name, equals, text = argument.removeprefix("--").partition("=")
@@ -226,8 +220,9 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ConfigError(Problem(name, "no value given"))
             text = rest.pop(0)
-        pairs.append((name, _override_value(name, text)))
-    return pairs
+        put(layer.values, name, _override_value(name, text))
+        layer.origins[name] = COMMAND_LINE
+    return layer
 
 
 def _override_value(name: str, text: str) -> Any:
@@ -238,9 +233,8 @@ def _override_value(name: str, text: str) -> Any:
         parts = [part.strip() for part in text.split(",")]
         return parts if info.type == "list[str]" else [parse_scalar(part) for part in parts]
     kinds = info.type.split(" | ") if info else []
-    if "str" in kinds and type(value).__name__.removesuffix("Type") not in kinds:
-        return text
-    return value
+    is_text = "str" in kinds and type(value).__name__.removesuffix("Type") not in kinds  # None's is NoneType
+    return text if is_text else value
 
 
 def _merge(into: Values, new: Values, is_top: bool = True) -> None:
