@@ -47,8 +47,8 @@ def asked_weights(config: Config) -> GlueConfig | ContrastiveConfig:
 
 def names_weights(config: Config) -> bool:
     """Whether one of the task's `pretrained_*` keys names weights of ours."""
-    keys = ("pretrained_checkpoint_dir", "pretrained_model_path", "pretrained_checkpoint")
-    return any(getattr(asked_weights(config), name) is not None for name in keys)
+    asked = asked_weights(config)
+    return {asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint} != {None}
 
 
 def missing_tokenizer(config: Config) -> Problem | None:

@@ -150,12 +150,12 @@ def zero_updates_copies(config: Config) -> Found:
     module by module, which compiled blocks cannot do.
     """
     stage = zero_stage(config)
-    pieces = f"renormalises matrices, which ZeRO stage {stage} has in pieces; use stage 0, or FSDP2"
-    fetched = "not under ZeRO stage 3, which fetches weights by module; use stage 2 or FSDP2"
     if config.model.ngpt and stage:
-        yield Problem("model.ngpt", pieces)
+        message = f"renormalises matrices, which ZeRO stage {stage} has in pieces; use stage 0, or FSDP2"
+        yield Problem("model.ngpt", message)
     if config.trainer.torch_compile and stage == 3:
-        yield Problem("trainer.torch_compile", fetched)
+        message = "not under ZeRO stage 3, which fetches weights by module; use stage 2 or FSDP2"
+        yield Problem("trainer.torch_compile", message)
 
 
 def packed_sdpa_is_slower(config: Config) -> Found:
@@ -169,8 +169,10 @@ def warmup_fits_run(config: Config) -> Found:
     """A warmup that is longer than the run never gets to the peak of the learning rate."""
     warmup, steps = config.scheduler.warmup_steps, config.scheduler.total_steps or config.trainer.max_steps
     if config.scheduler.warmup_percent is None and 0 < steps <= warmup:
-        message = f"{warmup:,} is not shorter than the schedule of {steps:,} steps: the rate does not get to "
-        yield Problem("scheduler.warmup_steps", message + f"{config.optimizer.lr:g}")
+        message = (
+            f"is not shorter than the schedule of {steps:,} steps: the rate does not get to {config.optimizer.lr:g}"
+        )
+        yield Problem("scheduler.warmup_steps", f"{warmup:,} {message}")
 
 
 def keys_act_in_their_task(config: Config) -> Found:
