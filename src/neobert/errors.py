@@ -4,16 +4,13 @@ any other exception is a bug of ours and keeps its traceback. Notes are for a ru
 import errno
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than is allowed here",
-    errno.EROFS: "read-only",
-    errno.EIO: "the disk does not work",
-}
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "read-only",
+    errno.EFBIG: "the file is larger than is allowed here", errno.EIO: "the disk does not work",
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -26,8 +23,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(reason).strip().splitlines()), type(error).__name__)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing wrong in a configuration: dotted path, what is wrong, and where it was written (file:line)."""
 
     path: str

@@ -3,7 +3,6 @@
 Imports nothing heavy: `end_with_launcher` is to run before everything else does.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -41,6 +40,8 @@ def end_with_launcher() -> None:
     if not launcher:
         return
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:  # it died before that
         os._exit(128 + signal.SIGKILL)

@@ -27,16 +27,12 @@ if TYPE_CHECKING:
     from neobert.config.load import Loaded
 
 app = typer.Typer(
-    name="neobert",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+    name="neobert", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train your own text encoder: raw text in; tokenizer, masked-LM pretraining, a checkpoint that transformers loads.",
     epilog="First steps:  neobert tokenizer train TEXT... -o tokenizer   |   neobert pretrain CONFIG   |   "
     'neobert fill-mask CHECKPOINT "some [MASK] text"',
-)
+)  # fmt: skip
 app.add_typer(prepare.config_app, name="config")
 app.add_typer(prepare.tokenizer_app, name="tokenizer")
 NumProcesses = Annotated[
@@ -44,9 +40,9 @@ NumProcesses = Annotated[
 ]
 
 
-def with_overrides(options: str, name: str | None = None) -> Callable[[Command], Command]:
+def with_overrides(options: str) -> Callable[[Command], Command]:
     """Registers a command that takes a configuration file and, after it, overrides of any key."""
-    return app.command(name, context_settings=WITH_OVERRIDES, options_metavar=f"{options} {OVERRIDES}")
+    return app.command(context_settings=WITH_OVERRIDES, options_metavar=f"{options} {OVERRIDES}")
 
 
 @with_overrides("[--nproc N]")
@@ -97,13 +93,11 @@ def contrastive(context: Context, config: ConfigFile, nproc: NumProcesses = None
 
 @with_overrides("[OPTIONS]")
 def glue(
-    context: Context,
-    config: ConfigFile,
-    nproc: NumProcesses = None,
+    context: Context, config: ConfigFile, nproc: NumProcesses = None,
     tasks: Annotated[str | None, Option(help="`all`, or names: cola,rte. A suite: one run per task and seed.")] = None,
     seeds: Annotated[int | None, Option(min=1, max=1000, help="Runs per task, from `seed` up.")] = None,
     predict: Annotated[bool, Option("--predict", help="Write the files that GLUE's server takes.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Fine-tune on GLUE: one task, or a suite over tasks and seeds with a table.
 
     A suite that was stopped goes on with the runs that are missing. Its table is on the terminal and in
@@ -120,7 +114,7 @@ def glue(
     names = parse_tasks(tasks or loaded.config.glue.task_name) if is_suite else []
     if is_suite or not predict:
         given = {"--tasks": tasks, "--seeds": seeds}
-        options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        options = [f"{name}={value}" for name, value in given.items() if value is not None]
         options += ["--predict"] if predict else []
         _start(loaded, ["glue", str(config), *context.args, *options], nproc)
     elif nproc is not None:
@@ -162,9 +156,7 @@ def _run(command: str, task: str | None, first: Path, arguments: list[str], npro
 
 
 def _start(loaded: "Loaded", command: list[str], nproc: int | None) -> None:
-    """Check what a run needs. Where `--nproc` or a file of Accelerate ask for several processes, run `neobert <command>` in
-    them and exit as they do.
-    """
+    """Check what a run needs. Where several processes are asked for, run `neobert <command>` in them and exit as they do."""
     from neobert.config.ready import check_ready
 
     check_ready(loaded)
@@ -191,32 +183,27 @@ def _train(loaded: "Loaded") -> None:
         raise Exit(finished.exit_code)
 
 
-COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
-    ("report", models.report, None),
-    ("data", prepare.data, "[--rows N] [--documents N]"),
-    ("verify-resume", prepare.verify_resume, "[--steps N]"),
-    ("tokenize", prepare.tokenize, None),
-    ("fill-mask", models.fill_mask, None),
-    ("embed", models.embed, None),
-    ("similarity", models.similarity, None),
-    ("mteb", models.mteb, "[--model PATH]"),
-    ("pseudo-perplexity", models.pseudo_perplexity, None),
-    ("export", models.export, None),
-    ("import", models.import_, None),
-)
-for name, command, options in COMMANDS:
-    (with_overrides(options, name) if options else app.command(name))(command)
+app.command()(models.report)
+with_overrides("[--rows N] [--documents N]")(prepare.data)
+with_overrides("[--steps N]")(prepare.verify_resume)
+app.command()(prepare.tokenize)
+app.command()(models.fill_mask)
+app.command()(models.embed)
+app.command()(models.similarity)
+with_overrides("[--model PATH]")(models.mteb)
+app.command()(models.pseudo_perplexity)
+app.command()(models.export)
+app.command("import")(models.import_)
 
 
 def _prepare_process() -> None:
-    """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files."""
-    quiet = {
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    for name, value in {"TOKENIZERS_PARALLELISM": "true", **quiet}.items():
-        os.environ.setdefault(name, value)
+    """Libraries that print progress and advice of their own would garble our output; a corpus may have thousands of files.
+    Looking for plugins of pydantic, of which our models have none, reads the metadata of every installed package.
+    """
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "PYDANTIC_DISABLE_PLUGINS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))

@@ -12,26 +12,22 @@ from neobert.errors import UserError, print_notes
 if TYPE_CHECKING:
     from neobert.config.load import Loaded
 
-Checkpoint = Annotated[
-    str, Argument(help="A run's output folder, <output_dir>/checkpoints/<step>, or an exported folder.")
-]
-EncoderFolder = Annotated[
-    str, Argument(metavar="CHECKPOINT", help="A run's output folder, one of its checkpoints, or an encoder's folder.")
-]
-PoolingOption = Annotated[
-    Literal["avg", "cls", "max"] | None, Option(help="How token vectors become one [as the folder says, else avg].")
-]
-PromptOption = Annotated[
-    str | None,
-    Option("--prompt", metavar="NAME", help="Put this prompt of the folder in front [its default, else none]."),
-]
+# Arguments and options are tables, laid out by hand.
+# fmt: off
+Checkpoint = Annotated[str,
+    Argument(help="A run's output folder, <output_dir>/checkpoints/<step>, or an exported folder.")]
+EncoderFolder = Annotated[str,
+    Argument(metavar="CHECKPOINT", help="A run's output folder, one of its checkpoints, or an encoder's folder.")]
+PoolingOption = Annotated[Literal["avg", "cls", "max"] | None,
+    Option(help="How token vectors become one [as the folder says, else avg].")]
+PromptOption = Annotated[str | None,
+    Option("--prompt", metavar="NAME", help="Put this prompt of the folder in front [its default, else none].")]
 Bf16 = Annotated[bool, Option("--bf16", help="Compute in bfloat16: faster with AMX or CUDA, less exact.")]
 Force = Annotated[bool, Option("--force", help="Replace an output that is there.")]
 Replace = Annotated[bool, Option("--replace", help="Put it in the place of an earlier result in OUT.")]
-Tolerance = Annotated[
-    float | None,
-    Option(min=0, help="Largest difference that is allowed [1e-5; ONNX 1e-4]; it is kept with the result."),
-]
+Tolerance = Annotated[float | None,
+    Option(min=0, help="Largest difference that is allowed [1e-5; ONNX 1e-4]; it is kept with the result.")]
+# fmt: on
 
 
 def report(
@@ -69,19 +65,17 @@ def fill_mask(
 def pseudo_perplexity(
     checkpoint: Checkpoint,
     source: Annotated[str, Argument(metavar="TEXT", help=TEXT_HELP[:-1] + "; or the name of a dataset on the hub.")],
-    max_length: Annotated[
-        int | None, Option(min=3, help="Tokens of a piece, two special ones included [what the model takes].")
-    ] = None,
+    max_length: Annotated[int | None,
+        Option(min=3, help="Tokens of a piece, two special ones included [what the model takes].")] = None,
     limit: Annotated[int | None, Option(min=1, help="Texts to read at most [all].")] = None,
     split: Annotated[str | None, Option(help="Split, or a slice of one, as validation[:100].")] = None,
     text_column: TextColumn = None,
-    batch_tokens: Annotated[
-        int | None, Option(min=1, help="Tokens computed at a time [4096 on a CPU, else 32768].")
-    ] = None,
+    batch_tokens: Annotated[int | None,
+        Option(min=1, help="Tokens computed at a time [4096 on a CPU, else 32768].")] = None,
     bf16: Bf16 = False,
     output: Annotated[Path | None, Option("-o", "--output", help="JSON file to write as well.")] = None,
     force: Force = False,
-) -> None:
+) -> None:  # fmt: skip
     """How well a masked language model predicts text: every token is masked once and predicted from the rest.
 
     Texts that are longer than the model takes are cut into pieces. The table has a line for every length of piece.
@@ -104,12 +98,10 @@ def pseudo_perplexity(
 
 
 def mteb(
-    context: Context,
-    config: ConfigFile,
-    model: Annotated[
-        str | None, Option(help="Checkpoint, exported folder, encoder or hub name [the run in trainer.output_dir].")
-    ] = None,
-) -> None:
+    context: Context, config: ConfigFile,
+    model: Annotated[str | None,
+        Option(help="Checkpoint, exported folder, encoder or hub name [the run in trainer.output_dir].")] = None,
+) -> None:  # fmt: skip
     """Evaluate a model on MTEB tasks, or on tasks of your own, with a table of scores.
 
     Started again, it goes on with the tasks that have no result. Exit code 2 when a task could not run.
@@ -137,24 +129,18 @@ def evaluate_mteb(loaded: "Loaded", model: str | None = None) -> None:
 
 def embed(
     checkpoint: EncoderFolder,
-    file: Annotated[
-        str, Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder.")
-    ],
+    file: Annotated[str,
+        Argument(metavar="FILE", help="Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or a folder.")],
     output: Annotated[Path, Option("-o", "--output", help="File to write: .npy or .parquet.")],
     column: Annotated[str | None, Option(help="Column of the texts [text, or the only one].")] = None,
-    pooling: PoolingOption = None,
-    prompt: PromptOption = None,
-    normalize: Annotated[
-        bool | None,
-        Option("--normalize/--no-normalize", help="Give every vector length 1 [as the folder says, else yes]."),
-    ] = None,
+    pooling: PoolingOption = None, prompt: PromptOption = None,
+    normalize: Annotated[bool | None,
+        Option("--normalize/--no-normalize", help="Give every vector length 1 [as the folder says, else yes].")] = None,
     max_length: Annotated[int | None, Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
-    batch_tokens: Annotated[
-        int | None, Option(min=1, help="Tokens computed at a time [2048 on a CPU, else 32768].")
-    ] = None,
-    bf16: Bf16 = False,
-    force: Force = False,
-) -> None:
+    batch_tokens: Annotated[int | None,
+        Option(min=1, help="Tokens computed at a time [2048 on a CPU, else 32768].")] = None,
+    bf16: Bf16 = False, force: Force = False,
+) -> None:  # fmt: skip
     """A vector for every text of a file, in the order of its rows.
 
     Pooling, prompts, length and what follows are as the folder says, as sentence-transformers computes them. A .parquet keeps
@@ -183,9 +169,8 @@ def embed(
 def similarity(
     checkpoint: EncoderFolder,
     texts: Annotated[list[str], Argument(metavar="TEXT TEXT...", help="Two texts or more.")],
-    pooling: PoolingOption = None,
-    prompt: PromptOption = None,
-) -> None:
+    pooling: PoolingOption = None, prompt: PromptOption = None,
+) -> None:  # fmt: skip
     """Cosine similarity of the first text to each of the others.
 
     \b
@@ -207,24 +192,17 @@ def similarity(
 def export(
     checkpoint: Annotated[str, Argument(help="A run's output folder, or <output_dir>/checkpoints/<step>.")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
-    sentence_transformers: Annotated[
-        bool,
+    sentence_transformers: Annotated[bool,
         Option("--sentence-transformers", help="Also what SentenceTransformer(OUT) reads; embedding models always do."),
     ] = False,
     onnx: Annotated[bool, Option("--onnx", help="Also OUT/onnx/model.onnx, any batch size and length.")] = False,
-    pooling: Annotated[
-        str | None, Option(help="With --sentence-transformers: mean, cls or max [as trained, else mean].")
-    ] = None,
+    pooling: Annotated[str | None,
+        Option(help="With --sentence-transformers: mean, cls or max [as trained, else mean].")] = None,
     normalize: Annotated[bool, Option("--normalize/--no-normalize", help="Embeddings of length 1.")] = True,
-    prompt: Annotated[
-        list[str] | None,
-        Option(
-            "--prompt", metavar="NAME=TEXT", help="With --sentence-transformers: a prompt, as query='query: '. Repeat."
-        ),
-    ] = None,
-    tolerance: Tolerance = None,
-    replace: Replace = False,
-) -> None:
+    prompt: Annotated[list[str] | None, Option("--prompt", metavar="NAME=TEXT",
+        help="With --sentence-transformers: a prompt, as query='query: '. Repeat.")] = None,
+    tolerance: Tolerance = None, replace: Replace = False,
+) -> None:  # fmt: skip
     """A checkpoint as a folder that every Hugging Face tool loads, with the same numbers.
 
     With RoPE, RMSNorm and SwiGLU it becomes transformers' own EuroBERT; other variants ship their code. The folder is loaded in
@@ -240,11 +218,13 @@ def export(
     from neobert.export.write import Wanted, export_model
     from neobert.inference.sentence_transformers import Embedding, parse_pooling
 
-    embedding, pairs = None, [one.partition("=") for one in prompt or []]
+    embedding, prompts = None, dict[str, str]()
     if sentence_transformers:
-        if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[1])]:
-            raise UserError(f"--prompt: expected NAME=TEXT, got {wrong[0]!r}")
-        prompts = {name: text for name, _, text in pairs}
+        for one in prompt or []:
+            name, equals, text = one.partition("=")
+            if not (name and equals):
+                raise UserError(f"--prompt: expected NAME=TEXT, got {one!r}")
+            prompts[name] = text
         embedding = Embedding(parse_pooling(pooling) if pooling else None, normalize, prompts)
     elif pooling is not None or prompt or not normalize:
         raise UserError("--pooling, --prompt and --no-normalize: have no effect without --sentence-transformers")
@@ -253,17 +233,14 @@ def export(
 
 
 def import_(
-    source: Annotated[
-        str, Argument(help="Folder of a published NeoBERT, of a EuroBERT, or of what `neobert export` wrote.")
-    ],
+    source: Annotated[str,
+        Argument(help="Folder of a published NeoBERT, of a EuroBERT, or of what `neobert export` wrote.")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
     tokenizer: Annotated[str | None, Option(help="Folder of the tokenizer, where SOURCE has none.")] = None,
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run code in SOURCE that is not this version's, to verify against it.")
-    ] = False,
-    tolerance: Tolerance = None,
-    replace: Replace = False,
-) -> None:
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code",
+        help="Run code in SOURCE that is not this version's, to verify against it.")] = False,
+    tolerance: Tolerance = None, replace: Replace = False,
+) -> None:  # fmt: skip
     """A model from elsewhere as a checkpoint to continue from or to fine-tune.
 
     What is made of it is compared with the source on real text; the differences are printed and kept in OUT/import.json.

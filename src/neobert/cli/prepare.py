@@ -1,6 +1,5 @@
 """The commands before training: config ..., tokenize, tokenizer train, data, verify-resume."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -78,9 +77,10 @@ def config_diff(
 @config_app.command("schema")
 def config_schema() -> None:
     """The JSON Schema of a configuration, for editors that complete and check YAML."""
+    from neobert.config.explain import plain_json
     from neobert.config.schema import Config
 
-    print(json.dumps(Config.model_json_schema(), indent=1))
+    print(plain_json(Config.model_json_schema(), indent=1))
 
 
 @config_app.command("new")
@@ -111,11 +111,10 @@ def config_keys(
     from neobert.config.explain import plain_json
     from neobert.config.schema import known_keys
 
-    keys = known_keys().values()
     if as_json:
-        print(plain_json([info.as_json() for info in keys], indent=1))
+        print(plain_json([info._asdict() for info in known_keys().values()], indent=1))
         return
-    for info in keys:
+    for info in known_keys().values():
         choices = f" ({', '.join(info.choices)})" if info.choices else ""
         print(f"{info.key}: {info.type} = {plain_json(info.default)}{choices}\n    {info.help}")
 
@@ -125,13 +124,12 @@ def tokenize(
     output: Annotated[Path, Option("-o", "--output", help="Folder of the tokens.")],
     tokenizer: Annotated[str, Option("-t", "--tokenizer", help="Folder of a tokenizer, or its name on the hub.")],
     num_proc: Annotated[int | None, Option(min=1, max=1024, help="Threads [one per core].")] = None,
-    shard: Annotated[
-        str, Option(metavar="I/N", help="Make every N-th shard from the I-th, counted from 1: for array jobs.")
-    ] = "1/1",
+    shard: Annotated[str,
+        Option(metavar="I/N", help="Make every N-th shard from the I-th, counted from 1: for array jobs.")] = "1/1",
     split: Annotated[str | None, Option(help="Split, or a slice of one, as train[:10%].")] = None,
     text_column: TextColumn = None,
     refuse: Annotated[bool, Option("--refuse-bad-rows", help="Stop at rows without usable text.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Tokenise a corpus before training, into a folder that dataset.path takes.
 
     Started again after a crash, it goes on with the shards that are missing. Machines that share the folder may each
@@ -155,9 +153,8 @@ def tokenize(
     if manifest is None:
         print("not whole yet: the other parts are missing")
         return
-    skipped = manifest.describe_skipped()
-    counts = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
-    print(f"whole: {counts}" + (f"; {skipped}" if skipped else ""))
+    skipped = manifest.describe_skipped("; {}")
+    print(f"whole: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens{skipped}")
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -186,26 +183,23 @@ def tokenizer_train(
       neobert tokenizer train corpus/ -o tokenizer --kind bpe --cased
     """
     if kind == "bpe" and vocab_size < 261 + 1:
-        raise ConfigError(
-            Problem("--vocab-size", "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more")
-        )
+        problem = "byte-level BPE needs at least 262: 256 bytes, 5 special tokens, one more"
+        raise ConfigError(Problem("--vocab-size", problem))
     from neobert.data.tokenizer import train_from_files
 
     size, skips = train_from_files(
         files, text_column, os.isatty(2), output=output, vocab_size=vocab_size, lowercase=not cased, max_length=max_length,
         kind=kind,
     )  # fmt: skip
-    note = skips.describe(form="\nnote: {}")
-    print(f"{output}: {size:,} tokens{note}")
+    print(f"{output}: {size:,} tokens" + skips.describe(form="\nnote: {}"))
     print(f"next: neobert pretrain CONFIG --tokenizer.path {output}")
 
 
 def data(
-    context: Context,
-    config: ConfigFile,
+    context: Context, config: ConfigFile,
     rows: Annotated[int, Option(min=0, max=100, help="Rows to show.")] = 3,
     documents: Annotated[int, Option(min=1, help="Documents to look at for the figures.")] = 2000,
-) -> None:
+) -> None:  # fmt: skip
     """What training will see: rows with their documents and masks, lengths, fill, tokens per epoch, share cut.
 
     \b

@@ -1,14 +1,10 @@
 """What a run asks of DeepSpeed: a stage of ZeRO and options of its own, from its JSON, a file of Accelerate, or a launcher.
-
-DeepSpeed's file says how states are split and sent. What it says of batch sizes, precision, clipping, optimizer and schedule
-stands in our own keys; such values are not used, and a message says so. What we have not built (offloading) is refused.
+What that JSON says of our own keys (`OURS`) is not used, and a message says so; what we have not built (offloading) is refused.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
@@ -25,24 +21,19 @@ TAKEN = {
 OURS = {
     "train_batch_size": "trainer.per_device_train_batch_size",
     "train_micro_batch_size_per_gpu": "trainer.per_device_train_batch_size",
-    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps",
-    "gradient_clipping": "trainer.gradient_clipping",
-    "bf16": "trainer.mixed_precision",
-    "fp16": "trainer.mixed_precision",
-    "optimizer": "optimizer",
-    "scheduler": "scheduler",
+    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps", "optimizer": "optimizer", "scheduler": "scheduler",
+    "gradient_clipping": "trainer.gradient_clipping", "bf16": "trainer.mixed_precision", "fp16": "trainer.mixed_precision",
     "steps_per_print": "trainer.logging_steps",
-}
+}  # fmt: skip
 OFFLOAD = ("offload_optimizer", "offload_param", "zenflow")
 AUTO = "auto"  # as Hugging Face writes it: take the trainer's value
 
 
-@dataclass(frozen=True)
-class Zero:
+class Zero(NamedTuple):
     """DeepSpeed's configuration, without what is ours: `options["zero_optimization"]["stage"]` is 0 to 3."""
 
     options: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     @property
     def stage(self) -> int:
@@ -52,8 +43,7 @@ class Zero:
 
 def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     """What DeepSpeed is to do in this run; None where it is not asked for. Raises ConfigError."""
-    file = config.accelerate_config_file
-    values = {} if file is None else read_yaml(file).values
+    values = {} if config.accelerate_config_file is None else read_yaml(config.accelerate_config_file).values
     section = {} if values.get("deepspeed_config") is None else values["deepspeed_config"]
     if not isinstance(section, dict):
         raise ConfigError(Problem(ACCELERATE, f"deepspeed_config must be a mapping, got {section!r}"))
@@ -69,11 +59,12 @@ def read_zero(config: Config, environment: Mapping[str, str]) -> Zero | None:
     if file := config.trainer.deepspeed_config_file or named:
         return _read_file(str(file))
     stage = str(environment.get(STAGE, section.get("zero_stage", DEFAULT_STAGE)))
-    return Zero({"zero_optimization": _with_stage({}, stage, ACCELERATE)})
+    return Zero({"zero_optimization": _with_stage({}, stage, ACCELERATE)}, [])
 
 
 def _read_file(path: str) -> Zero:
     """DeepSpeed's own JSON. Raises ConfigError for what is not one, and for options that are not supported."""
+    import json
 
     def refuse(problem: str) -> NoReturn:
         raise ConfigError(Problem(KEY, f"{path}: {problem}")) from None

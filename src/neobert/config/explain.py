@@ -11,7 +11,7 @@ from neobert.config.field import TASKS, KeyInfo
 from neobert.config.load import ABSENT, LEGACY, apply_legacy, look, nearest_key
 from neobert.config.rules import RULES
 from neobert.config.schema import Config, known_keys
-from neobert.config.yaml_file import YamlFile
+from neobert.config.yaml_file import Layer
 from neobert.errors import ConfigError, Problem
 
 FILL_IN: Any = object()
@@ -42,22 +42,21 @@ STARTERS: dict[str, dict[str, Any]] = {  # by task, the keys that one sets first
 
 def explain_key(dotted: str) -> str:
     """Everything known about a key, as lines. Raises ConfigError with a suggestion for an unknown one."""
-    info = known_keys().get(dotted)
+    newer, info = {rule.old: rule.new for rule in LEGACY}, known_keys().get(dotted)
+    if info is None and dotted in newer:
+        return f"{dotted} is an older name of {newer[dotted]}\n\n{explain_key(newer[dotted])}"
     if info is None:
-        for rule in LEGACY:
-            if rule.old == dotted:
-                return f"{dotted} is an older name of {rule.new}\n\n{explain_key(rule.new)}"
         raise ConfigError(Problem(dotted, f"unknown key{nearest_key(dotted)}"))
     facts = {
         "type": info.type, "default": plain_json(info.default), "choices": ", ".join(info.choices or []),
         "bounds": info.bounds, "changes": info.effect, "tasks": "" if info.tasks == TASKS else ", ".join(info.tasks),
-        "older": ", ".join(rule.old for rule in LEGACY if rule.new == dotted),
+        "older": ", ".join(old for old, new in newer.items() if new == dotted),
     }  # fmt: skip
     lines = [dotted, f"  {info.help}", "", *(f"  {name:<9} {fact}" for name, fact in facts.items() if fact)]
-    for between in RULES:
-        if dotted in between.all_keys:
-            others = ", ".join(key for key in between.all_keys if key != dotted)
-            lines.append(f"  {between.kind.lower():<9} {between.description}" + (f" (with {others})" if others else ""))
+    for rule in RULES:
+        if dotted in rule.all_keys:
+            others = ", ".join(key for key in rule.all_keys if key != dotted)
+            lines.append(f"  {rule.kind.lower():<9} {rule.description}" + (f" (with {others})" if others else ""))
     return "\n".join(lines)
 
 
@@ -80,31 +79,27 @@ def show_config(config: Config, origins: Mapping[str, str]) -> str:
 
 def diff_configs(a: Config, b: Config) -> list[str]:
     """`key: value in a -> value in b`, for the keys that differ."""
-    return [
-        f"{key}: {plain_json(a.value_of(key))} -> {plain_json(b.value_of(key))}"
-        for key in known_keys()
-        if a.value_of(key) != b.value_of(key) and key not in ("config_path", "optimizer.muon_config")
-    ]
+    pairs = {key: (a.value_of(key), b.value_of(key)) for key in known_keys()}
+    del pairs["config_path"], pairs["optimizer.muon_config"]
+    return [f"{key}: {plain_json(old)} -> {plain_json(new)}" for key, (old, new) in pairs.items() if old != new]
 
 
 def changed_keys(values: dict[str, Any]) -> dict[str, Any]:
     """The keys of a saved configuration, as YAML gives it, that are not at their defaults, by their present dotted names."""
-    values = copy.deepcopy(values)
-    apply_legacy(YamlFile("", values))
-    found = {dotted: look(values, dotted) for dotted in known_keys()}
+    layer = Layer(copy.deepcopy(values), {}, [])
+    apply_legacy(layer)
+    found = {dotted: look(layer.values, dotted) for dotted in known_keys()}
     return {dotted: value for dotted, value in found.items() if value not in (ABSENT, known_keys()[dotted].default)}
 
 
 def starter_file(task: str) -> str:
     """A commented YAML file for a task, with the keys that one sets first; it trains once what is left open is filled in."""
     lines = [f"# A starting point for task: {task}. Every key: neobert config keys", f"task: {task}"]
-    section, keys = "", STARTERS[task]
-    for dotted in sorted(keys, key=lambda key: "." in key):
-        info, (new, _, name), value = known_keys()[dotted], dotted.rpartition("."), keys[dotted]
-        if new != section:
-            lines += ["", f"{new}:"]
-            section = new
-        indent = "  " if new else ""
+    for dotted, value in sorted(STARTERS[task].items(), key=lambda item: "." in item[0]):
+        info, (section, _, name) = known_keys()[dotted], dotted.rpartition(".")
+        if section and f"{section}:" not in lines:
+            lines += ["", f"{section}:"]
+        indent = "  " if section else ""
         choices = f" One of: {', '.join(info.choices)}." if info.choices else ""
         written = f"{plain_json(info.default)} # to be filled in" if value is FILL_IN else plain_json(value)
         lines += [f"{indent}# {info.help}{choices}", f"{indent}{name}: {written}"]

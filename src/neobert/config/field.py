@@ -7,8 +7,7 @@ change can be seen, and the tasks in which it acts. `neobert config keys`, messa
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,28 +20,32 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Section(BaseModel):
-    """A mapping of the YAML: unknown keys and wrong types are refused, and nothing can be assigned afterwards."""
+    """A mapping of the YAML: unknown keys and wrong types are refused, and nothing can be assigned afterwards. Validators are
+    built on first use: for a whole configuration that is one, with all sections in it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
     tasks: ClassVar[tuple[str, ...]] = TRAINING  # in which the keys act that name none of their own
 
 
 def key(
-    default: Any, help: str, effect: str, *, tasks: tuple[str, ...] = (), beyond: bool = False,
-    factory: Any = None, **bounds: Any,
-) -> Any:  # fmt: skip
+    default: Any, help: str, effect: str, *, tasks: tuple[str, ...] = (), beyond: bool = False, **bounds: Any
+) -> Any:
     """A field with its default, its help in whole sentences, and where its effect shows. `tasks`: where it acts, if not in all
     tasks of its section; `beyond`: whether the reference has no such key; `bounds`: ge, gt, le, lt, ...
     """
-    extra: dict[str, Any] = {"effect": effect}
-    extra |= {"tasks": list(tasks)} if tasks else {}
-    start: Any = {"default_factory": factory} if factory else {"default": default}
+    extra: dict[str, Any] = {"effect": effect, "tasks": list(tasks)} if tasks else {"effect": effect}
     note = " Beyond the reference." if beyond else ""
-    return Field(description=help + note, json_schema_extra=extra, **start, **bounds)
+    return Field(default, description=help + note, json_schema_extra=extra, **bounds)
 
 
-@dataclass(frozen=True)
-class KeyInfo:
+def section(help: str) -> Any:
+    """A field that holds a section, by default one with all of its keys at their defaults."""
+    return Field({}, description=help, json_schema_extra={"effect": ""}, validate_default=True)
+
+
+class KeyInfo(NamedTuple):
     """One key: dotted name, type as written in Python, JSON-able default, and what its field says of it."""
 
     key: str
@@ -54,33 +57,25 @@ class KeyInfo:
     bounds: str
     effect: str
     tasks: tuple[str, ...]
-    kinds: frozenset[Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """What `neobert config keys --json` prints of a key."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "kinds"}
 
 
 def describe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]:
     """Every key of a section and of those inside it, in the order of the schema. A list of sections is one key."""
     for name, field in section.model_fields.items():
-        alternatives = _alternatives(field.annotation)
-        inner = next((one for one in alternatives if isinstance(one, type) and issubclass(one, Section)), None)
-        if inner is None or type(None) in alternatives:
+        kinds = _alternatives(field.annotation)
+        inner = next((one for one in kinds if isinstance(one, type) and issubclass(one, Section)), None)
+        if inner is None or type(None) in kinds:
             extra: Any = field.json_schema_extra or {}
-            literal = next((one for one in alternatives if typing.get_origin(one) is typing.Literal), None)
-            kinds = {str if one is literal else typing.get_origin(one) or one for one in alternatives}
             yield KeyInfo(
                 key=prefix + name,
                 type=_type_name(field.annotation),
-                default=field.get_default(call_default_factory=True),
+                default=field.get_default(),
                 section=prefix.rstrip(".") or "top",
                 help=field.description or "",
-                choices=list(typing.get_args(literal)) if literal else None,
+                choices=next((list(typing.get_args(one)) for one in kinds if typing.get_origin(one) is Literal), None),
                 bounds=", ".join(f"{SIGNS[s]} {getattr(m, s)}" for m in field.metadata for s in SIGNS if hasattr(m, s)),
                 effect=extra.get("effect", ""),
                 tasks=tuple(extra.get("tasks", section.tasks)),
-                kinds=frozenset(kinds | ({int} if float in kinds else set())),
             )
         if inner is not None:
             yield from describe_keys(inner, f"{prefix}{name}.")
@@ -98,11 +93,11 @@ def _alternatives(annotation: Any) -> list[Any]:
 def _type_name(annotation: Any) -> str:
     names = []
     for one in _alternatives(annotation):
-        origin, arguments = typing.get_origin(one), typing.get_args(one)
+        origin = typing.get_origin(one)
         if origin is None:
-            names.append("None" if one is type(None) else getattr(one, "__name__", str(one)))
+            names.append(one.__name__.removesuffix("Type"))  # None's is NoneType
+        elif origin is Literal:
+            names.append("str")
         else:
-            names.append(
-                "str" if origin is typing.Literal else f"{origin.__name__}[{', '.join(map(_type_name, arguments))}]"
-            )
+            names.append(f"{origin.__name__}[{', '.join(map(_type_name, typing.get_args(one)))}]")
     return " | ".join(names)

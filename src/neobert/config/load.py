@@ -1,37 +1,33 @@
 """The one way in: YAML files, layered left to right -> older names -> overrides -> strict build -> rules -> `Config`.
 
-Precedence, lowest first: defaults, the first file, further files, overrides from left to right. All problems are
-reported at once, each with its dotted path and the line it was written on.
+All problems are reported at once, each with its dotted path and the line it was written on.
 
-`LEGACY` is the table of older names; each acts, with a warning. Two names set to different values are an error if the old one
-is no longer a key. Some older names still are keys, with a default of their own: at that default they do not act, and beside
-the new name they give way, with a warning. An explicit `null` is a value like any other. The table is applied to every layer
-by itself: a newer layer may set the new name of what an older one set by the old name.
+Older names act, with a warning. Two names set to different values are an error if the old one is no longer a key. Some still
+are keys: at their default they do not act, and beside the new name they give way, with a warning. Every layer is renamed by
+itself: a newer one may set the new name of what an older one set by the old name.
 """
 
 import copy
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
 from neobert.config.rules import check_rules
 from neobert.config.schema import Config, known_keys
-from neobert.config.yaml_file import YamlFile, parse_scalar, read_yaml
+from neobert.config.yaml_file import Layer, parse_scalar, read_yaml
 from neobert.errors import ConfigError, Problem
 
 Values = dict[str, Any]
 ABSENT: Any = object()
-ON_COMMAND_LINE = 0  # instead of a line; nobody writes a default there without meaning it
+COMMAND_LINE = "command line"  # nobody writes a default there without meaning it
 FLOAT32 = ("no", "fp32")  # two names of one precision
 
 
-@dataclass(frozen=True)
-class Legacy:
+class Legacy(NamedTuple):
     """`old` acts as `new`, its value passed through `convert`. `old` ending in `.*` is a whole block."""
 
     old: str
@@ -77,40 +73,40 @@ LEGACY = (
 )
 
 
-def apply_legacy(layer: YamlFile) -> list[str]:
-    """Rename in place; returns one warning per old name that acts or gives way. Names that contradict each other are added to
-    the problems of the layer."""
+def apply_legacy(layer: Layer) -> list[str]:
+    """Rename in place; returns a warning per old name that acts or gives way. What contradicts goes to the layer's problems."""
     warnings: list[str] = []
     for rule in LEGACY:
-        is_block = rule.old.endswith(".*")
         section, _, name = rule.old.removesuffix(".*").rpartition(".")
         inner = look(layer.values, section) if section else layer.values
         written = inner.pop(name, ABSENT) if isinstance(inner, dict) else ABSENT
-        if is_block and isinstance(written, dict):
+        if written is ABSENT:
+            continue
+        if not rule.old.endswith(".*"):
+            warnings += _rename(layer, rule, written)
+        elif isinstance(written, dict):
             for one, value in written.items():
                 warnings += _rename(layer, Legacy(rule.old.replace("*", one), rule.new.replace("*", one)), value)
-        elif is_block and written not in (ABSENT, None):
-            layer.problems.append(Problem(rule.old.removesuffix(".*"), f"must be a section, got {written!r}"))
-        elif not is_block and written is not ABSENT:
-            warnings += _rename(layer, rule, written)
+        elif written is not None:
+            layer.problems.append(Problem(f"{section}.{name}", f"must be a section, got {written!r}"))
     return warnings
 
 
-def _rename(layer: YamlFile, rule: Legacy, written: Any) -> list[str]:
+def _rename(layer: Layer, rule: Legacy, written: Any) -> list[str]:
     """Set the new name to what is `written` under the old one; the warning about it, if there is one."""
     value, present, key = rule.convert(written), look(layer.values, rule.new), known_keys().get(rule.old)
     is_default = key is not None and type(written) is type(key.default) and written == key.default
-    if is_default and layer.lines.get(rule.old) != ON_COMMAND_LINE:
+    if is_default and layer.origins.get(rule.old) != COMMAND_LINE:
         return []
     if present is ABSENT:
         put(layer.values, rule.new, value)
-        if rule.old in layer.lines:
-            layer.lines.setdefault(rule.new, layer.lines[rule.old])
+        if rule.old in layer.origins:
+            layer.origins.setdefault(rule.new, layer.origins[rule.old])
     elif (now := rule.convert(present)) != value and not (now in FLOAT32 and value in FLOAT32):
         if key is not None:
             return [f"{rule.old}: {written!r} has no effect, {rule.new}: {present!r} wins"]
-        message = f"{written!r} contradicts {rule.new}: {present!r}; keep only {rule.new}"
-        layer.problems.append(Problem(rule.old, message))
+        problem = f"{written!r} contradicts {rule.new}: {present!r}; keep only {rule.new}"
+        layer.problems.append(Problem(rule.old, problem))
         return []
     return [f"{rule.old} is an older name: {written!r} acts as {rule.new}: {value!r}"]
 
@@ -138,18 +134,21 @@ def put(values: Values, dotted: str, value: Any) -> None:
 
 
 def nearest_key(dotted: str) -> str:
-    """`; did you mean trainer.max_steps?` for an unknown key or section: first among its siblings, then anywhere, by its
-    present or an older name.
-    """
-    newer = {rule.old: rule.new for rule in LEGACY if not rule.old.endswith(".*")}
-    keys = {**newer, **{key: key for key in known_keys()}}
-    keys |= {section: section for key in known_keys() if (section := key.rpartition(".")[0])}
+    """`; did you mean trainer.max_steps?`: looks among the siblings of an unknown key, then anywhere, also at older names."""
+    keys = {rule.old: rule.new for rule in LEGACY if not rule.old.endswith(".*")}
+    keys |= {name: name for key in known_keys() for name in (key, key.rpartition(".")[0]) if name}
     section, _, name = dotted.rpartition(".")
+    anywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
-    found = siblings[near[0]] if near else next((key for key in keys if key.rpartition(".")[2] == name), None)
-    found = found or next(iter(difflib.get_close_matches(dotted, keys, 1, cutoff=0.75)), None)
+    found = siblings.get(_closest(name, siblings, 0.7)) or anywhere.get(name) or _closest(dotted, keys, 0.75)
     return f"; did you mean {keys[found]}?" if found else "; `neobert config keys` lists all keys"
+
+
+def _closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known word that is most like `word`; empty where none is."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, list(known), 1, cutoff)), "")
 
 
 @dataclass(frozen=True)
@@ -166,30 +165,33 @@ def load_config(files: list[str], overrides: list[str] | None = None, task: str 
 
     `task`, when given, is what the command runs: a file that says otherwise is an error. Raises ConfigError.
     """
-    layers = [*map(read_yaml, files), YamlFile("command line", {})]
-    for dotted, value in parse_overrides(overrides or []):
-        put(layers[-1].values, dotted, value)
-        layers[-1].lines[dotted] = ON_COMMAND_LINE
+    values: Values = {}
+    origins: dict[str, str] = {}
     warnings: list[str] = []
     problems: list[Problem] = []
-    values: Values = {}
-    for layer in layers:
+    for layer in [*map(read_yaml, files), parse_overrides(overrides or [])]:
         warnings += apply_legacy(layer)
         problems += layer.problems
+        origins |= layer.origins
         _merge(values, layer.values)
     if task and values.setdefault("task", task) != task:
         problems.append(Problem("task", f"this command runs {task!r}, the file says {values['task']!r}"))
     if files:
         values.setdefault("config_path", str(files[-1]))
-    config, wrong = _build(values, layers)
+    config, wrong = _build(values)
     problems += wrong
     broken, messages = check_rules(config, {p.path for p in problems}) if config else ([], [])
     problems += broken
     if problems or config is None:
-        raise ConfigError(*[Problem(p.path, p.message, p.where or _where(p.path, layers)) for p in problems])
-    written = {dotted for layer in layers for dotted in layer.lines}
-    origins = {dotted: _where(dotted, layers) for dotted in known_keys() if dotted in written}
-    return Loaded(config, warnings + messages, origins)
+        raise ConfigError(*[p._replace(where=p.where or _where(p.path, origins)) for p in problems])
+    return Loaded(config, warnings + messages, {key: origins[key] for key in known_keys() if key in origins})
+
+
+def _where(dotted: str, origins: dict[str, str]) -> str:
+    """Where a key is set; failing that, where its section stands."""
+    while dotted and dotted not in origins:
+        dotted = dotted.rpartition(".")[0]
+    return origins.get(dotted, "")
 
 
 def dump_config(config: Config) -> str:
@@ -206,9 +208,9 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump({"task": config.task, **values}, sort_keys=False, allow_unicode=True)
 
 
-def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
-    """`["--a.b", "3", "c.d=x"]` -> `[("a.b", 3), ("c.d", "x")]`. Raises ConfigError for one that fits neither form."""
-    pairs, rest = [], list(arguments)
+def parse_overrides(arguments: list[str]) -> Layer:
+    """`["--a.b", "3", "c.d=x"]` -> `{"a": {"b": 3}, "c": {"d": "x"}}`. Raises ConfigError for one that fits neither form."""
+    layer, rest = Layer({}, {}, []), list(arguments)
     while rest:
         argument = rest.pop(0)
         name, equals, text = argument.removeprefix("--").partition("=")
@@ -218,21 +220,21 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ConfigError(Problem(name, "no value given"))
             text = rest.pop(0)
-        pairs.append((name, _override_value(name, text)))
-    return pairs
+        put(layer.values, name, _override_value(name, text))
+        layer.origins[name] = COMMAND_LINE
+    return layer
 
 
 def _override_value(name: str, text: str) -> Any:
-    """Read `text` as YAML would, but keep it as text where the key takes text and not what YAML sees in it; lists of texts or
-    numbers may also be written with commas alone."""
+    """`text` as YAML reads it, or as it is where the key takes text and not that; lists may be written with commas alone."""
     value = parse_scalar(text)
     info = known_keys().get(name)
     if info and info.type in ("list[str]", "list[float]") and isinstance(value, str | int | float):
         parts = [part.strip() for part in text.split(",")]
         return parts if info.type == "list[str]" else [parse_scalar(part) for part in parts]
-    if info and not isinstance(value, str) and str in info.kinds and type(value) not in info.kinds:
-        return text
-    return value
+    kinds = info.type.split(" | ") if info else []
+    is_text = "str" in kinds and type(value).__name__.removesuffix("Type") not in kinds  # None's is NoneType
+    return text if is_text else value
 
 
 def _merge(into: Values, new: Values, is_top: bool = True) -> None:
@@ -244,9 +246,8 @@ def _merge(into: Values, new: Values, is_top: bool = True) -> None:
             into[name] = value
 
 
-def _build(values: Values, layers: list[YamlFile]) -> tuple[Config | None, list[Problem]]:
-    """The configuration and what is wrong with single keys. With wrong keys left out it is built all the same where that
-    is possible, so that the rules between the other keys can be checked too."""
+def _build(values: Values) -> tuple[Config | None, list[Problem]]:
+    """(the configuration, where possible without the keys that are wrong, so that rules can be checked too; these keys)."""
     try:
         return Config.model_validate(values), []
     except ValidationError as error:
@@ -258,43 +259,36 @@ def _build(values: Values, layers: list[YamlFile]) -> tuple[Config | None, list[
         while sections and isinstance(inner.get(sections[0]), dict):
             inner = inner[sections.pop(0)]
         inner.pop(sections[0] if sections else last, None)
-    problems = [_problem(details, layers) for details in found]
+    problems = [_problem(details) for details in found]
     try:
         return Config.model_validate(rest), problems
     except ValidationError:
         return None, problems
 
 
-def _where(dotted: str, layers: list[YamlFile]) -> str:
-    """Where a key was set last; failing that, where its section stands."""
-    newest_first = sorted(reversed(layers), key=lambda layer: dotted not in layer.lines)
-    return next((found for layer in newest_first if (found := layer.where(dotted))), "")
-
-
-def _problem(details: Any, layers: list[YamlFile]) -> Problem:
-    """One of pydantic's errors as a line of ours. Its location may go on inside a value: with an index and a field in an entry
-    of a list, which are named, or with a member of a union or a validator, which are not.
-    """
+def _problem(details: Any) -> Problem:
+    """One of pydantic's errors as a line of ours. Where its location goes on inside a value, an index and a field of an entry
+    of a list are named; a member of a union or a validator is not."""
     location = [str(part) for part in details["loc"]]
     value, kind, whole = details["input"], details["type"], ".".join(location)
     if kind == "extra_forbidden":
-        return Problem(whole, f"unknown key{nearest_key(whole)}", _where(whole, layers))
+        return Problem(whole, f"unknown key{nearest_key(whole)}")
     is_in_entry = any(part.isdigit() for part in location[:-1])
     parents = [".".join(location[:end]) for end in range(len(location), 0, -1)]
     dotted = whole if is_in_entry else next((one for one in parents if one in known_keys()), whole)
-    where, info = _where(dotted, layers), known_keys().get(dotted)
+    info = known_keys().get(dotted)
     if kind == "model_type":
-        return Problem(whole, "must be a section with keys", where)
+        return Problem(whole, "must be a section with keys")
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     if info is not None and info.choices and (isinstance(value, str) or kind == "literal_error"):
         message = f"must be one of {', '.join(info.choices)}, got {shown}"
         if dotted == "trainer.eval_strategy" and value in (False, "no"):
             hint = "; set trainer.eval_steps to more than the steps of the run to train without evaluations"
         else:
-            near = difflib.get_close_matches(str(value), info.choices, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-        return Problem(dotted, message + hint, where)
+            near = _closest(str(value), info.choices)
+            hint = f"; did you mean {near}?" if near else ""
+        return Problem(dotted, message + hint)
     if info is not None and (kind.endswith("_type") or kind.startswith(("is_", "int_from", "finite"))):
-        return Problem(dotted, f"must be {info.type}, got {shown} ({type(value).__name__})", where)
+        return Problem(dotted, f"must be {info.type}, got {shown} ({type(value).__name__})")
     message = details["msg"].lower().removeprefix("input ").replace("should be", "must be").replace("should", "must")
-    return Problem(dotted, f"{message}, got {shown}", where)
+    return Problem(dotted, f"{message}, got {shown}")

@@ -1,10 +1,6 @@
-"""What a run needs besides a valid configuration: text, a tokenizer, weights. Looked for on the disk, without reading them.
-
-What stands on the hub is not looked for.
-"""
+"""What a run needs besides a valid configuration: text, a tokenizer, weights. Looked for on the disk only, and not read."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from glob import has_magic, iglob
 from pathlib import Path
 
@@ -13,10 +9,7 @@ from neobert.config.schema import Config, ContrastiveConfig, GlueConfig
 from neobert.errors import ConfigError, Problem
 
 NO_DATA = "not set; name a file, a folder or a glob here, or a dataset of the Hugging Face hub in {0}.name"
-NO_TOKENIZER = (
-    "not set; train one with `neobert tokenizer train FILES -o tokenizer`, or name one of the Hugging Face hub in "
-    "tokenizer.name"
-)
+TRAIN_ONE = "train one with `neobert tokenizer train FILES -o {}`"
 NO_DONOR = "needs a checkpoint of another task: glue.pretrained_checkpoint_dir"
 NO_WEIGHTS = (
     "no weights to start from: name a run in {0}.pretrained_checkpoint_dir, a model in {0}.pretrained_model_path, or an "
@@ -27,7 +20,7 @@ NO_WEIGHTS = (
 def check_ready(loaded: Loaded) -> None:
     """Raises ConfigError with everything that a run of this configuration would not find."""
     if problems := list(find_missing(loaded.config)):
-        raise ConfigError(*(replace(one, where=loaded.origins.get(one.path, "")) for one in problems))
+        raise ConfigError(*(one._replace(where=loaded.origins.get(one.path, "")) for one in problems))
 
 
 def find_missing(config: Config) -> Iterator[Problem]:
@@ -55,17 +48,17 @@ def asked_weights(config: Config) -> GlueConfig | ContrastiveConfig:
 def names_weights(config: Config) -> bool:
     """Whether one of the task's `pretrained_*` keys names weights of ours."""
     asked = asked_weights(config)
-    named = (asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint)
-    return any(one is not None for one in named)
+    return {asked.pretrained_checkpoint_dir, asked.pretrained_model_path, asked.pretrained_checkpoint} != {None}
 
 
 def missing_tokenizer(config: Config) -> Problem | None:
     """What is wrong where the run takes the tokenizer that `tokenizer` names: the hub is asked for no other one."""
     path = config.tokenizer.path
     if path is not None:
-        problem = f"no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`"
+        problem = f"no folder at {path!r}; {TRAIN_ONE.format(path)}"
         return None if Path(path).is_dir() else Problem("tokenizer.path", problem)
-    return None if config.is_set("tokenizer.name") else Problem("tokenizer.path", NO_TOKENIZER)
+    problem = f"not set; {TRAIN_ONE.format('tokenizer')}, or name one of the Hugging Face hub in tokenizer.name"
+    return None if config.is_set("tokenizer.name") else Problem("tokenizer.path", problem)
 
 
 def _missing_text(config: Config) -> Iterator[Problem]:

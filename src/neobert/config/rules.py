@@ -6,8 +6,7 @@ that yields what it finds. ERROR stops the run; WARNING, PRECEDENCE and IMPORTAN
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from neobert.config.deepspeed import read_zero
 from neobert.config.schema import Config, known_keys
@@ -17,11 +16,9 @@ Found = Iterator[Problem]
 GLUE_LABELS = {"stsb": 1, "mnli": 3, "ax": 3}  # the other tasks have 2
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A rule about `keys`. `check` is a function, whose docstring describes the rule; or it is the message about those of the
-    keys that were chosen, with the configuration as `{c}`. Then `when` is the condition, `text` the description, and `others`
-    are further keys that take part.
+class Rule(NamedTuple):
+    """A rule about `keys`. `check` is a function, whose docstring describes the rule; or the message about those of the keys
+    that were chosen, with the configuration as `{c}`, where `when` holds; `text` describes it, and `others` take part.
     """
 
     kind: Literal["ERROR", "WARNING", "PRECEDENCE", "IMPORTANT"]
@@ -69,9 +66,8 @@ def heads_divide_width(config: Config) -> Found:
         best = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
         message = f"{width} is not divisible by num_attention_heads {heads}; {best} heads would fit"
         yield Problem("model.hidden_size", message)
-    elif config.model.rope and (width // heads) % 2:
-        message = f"RoPE needs an even head width; {width} / {heads} = {width // heads}"
-        yield Problem("model.num_attention_heads", message)
+    elif config.model.rope and (head := width // heads) % 2:
+        yield Problem("model.num_attention_heads", f"RoPE needs an even head width; {width} / {heads} = {head}")
 
 
 def rows_fit_model(config: Config) -> Found:
@@ -140,8 +136,7 @@ def resume_needs_a_position(config: Config, has_position: bool = True) -> Found:
 
 def zero_stage(config: Config) -> int:
     """The stage of ZeRO that this process runs in; 0 also without DeepSpeed."""
-    zero = read_zero(config, os.environ)
-    return 0 if zero is None else zero.stage
+    return zero.stage if (zero := read_zero(config, os.environ)) else 0
 
 
 def muonclip_needs_whole_matrices(config: Config) -> Found:
@@ -174,26 +169,28 @@ def warmup_fits_run(config: Config) -> Found:
     """A warmup that is longer than the run never gets to the peak of the learning rate."""
     warmup, steps = config.scheduler.warmup_steps, config.scheduler.total_steps or config.trainer.max_steps
     if config.scheduler.warmup_percent is None and 0 < steps <= warmup:
-        message = f"{warmup:,} is not shorter than the schedule of {steps:,} steps: the rate does not get to "
-        yield Problem("scheduler.warmup_steps", message + f"{config.optimizer.lr:g}")
+        message = (
+            f"is not shorter than the schedule of {steps:,} steps: the rate does not get to {config.optimizer.lr:g}"
+        )
+        yield Problem("scheduler.warmup_steps", f"{warmup:,} {message}")
 
 
 def keys_act_in_their_task(config: Config) -> Found:
     """A key acts in the tasks that its description names, or in all of them."""
-    by_section: dict[str, list[str]] = {}
     acting: set[str] = set()
+    inert: dict[str, list[str]] = {}
     for key, info in known_keys().items():
-        section, dot, _ = key.partition(".")
+        section = key.partition(".")[0]
         if config.task in info.tasks:
             acting.add(section)
         elif config.is_chosen(key):
-            by_section.setdefault(section if dot else key, []).append(key)
-    for section, chosen in by_section.items():
-        message = f"has no effect in task: {config.task}"
-        if section in acting or section in chosen:
-            yield from (Problem(key, message) for key in chosen)
+            inert.setdefault(section, []).append(key)
+    message = f"has no effect in task: {config.task}"
+    for section, keys in inert.items():
+        if section in acting or section in keys:
+            yield from (Problem(key, message) for key in keys)
         else:
-            yield Problem(min(chosen), f"{message}, nor has the rest of {section}")
+            yield Problem(min(keys), f"{message}, nor has the rest of {section}")
 
 
 def classifier_range_of_glue_wins(config: Config) -> Found:

@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any, Literal
 
 from neobert.config import sections
-from neobert.config.field import CONTRASTIVE, GLUE, MTEB, TASKS, KeyInfo, Section, describe_keys, key
+from neobert.config.field import CONTRASTIVE, GLUE, MTEB, TASKS, KeyInfo, Section, describe_keys, key, section
 
 
 # Tables, laid out by hand.
@@ -48,7 +48,7 @@ class EvaluationSet(Section):
     name: str = key("", "As `dataset.name`.", "what is evaluated")
     config: str | None = key(None, "As `dataset.config`.", "what is evaluated")
     split: str | None = key(None, "Split, or a slice of one.", "what is evaluated")
-    columns: dict[str, str] = key(None, "As `dataset.columns`.", "what is evaluated", factory=dict)
+    columns: dict[str, str] = key({}, "As `dataset.columns`.", "what is evaluated")
     label: str | None = key(None, "Its name in metrics (default: that of the file).", "metrics")
 
 
@@ -68,9 +68,9 @@ class ContrastiveConfig(Section):
     min_score: float | None = key(None,
         "Of two texts with a score, those with at least this one are positive pairs (default: 80 % of the highest).",
         "rows used", beyond=True)
-    evaluation: list[EvaluationSet] = key(None,
+    evaluation: list[EvaluationSet] = key([],
         "Sets to evaluate on, besides held-out rows of the sources: a list of {path or name, config, split, columns, label}. "
-        "Scores give Spearman's correlation, pairs MRR@10 and nDCG@10.", "metrics", factory=list, beyond=True)
+        "Scores give Spearman's correlation, pairs MRR@10 and nDCG@10.", "metrics", beyond=True)
     pretrained_checkpoint_dir: str | None = key(None, "As `glue.pretrained_checkpoint_dir`.", "initial weights", beyond=True)
     pretrained_model_path: str | None = key(None, "As `glue.pretrained_model_path`.", "initial weights", beyond=True)
     pretrained_checkpoint: str | int | None = key(None, "As `glue.pretrained_checkpoint`.", "initial weights", beyond=True)
@@ -83,16 +83,16 @@ class Config(Section):
 
     tasks = TASKS
     task: Literal["pretraining", "glue", "mteb", "contrastive"] = key("pretraining", "What the run does.", "the run")
-    model: sections.ModelConfig = key(None, "The architecture.", "", factory=sections.ModelConfig)
-    tokenizer: sections.TokenizerConfig = key(None, "How text becomes token ids.", "", factory=sections.TokenizerConfig)
-    dataset: sections.DatasetConfig = key(None, "Where text comes from.", "", factory=sections.DatasetConfig)
-    trainer: sections.TrainerConfig = key(None, "The loop.", "", factory=sections.TrainerConfig)
-    scheduler: sections.SchedulerConfig = key(None, "The learning rate.", "", factory=sections.SchedulerConfig)
-    optimizer: sections.OptimizerConfig = key(None, "How gradients become updates.", "", factory=sections.OptimizerConfig)
-    datacollator: sections.DataCollatorConfig = key(None, "Rows and their masks.", "", factory=sections.DataCollatorConfig)
-    wandb: sections.WandbConfig = key(None, "The Weights & Biases tracker.", "", factory=sections.WandbConfig)
-    glue: GlueConfig = key(None, "Fine-tuning on a GLUE task.", "", factory=GlueConfig)
-    contrastive: ContrastiveConfig = key(None, "Training sentence embeddings.", "", factory=ContrastiveConfig)
+    model: sections.ModelConfig = section("The architecture.")
+    tokenizer: sections.TokenizerConfig = section("How text becomes token ids.")
+    dataset: sections.DatasetConfig = section("Where text comes from.")
+    trainer: sections.TrainerConfig = section("The loop.")
+    scheduler: sections.SchedulerConfig = section("The learning rate.")
+    optimizer: sections.OptimizerConfig = section("How gradients become updates.")
+    datacollator: sections.DataCollatorConfig = section("Rows and their masks.")
+    wandb: sections.WandbConfig = section("The Weights & Biases tracker.")
+    glue: GlueConfig = section("Fine-tuning on a GLUE task.")
+    contrastive: ContrastiveConfig = section("Training sentence embeddings.")
     pretrained_checkpoint: str = key("latest",
         "Checkpoint that a downstream task starts from: `latest`, `best`, or a step.",
         "initial weights", tasks=("glue", "contrastive", "mteb"))
@@ -106,16 +106,16 @@ class Config(Section):
     mteb_pooling: Literal["mean", "avg", "cls", "max"] = key("mean",
         "How token vectors become one; where it is not set, as the model was trained.", "results", tasks=MTEB)
     mteb_overwrite_results: bool = key(False, "Run tasks again that have results.", "results", tasks=MTEB)
-    mteb_prompts: dict[str, str] = key(None,
+    mteb_prompts: dict[str, str] = key({},
         "Prompts, put in front of texts: by `query` or `document`, type of task (as STS), or task (as STS12, or STS12-query).",
-        "results", factory=dict, tasks=MTEB, beyond=True)
+        "results", tasks=MTEB, beyond=True)
     mteb_local_tasks: str | None = key(None,
         "Folder of tasks of your own, as jsonl; `mteb_task_type` then chooses among these.", "results", tasks=MTEB, beyond=True)
     seed: int = key(0, "Seed of weights, order, masks and dropout.", "all that is random", ge=0, lt=2**63)
     debug: bool = key(False, "Print more: the resolved configuration, versions, and every step.", "the console")
     use_deepspeed: bool = key(True, "Use DeepSpeed when launched by it.", "the engine")
     accelerate_config_file: str | None = key(None, "Accelerate launch configuration.", "the engine")
-    pretraining_metadata: dict[str, Any] = key(None, "Notes kept with every checkpoint.", "state.json", factory=dict)
+    pretraining_metadata: dict[str, Any] = key({}, "Notes kept with every checkpoint.", "state.json")
     config_path: str | None = key(None, "File that this configuration was read from.", "config.yaml of a run")
 
     @property

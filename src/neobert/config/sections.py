@@ -101,7 +101,7 @@ class MixtureSource(Section):
     train_split: str | None = key(None, "As `dataset.train_split`.", "the text that is read")
     eval_split: str | None = key(None, "As `dataset.eval_split`.", "the text that is evaluated")
     weight: float = key(1.0, "Share of the rows, relative to the other weights.", "order of the data", gt=0)
-    columns: dict[str, str] = key(None, "As `dataset.columns`.", "the text that is read", factory=dict)
+    columns: dict[str, str] = key({}, "As `dataset.columns`.", "the text that is read")
 
     def laid_over(self, dataset: "DatasetConfig") -> "DatasetConfig":
         """The section with the path or name of this entry, and with what else is set in it."""
@@ -166,10 +166,10 @@ class DatasetConfig(Section):
         "two dropout passes of one text).", "source of batches", ge=0, le=1, tasks=CONTRASTIVE)
     min_length: int = key(512,
         "Texts of plain-text sources with fewer characters are passed over.", "documents used", ge=0, tasks=CONTRASTIVE)
-    columns: dict[str, str] = key(None,
+    columns: dict[str, str] = key({},
         "What columns are, as {anchor: title, positive: body, negative: other}, {text: ..., label: ...}, {text1: ..., text2: "
         "..., score: ...} or {text: ...}; usual names need no telling.",
-        "the text that is read", factory=dict, tasks=CONTRASTIVE, beyond=True)
+        "the text that is read", tasks=CONTRASTIVE, beyond=True)
     mixture_temperature: float | None = key(None,
         "Sources of a mixture get shares in proportion to rows ** (1 / this) instead of their weights: 1 by size, large ones "
         "equal.", "source of batches", gt=0, tasks=CONTRASTIVE, beyond=True)
@@ -181,10 +181,10 @@ class DatasetConfig(Section):
         "Rows that are no JSON, or whose text is missing, empty, not text or not UTF-8, and the rest of a compressed file "
         "that is damaged: pass over and count them, or stop at the first.",
         "an error, or a count in the summary", tasks=TEXT, beyond=True)
-    mixture: list[MixtureSource] = key(None,
+    mixture: list[MixtureSource] = key([],
         "Several sources with weights, instead of `path` and `name`: a list of {path or name, config, text_column, "
         "train_split, eval_split, columns, weight}; what an entry does not set is the section's. Which source a row comes "
-        "from depends on its index only.", "the source of text", factory=list, tasks=TEXT, beyond=True)
+        "from depends on its index only.", "the source of text", tasks=TEXT, beyond=True)
     mixture_exhausted: Literal["repeat", "drop", "stop"] = key("repeat",
         "When a source of the mixture has been read: begin it again, go on with the others, or end the run.",
         "the source of text; length of the run", tasks=PRETRAINING, beyond=True)
@@ -268,9 +268,8 @@ class TrainerConfig(Section):
         "Write checkpoints while training goes on; needs memory for a copy of weights and optimizer state.",
         "speed", beyond=True)
     use_cpu: bool = key(False, "Train on the CPU even where there is a GPU.", "the device", tasks=TASKS)
-    report_to: list[str] = key(None,
-        "Experiment trackers, as Accelerate names them: wandb, tensorboard, trackio, mlflow and others.",
-        "tracker files", factory=list)
+    report_to: list[str] = key([],
+        "Experiment trackers, as Accelerate names them: wandb, tensorboard, trackio, mlflow and others.", "tracker files")
     train_batch_size: int | None = key(None,
         "Older name of `per_device_train_batch_size`; acts when that one is not set.", "tokens per step", ge=1)
     eval_batch_size: int | None = key(None,
@@ -328,9 +327,9 @@ class MuonConfig(Section):
     orthogonalization: Literal["polar_express", "newton_schulz"] = key("polar_express", "Iteration used.", "updates")
     algorithm: str | None = key(None, "Deprecated name of `orthogonalization`.", "updates")
     polar_express: bool | None = key(None, "Deprecated switch of `orthogonalization`.", "updates")
-    clipping_layers_mapping: dict[str, str] = key(None,
+    clipping_layers_mapping: dict[str, str] = key({},
         "Names of the modules `q_proj`, `k_proj` (and `v_proj`) in attention blocks that keep projections apart.",
-        "which weights are clipped", factory=dict)
+        "which weights are clipped")
 
 
 class ParamGroup(Section):
@@ -350,13 +349,12 @@ class OptimizerConfig(Section):
     weight_decay: float = key(0.01,
         "Decoupled weight decay of matrices; norms and embeddings have none, MuonClip's matrices `muon_decay`.",
         "updates", ge=0)
-    betas: list[Probability] = key(None,
-        "Decay rates of Adam's two moments.", "updates", factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Probability] = key([0.9, 0.999], "Decay rates of Adam's two moments.", "updates", min_length=2, max_length=2)
     eps: float = key(1e-8, "Term that keeps Adam's division stable.", "updates", gt=0)
     muon_config: MuonConfig | None = key(None, "Settings of MuonClip (`name: muonclip`).", "updates")
-    param_groups: list[ParamGroup] = key(None,
+    param_groups: list[ParamGroup] = key([],
         "Exceptions for parameters by name, a list of `{pattern, lr_scale, weight_decay, algorithm}`. The first pattern that "
-        "matches a name decides; one that acts on nothing is an error.", "updates", factory=list, beyond=True)
+        "matches a name decides; one that acts on nothing is an error.", "updates", beyond=True)
 
 
 class WandbConfig(Section):
@@ -366,7 +364,7 @@ class WandbConfig(Section):
     project: str = key("neo-bert", "Project.", "tracker files", min_length=1)
     entity: str | None = key(None, "User or team.", "tracker files")
     name: str | None = key(None, "Name of the run.", "tracker files")
-    tags: list[str] = key(None, "Tags of the run.", "tracker files", factory=list)
+    tags: list[str] = key([], "Tags of the run.", "tracker files")
     mode: Literal["online", "offline", "disabled"] = key("online", "Where the run is recorded.", "tracker files")
     log_interval: int = key(100,
         "Left over; `trainer.logging_steps` says how often is logged, and a note says so.", "a note", ge=1)

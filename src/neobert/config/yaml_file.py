@@ -5,9 +5,8 @@ whose aliases stand for more than `MAX_VALUES` values.
 """
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -28,23 +27,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-@dataclass
-class YamlFile:
-    """A parsed layer: nested values, and the line of every dotted path (0: not from a file)."""
+class Layer(NamedTuple):
+    """Nested values as one file sets them, where each key and section is written (`file:line`), and what is wrong with them."""
 
-    path: str
     values: dict[str, Any]
-    lines: dict[str, int] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)  # keys that are written twice
-
-    def where(self, dotted: str) -> str:
-        """`file:line` of a key, or of the section that would hold it; empty when it is not in this file."""
-        while dotted:
-            if dotted in self.lines:
-                line = self.lines[dotted]
-                return f"{self.path}:{line}" if line else self.path
-            dotted = dotted.rpartition(".")[0]
-        return ""
+    origins: dict[str, str]
+    problems: list[Problem]
 
 
 def parse_scalar(text: str) -> Any:
@@ -55,9 +43,9 @@ def parse_scalar(text: str) -> Any:
         return text
 
 
-def read_yaml(path: str | Path) -> YamlFile:
+def read_yaml(path: str | Path) -> Layer:
     """Read one mapping from a file. Raises ConfigError naming file and line for anything that is not one."""
-    layer = YamlFile(str(path), {})
+    layer = Layer({}, {}, [])
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
         if node is None:
@@ -65,7 +53,7 @@ def read_yaml(path: str | Path) -> YamlFile:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(Problem("", f"{path}: expected sections such as `trainer:`, found a single value"))
         _count_values(node, {})
-        _record_lines(node, "", layer)
+        _record_lines(node, "", layer, path)
         layer.values.update(_Loader("").construct_document(node))
         return layer
     except ConfigError:
@@ -106,16 +94,17 @@ def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
     return count
 
 
-def _record_lines(node: yaml.MappingNode, prefix: str, layer: YamlFile) -> None:
+def _record_lines(node: yaml.MappingNode, prefix: str, layer: Layer, path: str | Path) -> None:
     for key_node, value_node in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
-        line = key_node.start_mark.line + 1
+        where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-            raise ConfigError(Problem(prefix.rstrip("."), "keys must be words", f"{layer.path}:{line}"))
+            raise ConfigError(Problem(prefix.rstrip("."), "keys must be words", where))
         dotted = prefix + key_node.value
-        if first := layer.lines.get(dotted):
-            layer.problems.append(Problem(dotted, f"written twice, first on line {first}", f"{layer.path}:{line}"))
-        layer.lines[dotted] = line
+        if first := layer.origins.get(dotted):
+            message = f"written twice, first on line {first.rpartition(':')[2]}"
+            layer.problems.append(Problem(dotted, message, where))
+        layer.origins[dotted] = where
         if isinstance(value_node, yaml.MappingNode):
-            _record_lines(value_node, dotted + ".", layer)
+            _record_lines(value_node, dotted + ".", layer, path)
