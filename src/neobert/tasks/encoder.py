@@ -11,9 +11,10 @@ from torch import nn
 from neobert.checkpoints import load
 from neobert.checkpoints.format import Tensors, load_weights
 from neobert.checkpoints.initial_weights import InitialWeights
-from neobert.checkpoints.layouts import is_eurobert, to_eurobert
+from neobert.checkpoints.layouts import checkpoint_config, is_eurobert, to_eurobert
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
+from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification, longest_input
@@ -157,16 +158,25 @@ def load_parts(folder: Path, model: nn.Module, weights: Tensors, with_dense: boo
 
 
 def build_storage(
-    model: load.Model | load.HFEncoderModel, fields: dict[str, Any], save_beside: Callable[[Path], None]
-) -> Storage:
-    """How a model goes into checkpoints and comes back: one of ours with `fields` as its config.json, under EuroBERT's names
-    where it is one; an encoder of transformers so that `AutoModel` reads it, with `fields` besides its own.
+    model: load.Model | load.HFEncoderModel, name: str | None, hf_tokenizer: Any, section: dict[str, Any] | None = None,
+    fields: dict[str, Any] | None = None, save_more: Callable[[Path], None] = lambda folder: None,
+) -> Storage:  # fmt: skip
+    """How a model, called `name`, goes into checkpoints with its tokenizer and comes back: ours under EuroBERT's names where it
+    is one, an encoder of transformers so that `AutoModel` reads it. config.json also gets `fields`, and in our part `section`.
     """
+    is_hf, section = isinstance(model, load.HFEncoderModel), section or {}
+    if isinstance(model, load.HFEncoderModel):
+        fields = {**json.loads(model.config.to_json_string(use_diff=False)), **(fields or {}), load.HF_ENCODER: section}
+    else:
+        own, kind = checkpoint_config(model.config, hf_tokenizer, name), type(model).__name__
+        if is_eurobert(model.config):
+            kind = "EuroBertModel" if kind == "NeoBERTForEmbedding" else kind.replace("NeoBERT", "EuroBert")
+        fields = {**own, **(fields or {}), "neobert": own["neobert"] | section, "architectures": [kind]}
 
     def content() -> tuple[Tensors, dict[str, Any]]:
         weights = whole_weights(model)
         if isinstance(model, load.HFEncoderModel):
-            return model.to_checkpoint(weights), {**json.loads(model.config.to_json_string(use_diff=False)), **fields}
+            return model.to_checkpoint(weights), fields
         return to_eurobert(weights) if is_eurobert(model.config) else weights, fields
 
     def load_back(folder: Path) -> None:
@@ -174,5 +184,9 @@ def build_storage(
             load.load_into(model, folder, model.from_checkpoint(load_weights(folder)))
         else:
             load.load_model_weights(folder, model)
+
+    def save_beside(folder: Path) -> None:
+        save_tokenizer(hf_tokenizer, folder, has_token_types=is_hf)
+        save_more(folder)
 
     return Storage(content, load_back, save_beside)
