@@ -12,8 +12,7 @@ from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import CheckpointError, DataError, UserError
 from neobert.files import write_text
 from neobert.tasks.encoder import row_layout
-from neobert.tasks.glue.data import Shared, encode_split, glue_source, predict_logits
-from neobert.tasks.glue.metrics import predictions
+from neobert.tasks.glue.data import Shared, encode_split, glue_source, predict_logits, predictions
 from neobert.tasks.glue.model import load_finetuned
 from neobert.tasks.glue.task import read_result
 from neobert.training.run_folder import hold_folder
@@ -24,22 +23,21 @@ FOLDER = "submission"
 
 def predict_run(config: Config) -> list[Path]:
     """Write the submission files of the run in `trainer.output_dir`. Raises UserError when there is nothing to predict."""
-    folder, trainer = Path(config.trainer.output_dir), config.trainer
-    runtime = build_runtime(
-        use_cpu=trainer.use_cpu, mixed_precision=trainer.mixed_precision, tf32=trainer.tf32, trains=False
-    )
+    folder, asked = Path(config.trainer.output_dir), config.trainer
+    runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32, trains=False)
     if not runtime.is_main:
         return []
     alone = runtime.alone()
     with hold_folder(folder, alone) if folder.is_dir() else nullcontext():
-        written = write_predictions(config, folder, folder / FOLDER, alone)
+        written = write_predictions(config, folder / FOLDER, alone)
     if not written:
         raise DataError(f"{glue_source(config)}: no test split of {config.glue.task_name}: nothing to predict")
     return written
 
 
-def write_predictions(config: Config, run_folder: Path, output: Path, runtime: Runtime) -> list[Path]:
+def write_predictions(config: Config, output: Path, runtime: Runtime) -> list[Path]:
     """The submission files of a finished run, for every test split that is there; a model of mnli also predicts ax."""
+    run_folder, source = Path(config.trainer.output_dir), glue_source(config)
     result = read_result(run_folder)
     if result is None:
         raise UserError(f"{run_folder}: no result.json, so no finished run of GLUE; train first: neobert glue CONFIG")
@@ -47,18 +45,17 @@ def write_predictions(config: Config, run_folder: Path, output: Path, runtime: R
     if not (checkpoint / STATE).is_file():
         raise CheckpointError(f"{checkpoint}: the run kept no checkpoint of its result (trainer.save_model: false?)")
     model, hf_tokenizer, task = load_finetuned(checkpoint)
-    trainer, source = config.trainer, glue_source(config)
     model.to(runtime.device)
     layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)
     shared = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
-    written = []
+    written, batch_size = [], config.trainer.per_device_eval_batch_size
     for one in [task, *([TASKS["ax"]] if task.name == "mnli" else [])]:
         for split, name in one.tests:
             if not has_split(source, one, split):
                 print(f"note: no split {split} of {one.name} in {source}: {name} is not written")
                 continue
             rows = encode_split(config, one, split, shared, with_labels=False)
-            logits, _ = predict_logits(model, one.num_labels, rows, layout, trainer.per_device_eval_batch_size, runtime)
+            logits, _ = predict_logits(model, one.num_labels, rows, layout, batch_size, runtime)
             written.append(write_submission(output / name, one, logits))
             print(f"{output / name}: {len(rows):,} predictions, by {checkpoint}")
     return written
