@@ -1,4 +1,4 @@
-"""Which MTEB tasks a configuration names, what to do with results and data that are not there, and tasks of one's own data.
+"""What the MTEB library gets from us: a model, the tasks that a configuration names, and tasks of one's own data.
 
 Each folder of jsonl below `mteb_local_tasks` is a task of that name, which the library's own code evaluates. Its type follows
 from its files and columns:
@@ -19,15 +19,19 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import mteb
+import numpy as np
 import yaml
 from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mteb.abstasks import (
     AbsTaskClassification,
     AbsTaskClustering,
@@ -37,22 +41,115 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
+from tqdm import tqdm
 
 from neobert.data.files.rows import Row, place, text_in, usable_records, why_no_text
-from neobert.errors import ConfigError, DataError, Problem, first_line, print_notes
+from neobert.errors import ConfigError, DataError, Problem, print_notes
+from neobert.files import sha256
+from neobert.inference.embed import Embedder
 
 ENGLISH = "MTEB(eng, v1)"  # the 56 tasks of the original leaderboard, which the reference and its paper evaluate
 LOCAL = "local/"  # what names of the data of local tasks begin with
 SPLIT, TASK_FILE = "test", "task.yaml"
-TYPES = {
-    "classification": "Classification",
-    "clustering": "Clustering",
-    "pair_classification": "PairClassification",
-    "reranking": "Reranking",
-    "retrieval": "Retrieval",
-    "sts": "STS",
-    "summarization": "Summarization",
-}
+# What loading a task's data raises when the hub cannot be reached, or does not have it (for us).
+NETWORK_ERRORS = (
+    ConnectionError, FileNotFoundError, DatasetsError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of task: its name, main score and class in the library, the columns of its rows, attributes of the class."""
+
+    type_name: str
+    main_score: str
+    base: type[AbsTask]
+    columns: tuple[str, ...] = ()
+    attributes: dict[str, str] = field(default_factory=dict)
+
+
+KINDS = {
+    "classification": Kind("Classification", "accuracy", AbsTaskClassification, ("text", "label")),
+    "clustering": Kind(
+        "Clustering", "v_measure", AbsTaskClustering, ("text", "label"),
+        {"input_column_name": "text", "label_column_name": "label"},
+    ),
+    "pair_classification": Kind(
+        "PairClassification", "max_ap", AbsTaskPairClassification, ("sentence1", "sentence2", "label"),
+        {"label_column_name": "label"},
+    ),
+    "reranking": Kind("Reranking", "map_at_1000", AbsTaskRetrieval, ("query", "positive", "negative")),
+    "retrieval": Kind("Retrieval", "ndcg_at_10", AbsTaskRetrieval),
+    "sts": Kind("STS", "cosine_spearman", AbsTaskSTS, ("sentence1", "sentence2", "score")),
+}  # fmt: skip
+TYPES = {name: kind.type_name for name, kind in KINDS.items()} | {"summarization": "Summarization"}
+
+
+# --- the model -----------
+
+
+class EncoderForMTEB(AbsEncoder):
+    """`embedder` as an encoder of the library, called `name`; `settings` are what scores depend on besides weights.
+
+    Its prompts are by task name, type of task, or `query` and `document`, as MTEB chooses among them. Texts of a task come at
+    once and are sorted by length, so nothing is spent on padding.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any], embedder: Embedder):
+        self.embedder, self.prompts, self.model = embedder, settings["prompts"], embedder.model
+        # The revision names weights and settings, so that results of others are not mixed in.
+        identity = weights_identity(embedder.settings.folder)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        unknown: dict[str, Any] = dict.fromkeys(
+            ("loader", "release_date", "languages", "memory_usage_mb", "license", "open_weights", "public_training_code",
+             "public_training_data", "training_datasets")
+        )  # fmt: skip
+        self.mteb_model_meta = ModelMeta(
+            name=name,
+            revision=f"{identity[:12]}-{digest[:8]}",
+            n_parameters=sum(parameter.numel() for parameter in embedder.model.parameters()),
+            max_tokens=embedder.max_length,
+            embed_dim=embedder.width,
+            framework=["PyTorch"],
+            similarity_fn_name=ScoringFunction(embedder.settings.similarity),
+            use_instructions=bool(self.prompts),
+            **unknown,
+        )
+
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
+        """Texts x width, float32. `inputs` gives batches with a list of texts under `text`."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        prompt = self._prompt(task_metadata, prompt_type)
+        with tqdm(total=len(texts), unit="text", disable=not os.isatty(2), leave=False, dynamic_ncols=True) as bar:
+            bar.set_description(task_metadata.name)
+            return self.embedder.encode(texts, None, bar.update, prompt)
+
+    def prompts_of(self, task_metadata: Any) -> dict[str, str]:
+        """The prompts that texts of a task get: of `query` and `document`, or of every `text`."""
+        sides: dict[str, PromptType | None] = {"text": None}
+        if task_metadata.type in ("Retrieval", "Reranking"):
+            sides = {side.value: side for side in (PromptType.query, PromptType.document)}
+        return {name: prompt for name, side in sides.items() if (prompt := self._prompt(task_metadata, side))}
+
+    def _prompt(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
+        """As sentence-transformers: a text that is neither query nor document gets the folder's default prompt, if no other."""
+        name = get_prompt_name(self.prompts, task_metadata, prompt_type) if self.prompts else None
+        default = self.embedder.settings.default_prompt if prompt_type is None else ""
+        return self.prompts[name] if name is not None else default
+
+
+def weights_identity(folder: Path) -> str:
+    """A hash of the model's tensors, those of its modules too."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*/model.safetensors")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in files)).hexdigest()
+
+
+# --- the tasks of a configuration -----------
 
 
 def choose_tasks(chosen: str, local: str | None) -> list[AbsTask]:
@@ -60,34 +157,28 @@ def choose_tasks(chosen: str, local: str | None) -> list[AbsTask]:
 
     Raises ConfigError with what there is.
     """
-    own = find_local_tasks(local) if local is not None else []
+    own = {task.metadata.name: task for task in find_local_tasks(local)} if local is not None else {}
     if chosen == "all" or chosen in TYPES:
-        tasks = own if local is not None else list(mteb.get_benchmark(ENGLISH).tasks)
+        tasks = list(mteb.get_benchmark(ENGLISH).tasks) if local is None else list(own.values())
         found = [task for task in tasks if chosen == "all" or task.metadata.type == TYPES[chosen]]
         if not found:
-            problem = f"{chosen}: no such task in {local}; there are: {', '.join(_names(own))}"
+            problem = f"{chosen}: no such task in {local}; there are: {', '.join(own)}"
             raise ConfigError(Problem("mteb_task_type", problem))
         return found
     with suppress(KeyError):
         return list(mteb.get_benchmark(chosen).tasks)
-    names = [name.strip() for name in chosen.split(",") if name.strip()]
-    return [_named(name, own) for name in names or [chosen]]
-
-
-def _named(name: str, own: list[AbsTask]) -> AbsTask:
-    for task in own:
-        if task.metadata.name == name:
-            return task
-    with suppress(KeyError):
-        return mteb.get_task(name)
-    hint = _near(name, [*TYPES, *_names(own), *(benchmark.name for benchmark in mteb.get_benchmarks())])
-    there = ", ".join(["all", *TYPES, *_names(own), "names of tasks as STS12"])
-    problem = f"no task, type or benchmark {name!r}{hint or '.'} There are: {there}, and benchmarks as {ENGLISH}"
-    raise ConfigError(Problem("mteb_task_type", problem))
-
-
-def _names(tasks: list[AbsTask]) -> list[str]:
-    return [task.metadata.name for task in tasks]
+    found = []
+    for name in [name.strip() for name in chosen.split(",") if name.strip()] or [chosen]:
+        try:
+            found.append(own[name] if name in own else mteb.get_task(name))
+        except KeyError:
+            hint = _near(name, [*TYPES, *own, *(benchmark.name for benchmark in mteb.get_benchmarks())])
+            there = ", ".join(["all", *TYPES, *own, "names of tasks as STS12"])
+            problem = (
+                f"no task, type or benchmark {name!r}{hint or '.'} There are: {there}, and benchmarks as {ENGLISH}"
+            )
+            raise ConfigError(Problem("mteb_task_type", problem)) from None
+    return found
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -97,12 +188,11 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 def check_prompts(prompts: dict[str, str], tasks: list[AbsTask]) -> None:
     """Raises ConfigError for a prompt that no text would ever get."""
-    names = {*_names(tasks), *(task.metadata.type for task in tasks)}
+    names = {name for task in tasks for name in (task.metadata.name, task.metadata.type)}
     known = {"query", "document", *names, *(f"{name}-{side}" for name in names for side in ("query", "document"))}
+    why = "names no task that runs{}; types are as {}"
     problems = [
-        Problem(
-            f"mteb_prompts.{name}", f"names no task that runs{_near(name, sorted(known))}; types are as {TYPES['sts']}"
-        )
+        Problem(f"mteb_prompts.{name}", why.format(_near(name, sorted(known)), TYPES["sts"]))
         for name in prompts
         if name not in known
     ]
@@ -120,41 +210,16 @@ def drop_unusable(path: Path, task: AbsTask) -> None:
     dataset, reason = task.metadata.dataset, ""
     try:
         found = json.loads(path.read_text()).get("dataset_revision")
-    except ValueError:
-        reason = "was cut off"
-    else:
         if dataset["path"].startswith(LOCAL) and found != dataset["revision"]:
             reason = "is of other data"
+    except ValueError:
+        reason = "was cut off"
     if reason:
         print_notes([f"{path} {reason}; its task runs again"])
         path.unlink()
 
 
-def network_errors() -> tuple[type[Exception], ...]:
-    """What loading a task's data raises when the hub cannot be reached, or does not have it (for us)."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    from_hub = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
-    return (ConnectionError, FileNotFoundError, DatasetsError, *from_hub)
-
-
-def reason_of(error: Exception) -> str:
-    """Why a task did not run, in one line."""
-    return f"its data is not on this machine, and the hub was not reached: {first_line(error)}"
-
-
 # --- tasks of one's own data -----------
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a type of task is made: its main score, its class in the library with attributes, and how its data is read."""
-
-    main_score: str
-    base: type[AbsTask]
-    read: Callable[[Path], Any]
-    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 def find_local_tasks(folder: str) -> list[AbsTask]:
@@ -173,13 +238,14 @@ def build_task(folder: Path) -> AbsTask:
     settings = _read_settings(folder)
     name = settings.get("type") or _kind_of(folder)
     kind, digest = KINDS[name], hashlib.sha256()
-    data = kind.read(folder)
+    readers = {"retrieval": _read_retrieval, "reranking": _read_reranking}
+    data = readers[name](folder) if name in readers else _read_columns(folder, name)
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob(TASK_FILE)]):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     metadata = TaskMetadata(
         name=folder.name,
         description=settings.get("description", f"{name} on {folder.name}"),
-        type=TYPES[name],  # type: ignore[arg-type]
+        type=kind.type_name,  # type: ignore[arg-type]
         category="t2c" if name in ("classification", "clustering") else "t2t",
         dataset={"path": f"{LOCAL}{folder.name}", "revision": digest.hexdigest()[:16]},
         eval_splits=[SPLIT],
@@ -187,7 +253,7 @@ def build_task(folder: Path) -> AbsTask:
         main_score=kind.main_score,
         prompt=settings.get("prompt"),
     )
-    attributes = {"metadata": metadata, **kind.attributes}
+    attributes: dict[str, Any] = {"metadata": metadata, **kind.attributes}
     if name == "sts":  # scores are normalised by their range, which changes no correlation; it only has to be one
         scores = data[SPLIT]["score"]
         low = math.floor(min(scores))
@@ -217,7 +283,7 @@ def _read_settings(folder: Path) -> Row:
     if not isinstance(settings, dict) or (unknown := set(settings) - known):
         what = f"unknown: {', '.join(sorted(unknown))}" if isinstance(settings, dict) else "not a mapping"
         raise DataError(f"{path}: {what}; a task has {', '.join(sorted(known))}")
-    if settings.get("type", next(iter(KINDS))) not in KINDS:
+    if "type" in settings and settings["type"] not in KINDS:
         raise DataError(f"{path}: type {settings['type']!r}; there are: {', '.join(KINDS)}")
     return settings
 
@@ -227,19 +293,17 @@ def _kind_of(folder: Path) -> str:
     if (folder / "corpus.jsonl").is_file():
         return "retrieval"
     columns = set(read_rows(folder / f"{SPLIT}.jsonl", ())[0])
-    if {"query", "positive", "negative"} <= columns:
-        return "reranking"
-    if {"sentence1", "sentence2"} <= columns and columns & {"score", "label"}:
-        return "sts" if "score" in columns else "pair_classification"
-    if {"text", "label"} <= columns:
-        return "classification" if (folder / "train.jsonl").is_file() else "clustering"
+    with_labels = "classification" if (folder / "train.jsonl").is_file() else "clustering"
+    for name in ("reranking", "sts", "pair_classification", with_labels):
+        if set(KINDS[name].columns) <= columns:
+            return name
     raise DataError(
         f"{folder / SPLIT}.jsonl: columns {', '.join(sorted(columns))} are those of no task; there are: text, label; "
         "sentence1, sentence2, score or label; query, positive, negative"
     )
 
 
-def read_rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) -> list[Row]:
+def read_rows(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> list[Row]:
     """The rows of a jsonl file, each with texts in the columns `texts`, and something in `others`. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: missing")
@@ -255,23 +319,20 @@ def read_rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) 
     return rows
 
 
-def _read_labelled(folder: Path, *splits: str) -> DatasetDict:
-    return DatasetDict({split: _read_columns(folder / f"{split}.jsonl", ("text",), "label") for split in splits})
-
-
-def _read_columns(path: Path, texts: tuple[str, ...], value: str) -> Dataset:
-    """Text columns and one more, as a data set."""
-    rows = read_rows(path, texts, (value,))
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in (*texts, value)})
-
-
-def _read_pairs(folder: Path, value: str, is_valid: Callable[[Any], bool], what: str) -> DatasetDict:
-    path = folder / f"{SPLIT}.jsonl"
-    data = _read_columns(path, ("sentence1", "sentence2"), value)
-    for number, found in enumerate(data[value], 1):
-        if not is_valid(found):
-            raise DataError(f"{path}, row {number}: {value} is {found!r}, not {what}")
-    return DatasetDict({SPLIT: data})
+def _read_columns(folder: Path, name: str) -> DatasetDict:
+    """The splits of a task whose rows are texts and a label or score."""
+    *texts, value = columns = KINDS[name].columns
+    data = DatasetDict()
+    for split in ("train", SPLIT) if name == "classification" else (SPLIT,):
+        path = folder / f"{split}.jsonl"
+        rows = read_rows(path, texts, [value])
+        for number, found in enumerate((row[value] for row in rows), 1):
+            wanted = "a number" if name == "sts" and not _is_number(found) else ""
+            wanted = "0 or 1" if name == "pair_classification" and found not in (0, 1) else wanted
+            if wanted:
+                raise DataError(f"{path}, row {number}: {value} is {found!r}, not {wanted}")
+        data[split] = Dataset.from_dict({column: [row[column] for row in rows] for column in columns})
+    return data
 
 
 def _is_number(value: Any) -> bool:
@@ -308,29 +369,10 @@ def _read_reranking(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _retrieval_data(
-    documents: list[Row],
-    queries: list[Row],
-    relevant: dict[str, dict[str, int]],
-    ranked: dict[str, list[str]] | None = None,
+    documents: list[Row], queries: list[Row], relevant: dict[str, dict[str, int]], ranked: Any = None
 ) -> dict[str, dict[str, Any]]:
+    """The data of a retrieval task; `ranked` are the documents of each query that are put in order, None: all."""
     corpus = [{"id": str(row["id"]), "title": row.get("title") or "", "text": row["text"]} for row in documents]
     asked = [{"id": str(row["id"]), "text": row["text"]} for row in queries]
     data = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(asked)}
     return {"default": {SPLIT: {**data, "relevant_docs": relevant, "top_ranked": ranked}}}
-
-
-KINDS = {
-    "classification": Kind("accuracy", AbsTaskClassification, lambda folder: _read_labelled(folder, "train", SPLIT)),
-    "clustering": Kind(
-        "v_measure", AbsTaskClustering, lambda folder: _read_labelled(folder, SPLIT),
-        {"input_column_name": "text", "label_column_name": "label"},
-    ),
-    "pair_classification": Kind(
-        "max_ap", AbsTaskPairClassification,
-        lambda folder: _read_pairs(folder, "label", lambda value: value in (0, 1), "0 or 1"),
-        {"label_column_name": "label"},
-    ),
-    "reranking": Kind("map_at_1000", AbsTaskRetrieval, _read_reranking),
-    "retrieval": Kind("ndcg_at_10", AbsTaskRetrieval, _read_retrieval),
-    "sts": Kind("cosine_spearman", AbsTaskSTS, lambda folder: _read_pairs(folder, "score", _is_number, "a number")),
-}  # fmt: skip
