@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import normalizers
 
-from neobert.checkpoints.load import check_fit, load_hf_encoder, load_model_config, read_weights
+from neobert.checkpoints.load import load_hf_encoder, load_into, load_model_config, read_weights
 from neobert.checkpoints.locate import find_encoder, read_model_config
 from neobert.data.batch import RowLayout
 from neobert.data.pairs.table import encode_texts
@@ -74,32 +74,27 @@ class Embedder:
     def encode_ids(self, ids: list[Ids], normalize: bool | None, progress: Progress) -> np.ndarray:
         """The same as `encode` for what `tokenize` gave."""
         pad_id = self.hf_tokenizer.pad_token_id
-        vectors = embed_ids(self.model, ids, pad_id, self.runtime, self.batch_tokens, progress)
-        vectors = self.settings.head(torch.from_numpy(vectors)).numpy()
+        pooled = embed_ids(self.model, ids, pad_id, self.runtime, self.batch_tokens, progress)
+        vectors = self.settings.head(torch.from_numpy(pooled)).numpy()
         wanted = self.settings.normalize is not False if normalize is None else normalize
         return unit_rows(vectors) if wanted else vectors
 
 
 @torch.no_grad()
 def embed_ids(
-    model: Any,
-    ids: list[Ids],
-    pad_id: int,
-    runtime: Runtime,
-    batch_tokens: int | None = None,
+    model: Any, ids: list[Ids], pad_id: int, runtime: Runtime, batch_tokens: int | None = None,
     progress: Progress = lambda n: None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """n x D. `model`, wrapped or not, gives `.embeddings` of a batch. Texts are packed; padded where SDPA runs on a GPU.
 
     The processes of `runtime` take batches in turn, and all get all vectors. Each computes as many batches as the others, as
     engines that split the model need every process in a forward pass.
     """
     inner, kind = getattr(model, "module", model), runtime.device.type
-    width = inner.config.hidden_size
     pads = kind != "cpu" and isinstance(inner, NeoBERTForEmbedding) and inner.model.attention_kernel == "sdpa"
     layout = RowLayout(pad_id, packed=not pads)
     batches = list(batches_by_length([len(row) for row in ids], batch_tokens or BATCH_TOKENS[kind]))
-    vectors = np.zeros((len(ids), width), dtype=np.float32)
+    vectors = np.zeros((len(ids), inner.config.hidden_size), dtype=np.float32)
     for first in range(0, len(batches), runtime.world_size):
         number = first + runtime.rank
         chosen = batches[min(number, len(batches) - 1)]
@@ -121,9 +116,8 @@ def batches_by_length(
     order = np.argsort(-np.asarray(lengths), kind="stable")
     while len(order):
         count = max(1, batch_tokens // max(1, lengths[order[0]]))
-        count = min(count, most_rows or count)
-        yield order[:count]
-        order = order[count:]
+        chosen, order = np.split(order, [min(count, most_rows or count)])
+        yield chosen
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -135,12 +129,9 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def load_embedder(
-    source: str,
-    pooling: Pooling | None = None,
-    max_length: int | None = None,
-    batch_tokens: int | None = None,
+    source: str, pooling: Pooling | None = None, max_length: int | None = None, batch_tokens: int | None = None,
     runtime: Runtime | None = None,
-) -> Embedder:
+) -> Embedder:  # fmt: skip
     """From a run's folder, one of its checkpoints, or a folder of any encoder that `AutoModel` loads.
 
     `pooling` and `max_length` default: as the folder says, else the mean and what the tokenizer is for; `runtime`: float32,
@@ -157,10 +148,8 @@ def load_embedder(
     if "neobert" in read_model_config(found.encoder):
         config = load_model_config(found.encoder)
         model: EmbeddingModel = NeoBERTForEmbedding(config, settings)
-        every = read_weights(found.encoder, config)
-        weights = {name: tensor for name, tensor in every.items() if name.startswith("model.")}
-        check_fit(found.encoder, weights, model.state_dict())
-        model.load_state_dict(weights)
+        weights = read_weights(found.encoder, config).items()
+        load_into(model, found.encoder, {name: tensor for name, tensor in weights if name.startswith("model.")})
     else:
         model = HFEncoderForEmbedding(load_hf_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
     longest = longest_input(model)
@@ -175,13 +164,9 @@ def load_embedder(
 def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
     """Bring a model to the device of `runtime`, to compute and not to train; ours with attention that needs no padding."""
     if isinstance(model, NeoBERTForMaskedLM | NeoBERTForEmbedding):
-        config = model.config
+        head_width = model.config.hidden_size // model.config.num_attention_heads
         model.model.attention_kernel, _ = choose_attention(
-            "flash_attn_varlen",
-            runtime.device.type,
-            dtype=runtime.dtype,
-            head_width=config.hidden_size // config.num_attention_heads,
-            packages=find_kernels(),
-            capability=gpu_capability(runtime.device),
-        )
+            "flash_attn_varlen", runtime.device.type, dtype=runtime.dtype, head_width=head_width,
+            packages=find_kernels(), capability=gpu_capability(runtime.device),
+        )  # fmt: skip
     model.to(runtime.device).eval()

@@ -30,7 +30,7 @@ from neobert.data.files.documents import Files, SkippedRows, blocks_of, texts_of
 from neobert.data.files.splits import find_hub_splits, find_splits
 from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
 from neobert.errors import DataError, UserError, print_notes
-from neobert.inference.embed import batches_by_length, place_model
+from neobert.inference.embed import Progress, batches_by_length, place_model
 from neobert.model.kernels import LOGIT_BUDGET
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.training.runtime import build_runtime
@@ -118,9 +118,9 @@ class Result:
     def __str__(self) -> str:
         """The table for a terminal."""
         lines = [f"{'piece length':<14}{'pieces':>10}{'tokens':>12}{'pseudo-perplexity':>20}"]
-        first = {SHORTEST_BUCKET: 1}  # token of a bucket; that of the others follows the bucket before
-        named = {f"{first.get(bound, bound // 2 + 1)} to {bound}": one for bound, one in self.buckets.items()}
-        for name, one in {**named, "all": self}.items():
+        for bound, one in [*self.buckets.items(), (0, self)]:
+            shortest = 1 if bound == SHORTEST_BUCKET else bound // 2 + 1
+            name = f"{shortest} to {bound}" if bound else "all"
             lines.append(f"{name:<14}{len(one.pieces):>10,}{one.num_tokens:>12,}{one.pseudo_perplexity:>20,.3f}")
         return "\n".join(lines)
 
@@ -172,13 +172,9 @@ def read_pieces(
 
 
 def pseudo_perplexity(
-    model: NeoBERTForMaskedLM,
-    tokenizer: TextTokenizer,
-    pieces: list[Ids],
-    batch_tokens: int | None = None,
-    progress: Callable[[int], object] = lambda n: None,
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Result:
+    model: NeoBERTForMaskedLM, tokenizer: TextTokenizer, pieces: list[Ids], batch_tokens: int | None = None,
+    progress: Progress = lambda n: None, autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Result:  # fmt: skip
     """The log-likelihoods of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`.
 
     `progress` gets the number of tokens of each batch. Raises DataError for a piece that is too long.
