@@ -31,7 +31,7 @@ from neobert.data.labelled import TASKS, Source, read_split
 from neobert.data.mlm.readers import CorpusReader, StreamReader
 from neobert.data.pairs.table import read_examples, roles_of
 from neobert.errors import DataError
-from neobert.inference.embed_file import read_rows
+from neobert.inference.embed import read_rows
 from neobert.tasks.contrastive.data import find_places
 from neobert.tasks.pretraining import task as pretraining
 from neobert.tasks.pretraining.data import find_files, open_sources

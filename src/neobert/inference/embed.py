@@ -1,34 +1,42 @@
-"""Vectors of texts: sorted by length, in batches of a number of tokens, so that nothing is spent on padding.
+"""Vectors of texts: sorted by length, in batches of a number of tokens, so that nothing is spent on padding; and the texts of
+a file as vectors in a .npy or .parquet file, in their order.
 
 Shapes: n texts, D width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import normalizers
 
-from neobert.checkpoints.load import load_hf_encoder, load_into, load_model_config, read_weights
+from neobert.checkpoints.load import Model, load_hf_encoder, load_into, load_model_config, read_weights
 from neobert.checkpoints.locate import find_encoder, read_model_config
 from neobert.data.batch import RowLayout
+from neobert.data.files.rows import text_in, usable_records
+from neobert.data.files.splits import find_column, local_splits
 from neobert.data.pairs.table import encode_texts
 from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
-from neobert.errors import CheckpointError
+from neobert.errors import CheckpointError, DataError
+from neobert.files import whole_file
 from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
-from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.model.unpadding import Pooling
-from neobert.training.choices import choose_attention, find_kernels, gpu_capability
 from neobert.training.runtime import Runtime, build_runtime
 
+TEXTS_AT_ONCE = 16_384  # of a file, sorted by length among themselves
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # 2,048 stay in the cache of a CPU core
 
 Progress = Callable[[int], object]  # called with a number of texts that are done
 EmbeddingModel = NeoBERTForEmbedding | HFEncoderForEmbedding
+Row = tuple[str, Any]  # a text and its id, None where there is none
+Blocks = Iterable[tuple[list[Row], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -163,10 +171,115 @@ def load_embedder(
 
 def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
     """Bring a model to the device of `runtime`, to compute and not to train; ours with attention that needs no padding."""
-    if isinstance(model, NeoBERTForMaskedLM | NeoBERTForEmbedding):
-        head_width = model.config.hidden_size // model.config.num_attention_heads
-        model.model.attention_kernel, _ = choose_attention(
-            "flash_attn_varlen", runtime.device.type, dtype=runtime.dtype, head_width=head_width,
-            packages=find_kernels(), capability=gpu_capability(runtime.device),
-        )  # fmt: skip
+    if isinstance(model, Model):
+        runtime.set_attention(model, "flash_attn_varlen")
     model.to(runtime.device).eval()
+
+
+# --- files -----------
+
+
+def read_rows(path: str, column: str | None) -> Iterator[Row]:
+    """The texts of a file's records, each with what stands in its column `id` (or `_id`).
+
+    Raises DataError naming the record that has no text: vectors keep the order of records.
+    """
+    try:
+        files = [file for split in local_splits(path).values() for file in split]
+        columns = [find_column(file, column) or "text" for file in files]
+    except DataError as error:
+        message = str(error).replace("dataset.text_column", "--column").replace("dataset.path: ", "")
+        raise DataError(message) from None
+    for file, wanted in zip(files, columns, strict=True):
+        for record, begin in usable_records(file):
+            yield text_in(record, wanted, file, begin), record.get("id", record.get("_id"))
+
+
+def check_new_file(path: Path, force: bool) -> None:
+    """Raises DataError where a result may not be written: its folder is missing, or it is there already."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: no folder {path.parent}")
+    if path.exists() and not force:
+        raise DataError(f"{path}: is there already; choose another file, or --force")
+
+
+def embed_file(
+    embedder: Embedder,
+    path: str,
+    output: Path,
+    column: str | None = None,
+    normalize: bool | None = None,
+    progress: Progress = lambda n: None,
+    prompt: str | None = None,
+    force: bool = False,
+) -> tuple[int, int]:
+    """Write the vectors of a file's texts to .npy or .parquet, whole or not at all; returns (texts, width).
+
+    Raises DataError for a file that cannot be read, an output of another kind, or one that is there, unless with `force`.
+    """
+    writers = {".npy": write_npy, ".parquet": write_parquet}
+    if output.suffix not in writers:
+        raise DataError(f"{output}: not a kind of file that can be written; these can: {', '.join(writers)}")
+    check_new_file(output, force)
+    rows = read_rows(path, column)
+
+    def tokenize_block() -> tuple[list[Row], list[Ids]]:
+        block = list(islice(rows, TEXTS_AT_ONCE))
+        return block, embedder.tokenize([text for text, _ in block], prompt)
+
+    def embed_blocks() -> Blocks:
+        """Rows with their vectors, in order; the next block is tokenised while one is computed."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(tokenize_block)
+            while (found := ahead.result())[0]:
+                ahead = pool.submit(tokenize_block)
+                yield found[0], embedder.encode_ids(found[1], normalize, progress)
+
+    with whole_file(output) as scratch:
+        count = writers[output.suffix](scratch, embed_blocks(), embedder.width)
+        if not count:
+            raise DataError(f"{path}: no text in it")
+    return count, embedder.width
+
+
+def write_npy(path: Path, blocks: Blocks, width: int) -> int:
+    """float32, texts x width; the header is written again when the number of rows is known."""
+    count, header = 0, {"descr": "<f4", "fortran_order": False}
+    with open(path, "w+b") as file:
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (2**62, width)})
+        begin = file.tell()
+        for _, vectors in blocks:
+            file.write(vectors.astype("<f4").tobytes())
+            count += len(vectors)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, width)})
+        assert file.tell() == begin, "numpy pads headers so that the shape can grow in place"
+    return count
+
+
+def write_parquet(path: Path, blocks: Blocks, width: int) -> int:
+    """The columns `id`, where the first rows have one, of their type; `text`; and `embedding`, lists of `width` float32.
+
+    Raises DataError for an id of another type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer, count, kind = None, 0, None
+    for rows, vectors in blocks:
+        try:
+            ids = pa.array([identity for _, identity in rows], kind)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"the column id does not hold values of one type: {error}") from None
+        texts = pa.array([text for text, _ in rows], pa.string())
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+        table = pa.table({"id": ids, "text": texts, "embedding": lists})
+        if writer is None:
+            kind = ids.type
+            has_ids = not pa.types.is_null(kind)
+            writer = pq.ParquetWriter(path, table.schema if has_ids else table.schema.remove(0))
+        writer.write_table(table.select(writer.schema.names))
+        count += len(rows)
+    if writer:
+        writer.close()
+    return count

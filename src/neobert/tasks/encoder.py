@@ -19,7 +19,7 @@ from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification, longest_input
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.training.choices import choose_attention, choose_kernels, compile_blocks, find_kernels, gpu_capability
+from neobert.training.choices import choose_kernels, compile_blocks, find_kernels
 from neobert.training.run import Storage
 from neobert.training.runtime import Runtime, whole_weights
 
@@ -29,9 +29,7 @@ def build_model(
 ) -> NeoBERTForMaskedLM:
     """The model with its first weights: fresh ones drawn by `seed`, or those of the model that is `continued`."""
     torch.manual_seed(config.seed)
-    model = continued
-    if model is None:
-        model = NeoBERTForMaskedLM(model_config(config, vocab_size, pad_token_id))
+    model = continued or NeoBERTForMaskedLM(model_config(config, vocab_size, pad_token_id))
     model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
     return model.train()
 
@@ -60,20 +58,12 @@ def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runti
         for dotted in (dotted for dotted, is_asked in asked.items() if is_asked):
             raise ConfigError(Problem(dotted, "is for our own encoder; leave it out with model.from_hub"))
         return {"attention": f"transformers' {model.config._attn_implementation}", "kernels": "transformers'"}
-    kind, trainer, dtype = runtime.device.type, config.trainer, runtime.dtype
-    packages = find_kernels() if kind == "cuda" else {}
-    attention, attention_why = choose_attention(
-        config.model.attn_backend,
-        kind,
-        dtype=dtype,
-        dropout=config.model.dropout_prob,
-        head_width=config.model.hidden_size // config.model.num_attention_heads,
-        packages=packages,
-        capability=gpu_capability(runtime.device),
-    )
-    liger = packages.get("liger")
-    kernels, kernels_why = choose_kernels(config.model.kernel_backend, kind, liger, trainer.torch_compile)
-    model.model.attention_kernel = attention  # type: ignore[assignment]
+    kind, trainer = runtime.device.type, config.trainer
+    attention_why = runtime.set_attention(model, config.model.attn_backend, config.model.dropout_prob)
+    in_buckets = kind == "cpu" and uses_buckets(runtime.dtype or torch.float32)
+    attention = "buckets of documents" if in_buckets else model.model.attention_kernel
+    liger = find_kernels().get("liger") if kind == "cuda" else None
+    kernels, why = choose_kernels(config.model.kernel_backend, kind, liger, trainer.torch_compile)
     model.choose_kernels(kernels)
     compiled = "no"
     if trainer.torch_compile:
@@ -81,13 +71,7 @@ def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runti
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
         which = shapes[trainer.torch_compile_dynamic]
         compiled = f"{trainer.torch_compile_backend}, {which}; the first steps take longer"
-    in_buckets = kind == "cpu" and uses_buckets(dtype or torch.float32)
-    on_cpu = "buckets of documents" if in_buckets else "sdpa"
-    return {
-        "attention": f"{on_cpu if kind == 'cpu' else attention}: {attention_why}",
-        "kernels": f"{kernels}: {kernels_why}",
-        "compiled": compiled,
-    }
+    return {"attention": f"{attention}: {attention_why}", "kernels": f"{kernels}: {why}", "compiled": compiled}
 
 
 def hf_encoder_dropout(name: str) -> dict[str, float]:
