@@ -56,12 +56,9 @@ class Embedder:
         return int(self.settings.head(torch.zeros(1, self.model.config.hidden_size)).shape[1])
 
     def encode(
-        self,
-        texts: list[str],
-        normalize: bool | None = None,
-        progress: Progress = lambda n: None,
+        self, texts: list[str], normalize: bool | None = None, progress: Progress = lambda n: None,
         prompt: str | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray:  # fmt: skip
         """One vector per text, float32, n x D; `progress` gets the number of texts of each batch.
 
         With `normalize` they have length 1; None: as the folder says, else they have. `prompt` is put in front of every text;
@@ -204,15 +201,9 @@ def check_new_file(path: Path, force: bool) -> None:
 
 
 def embed_file(
-    embedder: Embedder,
-    path: str,
-    output: Path,
-    column: str | None = None,
-    normalize: bool | None = None,
-    progress: Progress = lambda n: None,
-    prompt: str | None = None,
-    force: bool = False,
-) -> tuple[int, int]:
+    embedder: Embedder, path: str, output: Path, column: str | None = None, normalize: bool | None = None,
+    progress: Progress = lambda n: None, prompt: str | None = None, force: bool = False,
+) -> tuple[int, int]:  # fmt: skip
     """Write the vectors of a file's texts to .npy or .parquet, whole or not at all; returns (texts, width).
 
     Raises DataError for a file that cannot be read, an output of another kind, or one that is there, unless with `force`.

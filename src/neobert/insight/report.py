@@ -3,7 +3,7 @@
 import html
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -102,24 +102,24 @@ def _plots(train: Records, evaluations: Records) -> Iterator[str]:
 
     held_out, scores = (series("held out", evaluations, f"eval_{name}", ORANGE) for name in ("loss", "score"))
     losses = [series("training", train, "loss", BLUE), held_out]
-    yield _line_plot("Loss", "nats per target", losses if held_out[1] else losses[:1])
+    yield _plot("Loss", "nats per target", losses if held_out[1] else losses[:1])
     if scores[1]:
-        yield _line_plot("Held-out score", "", [scores])
-    yield _line_plot("Learning rate", "", [series("", train, "lr", BLUE)], from_zero=True)
-    speeds = series("", train, "tokens_per_second", BLUE)
-    yield _line_plot("Throughput", "real tokens per second", [speeds], from_zero=True)
-    figure, axes = _new_figure("Where the time goes", "milliseconds per step")
+        yield _plot("Held-out score", "", [scores])
+    yield _plot("Learning rate", "", [series("", train, "lr", BLUE)], from_zero=True)
+    yield _plot("Throughput", "real tokens per second", [series("", train, "tokens_per_second", BLUE)], from_zero=True)
     steps = [one["step"] for one in train]
     windows = [max(1, now - before) for before, now in zip([0, *steps], steps, strict=False)]
     steps_of = list(zip(train, windows, strict=True))
     times = {name: [1e3 * one[f"{name}_seconds"] / window for one, window in steps_of] for name in PHASES}
-    if times := {name: values for name, values in times.items() if any(values)}:
-        axes.stackplot(steps, list(times.values()), labels=list(times), alpha=0.85)
-        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    yield _svg(figure)
+    areas = {name: values for name, values in times.items() if any(values)}
+    yield _plot("Where the time goes", "milliseconds per step", areas=(steps, areas) if areas else None)
 
 
-def _new_figure(title: str, unit: str) -> tuple[Any, Any]:
+def _plot(
+    title: str, unit: str, lines: Sequence[Series] = (), from_zero: bool = False,
+    areas: tuple[list[int], dict[str, list[float]]] | None = None,
+) -> str:  # fmt: skip
+    """SVG of lines, or of named `areas` over steps, one on top of the other."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -131,21 +131,15 @@ def _new_figure(title: str, unit: str) -> tuple[Any, Any]:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _line_plot(title: str, unit: str, lines: list[Series], from_zero: bool = False) -> str:
-    figure, axes = _new_figure(title, unit)
     for name, x, y, colour in lines:
         axes.plot(x, y, label=name, color=colour, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
     if len(lines) > 1:
         axes.legend(frameon=False)
     if from_zero:
         axes.set_ylim(bottom=0)
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
+    if areas is not None:
+        axes.stackplot(areas[0], list(areas[1].values()), labels=list(areas[1]), alpha=0.85)
+        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -32,14 +32,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from mteb.abstasks import (
-    AbsTaskClassification,
-    AbsTaskClustering,
-    AbsTaskPairClassification,
-    AbsTaskRetrieval,
-    AbsTaskSTS,
-)
-from mteb.abstasks.abstask import AbsTask
+from mteb import AbsTask, abstasks
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
@@ -73,18 +66,18 @@ class Kind:
 
 
 KINDS = {
-    "classification": Kind("Classification", "accuracy", AbsTaskClassification, ("text", "label")),
+    "classification": Kind("Classification", "accuracy", abstasks.AbsTaskClassification, ("text", "label")),
     "clustering": Kind(
-        "Clustering", "v_measure", AbsTaskClustering, ("text", "label"),
+        "Clustering", "v_measure", abstasks.AbsTaskClustering, ("text", "label"),
         {"input_column_name": "text", "label_column_name": "label"},
     ),
     "pair_classification": Kind(
-        "PairClassification", "max_ap", AbsTaskPairClassification, ("sentence1", "sentence2", "label"),
+        "PairClassification", "max_ap", abstasks.AbsTaskPairClassification, ("sentence1", "sentence2", "label"),
         {"label_column_name": "label"},
     ),
-    "reranking": Kind("Reranking", "map_at_1000", AbsTaskRetrieval, ("query", "positive", "negative")),
-    "retrieval": Kind("Retrieval", "ndcg_at_10", AbsTaskRetrieval),
-    "sts": Kind("STS", "cosine_spearman", AbsTaskSTS, ("sentence1", "sentence2", "score")),
+    "reranking": Kind("Reranking", "map_at_1000", abstasks.AbsTaskRetrieval, ("query", "positive", "negative")),
+    "retrieval": Kind("Retrieval", "ndcg_at_10", abstasks.AbsTaskRetrieval),
+    "sts": Kind("STS", "cosine_spearman", abstasks.AbsTaskSTS, ("sentence1", "sentence2", "score")),
 }  # fmt: skip
 TYPES = {name: kind.type_name for name, kind in KINDS.items()} | {"summarization": "Summarization"}
 
@@ -354,17 +347,16 @@ def _read_retrieval(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _read_reranking(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / f"{SPLIT}.jsonl"
-    documents, queries, relevant = [], [], {}
+    documents, queries, relevant = list[Row](), list[Row](), dict[str, dict[str, int]]()
     for number, row in enumerate(read_rows(path, ("query",), ("positive", "negative"))):
-        scores = {}
+        scores = relevant[str(number)] = dict[str, int]()
         for column, score in (("positive", 1), ("negative", 0)):
             if not isinstance(row[column], list) or not row[column] or any(map(why_no_text, row[column])):
                 raise DataError(f"{path}, row {number + 1}: {column} is not a list of texts")
-            for i, text in enumerate(row[column]):
-                documents.append({"id": f"{number}-{column}-{i}", "text": text})
-                scores[documents[-1]["id"]] = score
+            named = {f"{number}-{column}-{i}": text for i, text in enumerate(row[column])}
+            documents += [{"id": name, "text": text} for name, text in named.items()]
+            scores |= dict.fromkeys(named, score)
         queries.append({"id": str(number), "text": row["query"]})
-        relevant[str(number)] = scores
     return _retrieval_data(documents, queries, relevant, {query: list(scores) for query, scores in relevant.items()})
 
 
