@@ -17,7 +17,7 @@ from neobert.data.labelled import TASKS, EpochLoader, Rows, Source, read_split
 from neobert.errors import UserError
 from neobert.ranks import Ranks
 from neobert.tasks.glue import data as glue_data
-from neobert.tasks.glue import predict as glue_predict
+from neobert.tasks.glue import suite as glue_suite
 from neobert.tasks.glue import task as glue
 from neobert.tasks.glue.model import load_finetuned
 from neobert.training.metrics import read_metrics
@@ -47,7 +47,7 @@ def test_every_task_trains_evaluates_and_predicts(task, hub, tmp_path):
     assert finished.state.step == 3
     assert math.isfinite(result["metrics"]["loss"])
     assert set(task.metrics) <= set(result["metrics"])
-    written = glue_predict.predict_run(load_glue(*words).config)
+    written = glue_suite.predict_run(load_glue(*words).config)
     wanted = [*task.tests, *(TASKS["ax"].tests if task.name == "mnli" else [])]
     assert [path.name for path in written] == [name for _, name in wanted]
     for path in written:
@@ -258,7 +258,7 @@ def test_an_encoder_of_transformers_runs_under_the_same_protocol(local, tmp_path
     model = foreign_model(tmp_path / "bert")
     words = [f"dataset.path={local}", "model.from_hub=true", f"model.name={model}"]
     mnli, _ = run_glue(*words, "glue.task_name=mnli", f"trainer.output_dir={tmp_path / 'mnli'}")
-    assert glue_predict.predict_run(load_config([str(mnli.folder / "config.yaml")]).config)[-1].name == "AX.tsv"
+    assert glue_suite.predict_run(load_config([str(mnli.folder / "config.yaml")]).config)[-1].name == "AX.tsv"
     transfer = ["glue.transfer_from_task=true", f"glue.pretrained_checkpoint_dir={mnli.folder}", "optimizer.lr=1e-12"]
     transfer += ["trainer.mixed_precision=fp16"]
     rte, result = run_glue(*words, *transfer, "glue.task_name=rte", f"trainer.output_dir={tmp_path / 'rte'}")

@@ -165,6 +165,17 @@ def predict_logits(
     return runtime.sum_tensor(logits).numpy(), runtime.all_sum(loss)[0]
 
 
+def predict_split(
+    config: Config, task: GlueTask, split: str, model: nn.Module, hf_tokenizer: Any, runtime: Runtime
+) -> np.ndarray:
+    """Predictions for every row of a split, whose labels are not read. Raises DataError."""
+    tokenizer = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
+    rows = encode_split(config, task, split, tokenizer, with_labels=False)
+    layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)
+    size = config.trainer.per_device_eval_batch_size
+    return predictions(task, predict_logits(model, task.num_labels, rows, layout, size, runtime)[0])
+
+
 def build_evaluation(context: Context, task: GlueTask, data: GlueData, model: nn.Module) -> Evaluation:
     """Loss, metrics and score on the evaluation splits. `model` as it is called."""
     trainer, runtime, interrupt = context.config.trainer, context.runtime, context.interrupt

@@ -1,4 +1,5 @@
-"""`neobert glue CONFIG --tasks .. --seeds ..`: one run per task and seed, and a table of them.
+"""`neobert glue CONFIG --tasks .. --seeds ..`: one run per task and seed, and a table of them; and, with `--predict`, the files
+that GLUE's server takes, from a finished run.
 
     <output_dir>/<task>/seed-<n>/     a run each: result.json when it has come to its end
     <output_dir>/results.json  results.md  submission/
@@ -9,25 +10,30 @@ run only the weights of its result are kept. The table has mean, spread and ever
 
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import list_steps, prune, strip_checkpoint
+import numpy as np
+
+from neobert.checkpoints.format import STATE, list_steps, prune, strip_checkpoint
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.config.load import Loaded, load_config
 from neobert.config.schema import Config
-from neobert.data.labelled import TASKS, find_files
-from neobert.errors import ConfigError, Problem, check_installed, print_notes
+from neobert.data.labelled import TASKS, GlueTask, find_files, has_split
+from neobert.errors import CheckpointError, ConfigError, DataError, Problem, UserError, check_installed, print_notes
+from neobert.files import write_text
 from neobert.tasks.glue import task as glue
-from neobert.tasks.glue.data import check_best_metric, glue_source
-from neobert.tasks.glue.predict import FOLDER, write_predictions
+from neobert.tasks.glue.data import check_best_metric, glue_source, predict_split
+from neobert.tasks.glue.model import load_finetuned
 from neobert.training.metrics import markdown_table, write_table
 from neobert.training.processes import main_prints_only, start_runtime
 from neobert.training.run_folder import hold_folder
-from neobert.training.runtime import Runtime
+from neobert.training.runtime import Runtime, build_runtime
 
+FOLDER = "submission"  # of the files that GLUE's server takes
 TRANSFERRED = ("rte", "mrpc", "stsb")  # from mnli, with glue.transfer_from_task
 TRAINED = [task.name for task in TASKS.values() if task.trains]
 HIDDEN = ("optimizer", "scheduler", "weights_identity")  # of the protocol: shown in shorter form, or not at all
@@ -155,6 +161,9 @@ def keep_weights_only(checkpoints: Path, step: int) -> None:
         prune(checkpoints, 1, {step}, keep_newest=False)
 
 
+# --- submissions -----------
+
+
 def predict_best(plan: list[Loaded], results: list[Result], output: Path, runtime: Runtime) -> None:
     """The submission of every task, by the seed that scored best on the evaluation split."""
     best: dict[str, tuple[float, Config]] = {}
@@ -163,6 +172,54 @@ def predict_best(plan: list[Loaded], results: list[Result], output: Path, runtim
             best[result["task"]] = result["score"], loaded.config
     for _, config in best.values():
         write_predictions(config, output, runtime)
+
+
+def predict_run(config: Config) -> list[Path]:
+    """Write the submission files of the run in `trainer.output_dir`. Raises UserError when there is nothing to predict."""
+    folder, asked = Path(config.trainer.output_dir), config.trainer
+    runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32, trains=False)
+    if not runtime.is_main:
+        return []
+    alone = runtime.alone()
+    with hold_folder(folder, alone) if folder.is_dir() else nullcontext():
+        written = write_predictions(config, folder / FOLDER, alone)
+    if not written:
+        raise DataError(f"{glue_source(config)}: no test split of {config.glue.task_name}: nothing to predict")
+    return written
+
+
+def write_predictions(config: Config, output: Path, runtime: Runtime) -> list[Path]:
+    """The submission files of a finished run, for every test split that is there; a model of mnli also predicts ax."""
+    run_folder, source = Path(config.trainer.output_dir), glue_source(config)
+    result = glue.read_result(run_folder)
+    if result is None:
+        raise UserError(f"{run_folder}: no result.json, so no finished run of GLUE; train first: neobert glue CONFIG")
+    checkpoint = run_folder / "checkpoints" / str(result["step"])
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint}: the run kept no checkpoint of its result (trainer.save_model: false?)")
+    model, hf_tokenizer, task = load_finetuned(checkpoint)
+    model.to(runtime.device)
+    written = []
+    for one in [task, *([TASKS["ax"]] if task.name == "mnli" else [])]:
+        for split, name in one.tests:
+            if not has_split(source, one, split):
+                print(f"note: no split {split} of {one.name} in {source}: {name} is not written")
+                continue
+            predicted = predict_split(config, one, split, model, hf_tokenizer, runtime)
+            written.append(write_submission(output / name, one, predicted))
+            print(f"{output / name}: {len(predicted):,} predictions, by {checkpoint}")
+    return written
+
+
+def write_submission(path: Path, task: GlueTask, predicted: np.ndarray) -> Path:
+    """A tab-separated file of index and prediction, one line an example, in the order of the split."""
+    if not task.labels:
+        lines = [f"{value:.3f}" for value in predicted.clip(0.0, task.largest)]
+    else:
+        lines = [task.labels[number] if task.writes_names else str(number) for number in predicted]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
+    return path
 
 
 # --- the table -----------
