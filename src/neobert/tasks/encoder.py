@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from neobert.checkpoints import load
-from neobert.checkpoints.format import Tensors, load_weights
+from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.initial_weights import InitialWeights
 from neobert.checkpoints.layouts import checkpoint_config, is_eurobert, to_eurobert
 from neobert.config.schema import Config
@@ -100,13 +101,11 @@ def load_hf_encoder(config: Config, name: str, vocab_size: int, key: str, length
         encoder = load.load_hf_encoder(name)
     except CheckpointError as error:
         raise ConfigError(Problem("model.name", str(error))) from None
-    longest = longest_input(encoder)
+    longest, size = longest_input(encoder), encoder.config.vocab_size
     if longest is not None and length > longest:
         raise ConfigError(Problem(key, f"{length} is longer than the {longest} tokens that {name} takes"))
-    if vocab_size > encoder.config.vocab_size:
-        raise CheckpointError(
-            f"tokenizer: {vocab_size} tokens, but {name} has embeddings of {encoder.config.vocab_size}"
-        )
+    if vocab_size > size:
+        raise CheckpointError(f"tokenizer: {vocab_size} tokens, but {name} has embeddings of {size}")
     if config.trainer.gradient_checkpointing:
         encoder.gradient_checkpointing_enable()
     return encoder
@@ -114,14 +113,13 @@ def load_hf_encoder(config: Config, name: str, vocab_size: int, key: str, length
 
 def load_own_encoder(weights: InitialWeights, model: load.Model, vocab_size: int) -> str:
     """Load the encoder of a checkpoint of ours, where there is one; returns what was loaded. Raises CheckpointError."""
-    if weights.folder is None or weights.architecture is None:
+    folder, found = weights.folder, weights.architecture
+    if folder is None or found is None:
         return "random"
-    if weights.architecture.vocab_size != vocab_size:
-        raise CheckpointError(
-            f"{weights.folder}: embeddings of {weights.architecture.vocab_size} tokens, but its tokenizer has {vocab_size}"
-        )
-    tensors = load.read_weights(weights.folder, weights.architecture)
-    return load_parts(weights.folder, model, tensors, with_dense=weights.task is not None)
+    if found.vocab_size != vocab_size:
+        size = found.vocab_size
+        raise CheckpointError(f"{folder}: embeddings of {size} tokens, but its tokenizer has {vocab_size}")
+    return load_parts(folder, model, load.read_weights(folder, found), with_dense=weights.task is not None)
 
 
 def load_parts(folder: Path, model: nn.Module, weights: Tensors, with_dense: bool) -> str:
@@ -134,11 +132,12 @@ def load_parts(folder: Path, model: nn.Module, weights: Tensors, with_dense: boo
     used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
     load.check_fit(folder, used, own)
     model.load_state_dict(used, strict=False)
-    left = sorted({name.split(".")[0] for name in weights if name not in used})
-    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
-    unused = f"; not used: {', '.join(left)}" if left else ""
-    fresh = f"; new: {', '.join(new)}" if new else ""
-    return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}{fresh}{unused}"
+    loaded = f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}"
+    if new := sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True):
+        loaded += f"; new: {', '.join(new)}"
+    if left := sorted({name.split(".")[0] for name in weights if name not in used}):
+        loaded += f"; not used: {', '.join(left)}"
+    return loaded
 
 
 def build_storage(
@@ -163,14 +162,8 @@ def build_storage(
             return model.to_checkpoint(weights), fields
         return to_eurobert(weights) if is_eurobert(model.config) else weights, fields
 
-    def load_back(folder: Path) -> None:
-        if isinstance(model, load.HFEncoderModel):
-            load.load_into(model, folder, model.from_checkpoint(load_weights(folder)))
-        else:
-            load.load_model_weights(folder, model)
-
     def save_beside(folder: Path) -> None:
         save_tokenizer(hf_tokenizer, folder, has_token_types=is_hf)
         save_more(folder)
 
-    return Storage(content, load_back, save_beside)
+    return Storage(content, partial(load.load_model_weights, model=model), save_beside)
