@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tokenizers import normalizers
 
-from neobert.checkpoints.load import Model, load_hf_encoder, load_into, load_model_config, read_weights
+from neobert.checkpoints.load import load_hf_encoder, load_into, load_model_config, read_weights
 from neobert.checkpoints.locate import find_encoder, read_model_config
 from neobert.data.batch import RowLayout
 from neobert.data.files.rows import text_in, usable_records
@@ -162,24 +162,18 @@ def load_embedder(
         raise CheckpointError(f"{folder}: texts of {max_length} tokens were asked for, but the model takes {longest}")
     length = max_length or found.max_length or tokenizer.model_max_length
     runtime = runtime or build_runtime(use_cpu=False, mixed_precision="no", tf32=False, trains=False).alone()
-    place_model(model, runtime)
-    return Embedder(model, tokenizer, min(length, longest or length), found, runtime, batch_tokens)
-
-
-def place_model(model: torch.nn.Module, runtime: Runtime) -> None:
-    """Bring a model to the device of `runtime`, to compute and not to train; ours with attention that needs no padding."""
-    if isinstance(model, Model):
+    if isinstance(model, NeoBERTForEmbedding):
         runtime.set_attention(model, "flash_attn_varlen")
     model.to(runtime.device).eval()
+    return Embedder(model, tokenizer, min(length, longest or length), found, runtime, batch_tokens)
 
 
 # --- files -----------
 
 
 def read_rows(path: str, column: str | None) -> Iterator[Row]:
-    """The texts of a file's records, each with what stands in its column `id` (or `_id`).
-
-    Raises DataError naming the record that has no text: vectors keep the order of records.
+    """The texts of a file's records, each with what stands in its column `id` (or `_id`). Raises DataError naming the record
+    that has no text: vectors keep the order of records.
     """
     try:
         files = [file for split in local_splits(path).values() for file in split]
@@ -204,9 +198,8 @@ def embed_file(
     embedder: Embedder, path: str, output: Path, column: str | None = None, normalize: bool | None = None,
     progress: Progress = lambda n: None, prompt: str | None = None, force: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
-    """Write the vectors of a file's texts to .npy or .parquet, whole or not at all; returns (texts, width).
-
-    Raises DataError for a file that cannot be read, an output of another kind, or one that is there, unless with `force`.
+    """Write the vectors of a file's texts to .npy or .parquet, whole or not at all; returns (texts, width). Raises DataError
+    for a file that cannot be read, an output of another kind, or one that is there, unless with `force`.
     """
     writers = {".npy": write_npy, ".parquet": write_parquet}
     if output.suffix not in writers:
@@ -250,7 +243,6 @@ def write_npy(path: Path, blocks: Blocks, width: int) -> int:
 
 def write_parquet(path: Path, blocks: Blocks, width: int) -> int:
     """The columns `id`, where the first rows have one, of their type; `text`; and `embedding`, lists of `width` float32.
-
     Raises DataError for an id of another type.
     """
     import pyarrow as pa

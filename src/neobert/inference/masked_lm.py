@@ -30,7 +30,7 @@ from neobert.data.files.documents import Files, SkippedRows, blocks_of, texts_of
 from neobert.data.files.splits import find_hub_splits, find_splits
 from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
 from neobert.errors import DataError, UserError, print_notes
-from neobert.inference.embed import Progress, batches_by_length, place_model
+from neobert.inference.embed import Progress, batches_by_length
 from neobert.model.kernels import LOGIT_BUDGET
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.training.runtime import build_runtime
@@ -129,13 +129,13 @@ def predict_corpus(
     checkpoint: str, source: str, split: str | None = None, text_column: str | None = None, max_length: int | None = None,
     limit: int | None = None, batch_tokens: int | None = None, bf16: bool = False,
 ) -> tuple[Result, int]:  # fmt: skip
-    """(result, number of texts) of a path, a glob or a dataset of the hub, on the GPU where there is one, with a progress bar.
-
-    `max_length` tokens of a piece count the special ones. Raises UserError.
+    """(result, number of texts) of a path, a glob or a dataset of the hub, on the GPU where there is one, with a progress
+    bar. `max_length` tokens of a piece count the special ones. Raises UserError.
     """
     model, hf_tokenizer = load_pretrained(checkpoint)
     runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False, trains=False)
-    place_model(model, runtime)
+    runtime.set_attention(model, "flash_attn_varlen")
+    model.to(runtime.device)
     print_notes(filter(None, [runtime.note]))
     longest = model.config.max_position_embeddings
     if max_length is not None and max_length > longest:
@@ -156,9 +156,8 @@ def predict_corpus(
 def read_pieces(
     files: Files, tokenizer: TextTokenizer, longest: int, limit: int | None, skips: SkippedRows
 ) -> tuple[list[Ids], int]:
-    """(token ids of pieces of at most `longest` tokens, number of texts).
-
-    `limit` texts are read at most; rows without text are counted in `skips`. Raises DataError where there is no text at all.
+    """(token ids of pieces of at most `longest` tokens, number of texts). `limit` texts are read at most; rows without text
+    are counted in `skips`. Raises DataError where there is no text at all.
     """
     pieces: list[Ids] = []
     num_texts = 0
@@ -175,9 +174,8 @@ def pseudo_perplexity(
     model: NeoBERTForMaskedLM, tokenizer: TextTokenizer, pieces: list[Ids], batch_tokens: int | None = None,
     progress: Progress = lambda n: None, autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Result:  # fmt: skip
-    """The log-likelihoods of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`.
-
-    `progress` gets the number of tokens of each batch. Raises DataError for a piece that is too long.
+    """The log-likelihoods of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`. `progress`
+    gets the number of tokens of each batch. Raises DataError for a piece that is too long.
     """
     longest = model.config.max_position_embeddings - 2
     if wrong := next((len(piece) for piece in pieces if len(piece) > longest), None):

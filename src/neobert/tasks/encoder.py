@@ -48,9 +48,8 @@ def blocks_of(model: load.Model | load.HFEncoderModel) -> Iterable[nn.Module]:
 
 
 def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runtime: Runtime) -> dict[str, str]:
-    """Put a model on its device, choose kernels and compile; returns what runs and why, for the summary.
-
-    Raises ConfigError, also for what is not done with an encoder of transformers.
+    """Put a model on its device, choose kernels and compile; returns what runs and why, for the summary. Raises ConfigError,
+    also for what is not done with an encoder of transformers.
     """
     model.to(runtime.device)
     if isinstance(model, load.HFEncoderModel):
@@ -93,9 +92,8 @@ def row_layout(config: Config, pad_id: int, longest: int) -> RowLayout:
 
 
 def load_hf_encoder(config: Config, name: str, vocab_size: int, key: str, length: int) -> Any:
-    """The encoder that `AutoModel` loads by `name`. `length`, which `key` says, is that of the longest text in tokens.
-
-    Raises ConfigError or CheckpointError when it is not whole, or fits neither the tokenizer nor the texts.
+    """The encoder that `AutoModel` loads by `name`. `length`, which `key` says, is that of the longest text in tokens. Raises
+    ConfigError or CheckpointError when it is not whole, or fits neither the tokenizer nor the texts.
     """
     try:
         encoder = load.load_hf_encoder(name)
@@ -123,9 +121,8 @@ def load_own_encoder(weights: InitialWeights, model: load.Model, vocab_size: int
 
 
 def load_parts(folder: Path, model: nn.Module, weights: Tensors, with_dense: bool) -> str:
-    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded.
-
-    Raises CheckpointError listing what does not fit.
+    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded. Raises
+    CheckpointError listing what does not fit.
     """
     kinds = ("model.", "dense.") if with_dense else ("model.",)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}

@@ -147,10 +147,9 @@ def predict_logits(
     model: nn.Module, num_labels: int, rows: Rows, layout: RowLayout, batch_size: int, runtime: Runtime,
     interrupt: Interrupt | None = None,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """(logits of every row in its order, sum of the losses; 0 without labels), in all processes, which share the work. `model`
-    as it is called; it is left in evaluation mode.
-
-    Broken off, with zeros for the rest, when `interrupt` is wanted in one of them.
+    """(logits of every row in its order, sum of the losses; 0 without labels), in all processes, which share the work.
+    `model` as it is called; it is left in evaluation mode. Broken off, with zeros for the rest, when `interrupt` is wanted in
+    one of them.
     """
     model.eval()
     logits, loss = torch.zeros((len(rows), num_labels)), 0.0

@@ -63,7 +63,6 @@ def run_suite(
     after_run: Callable[[Path], object] = lambda folder: None,
 ) -> int:  # fmt: skip
     """Run what is missing, then write the table. `after_run` is called with the folder of each run, in the main process.
-
     Returns the exit code. Raises UserError, for what can be seen beforehand before anything is trained.
     """
     check_installed("GLUE's metrics need {}", "glue", "sklearn", "scipy")
@@ -102,9 +101,8 @@ def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[
             if transfers:
                 donor = output / "mnli" / f"seed-{seed}"
                 own += [f"glue.pretrained_checkpoint_dir={donor}", "glue.pretrained_checkpoint=latest"]
-            plan.append(
-                replace(load_config(files, [*overrides, *own], "glue"), warnings=[])
-            )  # the suite gives them once
+            loaded = load_config(files, [*overrides, *own], "glue")
+            plan.append(replace(loaded, warnings=[]))  # the suite gives them once
     return plan
 
 

@@ -146,9 +146,8 @@ def weights_identity(folder: Path) -> str:
 
 
 def choose_tasks(chosen: str, local: str | None) -> list[AbsTask]:
-    """`all`, a type, names separated by commas, or a benchmark; among the tasks of `local`, where that is set.
-
-    Raises ConfigError with what there is.
+    """`all`, a type, names separated by commas, or a benchmark; among the tasks of `local`, where that is set. Raises
+    ConfigError with what there is.
     """
     own = {task.metadata.name: task for task in find_local_tasks(local)} if local is not None else {}
     if chosen == "all" or chosen in TYPES:
@@ -194,9 +193,8 @@ def check_prompts(prompts: dict[str, str], tasks: list[AbsTask]) -> None:
 
 
 def drop_unusable(path: Path, task: AbsTask) -> None:
-    """Delete a result that was cut off in the middle of writing, or that belongs to other data: its task runs again.
-
-    The library keeps results of tasks whose data has changed when no split is missing; of local tasks data does change.
+    """Delete a result that was cut off in the middle of writing, or that belongs to other data: its task runs again. The
+    library keeps results of tasks whose data has changed when no split is missing; of local tasks data does change.
     """
     if not path.is_file():
         return

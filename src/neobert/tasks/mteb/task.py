@@ -43,9 +43,8 @@ class Subject:
 
 
 def run(loaded: Loaded, model: str | None = None) -> int:
-    """Evaluate as configured; `model` instead of the run in `trainer.output_dir`.
-
-    Returns the exit code: 2 when a task could not run. Raises UserError for what can be seen before the first task.
+    """Evaluate as configured; `model` instead of the run in `trainer.output_dir`. Returns the exit code: 2 when a task could
+    not run. Raises UserError for what can be seen before the first task.
     """
     check_installed("task: mteb needs the mteb library", "mteb", "mteb")
     config = loaded.config
