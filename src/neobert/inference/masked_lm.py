@@ -1,10 +1,9 @@
 """What a masked language model predicts: candidates for [MASK], and the pseudo-perplexity of text (arXiv 1910.14659).
 
 PPPL = exp(-(1/N) sum over tokens of log p(token | the rest of its piece)), over all N tokens of a corpus. A text is CLS,
-tokens, SEP; one that is longer than the model takes is cut into pieces. Special tokens are not counted.
-
-A piece of n tokens costs n forward passes of n + 2 tokens, so the inputs of all pieces are sorted by length and computed
-`batch_tokens` at a time, and the decoder, like the end of the last block, sees the masked tokens only.
+tokens, SEP; one that is longer than the model takes is cut into pieces. Special tokens are not counted. A piece of n tokens
+costs n forward passes of n + 2 tokens, so the inputs of all pieces are sorted by length, and the decoder, like the end of the
+last block, sees the masked tokens only.
 
 Shapes: B inputs, each with one masked token, T tokens of the longest, D width, V vocabulary.
 """

@@ -37,7 +37,6 @@ class GlueData:
 
     train: EpochLoader
     evaluation: tuple[Rows, ...]
-    layout: RowLayout
     num_steps: int
     messages: list[str]
 
@@ -47,10 +46,9 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) 
     glue, trainer = config.glue, config.trainer
     tokenizer = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
     train, *evaluation = (encode_split(config, task, split, tokenizer) for split in ("train", *task.evaluation))
-    layout = row_layout(config, hf_tokenizer.pad_token_id, glue.max_seq_length)
     loader = EpochLoader(
-        train, layout, ranks, trainer.per_device_train_batch_size, config.seed, glue.group_by_length,
-        min(glue.num_workers, MOST_THREADS),
+        train, row_layout(config, hf_tokenizer.pad_token_id, glue.max_seq_length), ranks,
+        trainer.per_device_train_batch_size, config.seed, glue.group_by_length, min(glue.num_workers, MOST_THREADS),
         {"task": task.name, "tokenizer": tokenizer.fingerprint, "max_seq_length": glue.max_seq_length,
          "accumulation": trainer.gradient_accumulation_steps},
     )  # fmt: skip
@@ -61,7 +59,7 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) 
     elif trainer.max_steps >= 0 and trainer.max_steps != type(trainer).model_fields["max_steps"].default:
         epochs = f"{trainer.num_train_epochs} epochs are {num_steps:,} steps"
         messages = [f"trainer.max_steps {trainer.max_steps:,} is not reached: {epochs}; raise num_train_epochs"]
-    return GlueData(loader, tuple(evaluation), layout, num_steps, messages)
+    return GlueData(loader, tuple(evaluation), num_steps, messages)
 
 
 def glue_source(config: Config) -> Source:
@@ -184,7 +182,7 @@ def build_evaluation(context: Context, task: GlueTask, data: GlueData, model: nn
     def run() -> dict[str, float] | None:
         values, losses = dict[str, float](), 0.0
         for rows, suffix in zip(splits, SUFFIXES, strict=False):
-            logits, loss = predict_logits(model, task.num_labels, rows, data.layout, size, runtime, interrupt)
+            logits, loss = predict_logits(model, task.num_labels, rows, data.train.layout, size, runtime, interrupt)
             assert rows.labels is not None
             values |= {f"{name}{suffix}": value for name, value in measure(task, logits, rows.labels).items()}
             losses += loss

@@ -29,12 +29,8 @@ def build_classifier(
     glue = config.glue
     if weights.hub is None:
         architecture = encoder.model_config(
-            config, vocab_size, pad_id,
-            num_labels=task.num_labels,
-            classifier_dropout=glue.classifier_dropout,
-            classifier_init_range=glue.classifier_init_range,
-            classifier_pooling=POOLING[glue.pooling],
-            **weights.inherited,
+            config, vocab_size, pad_id, num_labels=task.num_labels, classifier_dropout=glue.classifier_dropout,
+            classifier_init_range=glue.classifier_init_range, classifier_pooling=POOLING[glue.pooling], **weights.inherited,
         )  # fmt: skip
         own = NeoBERTForSequenceClassification(architecture)
         own.model.gradient_checkpointing = config.trainer.gradient_checkpointing

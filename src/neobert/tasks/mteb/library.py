@@ -1,18 +1,8 @@
 """What the MTEB library gets from us: a model, the tasks that a configuration names, and tasks of one's own data.
 
 Each folder of jsonl below `mteb_local_tasks` is a task of that name, which the library's own code evaluates. Its type follows
-from its files and columns:
-
-| type | files | columns |
-|---|---|---|
-| classification | train.jsonl, test.jsonl | text, label |
-| clustering | test.jsonl alone | text, label |
-| sts | test.jsonl | sentence1, sentence2, score |
-| pair_classification | test.jsonl | sentence1, sentence2, label (0 or 1) |
-| reranking | test.jsonl | query, positive (texts), negative (texts) |
-| retrieval | corpus.jsonl, queries.jsonl, qrels.jsonl | id, text (and title); id, text; query_id, document_id (and score) |
-
-A file task.yaml may say `type`, `description`, `languages` (as eng-Latn) and `prompt` instead.
+from its files and columns (docs/evaluation.md has the table), unless a file task.yaml says `type`; that may also say
+`description`, `languages` (as eng-Latn) and `prompt`.
 """
 
 import difflib
@@ -318,16 +308,13 @@ def _read_columns(folder: Path, name: str) -> DatasetDict:
         path = folder / f"{split}.jsonl"
         rows = read_rows(path, texts, [value])
         for number, found in enumerate((row[value] for row in rows), 1):
-            wanted = "a number" if name == "sts" and not _is_number(found) else ""
-            wanted = "0 or 1" if name == "pair_classification" and found not in (0, 1) else wanted
-            if wanted:
-                raise DataError(f"{path}, row {number}: {value} is {found!r}, not {wanted}")
+            is_number = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+            if name == "sts" and not is_number:
+                raise DataError(f"{path}, row {number}: {value} is {found!r}, not a number")
+            if name == "pair_classification" and found not in (0, 1):
+                raise DataError(f"{path}, row {number}: {value} is {found!r}, not 0 or 1")
         data[split] = Dataset.from_dict({column: [row[column] for row in rows] for column in columns})
     return data
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_retrieval(folder: Path) -> dict[str, dict[str, Any]]:

@@ -5,8 +5,7 @@
       <model>.json  <model>.md                  scores, averages, prompts and settings
 
 A run that was stopped goes on with the tasks that have no result. A revision names weights and settings, so results of other
-weights are not taken for these. A task whose data cannot be had is named, and the others go on. Averages are the leaderboard's:
-over tasks, and over the means of the types of task.
+weights are not taken for these. A task whose data cannot be had is named, and the others go on.
 """
 
 import statistics
@@ -167,7 +166,7 @@ def score_of(task: Any, result: Any, prompts: dict[str, str]) -> Score:
 
 
 def averages(scores: list[Score]) -> dict[str, Any]:
-    """`mean_task`, `mean_task_type`, and the mean of every type."""
+    """The leaderboard's `mean_task` and `mean_task_type`, the mean over the means of the types of task, and those by type."""
     by_type: dict[str, list[float]] = {}
     for one in scores:
         by_type.setdefault(one["type"], []).append(one["score"])
