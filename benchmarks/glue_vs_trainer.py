@@ -94,7 +94,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
 
     from neobert.checkpoints.locate import find_checkpoint
     from neobert.data.labelled import TASKS, Source, read_split
-    from neobert.tasks.glue import metrics as glue_metrics
+    from neobert.tasks.glue import data as glue_data
 
     task, checkpoint = TASKS[name], find_checkpoint(args.weights)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -142,7 +142,7 @@ def one_of_the_peer(args, name: str, seed: int) -> tuple[float, float]:
         trainer.train()
         logits = trainer.predict(validation).predictions
     labels = np.array([row["labels"] for row in validation], dtype=float)
-    score = glue_metrics.score(task, glue_metrics.measure(task, np.asarray(logits).reshape(len(labels), -1), labels))
+    score = glue_data.score(task, glue_data.measure(task, np.asarray(logits).reshape(len(labels), -1), labels))
     return score, time.perf_counter() - begin
 
 

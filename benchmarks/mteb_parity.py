@@ -84,18 +84,17 @@ def one(args) -> dict:
     warnings.simplefilter("ignore")
     import mteb
 
-    from neobert.tasks.mteb.tasks import find_local_tasks
+    from neobert.tasks.mteb.library import find_local_tasks
 
     logging.getLogger("mteb").setLevel(logging.ERROR)
     tasks = find_local_tasks(args.tasks)
     if args.one == "ours":
         from neobert.config.load import load_config
-        from neobert.tasks.mteb.model import EncoderForMTEB, build_meta
+        from neobert.tasks.mteb.library import EncoderForMTEB
         from neobert.tasks.mteb.task import load_subject
 
         subject = load_subject(load_config([], [], "mteb").config, args.weights)
-        meta = build_meta(subject.name, "benchmark", subject.settings, subject.embedder)
-        model = EncoderForMTEB(subject.embedder, meta, {})
+        model = EncoderForMTEB(subject.name, {**subject.settings, "prompts": {}}, subject.embedder)
     else:
         from sentence_transformers import SentenceTransformer
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neobert.checkpoints.layouts import checkpoint_config
 from neobert.config.load import load_config
 from neobert.data.batch import RowLayout
 from neobert.data.labelled import EpochLoader, Split, tokenize_rows
-from neobert.data.tokenizer import load_tokenizer, save_tokenizer
+from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
 from neobert.tasks.encoder import blocks_of, build_storage, model_config, prepare_model
@@ -50,12 +49,11 @@ def build(context: Context) -> Parts:
     torch.manual_seed(config.seed)
     architecture = model_config(config, len(hf_tokenizer), hf_tokenizer.pad_token_id, num_labels=1)
     model = NeoBERTForSequenceClassification(architecture)
-    fields = checkpoint_config(architecture, hf_tokenizer, "vowels")
     return Parts(
         config,
         model,
         batches,
-        build_storage(model, fields, lambda folder: save_tokenizer(hf_tokenizer, folder)),
+        build_storage(model, "vowels", hf_tokenizer),
         blocks=blocks_of(model),
         after_update=model.normalize_matrices,
         facts={"task": f"the share of vowels, {len(rows):,} texts"},

@@ -34,7 +34,7 @@ from neobert.export.write import Wanted, export_model
 from neobert.inference.embed import load_embedder
 from neobert.inference.masked_lm import fill_masks
 from neobert.tasks.contrastive import task as contrastive
-from neobert.tasks.glue import predict
+from neobert.tasks.glue import suite
 from neobert.tasks.glue import task as glue
 from neobert.tasks.pretraining import task as pretraining
 
@@ -115,7 +115,7 @@ def test_it_is_exported_and_evaluated(old, tmp_path):
     if task == "glue":
         config = run / f"checkpoints/{STEP}/config.yaml"
         data = next(word for word in words if word.startswith("dataset.path="))
-        predict.predict_run(load_config([str(config)], [f"trainer.output_dir={run}", data]).config)
+        suite.predict_run(load_config([str(config)], [f"trainer.output_dir={run}", data]).config)
         (predictions,) = run.rglob("RTE.tsv")
         assert predictions.read_text() == following["predictions"]
         assert len({line.split("\t")[1] for line in predictions.read_text().splitlines()[1:]}) == 2

@@ -537,7 +537,7 @@ ROWS = {
     "model.norm_eps": losses("model.norm_eps=0.5"),
     "model.rms_norm": losses("model.rms_norm=false"),
     "model.attn_backend": called(
-        encoder,
+        runtime,
         "choose_attention",
         lambda requested, *_, **__: choose_attention(requested, "cuda", packages={"torch_varlen": ""})[0],
         "torch_varlen",

@@ -31,7 +31,7 @@ from neobert.data.labelled import TASKS, Source, read_split
 from neobert.data.mlm.readers import Reader
 from neobert.data.pairs.table import read_examples, roles_of
 from neobert.errors import DataError
-from neobert.inference.embed_file import read_rows
+from neobert.inference.embed import read_rows
 from neobert.tasks.contrastive.data import find_places
 from neobert.tasks.pretraining import task as pretraining
 from neobert.tasks.pretraining.data import find_files, open_sources
@@ -104,13 +104,13 @@ def test_every_reader_sees_the_same_rows(name, tmp_path):
 
 def test_local_mteb_tasks_are_read_likewise(tmp_path):
     pytest.importorskip("mteb")
-    from neobert.tasks.mteb import tasks as mteb_tasks
+    from neobert.tasks.mteb.library import read_rows as read_task_rows
 
     (tmp_path / "test.jsonl").write_bytes(BOM + joined(LINES, "\r\n", "\n\n"))
-    assert [row["sentence"] for row in mteb_tasks.read_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
+    assert [row["sentence"] for row in read_task_rows(tmp_path / "test.jsonl", ("sentence",))] == TEXTS
     (tmp_path / "test.jsonl").write_bytes(joined(LINES[:2]) + b'{"sentence": "\xff"}\n')
     with pytest.raises(DataError, match=r"test.jsonl:3: not UTF-8"):
-        mteb_tasks.read_rows(tmp_path / "test.jsonl", ("sentence",))
+        read_task_rows(tmp_path / "test.jsonl", ("sentence",))
 
 
 # --- what cannot be used is counted, or named -----------

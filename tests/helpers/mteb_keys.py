@@ -41,7 +41,7 @@ def local_task(root):
 
 
 def chosen(train, small):
-    from neobert.tasks.mteb.tasks import choose_tasks
+    from neobert.tasks.mteb.library import choose_tasks
 
     run, loaded, _ = subject(small, "mteb_task_type=second")
     own = str(local_task(run / "tasks"))

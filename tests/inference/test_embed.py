@@ -20,8 +20,7 @@ from transformers import AutoTokenizer, EuroBertConfig, EuroBertModel, RobertaCo
 
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, DataError, UserError
-from neobert.inference.embed import load_embedder
-from neobert.inference.embed_file import embed_file
+from neobert.inference.embed import embed_file, load_embedder
 from neobert.model.hf_encoder import longest_input
 from neobert.training.runtime import Runtime
 

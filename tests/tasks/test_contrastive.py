@@ -182,8 +182,7 @@ def test_starts_from_a_run_evaluates_and_embeds(tmp_path, capsys):
         f"contrastive.evaluation={json.dumps(evaluation)}", f"trainer.output_dir={tmp_path / 'out'}", "trainer.eval_steps=2",
     ]  # fmt: skip
     from neobert.config.load import load_config
-    from neobert.inference.embed import load_embedder
-    from neobert.inference.embed_file import embed_file
+    from neobert.inference.embed import embed_file, load_embedder
     from neobert.tasks.contrastive import task as contrastive
 
     finished = contrastive.run(load_config([], words, "contrastive"))

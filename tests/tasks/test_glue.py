@@ -16,8 +16,8 @@ from neobert.data.batch import RowLayout
 from neobert.data.labelled import TASKS, EpochLoader, Rows, Source, read_split
 from neobert.errors import UserError
 from neobert.ranks import Ranks
-from neobert.tasks.glue import metrics as glue_metrics
-from neobert.tasks.glue import predict as glue_predict
+from neobert.tasks.glue import data as glue_data
+from neobert.tasks.glue import suite as glue_suite
 from neobert.tasks.glue import task as glue
 from neobert.tasks.glue.model import load_finetuned
 from neobert.training.metrics import read_metrics
@@ -47,7 +47,7 @@ def test_every_task_trains_evaluates_and_predicts(task, hub, tmp_path):
     assert finished.state.step == 3
     assert math.isfinite(result["metrics"]["loss"])
     assert set(task.metrics) <= set(result["metrics"])
-    written = glue_predict.predict_run(load_glue(*words).config)
+    written = glue_suite.predict_run(load_glue(*words).config)
     wanted = [*task.tests, *(TASKS["ax"].tests if task.name == "mnli" else [])]
     assert [path.name for path in written] == [name for _, name in wanted]
     for path in written:
@@ -80,7 +80,7 @@ def test_metrics_equal_scikit_learn_and_scipy(task):
                 wanted["matthews"] = metrics.matthews_corrcoef(labels, chosen)
             if task.name in ("mrpc", "qqp"):
                 wanted["f1"] = metrics.f1_score(labels, chosen)
-        values = glue_metrics.measure(task, logits, labels)
+        values = glue_data.measure(task, logits, labels)
         assert values == wanted
         both = values | {f"{name}_mm": 0.5 for name in values}
         of = {
@@ -90,7 +90,7 @@ def test_metrics_equal_scikit_learn_and_scipy(task):
             "qqp": ["f1", "accuracy"],
         }
         expected = [values[name] for name in of.get(task.name, ["accuracy"])] + ([0.5] if task.name == "mnli" else [])
-        assert glue_metrics.score(task, both) == pytest.approx(np.mean(expected))
+        assert glue_data.score(task, both) == pytest.approx(np.mean(expected))
 
 
 def test_metrics_equal_their_formulas():
@@ -100,14 +100,14 @@ def test_metrics_equal_their_formulas():
     chosen = logits.argmax(1)
     tp, tn = ((labels == 1) & (chosen == 1)).sum(), ((labels == 0) & (chosen == 0)).sum()
     fp, fn = ((labels == 0) & (chosen == 1)).sum(), ((labels == 1) & (chosen == 0)).sum()
-    values = glue_metrics.measure(TASKS["mrpc"], logits, labels) | glue_metrics.measure(TASKS["cola"], logits, labels)
+    values = glue_data.measure(TASKS["mrpc"], logits, labels) | glue_data.measure(TASKS["cola"], logits, labels)
     assert values["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
     root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert values["matthews"] == pytest.approx((tp * tn - fp * fn) / root)
 
 
 def test_a_constant_prediction_has_no_correlation():
-    assert glue_metrics.measure(TASKS["stsb"], np.ones((9, 1)), np.arange(9.0)) == {"pearson": 0.0, "spearman": 0.0}
+    assert glue_data.measure(TASKS["stsb"], np.ones((9, 1)), np.arange(9.0)) == {"pearson": 0.0, "spearman": 0.0}
 
 
 @pytest.mark.parametrize("name", ["cola", "mrpc", "rte", "stsb"])
@@ -258,7 +258,7 @@ def test_an_encoder_of_transformers_runs_under_the_same_protocol(local, tmp_path
     model = foreign_model(tmp_path / "bert")
     words = [f"dataset.path={local}", "model.from_hub=true", f"model.name={model}"]
     mnli, _ = run_glue(*words, "glue.task_name=mnli", f"trainer.output_dir={tmp_path / 'mnli'}")
-    assert glue_predict.predict_run(load_config([str(mnli.folder / "config.yaml")]).config)[-1].name == "AX.tsv"
+    assert glue_suite.predict_run(load_config([str(mnli.folder / "config.yaml")]).config)[-1].name == "AX.tsv"
     transfer = ["glue.transfer_from_task=true", f"glue.pretrained_checkpoint_dir={mnli.folder}", "optimizer.lr=1e-12"]
     transfer += ["trainer.mixed_precision=fp16"]
     rte, result = run_glue(*words, *transfer, "glue.task_name=rte", f"trainer.output_dir={tmp_path / 'rte'}")

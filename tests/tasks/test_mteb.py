@@ -30,9 +30,8 @@ from neobert.inference.embed import load_embedder
 from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.tasks.mteb import task as mteb_task
-from neobert.tasks.mteb.model import weights_identity
-from neobert.tasks.mteb.task import Score, averages
-from neobert.tasks.mteb.tasks import KINDS, build_task, find_local_tasks
+from neobert.tasks.mteb.library import KINDS, build_task, choose_tasks, find_local_tasks, weights_identity
+from neobert.tasks.mteb.task import averages, score_of
 from neobert.training.runtime import Runtime
 
 WORDS = ("peace", "war", "trade", "law", "land", "money", "ships", "rivers")
@@ -249,7 +248,7 @@ def test_averages_are_the_leaderboards():
             "test": {"default": {"main_score": (number + 1) / 7, "hf_subset": "default", "languages": ["eng-Latn"]}}
         }
         results.append(TaskResult.from_task_results(task, scores, evaluation_time=0.0, kg_co2_emissions=None))
-    ours = averages([Score.of(task, result, {}) for task, result in zip(tasks, results, strict=True)])
+    ours = averages([score_of(task, result, {}) for task, result in zip(tasks, results, strict=True)])
     for name, kind in (
         ("mean_task", BenchmarkAggregation.MEAN_TASK),
         ("mean_task_type", BenchmarkAggregation.MEAN_TASK_TYPE),
@@ -259,8 +258,6 @@ def test_averages_are_the_leaderboards():
 
 
 def test_choices(tasks):
-    from neobert.tasks.mteb.tasks import choose_tasks
-
     def names(*words):
         return [task.metadata.name for task in choose_tasks(*words)]
 

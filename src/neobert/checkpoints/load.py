@@ -14,12 +14,7 @@ from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, first_line
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification
-from neobert.model.modeling_neobert import (
-    NeoBERTConfig,
-    NeoBERTForMaskedLM,
-    NeoBERTForSequenceClassification,
-    NeoBERTPreTrainedModel,
-)
+from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
 from neobert.optim.sharding import load_whole
 
 EMBEDDING = "embedding"  # of our section in config.json: pooling and longest text that a model was trained with
@@ -57,7 +52,7 @@ def _load_hf_model(folder: Path, head: dict[str, Any]) -> HFEncoderModel:
         return HFEncoderForEmbedding(encoder, settings, encoder.config.pad_token_id or 0)
     pooling = "bos" if head["pooling"] == "cls" else head["pooling"]
     model = HFEncoderForSequenceClassification(encoder, head["num_labels"], pooling, 0.0, 0.02)
-    load_into(model, folder, model.from_checkpoint(load_weights(folder)))
+    load_model_weights(folder, model)
     return model
 
 
@@ -112,9 +107,12 @@ def check_tokenizer(folder: Path, tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def load_model_weights(folder: Path, model: NeoBERTPreTrainedModel) -> None:
+def load_model_weights(folder: Path, model: Model | HFEncoderModel) -> None:
     """Load a checkpoint's weights. Raises CheckpointError listing the first that do not fit."""
-    load_into(model, folder, read_weights(folder, model.config))
+    is_hf = isinstance(model, HFEncoderModel)
+    load_into(
+        model, folder, model.from_checkpoint(load_weights(folder)) if is_hf else read_weights(folder, model.config)
+    )
 
 
 def load_into(model: nn.Module, folder: Path, weights: Tensors) -> None:

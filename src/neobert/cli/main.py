@@ -125,7 +125,7 @@ def glue(
 
         raise Exit(run_suite(*layers(config, context.args), names, seeds or 1, predict, write_report))
     if predict:
-        from neobert.tasks.glue.predict import predict_run
+        from neobert.tasks.glue.suite import predict_run
 
         predict_run(loaded.config)
     else:

@@ -86,7 +86,7 @@ def pseudo_perplexity(
       neobert pseudo-perplexity exported/mine corpus.jsonl --text-column body -o perplexity.json
     """
     from neobert.files import write_json
-    from neobert.inference.embed_file import check_new_file
+    from neobert.inference.embed import check_new_file
     from neobert.inference.masked_lm import predict_corpus
 
     if output is not None:
@@ -152,8 +152,7 @@ def embed(
     """
     from tqdm import tqdm
 
-    from neobert.inference.embed import load_embedder
-    from neobert.inference.embed_file import check_new_file, embed_file
+    from neobert.inference.embed import check_new_file, embed_file, load_embedder
     from neobert.training.runtime import build_runtime
 
     check_new_file(output, force)

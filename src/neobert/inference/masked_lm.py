@@ -1,10 +1,9 @@
 """What a masked language model predicts: candidates for [MASK], and the pseudo-perplexity of text (arXiv 1910.14659).
 
 PPPL = exp(-(1/N) sum over tokens of log p(token | the rest of its piece)), over all N tokens of a corpus. A text is CLS,
-tokens, SEP; one that is longer than the model takes is cut into pieces. Special tokens are not counted.
-
-A piece of n tokens costs n forward passes of n + 2 tokens, so the inputs of all pieces are sorted by length and computed
-`batch_tokens` at a time, and the decoder, like the end of the last block, sees the masked tokens only.
+tokens, SEP; one that is longer than the model takes is cut into pieces. Special tokens are not counted. A piece of n tokens
+costs n forward passes of n + 2 tokens, so the inputs of all pieces are sorted by length, and the decoder, like the end of the
+last block, sees the masked tokens only.
 
 Shapes: B inputs, each with one masked token, T tokens of the longest, D width, V vocabulary.
 """
@@ -30,7 +29,7 @@ from neobert.data.files.documents import Files, SkippedRows, blocks_of, texts_of
 from neobert.data.files.splits import find_hub_splits, find_splits
 from neobert.data.tokenizer import Ids, TextTokenizer, text_tokenizer
 from neobert.errors import DataError, UserError, print_notes
-from neobert.inference.embed import batches_by_length, place_model
+from neobert.inference.embed import Progress, batches_by_length
 from neobert.model.kernels import LOGIT_BUDGET
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.training.runtime import build_runtime
@@ -118,9 +117,9 @@ class Result:
     def __str__(self) -> str:
         """The table for a terminal."""
         lines = [f"{'piece length':<14}{'pieces':>10}{'tokens':>12}{'pseudo-perplexity':>20}"]
-        first = {SHORTEST_BUCKET: 1}  # token of a bucket; that of the others follows the bucket before
-        named = {f"{first.get(bound, bound // 2 + 1)} to {bound}": one for bound, one in self.buckets.items()}
-        for name, one in {**named, "all": self}.items():
+        for bound, one in [*self.buckets.items(), (0, self)]:
+            shortest = 1 if bound == SHORTEST_BUCKET else bound // 2 + 1
+            name = f"{shortest} to {bound}" if bound else "all"
             lines.append(f"{name:<14}{len(one.pieces):>10,}{one.num_tokens:>12,}{one.pseudo_perplexity:>20,.3f}")
         return "\n".join(lines)
 
@@ -129,13 +128,13 @@ def predict_corpus(
     checkpoint: str, source: str, split: str | None = None, text_column: str | None = None, max_length: int | None = None,
     limit: int | None = None, batch_tokens: int | None = None, bf16: bool = False,
 ) -> tuple[Result, int]:  # fmt: skip
-    """(result, number of texts) of a path, a glob or a dataset of the hub, on the GPU where there is one, with a progress bar.
-
-    `max_length` tokens of a piece count the special ones. Raises UserError.
+    """(result, number of texts) of a path, a glob or a dataset of the hub, on the GPU where there is one, with a progress
+    bar. `max_length` tokens of a piece count the special ones. Raises UserError.
     """
     model, hf_tokenizer = load_pretrained(checkpoint)
     runtime = build_runtime(use_cpu=False, mixed_precision="bf16" if bf16 else "no", tf32=False, trains=False)
-    place_model(model, runtime)
+    runtime.set_attention(model, "flash_attn_varlen")
+    model.to(runtime.device)
     print_notes(filter(None, [runtime.note]))
     longest = model.config.max_position_embeddings
     if max_length is not None and max_length > longest:
@@ -156,9 +155,8 @@ def predict_corpus(
 def read_pieces(
     files: Files, tokenizer: TextTokenizer, longest: int, limit: int | None, skips: SkippedRows
 ) -> tuple[list[Ids], int]:
-    """(token ids of pieces of at most `longest` tokens, number of texts).
-
-    `limit` texts are read at most; rows without text are counted in `skips`. Raises DataError where there is no text at all.
+    """(token ids of pieces of at most `longest` tokens, number of texts). `limit` texts are read at most; rows without text
+    are counted in `skips`. Raises DataError where there is no text at all.
     """
     pieces: list[Ids] = []
     num_texts = 0
@@ -172,16 +170,11 @@ def read_pieces(
 
 
 def pseudo_perplexity(
-    model: NeoBERTForMaskedLM,
-    tokenizer: TextTokenizer,
-    pieces: list[Ids],
-    batch_tokens: int | None = None,
-    progress: Callable[[int], object] = lambda n: None,
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Result:
-    """The log-likelihoods of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`.
-
-    `progress` gets the number of tokens of each batch. Raises DataError for a piece that is too long.
+    model: NeoBERTForMaskedLM, tokenizer: TextTokenizer, pieces: list[Ids], batch_tokens: int | None = None,
+    progress: Progress = lambda n: None, autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Result:  # fmt: skip
+    """The log-likelihoods of all pieces, `batch_tokens` computed at a time (None: by device) inside `autocast()`. `progress`
+    gets the number of tokens of each batch. Raises DataError for a piece that is too long.
     """
     longest = model.config.max_position_embeddings - 2
     if wrong := next((len(piece) for piece in pieces if len(piece) > longest), None):

@@ -194,9 +194,8 @@ def _read_head(kind: str, folder: Path) -> nn.Module:
         weights = load_file(folder / "model.safetensors")
         linear.load_state_dict({name.removeprefix("linear."): tensor.float() for name, tensor in weights.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: the weights of the Dense module cannot be read: {first_line(error)}"
-        ) from None
+        why = first_line(error)
+        raise CheckpointError(f"{folder}: the weights of the Dense module cannot be read: {why}") from None
     return nn.Sequential(linear, getattr(nn, activation)())
 
 

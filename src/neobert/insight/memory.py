@@ -33,18 +33,6 @@ class Step:
     in_bfloat16: bool = False
     gradient_checkpointing: bool = False
 
-    @property
-    def shape(self) -> tuple[int, int, int, int, int, int]:
-        """N, M, D, F, V and c."""
-        inner, c = swiglu_width(self.intermediate_size), 2 if self.in_bfloat16 else FLOAT
-        return self.num_tokens, self.num_targets, self.width, inner, self.vocab_size, c
-
-    @property
-    def after_attention(self) -> int:
-        """Bytes that a block keeps of a token after attention: a residual stream, a norm's result, the feed-forward part."""
-        _, _, D, F, _, c = self.shape
-        return D * FLOAT + c * (D + 4 * F)
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -70,52 +58,46 @@ class Memory:
 
 def memory_per_process(step: Step) -> Memory:
     """The memory of the first process, which holds the largest shards."""
-    _, _, D, F, V, c = step.shape
+    N, M, D, V = step.num_tokens, step.num_targets, step.width, step.vocab_size
+    F, c = swiglu_width(step.intermediate_size), 2 if step.in_bfloat16 else FLOAT
     ranks = step.world_size if step.engine == "fsdp2" else 1
-    block = [(3 * D, D), (D, D), (2 * F, D), (D, F), (D, 1), (D, 1)]  # rows and columns; vectors have one column
-    root = [(V, D), (V, D), (D, 1)]  # embeddings, decoder, last norm
 
-    def local(matrices: list[tuple[int, int]]) -> int:
-        """Bytes of the matrix rows that the first process has."""
+    def local(*matrices: tuple[int, int]) -> int:
+        """Bytes of the rows that the first process has, of matrices of so many rows and columns; a vector has one column."""
         return FLOAT * sum(-(-rows // ranks) * columns for rows, columns in matrices)
 
-    weights = step.num_layers * local(block) + local(root)
+    block = local((3 * D, D), (D, D), (2 * F, D), (D, F), (D, 1), (D, 1))
+    root = local((V, D), (V, D), (D, 1))  # embeddings, decoder, last norm
+    weights = step.num_layers * block + root
     # Embeddings and decoder until the end, the block that is computed and the next one; every process sends as many rows.
-    gathered = ranks * (local(root) + 2 * local(block)) if step.engine == "fsdp2" else 0
+    gathered = ranks * (root + 2 * block) if step.engine == "fsdp2" else 0
     # Every gradient is a view of DDP's buffers, which are kept; else that of the decoder is the first to exist.
     gradients = weights if step.engine == "ddp" else c * V * D
-    return Memory(3 * weights, gradients, gathered, activations(step), passing(step), weights)
 
-
-def activations(step: Step) -> int:
-    """Bytes kept for the backward pass: of every block, of the last norm, and copies of weights in the type of products.
-
-    A block keeps its two residual streams in float32; both norms' results, q, k, v and what attention gives; gate and up,
-    silu(gate) and their product; and in bfloat16 the attention weights of short documents, which SDPA, in float32, does not.
-    """
-    N, M, D, F, V, c = step.shape
+    # A block keeps its two residual streams in float32; both norms' results, q, k, v and what attention gives; gate and up,
+    # silu(gate) and their product; and in bfloat16 the attention weights of short documents, which SDPA, in float32, does not,
+    # and copies of its weights in the type of products.
     length = -(-step.document_length // GRANULARITY) * GRANULARITY
     scores = step.num_heads * length if step.in_bfloat16 and length <= KEPT_LENGTH else 0
     copies, decoder = (c * (4 * D * D + 3 * F * D), c * V * D) if step.in_bfloat16 else (0, 0)
-    block = N * (2 * D * FLOAT + c * (6 * D + 4 * F + scores)) + copies
-    after_blocks = N * D * FLOAT + decoder + c * M * D
+    kept = N * (2 * D * FLOAT + c * (6 * D + 4 * F + scores)) + copies
+    after_attention = D * FLOAT + c * (
+        D + 4 * F
+    )  # of a token: a residual stream, a norm's result, the feed-forward part
     if step.gradient_checkpointing:
-        return step.num_layers * N * D * FLOAT + block + after_blocks
-    # After its attention the last block keeps targets alone.
-    return step.num_layers * block - (N - M) * step.after_attention + after_blocks
+        activations = step.num_layers * N * D * FLOAT + kept
+    else:  # after its attention the last block keeps targets alone
+        activations = step.num_layers * kept - (N - M) * after_attention
+    activations += N * D * FLOAT + decoder + c * M * D
 
-
-def passing(step: Step) -> int:
-    """Bytes that exist for a moment: gradients inside the feed-forward part, those of attention, or logits, whichever are most.
-
-    Attention's backward pass has five matrices of scores at a time in bfloat16 (weights, their gradients, and what products
-    copy), and gradients of q, k, v in three layouts; by then it has freed what the feed-forward part of the block had kept.
-    """
-    N, M, D, F, V, c = step.shape
+    # For a moment there are gradients inside the feed-forward part, those of attention, or logits, whichever are most.
+    # Attention's backward pass has five matrices of scores at a time in bfloat16 (weights, their gradients, and what products
+    # copy), and gradients of q, k, v in three layouts; by then it has freed what the feed-forward part of the block had kept.
     num_kept = N if step.gradient_checkpointing else M  # tokens in the feed-forward part of the block that counts
     scores = min(step.num_heads * step.document_length * N, SCORE_BUDGET) if step.in_bfloat16 else 0
-    return max(
+    passing = max(
         N * (2 * D * FLOAT + 2 * F * c),
-        c * (5 * scores + 11 * N * D) - num_kept * step.after_attention,
+        c * (5 * scores + 11 * N * D) - num_kept * after_attention,
         c * min(M * V, LOGIT_BUDGET) + N * D * FLOAT,
     )
+    return Memory(3 * weights, gradients, gathered, activations, passing, weights)

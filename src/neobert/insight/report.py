@@ -3,7 +3,7 @@
 import html
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; border-radius: 6px;
 </body></html>
 """
 BLUE, ORANGE = "#0969da", "#bc4c00"
-FROM_ZERO = ("Throughput", "Learning rate")  # plots whose axis begins there
 
 Records = list[dict[str, Any]]  # of metrics.jsonl
 Series = tuple[str, list[int], list[float], str]  # its name, steps, values and colour
@@ -52,21 +51,19 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     facts, config = folder / "environment.json", folder / "config.yaml"
     environment = json.loads(facts.read_text()) if facts.is_file() else {}
     changed = changed_keys(yaml.safe_load(config.read_text()) if config.is_file() else {})
-    changed = {key: value for key, value in changed.items() if key not in ("config_path", "optimizer.muon_config")}
+    keys = [(key, json.dumps(changed[key])) for key in changed if key not in ("config_path", "optimizer.muon_config")]
     command, packages = environment.pop("command", ""), environment.pop("packages", {})
+    ran = {name: "\n".join(value) if isinstance(value, list) else str(value) for name, value in environment.items()}
     escape = html.escape
     figures = [f"<div><b>{escape(v)}</b><span>{escape(name)}</span></div>" for name, v in _figures(train, evaluations)]
-    ran = {name: "\n".join(value) if isinstance(value, list) else str(value) for name, value in environment.items()}
-    rows = [
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>".replace("\n", "<br>") for name, value in ran.items()
-    ]
+    rows = [f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in ran.items()]
     page = PAGE.format(
         title=escape(f"NeoBERT run: {folder.resolve().name}"),
         subtitle=escape(f"{command} · torch {packages.get('torch', '?')}"),
         figures="".join(figures),
         plots="".join(f"<div>{plot}</div>" for plot in _plots(train, evaluations)),
-        facts="".join(rows),
-        config=escape("\n".join(f"{key}: {json.dumps(value)}" for key, value in changed.items())),
+        facts="".join(rows).replace("\n", "<br>"),
+        config=escape("\n".join(f"{key}: {value}" for key, value in keys)),
     )
     target = output or folder / "report.html"
     write_text(target, page)
@@ -98,30 +95,31 @@ def _figures(train: Records, evaluations: Records) -> list[tuple[str, str]]:
 
 def _plots(train: Records, evaluations: Records) -> Iterator[str]:
     """The plots of a run as SVG."""
-    steps = [one["step"] for one in train]
-    losses, rates = _series("training", train, "loss", BLUE), _series("", train, "lr", BLUE)
-    held_out, scores = (_series("held out", evaluations, f"eval_{name}", ORANGE) for name in ("loss", "score"))
-    yield _line_plot("Loss", "nats per target", [losses, *([held_out] if held_out[1] else [])])
+
+    def series(name: str, records: Records, key: str, colour: str) -> Series:
+        found = [one for one in records if key in one]
+        return name, [one["step"] for one in found], [one[key] for one in found], colour
+
+    held_out, scores = (series("held out", evaluations, f"eval_{name}", ORANGE) for name in ("loss", "score"))
+    losses = [series("training", train, "loss", BLUE), held_out]
+    yield _plot("Loss", "nats per target", losses if held_out[1] else losses[:1])
     if scores[1]:
-        yield _line_plot("Held-out score", "", [scores])
-    yield _line_plot("Learning rate", "", [rates])
-    yield _line_plot("Throughput", "real tokens per second", [_series("", train, "tokens_per_second", BLUE)])
-    figure, axes = _new_figure("Where the time goes", "milliseconds per step")
+        yield _plot("Held-out score", "", [scores])
+    yield _plot("Learning rate", "", [series("", train, "lr", BLUE)], from_zero=True)
+    yield _plot("Throughput", "real tokens per second", [series("", train, "tokens_per_second", BLUE)], from_zero=True)
+    steps = [one["step"] for one in train]
     windows = [max(1, now - before) for before, now in zip([0, *steps], steps, strict=False)]
     steps_of = list(zip(train, windows, strict=True))
     times = {name: [1e3 * one[f"{name}_seconds"] / window for one, window in steps_of] for name in PHASES}
-    if times := {name: values for name, values in times.items() if any(values)}:
-        axes.stackplot(steps, list(times.values()), labels=list(times), alpha=0.85)
-        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    yield _svg(figure)
+    areas = {name: values for name, values in times.items() if any(values)}
+    yield _plot("Where the time goes", "milliseconds per step", areas=(steps, areas) if areas else None)
 
 
-def _series(name: str, records: Records, key: str, colour: str) -> Series:
-    found = [(one["step"], one[key]) for one in records if key in one]
-    return name, [step for step, _ in found], [value for _, value in found], colour
-
-
-def _new_figure(title: str, unit: str) -> tuple[Any, Any]:
+def _plot(
+    title: str, unit: str, lines: Sequence[Series] = (), from_zero: bool = False,
+    areas: tuple[list[int], dict[str, list[float]]] | None = None,
+) -> str:  # fmt: skip
+    """SVG of lines, or of named `areas` over steps, one on top of the other."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -129,27 +127,19 @@ def _new_figure(title: str, unit: str) -> tuple[Any, Any]:
 
     matplotlib.rcParams["svg.hashsalt"] = "neobert"
     figure = Figure(figsize=(6.2, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel="step", ylabel=unit)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _line_plot(title: str, unit: str, series: list[Series]) -> str:
-    figure, axes = _new_figure(title, unit)
-    for name, x, y, colour in series:
+    for name, x, y, colour in lines:
         axes.plot(x, y, label=name, color=colour, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
-    if len(series) > 1:
+    if len(lines) > 1:
         axes.legend(frameon=False)
-    if title in FROM_ZERO:
+    if from_zero:
         axes.set_ylim(bottom=0)
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
+    if areas is not None:
+        axes.stackplot(areas[0], list(areas[1].values()), labels=list(areas[1]), alpha=0.85)
+        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import torch
 from torch import nn
 
 from neobert.checkpoints import load
-from neobert.checkpoints.format import Tensors, load_weights
+from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.initial_weights import InitialWeights
-from neobert.checkpoints.layouts import is_eurobert, to_eurobert
+from neobert.checkpoints.layouts import checkpoint_config, is_eurobert, to_eurobert
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
+from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification, longest_input
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.training.choices import choose_attention, choose_kernels, compile_blocks, find_kernels, gpu_capability
+from neobert.training.choices import choose_kernels, compile_blocks, find_kernels
 from neobert.training.run import Storage
 from neobert.training.runtime import Runtime, whole_weights
 
@@ -28,9 +30,7 @@ def build_model(
 ) -> NeoBERTForMaskedLM:
     """The model with its first weights: fresh ones drawn by `seed`, or those of the model that is `continued`."""
     torch.manual_seed(config.seed)
-    model = continued
-    if model is None:
-        model = NeoBERTForMaskedLM(model_config(config, vocab_size, pad_token_id))
+    model = continued or NeoBERTForMaskedLM(model_config(config, vocab_size, pad_token_id))
     model.model.gradient_checkpointing = config.trainer.gradient_checkpointing
     return model.train()
 
@@ -48,9 +48,8 @@ def blocks_of(model: load.Model | load.HFEncoderModel) -> Iterable[nn.Module]:
 
 
 def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runtime: Runtime) -> dict[str, str]:
-    """Put a model on its device, choose kernels and compile; returns what runs and why, for the summary.
-
-    Raises ConfigError, also for what is not done with an encoder of transformers.
+    """Put a model on its device, choose kernels and compile; returns what runs and why, for the summary. Raises ConfigError,
+    also for what is not done with an encoder of transformers.
     """
     model.to(runtime.device)
     if isinstance(model, load.HFEncoderModel):
@@ -59,20 +58,12 @@ def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runti
         for dotted in (dotted for dotted, is_asked in asked.items() if is_asked):
             raise ConfigError(Problem(dotted, "is for our own encoder; leave it out with model.from_hub"))
         return {"attention": f"transformers' {model.config._attn_implementation}", "kernels": "transformers'"}
-    kind, trainer, dtype = runtime.device.type, config.trainer, runtime.dtype
-    packages = find_kernels() if kind == "cuda" else {}
-    attention, attention_why = choose_attention(
-        config.model.attn_backend,
-        kind,
-        dtype=dtype,
-        dropout=config.model.dropout_prob,
-        head_width=config.model.hidden_size // config.model.num_attention_heads,
-        packages=packages,
-        capability=gpu_capability(runtime.device),
-    )
-    liger = packages.get("liger")
-    kernels, kernels_why = choose_kernels(config.model.kernel_backend, kind, liger, trainer.torch_compile)
-    model.model.attention_kernel = attention  # type: ignore[assignment]
+    kind, trainer = runtime.device.type, config.trainer
+    attention_why = runtime.set_attention(model, config.model.attn_backend, config.model.dropout_prob)
+    in_buckets = kind == "cpu" and uses_buckets(runtime.dtype or torch.float32)
+    attention = "buckets of documents" if in_buckets else model.model.attention_kernel
+    liger = find_kernels().get("liger") if kind == "cuda" else None
+    kernels, why = choose_kernels(config.model.kernel_backend, kind, liger, trainer.torch_compile)
     model.choose_kernels(kernels)
     compiled = "no"
     if trainer.torch_compile:
@@ -80,13 +71,7 @@ def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runti
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
         which = shapes[trainer.torch_compile_dynamic]
         compiled = f"{trainer.torch_compile_backend}, {which}; the first steps take longer"
-    in_buckets = kind == "cpu" and uses_buckets(dtype or torch.float32)
-    on_cpu = "buckets of documents" if in_buckets else "sdpa"
-    return {
-        "attention": f"{on_cpu if kind == 'cpu' else attention}: {attention_why}",
-        "kernels": f"{kernels}: {kernels_why}",
-        "compiled": compiled,
-    }
+    return {"attention": f"{attention}: {attention_why}", "kernels": f"{kernels}: {why}", "compiled": compiled}
 
 
 def hf_encoder_dropout(name: str) -> dict[str, float]:
@@ -107,21 +92,18 @@ def row_layout(config: Config, pad_id: int, longest: int) -> RowLayout:
 
 
 def load_hf_encoder(config: Config, name: str, vocab_size: int, key: str, length: int) -> Any:
-    """The encoder that `AutoModel` loads by `name`. `length`, which `key` says, is that of the longest text in tokens.
-
-    Raises ConfigError or CheckpointError when it is not whole, or fits neither the tokenizer nor the texts.
+    """The encoder that `AutoModel` loads by `name`. `length`, which `key` says, is that of the longest text in tokens. Raises
+    ConfigError or CheckpointError when it is not whole, or fits neither the tokenizer nor the texts.
     """
     try:
         encoder = load.load_hf_encoder(name)
     except CheckpointError as error:
         raise ConfigError(Problem("model.name", str(error))) from None
-    longest = longest_input(encoder)
+    longest, size = longest_input(encoder), encoder.config.vocab_size
     if longest is not None and length > longest:
         raise ConfigError(Problem(key, f"{length} is longer than the {longest} tokens that {name} takes"))
-    if vocab_size > encoder.config.vocab_size:
-        raise CheckpointError(
-            f"tokenizer: {vocab_size} tokens, but {name} has embeddings of {encoder.config.vocab_size}"
-        )
+    if vocab_size > size:
+        raise CheckpointError(f"tokenizer: {vocab_size} tokens, but {name} has embeddings of {size}")
     if config.trainer.gradient_checkpointing:
         encoder.gradient_checkpointing_enable()
     return encoder
@@ -129,50 +111,56 @@ def load_hf_encoder(config: Config, name: str, vocab_size: int, key: str, length
 
 def load_own_encoder(weights: InitialWeights, model: load.Model, vocab_size: int) -> str:
     """Load the encoder of a checkpoint of ours, where there is one; returns what was loaded. Raises CheckpointError."""
-    if weights.folder is None or weights.architecture is None:
+    folder, found = weights.folder, weights.architecture
+    if folder is None or found is None:
         return "random"
-    if weights.architecture.vocab_size != vocab_size:
-        raise CheckpointError(
-            f"{weights.folder}: embeddings of {weights.architecture.vocab_size} tokens, but its tokenizer has {vocab_size}"
-        )
-    tensors = load.read_weights(weights.folder, weights.architecture)
-    return load_parts(weights.folder, model, tensors, with_dense=weights.task is not None)
+    if found.vocab_size != vocab_size:
+        size = found.vocab_size
+        raise CheckpointError(f"{folder}: embeddings of {size} tokens, but its tokenizer has {vocab_size}")
+    return load_parts(folder, model, load.read_weights(folder, found), with_dense=weights.task is not None)
 
 
 def load_parts(folder: Path, model: nn.Module, weights: Tensors, with_dense: bool) -> str:
-    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded.
-
-    Raises CheckpointError listing what does not fit.
+    """Load the encoder, and the hidden layer of the head where that is wanted; returns what was loaded. Raises
+    CheckpointError listing what does not fit.
     """
     kinds = ("model.", "dense.") if with_dense else ("model.",)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(kinds)}
     used = {name: tensor for name, tensor in weights.items() if name.startswith(kinds)}
     load.check_fit(folder, used, own)
     model.load_state_dict(used, strict=False)
-    left = sorted({name.split(".")[0] for name in weights if name not in used})
-    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True)
-    unused = f"; not used: {', '.join(left)}" if left else ""
-    fresh = f"; new: {', '.join(new)}" if new else ""
-    return f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}{fresh}{unused}"
+    loaded = f"{folder}, {len(used)} tensors, all of {' and '.join(k[:-1] for k in kinds)}"
+    if new := sorted({name.split(".")[0] for name in model.state_dict() if name not in used}, reverse=True):
+        loaded += f"; new: {', '.join(new)}"
+    if left := sorted({name.split(".")[0] for name in weights if name not in used}):
+        loaded += f"; not used: {', '.join(left)}"
+    return loaded
 
 
 def build_storage(
-    model: load.Model | load.HFEncoderModel, fields: dict[str, Any], save_beside: Callable[[Path], None]
-) -> Storage:
-    """How a model goes into checkpoints and comes back: one of ours with `fields` as its config.json, under EuroBERT's names
-    where it is one; an encoder of transformers so that `AutoModel` reads it, with `fields` besides its own.
+    model: load.Model | load.HFEncoderModel, name: str | None, hf_tokenizer: Any, section: dict[str, Any] | None = None,
+    fields: dict[str, Any] | None = None, save_more: Callable[[Path], None] = lambda folder: None,
+) -> Storage:  # fmt: skip
+    """How a model, called `name`, goes into checkpoints with its tokenizer and comes back: ours under EuroBERT's names where it
+    is one, an encoder of transformers so that `AutoModel` reads it. config.json also gets `fields`, and in our part `section`.
     """
+    is_hf, section = isinstance(model, load.HFEncoderModel), section or {}
+    if isinstance(model, load.HFEncoderModel):
+        fields = {**json.loads(model.config.to_json_string(use_diff=False)), **(fields or {}), load.HF_ENCODER: section}
+    else:
+        own, kind = checkpoint_config(model.config, hf_tokenizer, name), type(model).__name__
+        if is_eurobert(model.config):
+            kind = "EuroBertModel" if kind == "NeoBERTForEmbedding" else kind.replace("NeoBERT", "EuroBert")
+        fields = {**own, **(fields or {}), "neobert": own["neobert"] | section, "architectures": [kind]}
 
     def content() -> tuple[Tensors, dict[str, Any]]:
         weights = whole_weights(model)
         if isinstance(model, load.HFEncoderModel):
-            return model.to_checkpoint(weights), {**json.loads(model.config.to_json_string(use_diff=False)), **fields}
+            return model.to_checkpoint(weights), fields
         return to_eurobert(weights) if is_eurobert(model.config) else weights, fields
 
-    def load_back(folder: Path) -> None:
-        if isinstance(model, load.HFEncoderModel):
-            load.load_into(model, folder, model.from_checkpoint(load_weights(folder)))
-        else:
-            load.load_model_weights(folder, model)
+    def save_beside(folder: Path) -> None:
+        save_tokenizer(hf_tokenizer, folder, has_token_types=is_hf)
+        save_more(folder)
 
-    return Storage(content, load_back, save_beside)
+    return Storage(content, partial(load.load_model_weights, model=model), save_beside)

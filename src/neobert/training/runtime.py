@@ -26,9 +26,11 @@ from neobert.errors import UserError, disk_error
 from neobert.optim.sharding import local
 from neobert.ranks import Ranks, launched_ranks
 from neobert.training.choices import (
+    choose_attention,
     choose_device,
     choose_engine,
     choose_precision,
+    find_kernels,
     gpu_capability,
     keep_memory,
 )
@@ -92,6 +94,15 @@ class Runtime(Ranks):
     def autocast(self) -> AbstractContextManager[None]:
         """Context of the forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def set_attention(self, model: Any, requested: str, dropout: float = 0.0) -> str:
+        """Give a model of ours the attention of unpadded batches that it can have here; returns why."""
+        model.model.attention_kernel, why = choose_attention(
+            requested, self.device.type, dtype=self.dtype, dropout=dropout,
+            head_width=model.config.hidden_size // model.config.num_attention_heads,
+            packages=find_kernels() if self.device.type == "cuda" else {}, capability=gpu_capability(self.device),
+        )  # fmt: skip
+        return why
 
     def distribute(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """The model as it is to be called. FSDP2 replaces parameters by shards, so the optimizer is built afterwards."""

@@ -1,17 +1,14 @@
 """`task: contrastive`: from an encoder to sentence embeddings, by pairs, labels, scores and plain text."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from neobert.checkpoints.initial_weights import InitialWeights, architecture_keys, check_length, start_fine_tuning
-from neobert.checkpoints.layouts import checkpoint_config, is_eurobert
-from neobert.checkpoints.load import EMBEDDING, HF_ENCODER
+from neobert.checkpoints.load import EMBEDDING
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
-from neobert.data.tokenizer import save_tokenizer
 from neobert.inference.embed import EmbeddingModel
 from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
@@ -105,16 +102,9 @@ def build_model(config: Config, weights: InitialWeights, vocab_size: int, pad_id
 
 def build_storage(config: Config, model: EmbeddingModel, hf_tokenizer: Any) -> Storage:
     """How the encoder is written to checkpoints and read back; transformers' `AutoModel` reads them too."""
-    trained = {EMBEDDING: {"pooling": config.contrastive.pooling, "max_length": longest_text(config)}}
-    width, embedding = model.config.hidden_size, Embedding(config.contrastive.pooling, max_length=longest_text(config))
-
-    def save_beside(folder: Path) -> None:
-        save_tokenizer(hf_tokenizer, folder, has_token_types=isinstance(model, HFEncoderForEmbedding))
-        write_sentence_transformers(folder, width, embedding)
-
-    if isinstance(model, HFEncoderForEmbedding):  # stored under the names of the encoder itself
-        return encoder.build_storage(model, {HF_ENCODER: trained}, save_beside)
-    fields = checkpoint_config(model.config, hf_tokenizer, config.model.name)
-    kind = "EuroBertModel" if is_eurobert(model.config) else "NeoBERTForEmbedding"
-    fields |= {"architectures": [kind], "neobert": {**fields["neobert"], **trained}}
-    return encoder.build_storage(model, fields, save_beside)
+    pooling, width = config.contrastive.pooling, model.config.hidden_size
+    section = {EMBEDDING: {"pooling": pooling, "max_length": longest_text(config)}}
+    save_more = partial(
+        write_sentence_transformers, width=width, embedding=Embedding(pooling, max_length=longest_text(config))
+    )
+    return encoder.build_storage(model, config.model.name, hf_tokenizer, section, save_more=save_more)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,27 +11,24 @@ from torch import nn
 
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
-from neobert.data.labelled import (
-    REPOSITORY,
-    EpochLoader,
-    GlueTask,
-    Rows,
-    Source,
-    find_files,
-    in_order,
-    read_split,
-    tokenize_rows,
-)
+from neobert.data.labelled import REPOSITORY, EpochLoader, GlueTask, Rows, Source, in_order, read_split, tokenize_rows
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import ConfigError, Problem
 from neobert.ranks import Ranks
 from neobert.tasks.encoder import row_layout
-from neobert.tasks.glue import metrics as glue_metrics
 from neobert.training.loop import Interrupt
 from neobert.training.run import Context, Evaluation
 from neobert.training.runtime import Runtime
 
 MOST_THREADS = 64
+SUFFIXES = ("", "_mm")  # after the names of metrics, by evaluation split: MNLI's are matched and mismatched
+METRICS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: (module, function, arguments)
+    "accuracy": ("sklearn.metrics", "accuracy_score", {}),
+    "f1": ("sklearn.metrics", "f1_score", {"zero_division": 0.0}),
+    "matthews": ("sklearn.metrics", "matthews_corrcoef", {}),
+    "pearson": ("scipy.stats", "pearsonr", {}),
+    "spearman": ("scipy.stats", "spearmanr", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class GlueData:
 
     train: EpochLoader
     evaluation: tuple[Rows, ...]
-    layout: RowLayout
     num_steps: int
     messages: list[str]
 
@@ -49,10 +46,9 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) 
     glue, trainer = config.glue, config.trainer
     tokenizer = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
     train, *evaluation = (encode_split(config, task, split, tokenizer) for split in ("train", *task.evaluation))
-    layout = row_layout(config, hf_tokenizer.pad_token_id, glue.max_seq_length)
     loader = EpochLoader(
-        train, layout, ranks, trainer.per_device_train_batch_size, config.seed, glue.group_by_length,
-        min(glue.num_workers, MOST_THREADS),
+        train, row_layout(config, hf_tokenizer.pad_token_id, glue.max_seq_length), ranks,
+        trainer.per_device_train_batch_size, config.seed, glue.group_by_length, min(glue.num_workers, MOST_THREADS),
         {"task": task.name, "tokenizer": tokenizer.fingerprint, "max_seq_length": glue.max_seq_length,
          "accumulation": trainer.gradient_accumulation_steps},
     )  # fmt: skip
@@ -63,7 +59,7 @@ def build_data(config: Config, task: GlueTask, hf_tokenizer: Any, ranks: Ranks) 
     elif trainer.max_steps >= 0 and trainer.max_steps != type(trainer).model_fields["max_steps"].default:
         epochs = f"{trainer.num_train_epochs} epochs are {num_steps:,} steps"
         messages = [f"trainer.max_steps {trainer.max_steps:,} is not reached: {epochs}; raise num_train_epochs"]
-    return GlueData(loader, tuple(evaluation), layout, num_steps, messages)
+    return GlueData(loader, tuple(evaluation), num_steps, messages)
 
 
 def glue_source(config: Config) -> Source:
@@ -71,12 +67,6 @@ def glue_source(config: Config) -> Source:
     dataset = config.dataset
     name = REPOSITORY if dataset.name == type(dataset).model_fields["name"].default else dataset.name
     return Source(dataset.path, name, dataset.cache_dir, dataset.force_redownload)
-
-
-def find_all_files(config: Config, task: GlueTask) -> None:
-    """Raises DataError where a split that training needs is missing."""
-    for split in ("train", *task.evaluation):
-        find_files(glue_source(config), task.name, split)
 
 
 @dataclass(frozen=True)
@@ -102,6 +92,51 @@ def _encode_split(
     return tokenize_rows(tokenizer.hf_tokenizer, found, *limits, f"{source}, {task.name}, {split}")
 
 
+# --- metrics -----------
+
+
+def metric_names(task: GlueTask) -> list[str]:
+    """The metrics of a task on one split: those of its score, and the accuracy of every classification."""
+    return list(dict.fromkeys([*task.metrics, *(["accuracy"] if task.labels else [])]))
+
+
+def predictions(task: GlueTask, logits: np.ndarray) -> np.ndarray:
+    """Class ids of n x num_labels logits, or the values of a regression."""
+    return logits.argmax(-1) if task.labels else logits[:, 0]
+
+
+def measure(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Every metric of the task on one split. A correlation is 0 where it is not defined: a model that says the same of every
+    example has learnt nothing.
+    """
+    predicted, values = predictions(task, logits), dict[str, float]()
+    for name in metric_names(task):
+        module, function, arguments = METRICS[name]
+        is_correlation = module == "scipy.stats"
+        if is_correlation and (len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predicted) == 0):
+            values[name] = 0.0
+        else:
+            found = getattr(import_module(module), function)(labels, predicted, **arguments)
+            values[name] = float(found[0] if is_correlation else found)
+    return values
+
+
+def score(task: GlueTask, values: dict[str, float]) -> float:
+    """GLUE's score of a task: the mean of its metrics over its evaluation splits."""
+    suffixes = SUFFIXES[: len(task.evaluation)]
+    return float(np.mean([values[f"{metric}{suffix}"] for suffix in suffixes for metric in task.metrics]))
+
+
+def check_best_metric(config: Config, task: GlueTask) -> None:
+    """Raises ConfigError where `metric_for_best_model` is none of the task's."""
+    name = (config.trainer.metric_for_best_model or "score").removeprefix("eval_")
+    suffixes, metrics = SUFFIXES[: len(task.evaluation)], metric_names(task)
+    known = ["loss", "score", *(f"{metric}{suffix}" for suffix in suffixes for metric in metrics)]
+    if name not in known:
+        problem = f"{task.name} has no metric {name!r}; there are: {', '.join(known)}"
+        raise ConfigError(Problem("trainer.metric_for_best_model", problem))
+
+
 # --- evaluation -----------
 
 
@@ -110,10 +145,9 @@ def predict_logits(
     model: nn.Module, num_labels: int, rows: Rows, layout: RowLayout, batch_size: int, runtime: Runtime,
     interrupt: Interrupt | None = None,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """(logits of every row in its order, sum of the losses; 0 without labels), in all processes, which share the work. `model`
-    as it is called; it is left in evaluation mode.
-
-    Broken off, with zeros for the rest, when `interrupt` is wanted in one of them.
+    """(logits of every row in its order, sum of the losses; 0 without labels), in all processes, which share the work.
+    `model` as it is called; it is left in evaluation mode. Broken off, with zeros for the rest, when `interrupt` is wanted in
+    one of them.
     """
     model.eval()
     logits, loss = torch.zeros((len(rows), num_labels)), 0.0
@@ -128,38 +162,38 @@ def predict_logits(
     return runtime.sum_tensor(logits).numpy(), runtime.all_sum(loss)[0]
 
 
+def predict_split(
+    config: Config, task: GlueTask, split: str, model: nn.Module, hf_tokenizer: Any, runtime: Runtime
+) -> np.ndarray:
+    """Predictions for every row of a split, whose labels are not read. Raises DataError."""
+    tokenizer = Shared(text_tokenizer(hf_tokenizer).fingerprint, hf_tokenizer)
+    rows = encode_split(config, task, split, tokenizer, with_labels=False)
+    layout = row_layout(config, hf_tokenizer.pad_token_id, config.glue.max_seq_length)
+    size = config.trainer.per_device_eval_batch_size
+    return predictions(task, predict_logits(model, task.num_labels, rows, layout, size, runtime)[0])
+
+
 def build_evaluation(context: Context, task: GlueTask, data: GlueData, model: nn.Module) -> Evaluation:
     """Loss, metrics and score on the evaluation splits. `model` as it is called."""
     trainer, runtime, interrupt = context.config.trainer, context.runtime, context.interrupt
     size, most = trainer.per_device_eval_batch_size, trainer.eval_max_batches
     splits = [rows.first(None if most is None else most * size) for rows in data.evaluation]
 
-    def measure() -> dict[str, float] | None:
+    def run() -> dict[str, float] | None:
         values, losses = dict[str, float](), 0.0
-        for rows, suffix in zip(splits, glue_metrics.SUFFIXES, strict=False):
-            logits, loss = predict_logits(model, task.num_labels, rows, data.layout, size, runtime, interrupt)
+        for rows, suffix in zip(splits, SUFFIXES, strict=False):
+            logits, loss = predict_logits(model, task.num_labels, rows, data.train.layout, size, runtime, interrupt)
             assert rows.labels is not None
-            values |= {f"{k}{suffix}": v for k, v in glue_metrics.measure(task, logits, rows.labels).items()}
+            values |= {f"{name}{suffix}": value for name, value in measure(task, logits, rows.labels).items()}
             losses += loss
         model.train()
         if runtime.all_max(interrupt.wanted)[0]:
             return None
-        loss = losses / sum(map(len, splits))
-        return {"loss": loss, "score": glue_metrics.score(task, values), **values}
+        return {"loss": losses / sum(map(len, splits)), "score": score(task, values), **values}
 
-    return Evaluation(measure, list_values, "score")
+    return Evaluation(run, list_values, "score")
 
 
 def list_values(values: dict[str, float]) -> str:
     """The values in a line."""
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-def check_best_metric(config: Config, task: GlueTask) -> None:
-    """Raises ConfigError where `metric_for_best_model` is none of the task's."""
-    name = (config.trainer.metric_for_best_model or "score").removeprefix("eval_")
-    suffixes, metrics = glue_metrics.SUFFIXES[: len(task.evaluation)], glue_metrics.metric_names(task)
-    known = ["loss", "score", *(f"{metric}{suffix}" for suffix in suffixes for metric in metrics)]
-    if name not in known:
-        problem = f"{task.name} has no metric {name!r}; there are: {', '.join(known)}"
-        raise ConfigError(Problem("trainer.metric_for_best_model", problem))

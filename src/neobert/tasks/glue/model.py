@@ -7,11 +7,10 @@ import torch
 
 from neobert.checkpoints.format import load_weights, verify_checkpoint
 from neobert.checkpoints.initial_weights import InitialWeights, glue_task
-from neobert.checkpoints.layouts import checkpoint_config, is_eurobert
-from neobert.checkpoints.load import HF_ENCODER, load_model
+from neobert.checkpoints.load import load_model
 from neobert.config.schema import Config
 from neobert.data.labelled import TASKS, GlueTask
-from neobert.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_folder
+from neobert.data.tokenizer import load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification
 from neobert.model.modeling_neobert import NeoBERTForSequenceClassification
@@ -30,12 +29,8 @@ def build_classifier(
     glue = config.glue
     if weights.hub is None:
         architecture = encoder.model_config(
-            config, vocab_size, pad_id,
-            num_labels=task.num_labels,
-            classifier_dropout=glue.classifier_dropout,
-            classifier_init_range=glue.classifier_init_range,
-            classifier_pooling=POOLING[glue.pooling],
-            **weights.inherited,
+            config, vocab_size, pad_id, num_labels=task.num_labels, classifier_dropout=glue.classifier_dropout,
+            classifier_init_range=glue.classifier_init_range, classifier_pooling=POOLING[glue.pooling], **weights.inherited,
         )  # fmt: skip
         own = NeoBERTForSequenceClassification(architecture)
         own.model.gradient_checkpointing = config.trainer.gradient_checkpointing
@@ -55,37 +50,18 @@ def build_classifier(
 
 def build_storage(config: Config, model: Classifier, task: GlueTask, hf_tokenizer: Any) -> Storage:
     """How the classifier is written to checkpoints and read back; transformers reads them too (EuroBERT's classifier)."""
-    glue, is_own = config.glue, isinstance(model, NeoBERTForSequenceClassification)
-    if isinstance(model, NeoBERTForSequenceClassification):
-        fields = classifier_config(config, model, task, hf_tokenizer)
+    by_id = {str(number): name for number, name in enumerate(task.labels or ("score",))}
+    fields: dict[str, Any] = {
+        "id2label": by_id,
+        "label2id": {name: int(number) for number, name in by_id.items()},
+        "problem_type": "single_label_classification" if task.labels else "regression",
+    }
+    section: dict[str, Any] = {"num_labels": task.num_labels, "glue_task": task.name}
+    if isinstance(model, HFEncoderForSequenceClassification):
+        section |= {"pooling": config.glue.pooling, "classifier_dropout": config.glue.classifier_dropout}
     else:
-        head = {"glue_task": task.name, "pooling": glue.pooling, "classifier_dropout": glue.classifier_dropout}
-        fields = {**label_names(task), HF_ENCODER: {**head, "num_labels": task.num_labels}}
-    return encoder.build_storage(
-        model, fields, lambda folder: save_tokenizer(hf_tokenizer, folder, has_token_types=not is_own)
-    )
-
-
-def classifier_config(
-    config: Config, model: NeoBERTForSequenceClassification, task: GlueTask, hf_tokenizer: Any
-) -> dict[str, Any]:
-    """config.json of a classifier."""
-    fields = checkpoint_config(model.config, hf_tokenizer, config.model.name)
-    own = fields["neobert"] | {"num_labels": task.num_labels, "glue_task": task.name}
-    kind = "EuroBert" if is_eurobert(model.config) else "NeoBERT"
-    return {
-        **fields, **label_names(task), "neobert": own,
-        "architectures": [f"{kind}ForSequenceClassification"],
-        "classifier_pooling": model.config.classifier_pooling,
-    }  # fmt: skip
-
-
-def label_names(task: GlueTask) -> dict[str, Any]:
-    """The fields of transformers' config.json about labels."""
-    names = task.labels or ("score",)
-    kind = "single_label_classification" if task.labels else "regression"
-    by_id = {str(number): name for number, name in enumerate(names)}
-    return {"id2label": by_id, "label2id": {name: i for i, name in enumerate(names)}, "problem_type": kind}
+        fields["classifier_pooling"] = model.config.classifier_pooling
+    return encoder.build_storage(model, config.model.name, hf_tokenizer, section, fields)
 
 
 def load_finetuned(folder: Path) -> tuple[Classifier, Any, GlueTask]:

@@ -1,4 +1,5 @@
-"""`neobert glue CONFIG --tasks .. --seeds ..`: one run per task and seed, and a table of them.
+"""`neobert glue CONFIG --tasks .. --seeds ..`: one run per task and seed, and a table of them; and, with `--predict`, the files
+that GLUE's server takes, from a finished run.
 
     <output_dir>/<task>/seed-<n>/     a run each: result.json when it has come to its end
     <output_dir>/results.json  results.md  submission/
@@ -9,26 +10,30 @@ run only the weights of its result are kept. The table has mean, spread and ever
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import list_steps, prune, strip_checkpoint
+import numpy as np
+
+from neobert.checkpoints.format import STATE, list_steps, prune, strip_checkpoint
 from neobert.checkpoints.initial_weights import find_initial_weights
 from neobert.config.load import Loaded, load_config
-from neobert.data.labelled import TASKS
-from neobert.errors import ConfigError, Problem, print_notes
+from neobert.config.schema import Config
+from neobert.data.labelled import TASKS, GlueTask, find_files, has_split
+from neobert.errors import CheckpointError, ConfigError, DataError, Problem, UserError, check_installed, print_notes
+from neobert.files import write_text
 from neobert.tasks.glue import task as glue
-from neobert.tasks.glue.data import check_best_metric, find_all_files
-from neobert.tasks.glue.metrics import check_metrics
-from neobert.tasks.glue.predict import FOLDER, write_predictions
+from neobert.tasks.glue.data import check_best_metric, glue_source, predict_split
+from neobert.tasks.glue.model import load_finetuned
 from neobert.training.metrics import markdown_table, write_table
 from neobert.training.processes import started
 from neobert.training.run_folder import hold_folder
-from neobert.training.runtime import Runtime
+from neobert.training.runtime import Runtime, build_runtime
 
+FOLDER = "submission"  # of the files that GLUE's server takes
 TRANSFERRED = ("rte", "mrpc", "stsb")  # from mnli, with glue.transfer_from_task
 TRAINED = [task.name for task in TASKS.values() if task.trains]
 HIDDEN = ("optimizer", "scheduler", "weights_identity")  # of the protocol: shown in shorter form, or not at all
@@ -53,44 +58,30 @@ PUBLISHED_NOTE = (
 Result = dict[str, Any]  # what result.json holds
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One run of a suite."""
-
-    task: str
-    seed: int
-    folder: Path
-    loaded: Loaded
-
-
 def run_suite(
-    files: list[str],
-    overrides: list[str],
-    tasks: list[str],
-    num_seeds: int,
-    predict: bool,
+    files: list[str], overrides: list[str], tasks: list[str], num_seeds: int, predict: bool,
     after_run: Callable[[Path], object] = lambda folder: None,
-) -> int:
+) -> int:  # fmt: skip
     """Run what is missing, then write the table. `after_run` is called with the folder of each run, in the main process.
-
     Returns the exit code. Raises UserError, for what can be seen beforehand before anything is trained.
     """
-    check_metrics()
+    check_installed("GLUE's metrics need {}", "glue", "sklearn", "scipy")
     base = load_config(files, overrides, "glue")
     with started(base.config) as runtime:
         print_notes(base.warnings if runtime.is_main else [])
         plan, output = make_plan(base, files, overrides, tasks, num_seeds), Path(base.config.trainer.output_dir)
-        check_plan(plan)
+        for one in {loaded.config.glue.task_name: loaded.config for loaded in plan}.values():
+            check_run(one)
         with hold_folder(output, runtime):
             results, code = run_plan(plan, runtime, after_run)
             if not code:
-                runtime.on_main(lambda: print_table(results, output))
-                if predict:
-                    runtime.on_main(lambda: predict_best(plan, results, output / FOLDER, runtime))
+                runtime.on_main(partial(print_table, results, output))
+            if not code and predict:
+                runtime.on_main(partial(predict_best, plan, results, output / FOLDER, runtime.alone()))
     return code
 
 
-def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[str], num_seeds: int) -> list[Planned]:
+def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[str], num_seeds: int) -> list[Loaded]:
     """The runs in their order; those that transfer come after the mnli they start from."""
     output, transfer = Path(base.config.trainer.output_dir), base.config.glue.transfer_from_task
     if transfer and "mnli" not in tasks:
@@ -100,79 +91,131 @@ def make_plan(base: Loaded, files: list[str], overrides: list[str], tasks: list[
     for task in sorted(tasks, key=lambda name: transfer and name in TRANSFERRED):
         transfers = transfer and task in TRANSFERRED
         for seed in range(base.config.seed, base.config.seed + num_seeds):
-            folder = output / task / f"seed-{seed}"
             own = [
                 f"glue.task_name={task}", f"glue.num_labels={TASKS[task].num_labels}", f"seed={seed}",
-                f"trainer.output_dir={folder}", "trainer.resume_from_checkpoint=latest",
+                f"trainer.output_dir={output / task / f'seed-{seed}'}", "trainer.resume_from_checkpoint=latest",
                 f"glue.transfer_from_task={str(transfers).lower()}",
             ]  # fmt: skip
             if transfers:
                 donor = output / "mnli" / f"seed-{seed}"
                 own += [f"glue.pretrained_checkpoint_dir={donor}", "glue.pretrained_checkpoint=latest"]
             loaded = load_config(files, [*overrides, *own], "glue")
-            plan.append(Planned(task, seed, folder, replace(loaded, warnings=[])))  # the suite gives them once
+            plan.append(replace(loaded, warnings=[]))  # the suite gives them once
     return plan
 
 
-def check_plan(plan: list[Planned]) -> None:
+def check_run(config: Config) -> None:
     """Find at once what would stop a run hours later: metrics, files, weights. Raises UserError."""
-    for one in {planned.task: planned for planned in plan}.values():
-        config = one.loaded.config
-        check_best_metric(config, TASKS[one.task])
-        find_all_files(config, TASKS[one.task])
-        if not config.glue.transfer_from_task:
-            find_initial_weights(config)
+    task = TASKS[config.glue.task_name]
+    check_best_metric(config, task)
+    for split in ("train", *task.evaluation):
+        find_files(glue_source(config), task.name, split)
+    if not config.glue.transfer_from_task:
+        find_initial_weights(config)
 
 
-def run_plan(plan: list[Planned], runtime: Runtime, after_run: Callable[[Path], object]) -> tuple[list[Result], int]:
+def run_plan(plan: list[Loaded], runtime: Runtime, after_run: Callable[[Path], object]) -> tuple[list[Result], int]:
     """(results, exit code) of the runs, up to the first one that was stopped."""
     results: list[Result] = []
-    for number, one in enumerate(plan, 1):
-        result = runtime.on_main(partial(finished_result, one, runtime))
+    for number, loaded in enumerate(plan, 1):
+        config, folder = loaded.config, Path(loaded.config.trainer.output_dir)
+        result = runtime.on_main(partial(finished_result, config, runtime))
         if result is None:
-            print(f"\n=== {number} of {len(plan)}: {one.task}, seed {one.seed} ===", flush=True)
-            finished = glue.run(one.loaded)
-            runtime.on_main(partial(after_run, one.folder))
+            print(f"\n=== {number} of {len(plan)}: {config.glue.task_name}, seed {config.seed} ===", flush=True)
+            finished = glue.run(loaded)
+            runtime.on_main(partial(after_run, folder))
             if finished.exit_code:
                 print(f"\n{len(results)} of {len(plan)} runs are finished; the same command goes on with the rest")
                 return results, finished.exit_code
-            result = runtime.on_main(partial(glue.read_result, one.folder))
+            result = runtime.on_main(partial(glue.read_result, folder))
         assert result is not None
-        runtime.on_main(partial(keep_weights_only, one.folder, result["step"]))
+        runtime.on_main(partial(keep_weights_only, folder / "checkpoints", result["step"]))
         results.append(result)
     return results, 0
 
 
-def finished_result(one: Planned, runtime: Runtime) -> Result | None:
+def finished_result(config: Config, runtime: Runtime) -> Result | None:
     """The result of a run that was finished before, under the same protocol. Raises ConfigError when it was another."""
-    result = glue.read_result(one.folder)
+    folder, task = Path(config.trainer.output_dir), config.glue.task_name
+    result = glue.read_result(folder)
     if result is None:
         return None
-    config = one.loaded.config
     start = find_initial_weights(config)
-    now = glue.protocol(glue.fill_in(config, TASKS[one.task], start), start, runtime)
+    now = glue.protocol(glue.fill_in(config, TASKS[task], start), start, runtime)
     for name, value in now.items():
         if (was := result["protocol"].get(name)) != value:
-            problem = f"{one.folder} was run with {name} {was}, not {value}; choose another folder, or remove that one"
+            problem = f"{folder} was run with {name} {was}, not {value}; choose another folder, or remove that one"
             raise ConfigError(Problem("trainer.output_dir", problem))
-    print(f"{one.task}, seed {one.seed}: finished, score {result['score']:.4f}")
+    print(f"{task}, seed {config.seed}: finished, score {result['score']:.4f}")
     return result
 
 
-def keep_weights_only(folder: Path, step: int) -> None:
+def keep_weights_only(checkpoints: Path, step: int) -> None:
     """Keep the checkpoint of a finished run's result, without what resuming needs."""
-    root = folder / "checkpoints"
-    if step in list_steps(root):
-        strip_checkpoint(root / str(step))
-        prune(root, 1, {step}, keep_newest=False)
+    if step in list_steps(checkpoints):
+        strip_checkpoint(checkpoints / str(step))
+        prune(checkpoints, 1, {step}, keep_newest=False)
 
 
-def predict_best(plan: list[Planned], results: list[Result], output: Path, runtime: Runtime) -> None:
+# --- submissions -----------
+
+
+def predict_best(plan: list[Loaded], results: list[Result], output: Path, runtime: Runtime) -> None:
     """The submission of every task, by the seed that scored best on the evaluation split."""
-    scored = [(one, result["score"]) for one, result in zip(plan, results, strict=True)]
-    for task in dict.fromkeys(one.task for one in plan):
-        one, _ = max((pair for pair in scored if pair[0].task == task), key=itemgetter(1))
-        write_predictions(one.loaded.config, one.folder, output, runtime.alone())
+    best: dict[str, tuple[float, Config]] = {}
+    for loaded, result in zip(plan, results, strict=True):
+        if result["task"] not in best or result["score"] > best[result["task"]][0]:
+            best[result["task"]] = result["score"], loaded.config
+    for _, config in best.values():
+        write_predictions(config, output, runtime)
+
+
+def predict_run(config: Config) -> list[Path]:
+    """Write the submission files of the run in `trainer.output_dir`. Raises UserError when there is nothing to predict."""
+    folder, asked = Path(config.trainer.output_dir), config.trainer
+    runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32, trains=False)
+    if not runtime.is_main:
+        return []
+    alone = runtime.alone()
+    with hold_folder(folder, alone) if folder.is_dir() else nullcontext():
+        written = write_predictions(config, folder / FOLDER, alone)
+    if not written:
+        raise DataError(f"{glue_source(config)}: no test split of {config.glue.task_name}: nothing to predict")
+    return written
+
+
+def write_predictions(config: Config, output: Path, runtime: Runtime) -> list[Path]:
+    """The submission files of a finished run, for every test split that is there; a model of mnli also predicts ax."""
+    run_folder, source = Path(config.trainer.output_dir), glue_source(config)
+    result = glue.read_result(run_folder)
+    if result is None:
+        raise UserError(f"{run_folder}: no result.json, so no finished run of GLUE; train first: neobert glue CONFIG")
+    checkpoint = run_folder / "checkpoints" / str(result["step"])
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint}: the run kept no checkpoint of its result (trainer.save_model: false?)")
+    model, hf_tokenizer, task = load_finetuned(checkpoint)
+    model.to(runtime.device)
+    written = []
+    for one in [task, *([TASKS["ax"]] if task.name == "mnli" else [])]:
+        for split, name in one.tests:
+            if not has_split(source, one, split):
+                print(f"note: no split {split} of {one.name} in {source}: {name} is not written")
+                continue
+            predicted = predict_split(config, one, split, model, hf_tokenizer, runtime)
+            written.append(write_submission(output / name, one, predicted))
+            print(f"{output / name}: {len(predicted):,} predictions, by {checkpoint}")
+    return written
+
+
+def write_submission(path: Path, task: GlueTask, predicted: np.ndarray) -> Path:
+    """A tab-separated file of index and prediction, one line an example, in the order of the split."""
+    if not task.labels:
+        lines = [f"{value:.3f}" for value in predicted.clip(0.0, task.largest)]
+    else:
+        lines = [task.labels[number] if task.writes_names else str(number) for number in predicted]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
+    return path
 
 
 # --- the table -----------
@@ -188,10 +231,10 @@ def print_table(results: list[Result], output: Path) -> None:
 def summarize(results: list[Result]) -> dict[str, Any]:
     """Everything the table says, as data. Figures are fractions, not percent."""
     seeds = list(dict.fromkeys(result["seed"] for result in results))
-    scores = {(result["task"], result["seed"]): result["score"] for result in results}
     by_task: dict[str, list[Result]] = {}
     for result in results:
         by_task.setdefault(result["task"], []).append(result)
+    scores = {(result["task"], result["seed"]): result["score"] for result in results}
 
     def average(tasks: list[str]) -> dict[str, Any]:
         """GLUE's average of the tasks' scores, seed by seed."""
@@ -231,9 +274,9 @@ def to_markdown(summary: dict[str, Any]) -> list[str]:
     """The lines of results.md."""
     rows = []
     for name, task in summary["tasks"].items():
-        seeds = " ".join(f"{100 * value:.2f}" for value in task["score"]["values"])
         of = " and ".join(task["score_of"]) + (", matched and mismatched" if name == "mnli" else "")
         published = [str(figures.get(name, "")) for _, figures in PUBLISHED.values()]
+        seeds = " ".join(f"{100 * value:.2f}" for value in task["score"]["values"])
         rows.append([task["title"], of, _percent(task["score"]), "; ".join(_metrics(task)), seeds, *published])
     return [
         "# GLUE, development set", "",
@@ -255,30 +298,26 @@ def to_terminal(summary: dict[str, Any]) -> str:
 
 def protocol_lines(summary: dict[str, Any]) -> list[str]:
     """How the scores came about; what differs between tasks names its tasks."""
-    tasks, lines = summary["tasks"], []
-    protocols = {name: _shown(task["protocol"]) for name, task in tasks.items()}
-    for key in next(iter(protocols.values())):
-        by_value: dict[str, list[str]] = {}
-        for name, shown in protocols.items():
-            by_value.setdefault(str(shown[key]), []).append(name)
-        for value, names in by_value.items():
-            lines.append(f"{key}: {value}" + (f" ({', '.join(names)})" if len(by_value) > 1 else ""))
+    tasks, by_line = summary["tasks"], dict[str, dict[str, list[str]]]()
+    for name, task in tasks.items():
+        protocol, optimizer, scheduler = task["protocol"], task["protocol"]["optimizer"], task["protocol"]["scheduler"]
+        percent, steps = scheduler["warmup_percent"], scheduler["warmup_steps"]
+        warmup = f"{steps:,} steps of warmup" if percent is None else f"{percent:g} % warmup"
+        shown = {key: value for key, value in protocol.items() if key not in HIDDEN and value is not None} | {
+            "optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}",
+            "schedule": f"{scheduler['name']}, {warmup}",
+        }
+        for key, value in shown.items():
+            by_line.setdefault(key, {}).setdefault(str(value), []).append(name)
+    lines = [
+        f"{key}: {value}" + (f" ({', '.join(names)})" if len(by_value) > 1 else "")
+        for key, by_value in by_line.items()
+        for value, names in by_value.items()
+    ]
     transferred = ", ".join(name for name, task in tasks.items() if task["transferred_from"])
     lines.append(f"transferred: {f'{transferred} from mnli of the same seed' if transferred else 'nothing'}")
     seeds = ", ".join(map(str, summary["seeds"]))
     return [*lines, f"seeds: {seeds}; they draw the head, the order of the rows and dropout"]
-
-
-def _shown(protocol: dict[str, Any]) -> dict[str, Any]:
-    """A protocol with its optimizer and schedule in a line each."""
-    optimizer, scheduler = protocol["optimizer"], protocol["scheduler"]
-    percent, steps = scheduler["warmup_percent"], scheduler["warmup_steps"]
-    warmup = f"{steps:,} steps of warmup" if percent is None else f"{percent:g} % warmup"
-    shown = {name: value for name, value in protocol.items() if name not in HIDDEN and value is not None}
-    return shown | {
-        "optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}",
-        "schedule": f"{scheduler['name']}, {warmup}",
-    }
 
 
 def _averages(summary: dict[str, Any]) -> list[str]:

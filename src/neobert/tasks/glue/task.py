@@ -12,9 +12,10 @@ from neobert.data.labelled import REPOSITORY, TASKS, GlueTask
 from neobert.errors import ConfigError, Problem
 from neobert.files import write_json
 from neobert.tasks.encoder import blocks_of, hf_encoder_dropout, prepare_model
-from neobert.tasks.glue.data import MOST_THREADS, GlueData, build_data, build_evaluation, check_best_metric, list_values
+from neobert.tasks.glue.data import GlueData, build_data, build_evaluation, check_best_metric, list_values
 from neobert.tasks.glue.model import build_classifier, build_storage
 from neobert.training.choices import precision_name
+from neobert.training.resume import step_size
 from neobert.training.run import Context, Finished, Parts, run_task
 from neobert.training.run_folder import RESULT
 from neobert.training.runtime import Runtime
@@ -39,6 +40,12 @@ def build(context: Context) -> Parts:
     data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, runtime))
     model, weights = build_classifier(config, task, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
     kernels = prepare_model(config, model, runtime)
+    known = {
+        "weights": weights,
+        "transferred_from": start.weights.task,
+        "pretraining_metadata": (start.weights.state or {}).get("metadata", {}),
+        "protocol": protocol(config, start.weights, runtime),
+    }
     return Parts(
         config,
         model,
@@ -50,9 +57,9 @@ def build(context: Context) -> Parts:
         after_update=model.normalize_matrices,
         facts=describe(config, task, data, runtime, weights),
         describe_length=lambda steps: f"{steps:,} steps; {data.train.batches_per_epoch:,} batches an epoch",
-        more_facts=kernels | {"result of": _selection(config)},
+        more_facts=kernels | {"result of": known["protocol"]["selection"]},
         messages=[*start.messages, *data.messages],
-        on_finish=partial(write_result, config, task, start.weights, protocol(config, start.weights, runtime), weights),
+        on_finish=partial(write_result, config, task, known),
         next_command=f"neobert glue {context.opened.folder / 'config.yaml'} --predict",
     )
 
@@ -74,17 +81,19 @@ def fill_in(config: Config, task: GlueTask, start: InitialWeights) -> Config:
 
 def protocol(config: Config, start: InitialWeights, runtime: Runtime) -> dict[str, Any]:
     """What a score depends on, besides task, seed and machine: two runs with equal protocols may be compared."""
-    trainer, glue, optimizer, scheduler = config.trainer, config.glue, config.optimizer, config.scheduler
+    trainer, glue = config.trainer, config.glue
+    how = f"every {trainer.eval_steps} steps" if trainer.eval_strategy == "steps" else "every epoch"
+    best = f"the step with the best {trainer.metric_for_best_model or 'score'} on the evaluation split"
     return {
         "weights": start.describe,
         "weights_identity": start.identity,
         "data": config.dataset.path or config.dataset.name,
         "max_seq_length": glue.max_seq_length,
-        "batch_size": trainer.per_device_train_batch_size * runtime.world_size * trainer.gradient_accumulation_steps,
+        "batch_size": step_size(config, runtime.world_size).rows_per_step,
         "epochs": trainer.num_train_epochs,
         "max_steps": trainer.max_steps,
-        "optimizer": optimizer.model_dump(),
-        "scheduler": scheduler.model_dump(),
+        "optimizer": config.optimizer.model_dump(),
+        "scheduler": config.scheduler.model_dump(),
         "gradient_clipping": trainer.gradient_clipping,
         "precision": precision_name(runtime.dtype),
         "pooling": glue.pooling,
@@ -93,70 +102,51 @@ def protocol(config: Config, start: InitialWeights, runtime: Runtime) -> dict[st
         "dropout": config.model.dropout_prob if start.hub is None else hf_encoder_dropout(start.hub),
         "group_by_length": glue.group_by_length,
         "early_stopping": trainer.early_stopping,
-        "selection": _selection(config),
+        "selection": f"{best}, of an evaluation {how}" if trainer.load_best_model_at_end else "the last step",
         "eval_max_batches": trainer.eval_max_batches,
     }
 
 
-def _selection(config: Config) -> str:
-    if not config.trainer.load_best_model_at_end:
-        return "the last step"
-    how = f"every {config.trainer.eval_steps} steps" if config.trainer.eval_strategy == "steps" else "every epoch"
-    metric = config.trainer.metric_for_best_model or "score"
-    return f"the step with the best {metric} on the evaluation split, of an evaluation {how}"
-
-
 def describe(config: Config, task: GlueTask, data: GlueData, runtime: Runtime, weights: str) -> dict[str, Any]:
     """The lines of the summary about task, data and step."""
-    trainer, rows = config.trainer, data.train.rows
-    size = trainer.per_device_train_batch_size * runtime.world_size * trainer.gradient_accumulation_steps
-    threads = min(config.glue.num_workers, MOST_THREADS)
-    ahead = f"batches prepared ahead by {threads} threads" if threads else "batches prepared in the training process"
+    glue, rows, num_rows = config.glue, data.train.rows, step_size(config, runtime.world_size).rows_per_step
+    ahead = f"ahead by {data.train.num_threads} threads" if data.train.num_threads else "in the training process"
     splits = zip(task.evaluation, data.evaluation, strict=True)
-    evaluated = " and ".join(f"{len(split):,} rows of {name}" for name, split in splits)
-    kinds = f"{task.num_labels} labels" if task.labels else "regression"
+    layout = "padded to that" if config.tokenizer.padding == "max_length" else "padded to the longest"
+    layout += ", grouped by length" if glue.group_by_length else ""
+    layout = "packed one after the other" if config.datacollator.pack_sequences else layout
     return {
-        "task": f"GLUE {task.title}: {', '.join(task.columns)}; {kinds}; score: {' and '.join(task.metrics)}",
+        "task": f"GLUE {task.title}: {', '.join(task.columns)}; "
+        f"{f'{task.num_labels} labels' if task.labels else 'regression'}; score: {' and '.join(task.metrics)}",
         "data": [
-            f"{len(rows):,} rows, {rows.num_tokens:,} tokens, from {config.dataset.path or config.dataset.name}; {ahead}",
-            f"evaluated on {evaluated}",
+            f"{len(rows):,} rows, {rows.num_tokens:,} tokens, from {config.dataset.path or config.dataset.name}; "
+            f"batches prepared {ahead}",
+            f"evaluated on {' and '.join(f'{len(split):,} rows of {name}' for name, split in splits)}",
         ],
         "weights": weights,
-        "head": f"{config.glue.pooling} pooling, hidden layer, classifier; dropout {config.glue.classifier_dropout:g}",
-        "step": f"{size} rows of at most {config.glue.max_seq_length} tokens, {_layout(config)}",
-    }  # fmt: skip
-
-
-def _layout(config: Config) -> str:
-    if config.datacollator.pack_sequences:
-        return "packed one after the other"
-    grouped = ", grouped by length" if config.glue.group_by_length else ""
-    return ("padded to that" if config.tokenizer.padding == "max_length" else "padded to the longest") + grouped
+        "head": f"{glue.pooling} pooling, hidden layer, classifier; dropout {glue.classifier_dropout:g}",
+        "step": f"{num_rows} rows of at most {glue.max_seq_length} tokens, {layout}",
+    }
 
 
 # --- the result -----------
 
 
-def write_result(
-    config: Config, task: GlueTask, start: InitialWeights, protocol: dict[str, Any], weights: str, finished: Finished
-) -> None:
-    """result.json of a run that came to its end, and a line on the console."""
-    state, values = finished.state, finished.values
+def write_result(config: Config, task: GlueTask, known: dict[str, Any], finished: Finished) -> None:
+    """result.json of a run that came to its end, with what was `known` at its start, and a line on the console."""
+    path, values = finished.folder / RESULT, finished.values
     result = {
         "task": task.name,
         "seed": config.seed,
         "score": values["score"],
         "metrics": values,
         "step": finished.step,
-        "steps_trained": state.step,
-        "stopped": state.stop_reason,
-        "weights": weights,
-        "transferred_from": start.task,
-        "pretraining_metadata": (start.state or {}).get("metadata", {}),
-        "protocol": protocol,
+        "steps_trained": finished.state.step,
+        "stopped": finished.state.stop_reason,
+        **known,
     }
-    write_json(finished.folder / RESULT, result)
-    print(f"result      {task.title}: {list_values(values)}\n            {finished.folder / RESULT}")
+    write_json(path, result)
+    print(f"result      {task.title}: {list_values(values)}\n            {path}")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -5,15 +5,14 @@
       <model>.json  <model>.md                  scores, averages, prompts and settings
 
 A run that was stopped goes on with the tasks that have no result. A revision names weights and settings, so results of other
-weights are not taken for these. A task whose data cannot be had is named, and the others go on. Averages are the leaderboard's:
-over tasks, and over the means of the types of task.
+weights are not taken for these. A task whose data cannot be had is named, and the others go on.
 """
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,14 @@ from neobert.checkpoints.format import STATE
 from neobert.checkpoints.locate import download_model, find_checkpoint
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
-from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, print_notes
+from neobert.errors import CheckpointError, ConfigError, Problem, check_installed, first_line, print_notes
 from neobert.inference.embed import Embedder, load_embedder
 from neobert.training.metrics import markdown_table, write_table
 from neobert.training.runtime import build_runtime
 
 TOKENS_OF_A_TEXT = 128  # that `mteb_batch_size` counts
+
+Score = dict[str, Any]  # name, type, metric, score (from 0 to 1) and prompts of a task
 
 
 @dataclass(frozen=True)
@@ -39,32 +40,14 @@ class Subject:
     settings: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Score:
-    """A task's main score, from 0 to 1, and the prompts that its texts got."""
-
-    name: str
-    type: str
-    metric: str
-    score: float
-    prompts: dict[str, str]
-
-    @staticmethod
-    def of(task: Any, result: Any, prompts: dict[str, str]) -> "Score":
-        """From the library's task and its result: the mean over its splits and subsets, as the library computes it."""
-        metadata = task.metadata
-        return Score(metadata.name, metadata.type, metadata.main_score, float(result.get_score()), prompts)
-
-
 def run(loaded: Loaded, model: str | None = None) -> int:
-    """Evaluate as configured; `model` instead of the run in `trainer.output_dir`.
-
-    Returns the exit code: 2 when a task could not run. Raises UserError for what can be seen before the first task.
+    """Evaluate as configured; `model` instead of the run in `trainer.output_dir`. Returns the exit code: 2 when a task could
+    not run. Raises UserError for what can be seen before the first task.
     """
     check_installed("task: mteb needs the mteb library", "mteb", "mteb")
     config = loaded.config
     print_notes(loaded.warnings)
-    from neobert.tasks.mteb.tasks import check_prompts, choose_tasks
+    from neobert.tasks.mteb.library import check_prompts, choose_tasks
 
     tasks = choose_tasks(config.mteb_task_type, config.mteb_local_tasks)
     check_prompts(config.mteb_prompts, tasks)
@@ -84,26 +67,26 @@ def run(loaded: Loaded, model: str | None = None) -> int:
     return 2 if summary["not_run"] else 0
 
 
-# --- the model -----------
-
-
 def load_subject(config: Config, model: str | None) -> Subject:
     """The model, ready to embed. Raises CheckpointError."""
+    asked = config.trainer
     if model is not None:
         folder = download_model(model)
     else:
         try:
-            root = Path(config.trainer.output_dir) / "checkpoints"
-            folder = find_checkpoint(config.pretrained_checkpoint, root)
+            folder = find_checkpoint(config.pretrained_checkpoint, Path(asked.output_dir) / "checkpoints")
         except CheckpointError as error:
             raise CheckpointError(f"{error}; train one, or name a model with --model") from None
-    pooling = config.mteb_pooling if config.is_set("mteb_pooling") else None
-    length = config.tokenizer.max_length if config.is_set("tokenizer.max_length") else None
-    size = config.mteb_batch_size * TOKENS_OF_A_TEXT if config.is_set("mteb_batch_size") else None
-    asked = config.trainer
-    precision = asked.mixed_precision
-    runtime = build_runtime(use_cpu=asked.use_cpu, mixed_precision=precision, tf32=asked.tf32, trains=False).alone()
-    embedder = load_embedder(str(folder), pooling, length, size, runtime)
+    runtime = build_runtime(
+        use_cpu=asked.use_cpu, mixed_precision=asked.mixed_precision, tf32=asked.tf32, trains=False
+    ).alone()
+    embedder = load_embedder(
+        str(folder),
+        pooling=config.mteb_pooling if config.is_set("mteb_pooling") else None,
+        max_length=config.tokenizer.max_length if config.is_set("tokenizer.max_length") else None,
+        batch_tokens=config.mteb_batch_size * TOKENS_OF_A_TEXT if config.is_set("mteb_batch_size") else None,
+        runtime=runtime,
+    )
     found, chosen = embedder.settings, embedder.model.contrastive.settings.pooling
     if found.similarity not in ("cosine", "dot"):
         raise CheckpointError(f"{folder}: similarity_fn_name {found.similarity!r} is not computed by MTEB's encoders")
@@ -117,20 +100,12 @@ def load_subject(config: Config, model: str | None) -> Subject:
         "prompts": {**found.prompts, **config.mteb_prompts},
         **{name: value for name, value in own.items() if value != usual[name]},
     }
-    return Subject(_name(model, found.folder), folder, embedder, settings)
-
-
-def _name(model: str | None, folder: Path) -> str:
-    """`org/name` of the hub as it is; of a folder `local/<run>-<step>` or `local/<folder>`."""
     if model is not None and not Path(model).exists():
-        return model
-    full = folder.resolve()
-    if (full / STATE).is_file() and full.parent.name == "checkpoints":
-        return f"local/{full.parent.parent.name}-{full.name}"
-    return f"local/{full.name}"
-
-
-# --- the tasks -----------
+        return Subject(model, folder, embedder, settings)  # org/name of the hub
+    full = found.folder.resolve()
+    is_step = (full / STATE).is_file() and full.parent.name == "checkpoints"
+    name = f"{full.parent.parent.name}-{full.name}" if is_step else full.name
+    return Subject(f"local/{name}", folder, embedder, settings)
 
 
 def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) -> tuple[dict[str, Any], str]:
@@ -139,13 +114,10 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
     from mteb.cache import ResultCache
     from mteb.results import TaskResult
 
-    from neobert.tasks.mteb.model import EncoderForMTEB, build_meta, weights_identity
-    from neobert.tasks.mteb.tasks import drop_unusable, network_errors, reason_of
+    from neobert.tasks.mteb.library import NETWORK_ERRORS, EncoderForMTEB, drop_unusable
 
-    identity = weights_identity(subject.embedder.settings.folder)
-    meta = build_meta(subject.name, identity, subject.settings, subject.embedder)
-    encoder: Any = EncoderForMTEB(subject.embedder, meta, subject.settings["prompts"])
-    cache = ResultCache(output)
+    encoder: Any = EncoderForMTEB(subject.name, subject.settings, subject.embedder)
+    meta, cache = encoder.mteb_model_meta, ResultCache(output)
     scores: list[Score] = []
     not_run: list[dict[str, str]] = []
     for number, task in enumerate(tasks, 1):
@@ -159,13 +131,14 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
                 overwrite_strategy="always" if overwrite else "only-missing",
                 encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
             )  # fmt: skip
-        except network_errors() as error:
-            not_run.append({"name": name, "reason": reason_of(error)})
-            result = f"not run: {not_run[-1]['reason']}"
+        except NETWORK_ERRORS as error:
+            reason = f"its data is not on this machine, and the hub was not reached: {first_line(error)}"
+            not_run.append({"name": name, "reason": reason})
+            result = f"not run: {reason}"
         else:
-            scores.append(Score.of(task, TaskResult.from_disk(path), encoder.prompts_of(task.metadata)))
+            scores.append(score_of(task, TaskResult.from_disk(path), encoder.prompts_of(task.metadata)))
             how = "had a result" if was_there else f"{time.perf_counter() - begin:.1f} s"
-            result = f"{_percent(scores[-1].score)} ({how})"
+            result = f"{100 * scores[-1]['score']:.2f} ({how})"
         print(f"[{number}/{len(tasks)}] {name}: {result}", flush=True)
         summary = {
             "model": meta.name,
@@ -173,7 +146,7 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
             "mteb": version("mteb"),
             "settings": subject.settings,
             "num_tasks": len(tasks),
-            "tasks": [asdict(one) for one in sorted(scores, key=attrgetter("type", "name"))],
+            "tasks": sorted(scores, key=itemgetter("type", "name")),
             "averages": averages(scores),
             "not_run": not_run,
         }
@@ -181,17 +154,23 @@ def evaluate(subject: Subject, tasks: list[Any], output: Path, overwrite: bool) 
     return summary, where
 
 
+def score_of(task: Any, result: Any, prompts: dict[str, str]) -> Score:
+    """From the library's task and its result: the mean over its splits and subsets, as the library computes it."""
+    about = {"name": task.metadata.name, "type": task.metadata.type, "metric": task.metadata.main_score}
+    return {**about, "score": float(result.get_score()), "prompts": prompts}
+
+
 # --- the table -----------
 
 
 def averages(scores: list[Score]) -> dict[str, Any]:
-    """`mean_task`, `mean_task_type`, and the mean of every type."""
+    """The leaderboard's `mean_task` and `mean_task_type`, the mean over the means of the types of task, and those by type."""
     by_type: dict[str, list[float]] = {}
     for one in scores:
-        by_type.setdefault(one.type, []).append(one.score)
+        by_type.setdefault(one["type"], []).append(one["score"])
     means = {kind: statistics.fmean(values) for kind, values in sorted(by_type.items())}
     return {
-        "mean_task": statistics.fmean(one.score for one in scores) if scores else None,
+        "mean_task": statistics.fmean(one["score"] for one in scores) if scores else None,
         "mean_task_type": statistics.fmean(means.values()) if means else None,
         "types": means,
     }
@@ -200,14 +179,13 @@ def averages(scores: list[Score]) -> dict[str, Any]:
 def _rows(summary: dict[str, Any]) -> list[list[str]]:
     """The cells of the table, its head first. An average of fewer tasks than were asked for says so: it is not comparable."""
     tasks, means, num_tasks = summary["tasks"], summary["averages"], summary["num_tasks"]
-    rows = [["task", "type", "metric", "score"]]
-    rows += [[one["name"], one["type"], one["metric"], _percent(one["score"])] for one in tasks]
+    rows = [(one["name"], one["type"], one["metric"], one["score"]) for one in tasks]
     if tasks:
         share = "" if len(tasks) == num_tasks else f" ({len(tasks)} of {num_tasks} tasks)"
-        named = {f"mean of {kind}": value for kind, value in means["types"].items()}
-        named |= {f"mean over tasks{share}": means["mean_task"], f"mean over types{share}": means["mean_task_type"]}
-        rows += [[name, "", "", _percent(value)] for name, value in named.items()]
-    return rows
+        rows += [(f"mean of {kind}", "", "", value) for kind, value in means["types"].items()]
+        rows.append((f"mean over tasks{share}", "", "", means["mean_task"]))
+        rows.append((f"mean over types{share}", "", "", means["mean_task_type"]))
+    return [["task", "type", "metric", "score"], *([*cells, f"{100 * score:.2f}"] for *cells, score in rows)]
 
 
 def to_terminal(summary: dict[str, Any]) -> str:
@@ -236,7 +214,3 @@ def _not_run(summary: dict[str, Any]) -> list[str]:
 
 def _listed(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
-
-
-def _percent(score: float) -> str:
-    return f"{100 * score:.2f}"

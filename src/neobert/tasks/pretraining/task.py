@@ -9,11 +9,10 @@ from typing import Any
 from torch import nn
 
 from neobert.checkpoints.initial_weights import start_pretraining
-from neobert.checkpoints.layouts import checkpoint_config
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.data.batch import Batch
-from neobert.data.tokenizer import save_tokenizer, text_tokenizer
+from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import DataError
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.tasks.encoder import blocks_of, build_model, build_storage, prepare_model
@@ -43,7 +42,6 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
     model = build_model(config, start.vocab_size, tokenizer.pad_id, start.weights.model)
     kernels = prepare_model(config, model, runtime)
     name = config.model.name if start.weights.model is None else Path(str(config.model.name)).name
-    fields = checkpoint_config(model.config, hf_tokenizer, name)
     loss = "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions"
 
     def count_left() -> int:
@@ -57,7 +55,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
         config,
         model,
         data.train,
-        build_storage(model, fields, lambda folder: save_tokenizer(hf_tokenizer, folder, has_token_types=False)),
+        build_storage(model, name, hf_tokenizer),
         count_left=count_left,
         size=size, blocks=blocks_of(model),
         evaluation=None if data.evaluation is None else partial(build_evaluation, context, data.evaluation),
