@@ -146,15 +146,9 @@ def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     inert = INERT.partition("{")[0]
     special = {i for i in tokenizer.all_special_ids if not tokenizer.convert_ids_to_tokens(i).startswith(inert)}
     added = {i for token, i in tokenizer.get_added_vocab().items() if token.startswith(inert)}
-    return TextTokenizer(
-        json=tokenizer.backend_tokenizer.to_str(),
-        pad_id=tokenizer.pad_token_id,
-        cls_id=tokenizer.cls_token_id,
-        sep_id=tokenizer.sep_token_id,
-        mask_id=tokenizer.mask_token_id,
-        special_ids=frozenset(special | added),
-        num_real=len(tokenizer) - len(added),
-    )
+    ids = (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
+    num_real = len(tokenizer) - len(added)
+    return TextTokenizer(tokenizer.backend_tokenizer.to_str(), *ids, frozenset(special | added), num_real)
 
 
 def cores() -> int:

@@ -30,14 +30,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from neobert.data.files.opening import group_starts, is_compressed, kind_of, named, open_binary, open_table
+from neobert.data.files.opening import is_compressed, kind_of, named, open_binary, open_table
 from neobert.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 LEAVE_IT = "leave the files as they are until the run has ended"
 HEAD_BYTES = 1024  # looked at to recognise UTF-16
 FIRST_ROWS = 20  # looked at to find the columns of a text format
-STRINGS = ("string", "large_string", "string_view")
 DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
 
 Row = dict[str, Any]
@@ -56,6 +55,7 @@ class Unusable(NamedTuple):
 
 
 Raw = bytes | Row | Unusable
+Rows = Iterator[tuple[Raw, int, int]]  # a row, where it begins, where the next begins
 
 
 def is_seekable_text(path: str) -> bool:
@@ -86,10 +86,10 @@ def raw_rows(path: str, offset: int = 0, columns: list[str] | None = None) -> It
     A compressed file that is damaged further on yields an Unusable for its rest, and None as the next position. Raises
     DataError.
     """
-    after = offset
+    after, read = offset, {"lines": _text_rows, "csv": _csv_rows, "array": _array_rows, "table": _table_rows}
     with named(path):
         try:
-            for row, begin, after in _rows_of(path, offset, columns):
+            for row, begin, after in read[layout_of(path)](path, offset, columns):
                 yield row, begin, after
         except DAMAGE as error:
             is_damage = is_compressed(path) and not getattr(error, "errno", None)
@@ -98,16 +98,26 @@ def raw_rows(path: str, offset: int = 0, columns: list[str] | None = None) -> It
             yield Unusable("the rest of a compressed file that is damaged or cut short", path, after), after, None
 
 
-def _rows_of(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Raw, int, int]]:
-    layout = layout_of(path)
-    if layout == "lines":
-        return (found for found in lines(path, offset) if not found[0].isspace())
-    if layout == "csv":
-        return _csv_rows(path, offset, columns)
-    if layout == "array":
-        rows = enumerate(read_array(path)[offset:], offset)
-        return ((to_columns(row, path, number), number, number + 1) for number, row in rows)
-    return _table_rows(path, offset, columns)
+def _text_rows(path: str, offset: int, columns: list[str] | None) -> Rows:
+    return (found for found in lines(path, offset) if not found[0].isspace())
+
+
+def _array_rows(path: str, offset: int, columns: list[str] | None) -> Rows:
+    """The elements of one array, or of the only array in one object."""
+    with named(path), open_binary(path) as file:
+        raw = file.read()
+    refuse_utf16(raw[:HEAD_BYTES], path)
+    try:
+        value = json.loads(raw.removeprefix(BOM)) if raw.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    if isinstance(value, dict):
+        lists = [one for one in value.values() if isinstance(one, list)]
+        value = lists[0] if len(lists) == 1 else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected an array of objects with columns")
+    for number, row in enumerate(value[offset:], offset):
+        yield to_columns(row, path, number), number, number + 1
 
 
 def records(path: str) -> Iterator[tuple[Row | Unusable, int]]:
@@ -162,11 +172,11 @@ def line_spans(path: str, chunk: int = 2**26) -> np.ndarray:
     refuse_utf16(raw[:HEAD_BYTES].tobytes(), path)
     starts = range(0, len(raw), chunk)
     ends = [np.flatnonzero(raw[start : start + chunk] == ord("\n")) + start + 1 for start in starts]
-    found = np.concatenate([np.zeros(0, np.int64), *ends])
-    if len(raw) and (not len(found) or found[-1] != len(raw)):
-        found = np.append(found, len(raw))
-    spans = np.stack([np.concatenate([np.zeros(1, np.int64), found[:-1]])[: len(found)], found], axis=1)
-    space = raw[spans[:, 0]] <= ord(" ") if len(spans) else np.zeros(0, bool)  # only these can be blank
+    bounds = np.concatenate([[0], *ends, [len(raw)]])
+    if bounds[-2] == len(raw):  # a line feed at the end, or no text at all
+        bounds = bounds[:-1]
+    spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
+    space = raw[spans[:, 0]] <= ord(" ")  # only these can be blank
     blank = [line for line in np.flatnonzero(space) if raw[slice(*spans[line])].tobytes().isspace()]
     return np.delete(spans, blank, axis=0)
 
@@ -190,7 +200,7 @@ def skip_to(file: Any, offset: int) -> None:
         offset -= len(file.read(min(offset, len(ahead))))
 
 
-def _csv_rows(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:
+def _csv_rows(path: str, offset: int, columns: list[str] | None) -> Rows:
     header, first = csv_header(path)
     _require(columns if header else None, header, path)
     for record, begin, after in _csv_records(path, max(first, offset)):
@@ -227,34 +237,17 @@ def _csv_records(path: str, position: int) -> Iterator[tuple[list[str], int, int
         begin = end
 
 
-def read_array(path: str) -> list[Any]:
-    """The elements of a .json file that holds one array, or one object with one array in it."""
-    with named(path), open_binary(path) as file:
-        raw = file.read()
-    refuse_utf16(raw[:HEAD_BYTES], path)
-    try:
-        value = json.loads(raw.removeprefix(BOM)) if raw.strip() else []
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if isinstance(value, dict):
-        lists = [one for one in value.values() if isinstance(one, list)]
-        value = lists[0] if len(lists) == 1 else [value]
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected an array of objects with columns")
-    return value
-
-
-def _table_rows(path: str, start: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:
+def _table_rows(path: str, start: int, columns: list[str] | None) -> Rows:
     """1,000 rows at a time, so that memory stays flat."""
     table = open_table(path)
-    _require(columns, _schema(table).names, path)
-    if kind_of(path) != ".parquet":
-        batches, row = (table.select(columns) if columns else table).slice(start).to_batches(1000), start
+    _require(columns, table.schema.names, path)
+    if kind_of(path) == ".parquet":
+        first = bisect_right(table.starts, start, lo=1) - 1  # the group that has row `start`
+        groups, row = list(range(first, len(table.starts) - 1)), table.starts[first]
+        batches = table.source.iter_batches(1000, row_groups=groups, columns=columns) if groups else []
     else:
-        starts = group_starts(table)
-        first = bisect_right(starts, start, lo=1) - 1  # the group that has row `start`
-        groups, row = list(range(first, len(starts) - 1)), starts[first]
-        batches = table.iter_batches(1000, row_groups=groups, columns=columns) if groups else []
+        wanted, row = table.source.select(columns) if columns else table.source, start
+        batches = wanted.slice(start).to_batches(1000)
     for batch in batches:
         skip = max(0, min(len(batch), start - row))
         for number, record in enumerate(batch.slice(skip).to_pylist(), row + skip):
@@ -272,12 +265,11 @@ def parse_row(raw: Raw, path: str, offset: int, is_text: bool) -> Row | Unusable
     try:
         if is_text:
             return {"text": raw.decode().strip()}
-        value = json.loads(raw.decode("utf-8", "surrogatepass"))
+        return to_columns(json.loads(raw.decode("utf-8", "surrogatepass")), path, offset)
     except UnicodeDecodeError:
         return Unusable("not UTF-8", path, offset)
     except (ValueError, RecursionError):
         return Unusable("not JSON", path, offset)
-    return to_columns(value, path, offset)
 
 
 def to_columns(value: Any, path: str, offset: int) -> Row | Unusable:
@@ -335,16 +327,16 @@ def columns_of(path: str) -> dict[str, bool]:
     with named(path):
         layout = layout_of(path)
         if layout == "table":
-            return {field.name: _is_string(field.type) for field in _schema(open_table(path))}
+            return {field.name: _is_string(field.type) for field in open_table(path).schema}
         if layout == "csv":
             return dict.fromkeys(csv_header(path)[0], True)
         rows: list[Row] = []
         bad: Unusable | None = None
         for row, _ in records(path):
-            if isinstance(row, Unusable):
-                bad = bad or row
-            else:
+            if not isinstance(row, Unusable):
                 rows.append(row)
+            else:
+                bad = bad or row
             if len(rows) == FIRST_ROWS:
                 break
     if not rows and bad is not None:
@@ -353,11 +345,6 @@ def columns_of(path: str) -> dict[str, bool]:
     return {name: any(isinstance(row.get(name), str) for row in rows) for name in names}
 
 
-def _schema(table: Any) -> Any:
-    """The Arrow schema of what `open_table` gives."""
-    return getattr(table, "schema_arrow", None) or table.schema
-
-
 def _is_string(kind: Any) -> bool:
     """Whether an Arrow type is text, as it is or by numbers of a dictionary."""
-    return str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind) in STRINGS
+    return str(kind).removeprefix("dictionary<values=").startswith(("string", "large_string"))

@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from neobert.data.files.documents import Files, Position, stream
-from neobert.data.files.opening import KINDS, kind_of, named, num_table_rows, open_binary, open_table
+from neobert.data.files.opening import KINDS, kind_of, named, open_binary, open_table
 from neobert.data.files.rows import (
     HEAD_BYTES,
     columns_of,
@@ -49,15 +49,9 @@ def find_splits(
 
 
 def find_hub_splits(
-    name: str,
-    config: str | None,
-    streaming: bool,
-    text_column: str | None,
-    train_split: str | None,
-    eval_split: str | None,
-    cache_dir: str | None = None,
-    force_download: bool = False,
-) -> tuple[Files, Files | None]:
+    name: str, config: str | None, streaming: bool, text_column: str | None, train_split: str | None,
+    eval_split: str | None, cache_dir: str | None = None, force_download: bool = False,
+) -> tuple[Files, Files | None]:  # fmt: skip
     """(training files, evaluation files or None) of a dataset. Raises DataError with what to do, also when offline."""
     repository, column = KNOWN.get(name, (name, None))
     splits = hub_splits(repository, config, cache_dir, force_download, streaming)
@@ -203,12 +197,9 @@ def hub_splits(
         source = repository
         if offline or not streaming:
             source = snapshot_download(
-                repository,
-                repo_type="dataset",
-                cache_dir=cache_dir,
-                local_files_only=offline,
+                repository, repo_type="dataset", cache_dir=cache_dir, local_files_only=offline,
                 force_download=force_download and not offline,
-            )
+            )  # fmt: skip
         builder = load_dataset_builder(source, name=config, cache_dir=cache_dir)
     except HFValidationError as error:
         raise DataError(f"dataset.name: {repository!r} is no name of a dataset: {error}") from None
@@ -261,15 +252,15 @@ def find_column(path: str, wanted: str | None) -> str | None:
 
 def _choose_column(path: str, columns: dict[str, bool], wanted: str | None) -> str:
     texts = [name for name, is_text in columns.items() if is_text]
-    if wanted is not None:
-        if wanted not in columns:
-            raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
-        return wanted
-    if "text" in texts or len(texts) == 1:
-        return "text" if "text" in texts else texts[0]
+    if wanted is not None and wanted not in columns:
+        raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
+    if wanted is not None or "text" in texts:
+        return "text" if wanted is None else wanted
+    if len(texts) > 1:
+        raise DataError(f"dataset.text_column: not set, and {path} has several: {', '.join(texts)}")
     if not texts:
         raise DataError(f"{path}: no column with text")
-    raise DataError(f"dataset.text_column: not set, and {path} has several: {', '.join(texts)}")
+    return texts[0]
 
 
 # --- parts of a split -----------
@@ -308,7 +299,7 @@ def slice_bounds(begin: str | None, end: str | None, total: int | None, what: st
 def count_rows(path: str) -> int:
     """Rows of a file; tables know it, plain text is scanned, the rest is read once."""
     if layout_of(path) == "table":
-        return num_table_rows(open_table(path))
+        return open_table(path).num_rows
     if is_seekable_text(path) and "://" not in path:
         return len(line_spans(path))
     return sum(1 for _ in raw_rows(path))

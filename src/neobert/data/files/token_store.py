@@ -37,7 +37,7 @@ from neobert.data.files.documents import (
     num_bytes,
     texts_of,
 )
-from neobert.data.files.opening import group_starts, kind_of, num_table_rows, open_table
+from neobert.data.files.opening import kind_of, open_table
 from neobert.data.files.rows import is_seekable_text, layout_of, lines
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
@@ -335,29 +335,25 @@ def plan_shards(files: Files) -> list[Position]:
     size = num_bytes(files)
     target = max(MIN_SHARD_BYTES, size // MAX_SHARDS) if size else max(1, len(files.paths) // MAX_SHARDS)
     starts, filled = [files.start], 0
-    for position, weight in _cuts(files, target, known_sizes=size > 0):
-        if position > starts[-1] and filled >= target and (files.stop is None or position < files.stop):
-            starts.append(position)
-            filled = 0
-        filled += weight
+    for number, path in enumerate(files.paths):
+        weight = num_bytes(replace(files, paths=(path,))) if size else 1  # of files of the hub sizes are not known
+        offsets = _cuts(path, weight, target) if size else [0]
+        for position in (Position(number, offset) for offset in offsets):
+            if position > starts[-1] and filled >= target and (files.stop is None or position < files.stop):
+                starts.append(position)
+                filled = 0
+            filled += weight // len(offsets)
     return starts
 
 
-def _cuts(files: Files, target: int, known_sizes: bool) -> Iterator[tuple[Position, int]]:
-    """(a position where a shard may begin, bytes from there to the next)."""
-    for number, path in enumerate(files.paths):
-        if not known_sizes:
-            yield Position(number), 1
-            continue
-        size, offsets = num_bytes(replace(files, paths=(path,))), [0]
-        if kind_of(path) == ".parquet":
-            offsets = group_starts(open_table(path))[:-1] or [0]
-        elif layout_of(path) == "table":
-            num_rows, num_pieces = num_table_rows(open_table(path)), max(1, size // target)
-            offsets = [num_rows * n // num_pieces for n in range(num_pieces)]
-        elif is_seekable_text(path):
-            cuts = range(target, size, target)
-            begins = (next((begin for _, begin, _ in lines(path, cut) if begin > cut), 0) for cut in cuts)
-            offsets = sorted({0, *begins})
-        for offset in offsets:
-            yield Position(number, offset), size // len(offsets)
+def _cuts(path: str, size: int, target: int) -> list[int]:
+    """Offsets in a file of `size` bytes where a shard may begin."""
+    if kind_of(path) == ".parquet":
+        return open_table(path).starts[:-1] or [0]
+    if layout_of(path) == "table":
+        num_rows, num_pieces = open_table(path).num_rows, max(1, size // target)
+        return [num_rows * n // num_pieces for n in range(num_pieces)]
+    if is_seekable_text(path):
+        cuts = range(target, size, target)
+        return sorted({0, *(next((begin for _, begin, _ in lines(path, cut) if begin > cut), 0) for cut in cuts)})
+    return [0]
