@@ -77,9 +77,6 @@ def read_json(path: Path, kind: type[UserError] = UserError, purpose: str = "") 
     return found
 
 
-# --- folders -----------
-
-
 def replace_folder(scratch: Path, final: Path, old: Path) -> None:
     """Rename `scratch` to `final`. A folder that is there, which cannot be replaced at once, steps aside as `old` and goes;
     it comes back when the renaming fails.
@@ -106,12 +103,9 @@ def check_target(out: Path, mark: str, replace: bool) -> None:
     _, old = _hidden_names(out)
     if old.exists() and not out.exists():  # killed between the two renames
         os.replace(old, out)
-    if not out.exists():
-        return
-    if replace and (out / mark).is_file():
-        return
-    hint = f"it has no {mark}, so it is not replaced" if replace else "choose another folder, or --replace"
-    raise UserError(f"{out}: is there already; {hint}")
+    if out.exists() and not (replace and (out / mark).is_file()):
+        hint = f"it has no {mark}, so it is not replaced" if replace else "choose another folder, or --replace"
+        raise UserError(f"{out}: is there already; {hint}")
 
 
 @contextmanager

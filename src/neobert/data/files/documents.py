@@ -1,42 +1,27 @@
 """Documents of files: as a stream with a position, and by number.
 
-`stream` yields raw rows with the position after each, so that a resumed run seeks instead of re-reading, and so that a rank can
-pass over the documents of other ranks without parsing them; `read_text` makes text of a row. `rows` says what a row is in each
-kind of file, and what its offset is.
-
-`open_corpus` gives random access, which allows a new order of the whole corpus in every epoch. Lines of plain text are found by
-an index of their offsets (16 bytes a line, one scan at about 1 GB/s); tables are memory-mapped; what has no such access
-(compressed files, .csv, .json arrays) is written once as a table below `dataset.cache_dir`, or read into memory.
+`stream` yields raw rows with the position after each, so that a resumed run seeks instead of re-reading, and a rank
+passes over the documents of others without parsing them. `open_corpus` gives random access, for a new order of all
+documents in every epoch: lines of plain text are found by an index of their offsets (16 bytes a line, one scan at about
+1 GB/s); tables are memory-mapped; what has no such access (compressed files, .csv, .json arrays) is written once as a
+table below `dataset.cache_dir`.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from neobert.data.files.opening import kind_of, named, open_table
-from neobert.data.files.rows import (
-    BOM,
-    LEAVE_IT,
-    Raw,
-    Unusable,
-    is_seekable_text,
-    layout_of,
-    line_spans,
-    parse_row,
-    raw_rows,
-    why_no_text,
-)
+from neobert.data.files.rows import Lines, Raw, Unusable, is_seekable_text, layout_of, parse_row, raw_rows, why_no_text
 from neobert.data.hashing import draw_share
 from neobert.errors import DataError
 
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 256, 1_000_000  # a block ends with the document that reaches one of them
-MAX_OPEN_FILES = 256  # of a corpus of lines, at a time
 WHOLE_HASH_BYTES = 2**28  # corpora up to this size are fingerprinted whole, larger ones by samples
 SAMPLE_BYTES, NUM_SAMPLES = 65536, 16
 
@@ -46,9 +31,6 @@ class Position(NamedTuple):
 
     file: int = 0
     offset: int = 0
-
-
-START = Position()
 
 
 @dataclass
@@ -94,7 +76,7 @@ class Files:
 
     paths: tuple[str, ...]
     column: str | None
-    start: Position = START
+    start: Position = field(default_factory=Position)
     stop: Position | None = None
     rows: tuple[int, int | None] = (0, None)
 
@@ -120,8 +102,7 @@ def read_text(files: Files, raw: Raw, begin: Position) -> str | Unusable:
     if isinstance(row, Unusable):
         return row
     text: Any = row.get(files.column or "text")
-    reason = why_no_text(text)
-    return Unusable(reason, path, begin.offset) if reason else text
+    return Unusable(reason, path, begin.offset) if (reason := why_no_text(text)) else text
 
 
 def read_all(files: Files) -> Iterator[tuple[str | Unusable, Position]]:
@@ -237,12 +218,10 @@ class Subset:
 
     @property
     def lengths(self) -> np.ndarray:
-        lengths: np.ndarray = self.corpus.lengths[self._of(np.arange(len(self)))]
-        return lengths
+        return np.asarray(self.corpus.lengths[self._of(np.arange(len(self)))])
 
     def fetch(self, indices: np.ndarray) -> list[Any]:
-        documents: list[Any] = self.corpus.fetch(self._of(indices))
-        return documents
+        return list(self.corpus.fetch(self._of(indices)))
 
     def _of(self, indices: np.ndarray) -> np.ndarray:
         return self.indices.start + indices if isinstance(self.indices, range) else self.indices[indices]
@@ -278,42 +257,18 @@ def _in_memory(files: Files, fingerprint: str) -> _TextCorpus:
 
 def _lines_of(files: Files, fingerprint: str) -> _TextCorpus:
     """Lines of files, found by an index of where they begin and end."""
-    spans = [line_spans(path) for path in files.paths]
-    inodes = [os.stat(path).st_ino for path in files.paths]
-    first = np.cumsum([0, *map(len, spans)])
+    parts = [Lines(path) for path in files.paths]
+    first = np.cumsum([0, *map(len, parts)])
 
     def read(number: int, line: int) -> str | Unusable:
-        path, (begin, end) = files.paths[number], spans[number][line].tolist()
-        with named(path):
-            raw = os.pread(_open_file(path, inodes[number]).descriptor, end - begin, begin)
-        if len(raw) < end - begin:
-            raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
-        return read_text(files, raw if begin else raw.removeprefix(BOM), Position(number, begin))
+        raw, begin = parts[number].read(line)
+        return read_text(files, raw, Position(number, begin))
 
     def fetch(indices: np.ndarray) -> list[str | Unusable]:
         numbers, lines = locate(first, indices)
         return [read(*found) for found in zip(numbers.tolist(), lines.tolist(), strict=True)]
 
     return _TextCorpus(fingerprint, int(first[-1]), fetch)
-
-
-class _OpenFile:
-    """A descriptor that is closed when it is forgotten."""
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-
-@lru_cache(MAX_OPEN_FILES)
-def _open_file(path: str, inode: int) -> _OpenFile:
-    """The file that was indexed. Raises DataError when another one has its name now."""
-    file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-    if os.fstat(file.descriptor).st_ino != inode:
-        raise DataError(f"{path}: was replaced while it was read; {LEAVE_IT}")
-    return file
 
 
 def _table_of(files: Files, fingerprint: str, cache_dir: str | None) -> _TextCorpus:

@@ -31,10 +31,9 @@ Result = TypeVar("Result")
 
 def kind_of(path: str) -> str | None:
     """The kind of file that a name says, without its compression; None for a folder, or when we read no such file."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED and len(suffixes) > 1 and suffixes[-2] not in TABLES:
-        suffixes = suffixes[:-1]
-    kind = suffixes[-1] if suffixes else ""
+    *_, before, kind = ("", "", *(suffix.lower() for suffix in Path(path).suffixes))
+    if kind in COMPRESSED and before not in TABLES:
+        kind = before
     if kind not in KINDS or ("://" not in path and os.path.isdir(path)):
         return None
     return ".jsonl" if kind == ".ndjson" else kind

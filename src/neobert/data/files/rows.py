@@ -8,13 +8,13 @@
 | .csv; .tsv, where quotes are part of the text | a record | byte offset in the text |
 | .parquet, .arrow, folder of `save_to_disk` | a row | number |
 
-All of these but tables may be compressed (.gz, .zst), and suffixes may be in capitals. Text is UTF-8, with or without a byte
-order mark; lines end at line feeds only. A path may be a URL that `fsspec` opens (`hf://…` for the hub).
+All of these but tables may be compressed (.gz, .zst). Text is UTF-8, with or without a byte order mark; lines end at line
+feeds only. A path may be a URL that `fsspec` opens (`hf://…` for the hub).
 
-`raw_rows` yields rows with the position after each, from any position on: plain text and tables are entered there directly, a
-compressed file is decompressed up to it (about 200 MB/s), and a .json array is parsed as a whole. Lines are yielded as bytes,
-so that a reader that wants every N-th of them need not parse the others. `records` yields parsed rows.
-A row that cannot be used is an `Unusable` with the reason; a file that cannot be read is a DataError with its name.
+`raw_rows` yields rows from any position on: plain text and tables are entered there directly, a compressed file is
+decompressed up to it (about 200 MB/s), and a .json array is parsed as a whole. Lines are yielded as bytes, so that a reader
+that wants every N-th of them need not parse the others. `records` yields parsed rows. A row that cannot be used is an
+`Unusable` with the reason; a file that cannot be read is a DataError with its name.
 """
 
 import csv
@@ -25,6 +25,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from neobert.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 LEAVE_IT = "leave the files as they are until the run has ended"
+MAX_OPEN_FILES = 256  # whose lines are read by number, at a time
 HEAD_BYTES = 1024  # looked at to recognise UTF-16
 FIRST_ROWS = 20  # looked at to find the columns of a text format
 DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
@@ -77,9 +79,6 @@ def layout_of(path: str) -> str:
         return "array"
 
 
-# --- rows -----------
-
-
 def raw_rows(path: str, offset: int = 0, columns: list[str] | None = None) -> Iterator[tuple[Raw, int, int | None]]:
     """(row, where it begins, where the next begins) from `offset` on; of tables those `columns` only.
 
@@ -120,6 +119,15 @@ def _array_rows(path: str, offset: int, columns: list[str] | None) -> Rows:
         yield to_columns(row, path, number), number, number + 1
 
 
+def count_rows(path: str) -> int:
+    """Rows of a file; tables know it, plain text is scanned, the rest is read once."""
+    if layout_of(path) == "table":
+        return open_table(path).num_rows
+    if is_seekable_text(path) and "://" not in path:
+        return len(line_spans(path))
+    return sum(1 for _ in raw_rows(path))
+
+
 def records(path: str) -> Iterator[tuple[Row | Unusable, int]]:
     """(row, where it begins) of all rows of a file. Raises DataError."""
     is_text = kind_of(path) == ".txt"
@@ -145,9 +153,7 @@ def text_in(row: Row, column: str, path: str, offset: int) -> str:
 
 
 def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
-    """(line, where it begins, where the next begins), the empty ones too. Raises DataError for UTF-16, and for a file that has
-    become shorter.
-    """
+    """(line, where it begins, where the next begins), also of empty ones. Raises DataError for UTF-16, and a shortened file."""
     with open_binary(path) as file:
         is_plain = "://" not in path and not is_compressed(path)
         size = os.fstat(file.fileno()).st_size if is_plain else 0
@@ -164,9 +170,7 @@ def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def line_spans(path: str, chunk: int = 2**26) -> np.ndarray:
-    """Begin and end of every line of a file that is not white space: int64, lines x 2. Scans by chunks, so a file may exceed
-    memory. Raises DataError for UTF-16.
-    """
+    """Begin and end of every line that is not white space: int64, lines x 2. Reads by chunks. Raises DataError for UTF-16."""
     with named(path):
         raw = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.zeros(0, np.uint8)
     refuse_utf16(raw[:HEAD_BYTES].tobytes(), path)
@@ -179,6 +183,50 @@ def line_spans(path: str, chunk: int = 2**26) -> np.ndarray:
     space = raw[spans[:, 0]] <= ord(" ")  # only these can be blank
     blank = [line for line in np.flatnonzero(space) if raw[slice(*spans[line])].tobytes().isspace()]
     return np.delete(spans, blank, axis=0)
+
+
+class Lines:
+    """The lines of a file that are not white space, by number, as long as nobody changes it."""
+
+    def __init__(self, path: str):
+        self.path, self.spans, self.inode = path, line_spans(path), os.stat(path).st_ino
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def read(self, number: int) -> tuple[bytes, int]:
+        """(line, where it begins). Raises DataError, also for a file that has changed."""
+        begin, end = self.spans[number].tolist()
+        with named(self.path):
+            line = os.pread(_open_file(self.path, self.inode).descriptor, end - begin, begin)
+        if len(line) < end - begin:
+            raise DataError(f"{self.path}: became shorter while it was read; {LEAVE_IT}")
+        return line if begin else line.removeprefix(BOM), begin
+
+
+class _OpenFile:
+    """A descriptor that is closed when it is forgotten."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(MAX_OPEN_FILES)
+def _open_file(path: str, inode: int) -> _OpenFile:
+    """The file that was indexed. Raises DataError when another one has its name now."""
+    file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    if os.fstat(file.descriptor).st_ino != inode:
+        raise DataError(f"{path}: was replaced while it was read; {LEAVE_IT}")
+    return file
+
+
+def check_encoding(path: str) -> None:
+    """Raises DataError when a text file cannot be read, or is UTF-16."""
+    with named(path), open_binary(path) as file, suppress(EOFError):  # cut short: the reader says so
+        refuse_utf16(file.read(HEAD_BYTES), path)
 
 
 def refuse_utf16(head: bytes, path: str) -> None:
@@ -219,8 +267,7 @@ def csv_header(path: str) -> tuple[list[str], int]:
 
 def _csv_records(path: str, position: int) -> Iterator[tuple[list[str], int, int]]:
     """(cells, where the record begins, where it ends) from byte `position` on."""
-    csv.field_size_limit(2**31 - 1)
-    end = position
+    begin = end = position
 
     def text_lines() -> Iterator[str]:  # the reader takes exactly the lines of one record, so `end` is its end
         nonlocal end
@@ -228,10 +275,9 @@ def _csv_records(path: str, position: int) -> Iterator[tuple[list[str], int, int
             end = after
             yield line.decode("utf-8", "surrogateescape")
 
-    is_tsv = kind_of(path) == ".tsv"
-    begin = position
-    reader = csv.reader(text_lines(), delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text_lines())
-    for record in reader:
+    csv.field_size_limit(2**31 - 1)
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind_of(path) == ".tsv" else {}
+    for record in csv.reader(text_lines(), **form):
         if record:
             yield record, begin, end
         begin = end
@@ -253,9 +299,6 @@ def _table_rows(path: str, start: int, columns: list[str] | None) -> Rows:
         for number, record in enumerate(batch.slice(skip).to_pylist(), row + skip):
             yield record, number, number + 1
         row += len(batch)
-
-
-# --- parsing -----------
 
 
 def parse_row(raw: Raw, path: str, offset: int, is_text: bool) -> Row | Unusable:
@@ -309,9 +352,6 @@ def place(path: str, offset: int) -> str:
             number += chunk.count(b"\n")
             offset -= len(chunk)
     return f"{path}:{number}"
-
-
-# --- columns -----------
 
 
 def first_with_columns(paths: Sequence[str]) -> tuple[str, dict[str, bool]]:
