@@ -53,7 +53,7 @@ class SkippedRows:
 
         `num_empty` counts documents that have text but no token.
         """
-        counts = {**self.counts, **({"no token": num_empty} if num_empty else {})}
+        counts = self.counts | ({"no token": num_empty} if num_empty else {})
         if not counts:
             return ""
         total, reasons = sum(counts.values()), ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
@@ -183,7 +183,6 @@ class Corpus(Protocol):
 
     def fetch(self, indices: np.ndarray) -> list[Any]:
         """Documents (text, token ids, or `Unusable`) in the order asked for."""
-        ...
 
 
 def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_dir: str | None = None) -> Corpus:
@@ -260,13 +259,10 @@ def _lines_of(files: Files, fingerprint: str) -> _TextCorpus:
     parts = [Lines(path) for path in files.paths]
     first = np.cumsum([0, *map(len, parts)])
 
-    def read(number: int, line: int) -> str | Unusable:
-        raw, begin = parts[number].read(line)
-        return read_text(files, raw, Position(number, begin))
-
     def fetch(indices: np.ndarray) -> list[str | Unusable]:
-        numbers, lines = locate(first, indices)
-        return [read(*found) for found in zip(numbers.tolist(), lines.tolist(), strict=True)]
+        found = zip(*(array.tolist() for array in locate(first, indices)), strict=True)
+        rows = ((number, *parts[number].read(line)) for number, line in found)
+        return [read_text(files, raw, Position(number, begin)) for number, raw, begin in rows]
 
     return _TextCorpus(fingerprint, int(first[-1]), fetch)
 
@@ -285,7 +281,7 @@ def _table_of(files: Files, fingerprint: str, cache_dir: str | None) -> _TextCor
         rows = Dataset.from_parquet(full, cache_dir=cache_dir, columns=[column])
 
     def fetch(indices: np.ndarray) -> list[str | Unusable]:
-        positions = zip(*(part.tolist() for part in locate(first, indices)), strict=True)
+        positions = zip(*(array.tolist() for array in locate(first, indices)), strict=True)
         texts = zip(rows[indices.tolist()][column], positions, strict=True)
         return [read_text(files, {column: text}, Position(*position)) for text, position in texts]
 

@@ -198,27 +198,24 @@ class Lines:
         """(line, where it begins). Raises DataError, also for a file that has changed."""
         begin, end = self.spans[number].tolist()
         with named(self.path):
-            line = os.pread(_open_file(self.path, self.inode).descriptor, end - begin, begin)
+            line = os.pread(_open_file(self.path, self.inode).fileno(), end - begin, begin)
         if len(line) < end - begin:
             raise DataError(f"{self.path}: became shorter while it was read; {LEAVE_IT}")
         return line if begin else line.removeprefix(BOM), begin
 
 
-class _OpenFile:
-    """A descriptor that is closed when it is forgotten."""
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+class _OpenFile(io.FileIO):
+    """A file that is closed when it is forgotten."""
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        self.close()
 
 
 @lru_cache(MAX_OPEN_FILES)
 def _open_file(path: str, inode: int) -> _OpenFile:
     """The file that was indexed. Raises DataError when another one has its name now."""
-    file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-    if os.fstat(file.descriptor).st_ino != inode:
+    file = _OpenFile(path)
+    if os.fstat(file.fileno()).st_ino != inode:
         raise DataError(f"{path}: was replaced while it was read; {LEAVE_IT}")
     return file
 
@@ -356,10 +353,10 @@ def place(path: str, offset: int) -> str:
 
 def first_with_columns(paths: Sequence[str]) -> tuple[str, dict[str, bool]]:
     """The first file that is not empty, and its columns. Raises DataError when all are empty."""
-    found = next(((path, columns) for path in paths if (columns := columns_of(path))), None)
-    if found is None:
-        raise DataError(f"{paths[0]}: empty file")
-    return found
+    for path in paths:
+        if columns := columns_of(path):
+            return path, columns
+    raise DataError(f"{paths[0]}: empty file")
 
 
 def columns_of(path: str) -> dict[str, bool]:

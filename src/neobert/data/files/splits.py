@@ -189,11 +189,8 @@ def hub_splits(
     except HFValidationError as error:
         raise DataError(f"dataset.name: {repository!r} is no name of a dataset: {error}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        why = (
-            "this machine is offline (HF_HUB_OFFLINE)"
-            if offline
-            else f"the hub cannot be reached ({first_line(error)})"
-        )
+        unreached = f"the hub cannot be reached ({first_line(error)})"
+        why = "this machine is offline (HF_HUB_OFFLINE)" if offline else unreached
         missing = f"dataset.name: {repository!r} is not in the local cache of the hub, and {why}"
         raise DataError(f"{missing}; set dataset.path to files of your own, or run once with network") from None
     except (DatasetNotFoundError, HfHubHTTPError, ValueError, RuntimeError, OSError) as error:
