@@ -109,7 +109,9 @@ class TokenStore:
         self.fingerprint = f"{self.manifest.source}:{self.manifest.tokenizer}"
         dtype, shards = np.dtype(self.manifest.dtype), self.manifest.shards
         self.first = np.cumsum([0, *(shard.num_documents for shard in shards)])
-        self.offsets = [_open_offsets(self.folder / OFFSETS.format(n)) for n in range(len(shards))]
+        offsets = [_map(self.folder / OFFSETS.format(n)) for n in range(len(shards))]  # with numpy's header
+        sizes = [8 * (shard.num_documents + 1) for shard in shards]
+        self.offsets = [raw[-size:].view(np.uint64) for raw, size in zip(offsets, sizes, strict=True)]
         paths = [self.folder / TOKENS.format(n) for n in range(len(shards))]
         self.tokens = [np.fromfile(path, dtype=dtype) if in_memory else _map(path).view(dtype) for path in paths]
 
@@ -137,13 +139,6 @@ class TokenStore:
         if self.manifest.tokenizer != tokenizer.fingerprint:
             what = "made with another tokenizer; delete the folder to tokenise again, or use that tokenizer"
             raise DataError(f"{self.folder}: {what}")
-
-
-def _open_offsets(path: Path) -> np.ndarray:
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        return _map(path)[file.tell() :].view(np.uint64)
 
 
 def _map(path: Path) -> np.ndarray:
