@@ -155,7 +155,9 @@ def tokenize(
     if manifest is None:
         print("not whole yet: the other parts are missing")
         return
-    print(f"whole: {manifest.counts}{manifest.describe_skipped('; {}')}")
+    skipped = manifest.describe_skipped()
+    counts = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+    print(f"whole: {counts}" + (f"; {skipped}" if skipped else ""))
 
 
 def parse_share(text: str) -> tuple[int, int]:

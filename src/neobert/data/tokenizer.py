@@ -20,7 +20,7 @@ from neobert.errors import DataError, first_line
 from neobert.files import as_json
 
 SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-INERT = "[inert"  # and a number and "]": fills the vocabulary up to the model's size; never an input, a target or a prediction
+INERT = "[inert"  # as "[inert7]": fills the vocabulary up to the model's size; never input, target or prediction
 LONGEST_PART = 1_000_000  # characters encoded at once
 
 Ids = np.ndarray  # token ids of one document, uint16 or uint32, without special tokens

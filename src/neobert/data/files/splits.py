@@ -232,15 +232,14 @@ def find_column(path: str, wanted: str | None) -> str | None:
 
 def _choose_column(path: str, columns: dict[str, bool], wanted: str | None) -> str:
     texts = [name for name, is_text in columns.items() if is_text]
-    if wanted is not None and wanted not in columns:
-        raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
-    if wanted is not None or "text" in texts:
-        return "text" if wanted is None else wanted
-    if len(texts) > 1:
-        raise DataError(f"dataset.text_column: not set, and {path} has several: {', '.join(texts)}")
-    if not texts:
+    choices = [wanted] if wanted is not None else ["text"] if "text" in texts else texts
+    if not choices:
         raise DataError(f"{path}: no column with text")
-    return texts[0]
+    if len(choices) > 1:
+        raise DataError(f"dataset.text_column: not set, and {path} has several: {', '.join(texts)}")
+    if choices[0] not in columns:
+        raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
+    return choices[0]
 
 
 def _slice_rows(files: Files, begin: str | None, end: str | None, what: str) -> Files:

@@ -137,8 +137,8 @@ class TokenStore:
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raises DataError when the folder was made by another tokenizer."""
         if self.manifest.tokenizer != tokenizer.fingerprint:
-            what = "made with another tokenizer; delete the folder to tokenise again, or use that tokenizer"
-            raise DataError(f"{self.folder}: {what}")
+            hint = "delete the folder to tokenise again, or use that tokenizer"
+            raise DataError(f"{self.folder}: made with another tokenizer; {hint}")
 
 
 def _map(path: Path) -> np.ndarray:
@@ -166,9 +166,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{folder}: not whole: {missing}; run the command that makes it again, it goes on where it was")
     try:
         if (version := fields["format"]) != FORMAT:
-            raise DataError(
-                f"{folder}: format {version}; this version reads {FORMAT}. Delete the folder and tokenise again"
-            )
+            raise DataError(f"{folder}: format {version}; this version reads {FORMAT}. {AGAIN.capitalize()}")
         return Manifest(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
     except (TypeError, KeyError):
         raise DataError(f"{folder / MANIFEST}: not the manifest of a tokenised corpus") from None
