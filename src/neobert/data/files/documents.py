@@ -199,7 +199,7 @@ def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_d
     return corpus if len(chosen) == len(corpus) else Subset(corpus, chosen)
 
 
-def locate(first: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def seek(first: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(number of the part, index in it) of every index of a whole whose parts begin at `first`."""
     numbers = np.searchsorted(first, indices, side="right") - 1
     return numbers, indices - first[numbers]
@@ -260,7 +260,7 @@ def _lines_of(files: Files, fingerprint: str) -> _TextCorpus:
     first = np.cumsum([0, *map(len, parts)])
 
     def fetch(indices: np.ndarray) -> list[str | Unusable]:
-        found = zip(*(array.tolist() for array in locate(first, indices)), strict=True)
+        found = zip(*(array.tolist() for array in seek(first, indices)), strict=True)
         rows = ((number, *parts[number].read(line)) for number, line in found)
         return [read_text(files, raw, Position(number, begin)) for number, raw, begin in rows]
 
@@ -281,7 +281,7 @@ def _table_of(files: Files, fingerprint: str, cache_dir: str | None) -> _TextCor
         rows = Dataset.from_parquet(full, cache_dir=cache_dir, columns=[column])
 
     def fetch(indices: np.ndarray) -> list[str | Unusable]:
-        positions = zip(*(array.tolist() for array in locate(first, indices)), strict=True)
+        positions = zip(*(array.tolist() for array in seek(first, indices)), strict=True)
         texts = zip(rows[indices.tolist()][column], positions, strict=True)
         return [read_text(files, {column: text}, Position(*position)) for text, position in texts]
 

@@ -28,16 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from neobert.data.files.documents import (
-    Files,
-    Position,
-    SkippedRows,
-    blocks_of,
-    fingerprint,
-    locate,
-    num_bytes,
-    texts_of,
-)
+from neobert.data.files.documents import Files, Position, SkippedRows, blocks_of, fingerprint, num_bytes, seek, texts_of
 from neobert.data.files.opening import kind_of, open_table
 from neobert.data.files.rows import is_seekable_text, layout_of, lines
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
@@ -124,7 +115,7 @@ class TokenStore:
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in self.offsets)])
 
     def fetch(self, indices: np.ndarray) -> list[Ids]:
-        numbers, local = locate(self.first, indices)
+        numbers, local = seek(self.first, indices)
         documents: list[Ids] = [np.zeros(0)] * len(indices)
         for number in np.unique(numbers).tolist():
             wanted = np.flatnonzero(numbers == number)
