@@ -77,13 +77,8 @@ def read_json(path: Path, kind: type[UserError] = UserError, purpose: str = "") 
     return found
 
 
-# --- folders -----------
-
-
 def replace_folder(scratch: Path, final: Path, old: Path) -> None:
-    """Rename `scratch` to `final`. A folder that is there, which cannot be replaced at once, steps aside as `old` and goes;
-    it comes back when the renaming fails.
-    """
+    """Rename `scratch` to `final`. A folder that is there steps aside as `old`, and goes, or comes back when that fails."""
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
@@ -100,25 +95,22 @@ def replace_folder(scratch: Path, final: Path, old: Path) -> None:
 
 
 def check_target(out: Path, mark: str, replace: bool) -> None:
-    """Raises UserError when `out` may not be written: something is there, and it is not an earlier result (which holds a file
-    `mark`) that is to be replaced. An old folder that a killed process left aside comes back.
+    """Raises UserError when `out` is there, unless `replace` and it is an earlier result, which has a file `mark`. A folder
+    that a killed process left aside comes back first.
     """
     _, old = _hidden_names(out)
     if old.exists() and not out.exists():  # killed between the two renames
         os.replace(old, out)
-    if not out.exists():
-        return
-    if replace and (out / mark).is_file():
-        return
-    hint = f"it has no {mark}, so it is not replaced" if replace else "choose another folder, or --replace"
-    raise UserError(f"{out}: is there already; {hint}")
+    if out.exists() and not (replace and (out / mark).is_file()):
+        hint = f"it has no {mark}, so it is not replaced" if replace else "choose another folder, or --replace"
+        raise UserError(f"{out}: is there already; {hint}")
 
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A new folder, which takes the place of `out` at the end, flushed to the disk; or, when that fails, goes.
 
-    It is `.<name>.neobert-new`; what was there is `.<name>.neobert-old` meanwhile; nothing else is ever deleted. Raises
+    Nothing but `.<name>.neobert-new` and `.<name>.neobert-old`, where an earlier one is meanwhile, is ever deleted. Raises
     UserError when it cannot be written. Call `check_target` first.
     """
     scratch, old = _hidden_names(out)
@@ -135,8 +127,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _hidden_names(out: Path) -> tuple[Path, Path]:

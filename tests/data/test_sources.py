@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict
 
 from helpers.corpora import TEXTS, files_at, write
 from neobert.data.files.documents import SkippedRows, fingerprint, hold_out, num_bytes, open_corpus, read_text, stream
-from neobert.data.files.rows import columns_of
-from neobert.data.files.splits import count_rows, find_splits, hold_out_head
+from neobert.data.files.rows import columns_of, count_rows
+from neobert.data.files.splits import find_splits, hold_out_head
 from neobert.data.hashing import permute
 from neobert.data.mlm.readers import Reader, RememberedReader
 from neobert.errors import DataError

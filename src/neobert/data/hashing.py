@@ -49,11 +49,10 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def draw_share(size: int, share: float, seed: int, complement: bool) -> np.ndarray:
-    """The numbers, sorted, of the `share` of rows that `seed` draws to be held out; with `complement` of all others."""
-    cut = max(1, round(size * share))
-    drawn = np.arange(cut, size) if complement else np.arange(cut)
-    return np.sort(permute(drawn, size, hash_key(seed, 0x5411)))
+def draw_share(size: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers of the other rows, of the `share` of rows that `seed` draws to be held out), each sorted."""
+    order, cut = permute(np.arange(size), size, hash_key(seed, 0x5411)), max(1, round(size * share))
+    return np.sort(order[cut:]), np.sort(order[:cut])
 
 
 def choose_sources(indices: np.ndarray, weights: list[float], seed: int) -> np.ndarray:

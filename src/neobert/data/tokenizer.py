@@ -17,10 +17,10 @@ from tqdm import tqdm
 from neobert.data.files.documents import SkippedRows, texts_of
 from neobert.data.files.splits import find_splits
 from neobert.errors import DataError, first_line
+from neobert.files import as_json
 
 SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-INERT = "[inert{}]"  # fills the vocabulary up to the model's size; never an input, a target or a prediction
-
+INERT = "[inert"  # as "[inert7]": fills the vocabulary up to the model's size; never input, target or prediction
 LONGEST_PART = 1_000_000  # characters encoded at once
 
 Ids = np.ndarray  # token ids of one document, uint16 or uint32, without special tokens
@@ -30,8 +30,7 @@ Ids = np.ndarray  # token ids of one document, uint16 or uint32, without special
 class TextTokenizer:
     """What the data pipeline needs of a tokenizer; several threads may encode with it at once.
 
-    `json` is the serialised fast tokenizer. `special_ids` are never masked; `num_real` counts the ids below the inert
-    ones. Raises nothing itself: `load_tokenizer` checks that all special tokens exist.
+    `json` is the serialised fast tokenizer. `special_ids` are never masked; `num_real` counts the ids below the inert ones.
     """
 
     json: str
@@ -54,8 +53,7 @@ class TextTokenizer:
         Inert tokens, which fit the vocabulary to a model, and settings of truncation and padding make no difference.
         """
         settings = json.loads(self.json)
-        inert = INERT.partition("{")[0]
-        added = [token for token in settings.get("added_tokens", []) if not token["content"].startswith(inert)]
+        added = [token for token in settings.get("added_tokens", []) if not token["content"].startswith(INERT)]
         settings |= {"added_tokens": added, "truncation": None, "padding": None}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -82,10 +80,9 @@ class TextTokenizer:
 
 def _parts(text: str) -> Iterator[str]:
     begin = 0
-    while len(text) - begin > LONGEST_PART:
-        limit = begin + LONGEST_PART
-        end = max(text.rfind(" ", begin + 1, limit), text.rfind("\n", begin + 1, limit))
-        end = end if end > begin else limit
+    while (limit := begin + LONGEST_PART) < len(text):
+        space = max(text.rfind(white, begin + 1, limit) for white in " \n")
+        end = space if space > begin else limit
         yield text[begin:end]
         begin = end
     yield text[begin:]
@@ -104,15 +101,12 @@ def load_tokenizer(name: str, path: str | None) -> Any:
     """The Hugging Face tokenizer of a folder (`path`) or the hub (`name`). Raises DataError with what to do."""
     from transformers import AutoTokenizer
 
-    source = path or name
+    key, source = ("tokenizer.path", path) if path else ("tokenizer.name", name)
     if path and not Path(path).is_dir():
-        raise DataError(
-            f"tokenizer.path: no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`"
-        )
+        raise DataError(f"{key}: no folder at {path!r}; train one with `neobert tokenizer train FILES -o {path}`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        key = "tokenizer.path" if path else "tokenizer.name"
         raise DataError(f"{key}: {source!r} cannot be loaded: {first_line(error)}") from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, f"{name}_id") is None]
     if missing:
@@ -122,15 +116,11 @@ def load_tokenizer(name: str, path: str | None) -> Any:
 
 
 def fit_vocabulary(tokenizer: Any, wanted: int | None, multiple: int = 64) -> int:
-    """Add inert tokens until `len(tokenizer)` is the model's vocabulary size, and return that size.
-
-    The size is the larger of `wanted` and the tokenizer's own, rounded up to `multiple`: matrix products run faster on
-    round shapes.
+    """Add inert tokens until `len(tokenizer)` is the model's vocabulary size, and return that size: the larger of `wanted`
+    and the tokenizer's own, rounded up to `multiple`, as matrix products run faster on round shapes.
     """
-    real = len(tokenizer)
-    size = -(-max(real, wanted or 0) // multiple) * multiple
-    if size > real:
-        tokenizer.add_tokens([INERT.format(number) for number in range(size - real)], special_tokens=True)
+    size = -(-max(len(tokenizer), wanted or 0) // multiple) * multiple
+    tokenizer.add_tokens([f"{INERT}{number}]" for number in range(size - len(tokenizer))], special_tokens=True)
     assert len(tokenizer) == size
     return size
 
@@ -143,18 +133,10 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 
 def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     """The pipeline's view of a Hugging Face tokenizer."""
-    inert = INERT.partition("{")[0]
-    special = {i for i in tokenizer.all_special_ids if not tokenizer.convert_ids_to_tokens(i).startswith(inert)}
-    added = {i for token, i in tokenizer.get_added_vocab().items() if token.startswith(inert)}
-    return TextTokenizer(
-        json=tokenizer.backend_tokenizer.to_str(),
-        pad_id=tokenizer.pad_token_id,
-        cls_id=tokenizer.cls_token_id,
-        sep_id=tokenizer.sep_token_id,
-        mask_id=tokenizer.mask_token_id,
-        special_ids=frozenset(special | added),
-        num_real=len(tokenizer) - len(added),
-    )
+    inert = {i for token, i in tokenizer.get_added_vocab().items() if token.startswith(INERT)}
+    ids = (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
+    special = frozenset(tokenizer.all_special_ids) | inert
+    return TextTokenizer(tokenizer.backend_tokenizer.to_str(), *ids, special, len(tokenizer) - len(inert))
 
 
 def cores() -> int:
@@ -190,7 +172,7 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool, max
     trainer = BertWordPieceTokenizer(lowercase=lowercase)
     special = list(SPECIAL_TOKENS.values())
     trainer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    vocabulary = {token: i for token, i in sorted(trainer.get_vocab().items(), key=lambda item: item[1])}
+    vocabulary = dict(sorted(trainer.get_vocab().items(), key=lambda item: item[1]))
     return BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase, model_max_length=max_length, **SPECIAL_TOKENS)
 
 
@@ -203,11 +185,10 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool, max_lengt
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = list(SPECIAL_TOKENS.values())
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     ends = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(
@@ -232,10 +213,8 @@ def save_tokenizer(tokenizer: Any, folder: str | Path, has_token_types: bool = T
         if type(error) is not Exception:
             raise
         raise OSError(str(error)) from None  # tokenizers has no class of its own for a file that cannot be written
-    path = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
+    path, private = Path(folder) / "tokenizer_config.json", ("name_or_path", "is_local", "local_files_only")
+    settings = {name: value for name, value in json.loads(path.read_text()).items() if name not in private}
     if not has_token_types:
         settings["model_input_names"] = ["input_ids", "attention_mask"]
-    for private in ("name_or_path", "is_local", "local_files_only"):
-        settings.pop(private, None)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    path.write_text(as_json(settings))

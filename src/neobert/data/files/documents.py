@@ -1,42 +1,27 @@
 """Documents of files: as a stream with a position, and by number.
 
-`stream` yields raw rows with the position after each, so that a resumed run seeks instead of re-reading, and so that a rank can
-pass over the documents of other ranks without parsing them; `read_text` makes text of a row. `rows` says what a row is in each
-kind of file, and what its offset is.
-
-`open_corpus` gives random access, which allows a new order of the whole corpus in every epoch. Lines of plain text are found by
-an index of their offsets (16 bytes a line, one scan at about 1 GB/s); tables are memory-mapped; what has no such access
-(compressed files, .csv, .json arrays) is written once as a table below `dataset.cache_dir`, or read into memory.
+`stream` yields raw rows with the position after each, so that a resumed run seeks instead of re-reading, and a rank
+passes over the documents of others without parsing them. `open_corpus` gives random access, for a new order of all
+documents in every epoch: lines of plain text are found by an index of their offsets (16 bytes a line, one scan at about
+1 GB/s); tables are memory-mapped; what has no such access (compressed files, .csv, .json arrays) is written once as a
+table below `dataset.cache_dir`.
 """
 
 import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from neobert.data.files.opening import kind_of, named, num_table_rows, open_table
-from neobert.data.files.rows import (
-    BOM,
-    LEAVE_IT,
-    Raw,
-    Unusable,
-    is_seekable_text,
-    layout_of,
-    line_spans,
-    parse_row,
-    raw_rows,
-    why_no_text,
-)
+from neobert.data.files.opening import kind_of, named, open_table
+from neobert.data.files.rows import Lines, Raw, Unusable, is_seekable_text, layout_of, parse_row, raw_rows, why_no_text
 from neobert.data.hashing import draw_share
 from neobert.errors import DataError
 
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 256, 1_000_000  # a block ends with the document that reaches one of them
-MAX_OPEN_FILES = 256  # of a corpus of lines, at a time
 WHOLE_HASH_BYTES = 2**28  # corpora up to this size are fingerprinted whole, larger ones by samples
 SAMPLE_BYTES, NUM_SAMPLES = 65536, 16
 
@@ -46,9 +31,6 @@ class Position(NamedTuple):
 
     file: int = 0
     offset: int = 0
-
-
-START = Position()
 
 
 @dataclass
@@ -71,7 +53,7 @@ class SkippedRows:
 
         `num_empty` counts documents that have text but no token.
         """
-        counts = {**self.counts, **({"no token": num_empty} if num_empty else {})}
+        counts = self.counts | ({"no token": num_empty} if num_empty else {})
         if not counts:
             return ""
         total, reasons = sum(counts.values()), ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
@@ -94,7 +76,7 @@ class Files:
 
     paths: tuple[str, ...]
     column: str | None
-    start: Position = START
+    start: Position = field(default_factory=Position)
     stop: Position | None = None
     rows: tuple[int, int | None] = (0, None)
 
@@ -120,8 +102,7 @@ def read_text(files: Files, raw: Raw, begin: Position) -> str | Unusable:
     if isinstance(row, Unusable):
         return row
     text: Any = row.get(files.column or "text")
-    reason = why_no_text(text)
-    return Unusable(reason, path, begin.offset) if reason else text
+    return Unusable(reason, path, begin.offset) if (reason := why_no_text(text)) else text
 
 
 def read_all(files: Files) -> Iterator[tuple[str | Unusable, Position]]:
@@ -202,41 +183,26 @@ class Corpus(Protocol):
 
     def fetch(self, indices: np.ndarray) -> list[Any]:
         """Documents (text, token ids, or `Unusable`) in the order asked for."""
-        ...
 
 
 def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_dir: str | None = None) -> Corpus:
     """Random access to the rows of `files`; `in_memory` reads them all at once."""
     if in_memory:
-        return _TextsInMemory(files, fingerprint)
+        return _in_memory(files, fingerprint)
     if all(layout_of(path) == "table" and kind_of(path) != ".arrow" for path in files.paths):
-        corpus: Corpus = _TableCorpus(files, fingerprint, cache_dir)
+        corpus = _table_of(files, fingerprint, cache_dir)
     elif all(is_seekable_text(path) for path in files.paths):
-        corpus = _LineCorpus(files, fingerprint)
+        corpus = _lines_of(files, fingerprint)
     else:
-        return _CachedCorpus(files, fingerprint, cache_dir)
-    first, last = files.rows
-    last = len(corpus) if last is None else min(last, len(corpus))
-    return corpus if (first, last) == (0, len(corpus)) else Subset(corpus, range(min(first, last), last))
+        return _cached(files, fingerprint, cache_dir)
+    chosen = range(len(corpus))[slice(*files.rows)]
+    return corpus if len(chosen) == len(corpus) else Subset(corpus, chosen)
 
 
-def locate(first: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def seek(first: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(number of the part, index in it) of every index of a whole whose parts begin at `first`."""
     numbers = np.searchsorted(first, indices, side="right") - 1
     return numbers, indices - first[numbers]
-
-
-class _TextCorpus:
-    """What corpora of text share; `rows` are all of them."""
-
-    is_tokenized = False
-    rows: Any = ()
-
-    def __init__(self, files: Files, fingerprint: str):
-        self.files, self.fingerprint = files, fingerprint
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class Subset:
@@ -251,12 +217,10 @@ class Subset:
 
     @property
     def lengths(self) -> np.ndarray:
-        lengths: np.ndarray = self.corpus.lengths[self._of(np.arange(len(self)))]
-        return lengths
+        return np.asarray(self.corpus.lengths[self._of(np.arange(len(self)))])
 
     def fetch(self, indices: np.ndarray) -> list[Any]:
-        documents: list[Any] = self.corpus.fetch(self._of(indices))
-        return documents
+        return list(self.corpus.fetch(self._of(indices)))
 
     def _of(self, indices: np.ndarray) -> np.ndarray:
         return self.indices.start + indices if isinstance(self.indices, range) else self.indices[indices]
@@ -264,119 +228,89 @@ class Subset:
 
 def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Subset, Subset]:
     """(the rest, the `share` of the documents that `seed` draws)."""
-    drawn = [draw_share(len(corpus), share, seed, complement) for complement in (True, False)]
-    rest, held_out = (
-        Subset(corpus, indices, f"/{share}/{seed}/{name}")
-        for indices, name in zip(drawn, ("rest", "first"), strict=True)
-    )
-    return rest, held_out
+    rest, drawn = draw_share(len(corpus), share, seed)
+    return Subset(corpus, rest, f"/{share}/{seed}/rest"), Subset(corpus, drawn, f"/{share}/{seed}/first")
 
 
-class _TextsInMemory(_TextCorpus):
-    def __init__(self, files: Files, fingerprint: str):
-        super().__init__(files, fingerprint)
-        self.rows = [text for text, _ in read_all(files)]
+@dataclass
+class _TextCorpus:
+    """Rows of files, as many as `size`, that `fetch` reads by their numbers."""
 
-    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
-        return [self.rows[i] for i in indices]
-
-
-class _LineCorpus(_TextCorpus):
-    """Lines of files, found by an index of where they begin and end."""
-
-    def __init__(self, files: Files, fingerprint: str):
-        super().__init__(files, fingerprint)
-        self.spans = [line_spans(path) for path in files.paths]
-        self.inodes = [os.stat(path).st_ino for path in files.paths]
-        self.first = np.cumsum([0, *map(len, self.spans)])
+    fingerprint: str
+    size: int
+    fetch: Callable[[np.ndarray], list[str | Unusable]]
+    is_tokenized = False
 
     def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
-        numbers, lines = locate(self.first, indices)
-        return [self._text(*found) for found in zip(numbers.tolist(), lines.tolist(), strict=True)]
-
-    def _text(self, number: int, line_number: int) -> str | Unusable:
-        begin, end = self.spans[number][line_number].tolist()
-        path = self.files.paths[number]
-        with named(path):
-            line = os.pread(_open_file(path, self.inodes[number]).descriptor, end - begin, begin)
-        if len(line) < end - begin:
-            raise DataError(f"{path}: became shorter while it was read; {LEAVE_IT}")
-        return read_text(self.files, line if begin else line.removeprefix(BOM), Position(number, begin))
+        return self.size
 
 
-class _OpenFile:
-    """A descriptor that is closed when it is forgotten."""
+def _in_memory(files: Files, fingerprint: str) -> _TextCorpus:
+    texts = [text for text, _ in read_all(files)]
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+    def fetch(indices: np.ndarray) -> list[str | Unusable]:
+        return [texts[i] for i in indices]
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-
-@lru_cache(MAX_OPEN_FILES)
-def _open_file(path: str, inode: int) -> _OpenFile:
-    """The file that was indexed. Raises DataError when another one has its name now."""
-    file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-    if os.fstat(file.descriptor).st_ino != inode:
-        raise DataError(f"{path}: was replaced while it was read; {LEAVE_IT}")
-    return file
+    return _TextCorpus(fingerprint, len(texts), fetch)
 
 
-class _TableCorpus(_TextCorpus):
+def _lines_of(files: Files, fingerprint: str) -> _TextCorpus:
+    """Lines of files, found by an index of where they begin and end."""
+    parts = [Lines(path) for path in files.paths]
+    first = np.cumsum([0, *map(len, parts)])
+
+    def fetch(indices: np.ndarray) -> list[str | Unusable]:
+        found = zip(*(array.tolist() for array in seek(first, indices)), strict=True)
+        rows = ((number, *parts[number].read(line)) for number, line in found)
+        return [read_text(files, raw, Position(number, begin)) for number, raw, begin in rows]
+
+    return _TextCorpus(fingerprint, int(first[-1]), fetch)
+
+
+def _table_of(files: Files, fingerprint: str, cache_dir: str | None) -> _TextCorpus:
     """Rows of parquet files or of a `save_to_disk` folder, memory-mapped through `datasets`."""
+    from datasets import Dataset, load_from_disk
 
-    def __init__(self, files: Files, fingerprint: str, cache_dir: str | None):
-        from datasets import Dataset, load_from_disk
+    column = str(files.column)
+    rows: Any = None  # while all files are empty
+    sizes = [open_table(path).num_rows for path in files.paths]  # names the file when it cannot be read
+    first = np.cumsum([0, *sizes])
+    if kind_of(files.paths[0]) != ".parquet":
+        rows = load_from_disk(files.paths[0]).select_columns([column])
+    elif full := [path for path, size in zip(files.paths, sizes, strict=True) if size]:
+        rows = Dataset.from_parquet(full, cache_dir=cache_dir, columns=[column])
 
-        super().__init__(files, fingerprint)
-        sizes = [num_table_rows(open_table(path)) for path in files.paths]  # names the file when it cannot be read
-        self.first = np.cumsum([0, *sizes])
-        if kind_of(files.paths[0]) != ".parquet":
-            self.rows = load_from_disk(files.paths[0]).select_columns([files.column])
-        elif full := [path for path, size in zip(files.paths, sizes, strict=True) if size]:
-            self.rows = Dataset.from_parquet(full, cache_dir=cache_dir, columns=[files.column])
+    def fetch(indices: np.ndarray) -> list[str | Unusable]:
+        positions = zip(*(array.tolist() for array in seek(first, indices)), strict=True)
+        texts = zip(rows[indices.tolist()][column], positions, strict=True)
+        return [read_text(files, {column: text}, Position(*position)) for text, position in texts]
 
-    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
-        column = str(self.files.column)
-        texts = self.rows[indices.tolist()][column]
-        numbers, offsets = locate(self.first, indices)
-        return [
-            read_text(self.files, {column: text}, Position(number, offset))
-            for text, number, offset in zip(texts, numbers.tolist(), offsets.tolist(), strict=True)
-        ]
+    return _TextCorpus(fingerprint, int(first[-1]), fetch)
 
 
-class _CachedCorpus(_TextCorpus):
+def _cached(files: Files, fingerprint: str, cache_dir: str | None) -> _TextCorpus:
     """Rows of files without random access, written once to an Arrow file by `datasets`, and memory-mapped."""
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
 
-    def __init__(self, files: Files, fingerprint: str, cache_dir: str | None):
-        from datasets import Dataset, Features, Value
-        from datasets.exceptions import DatasetGenerationError
+    columns = Features({"text": Value("large_string"), "reason": Value("string"), "place": Value("int64")})
 
-        super().__init__(files, fingerprint)
-        columns = {"text": Value("large_string"), "reason": Value("string"), "place": Value("int64")}
-        try:
-            self.rows = Dataset.from_generator(
-                _cached_rows, Features(columns), cache_dir, gen_kwargs={"files": files}, fingerprint=fingerprint
-            )
-        except DatasetGenerationError as error:  # wraps what our generator raised
-            raise error.__cause__ or error from None
+    def generate() -> Iterator[dict[str, Any]]:
+        """Each row's text, or the reason that it has none, with its position in one number."""
+        for found, begin in read_all(files):
+            text, reason = (None, found.reason) if isinstance(found, Unusable) else (found, None)
+            yield {"text": text, "reason": reason, "place": (begin.file << 40) + begin.offset}
 
-    def fetch(self, indices: np.ndarray) -> list[str | Unusable]:
-        rows = self.rows[indices.tolist()]
-        columns = zip(rows["text"], rows["reason"], rows["place"], strict=True)
+    try:
+        rows = Dataset.from_generator(generate, columns, cache_dir, fingerprint=fingerprint)
+    except DatasetGenerationError as error:  # wraps what our generator raised
+        raise error.__cause__ or error from None
+
+    def fetch(indices: np.ndarray) -> list[str | Unusable]:
+        found = rows[indices.tolist()]
         return [
-            text if text is not None else Unusable(reason, self.files.paths[code >> 40], code & (2**40 - 1))
-            for text, reason, code in columns
+            text if text is not None else Unusable(reason, files.paths[code >> 40], code & (2**40 - 1))
+            for text, reason, code in zip(found["text"], found["reason"], found["place"], strict=True)
         ]
 
-
-def _cached_rows(files: Files) -> Iterator[dict[str, Any]]:
-    """Each row's text, or the reason that it has none, with its position in one number."""
-    for found, begin in read_all(files):
-        text, reason = (None, found.reason) if isinstance(found, Unusable) else (found, None)
-        yield {"text": text, "reason": reason, "place": (begin.file << 40) + begin.offset}
+    return _TextCorpus(fingerprint, len(rows), fetch)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from neobert.errors import DataError, first_line
+from neobert.errors import DataError, first_line, print_notes
 
 KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
@@ -31,10 +31,9 @@ Result = TypeVar("Result")
 
 def kind_of(path: str) -> str | None:
     """The kind of file that a name says, without its compression; None for a folder, or when we read no such file."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED and len(suffixes) > 1 and suffixes[-2] not in TABLES:
-        suffixes = suffixes[:-1]
-    kind = suffixes[-1] if suffixes else ""
+    *_, before, kind = ("", "", *(suffix.lower() for suffix in Path(path).suffixes))
+    if kind in COMPRESSED and before not in TABLES:
+        kind = before
     if kind not in KINDS or ("://" not in path and os.path.isdir(path)):
         return None
     return ".jsonl" if kind == ".ndjson" else kind
@@ -68,8 +67,17 @@ def named(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
-def open_table(path: str) -> Any:
-    """The `ParquetFile` of a .parquet, else an Arrow table. Raises DataError."""
+class Table(NamedTuple):
+    """A .parquet or .arrow file, or a folder of `save_to_disk`. `starts`: the first row of every row group, then `num_rows`."""
+
+    source: Any  # a `ParquetFile`, else an Arrow table
+    schema: Any
+    num_rows: int
+    starts: list[int]
+
+
+def open_table(path: str) -> Table:
+    """The table at a path. Raises DataError."""
     import pyarrow
 
     with named(path):
@@ -77,31 +85,24 @@ def open_table(path: str) -> Any:
         if kind == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.ParquetFile(open_binary(path) if "://" in path else path)
+            file = pyarrow.parquet.ParquetFile(open_binary(path) if "://" in path else path)
+            sizes = (file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
+            return Table(file, file.schema_arrow, file.metadata.num_rows, list(accumulate(sizes, initial=0)))
         if kind == ".arrow":  # `datasets` writes Arrow's stream format, others its file format
-            file = open_binary(path) if "://" in path else pyarrow.memory_map(path)
+            raw = open_binary(path) if "://" in path else pyarrow.memory_map(path)
             try:
-                return pyarrow.ipc.open_stream(file).read_all()
+                table = pyarrow.ipc.open_stream(raw).read_all()
             except pyarrow.ArrowInvalid:
-                file.seek(0)
-                return pyarrow.ipc.open_file(file).read_all()
-        from datasets import load_from_disk
+                raw.seek(0)
+                table = pyarrow.ipc.open_file(raw).read_all()
+        else:
+            from datasets import load_from_disk
 
-        try:
-            return load_from_disk(path).with_format("arrow").data.table
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
-
-
-def num_table_rows(table: Any) -> int:
-    """Rows of what `open_table` gives."""
-    return int(table.num_rows if hasattr(table, "num_rows") else table.metadata.num_rows)
-
-
-def group_starts(parquet: Any) -> list[int]:
-    """The first row of every row group of a `ParquetFile`, and the number of rows at the end."""
-    sizes = (parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups))
-    return list(accumulate(sizes, initial=0))
+            try:
+                table = load_from_disk(path).with_format("arrow").data.table
+            except (ValueError, KeyError, AttributeError) as error:
+                raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+        return Table(table, table.schema, table.num_rows, [0, table.num_rows])
 
 
 # --- files of URLs -----------
@@ -114,8 +115,7 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, url: str):
-        self.url = url
-        self._offset = 0
+        self.url, self._offset = url, 0
         self._file: Any = None
 
     def readable(self) -> bool:
@@ -131,16 +131,16 @@ class RemoteFile(io.RawIOBase):
         return self._offset
 
     def readinto(self, buffer: Any) -> int:
-        chunk = self._try(lambda file: self._read(file, len(buffer)))
+        def read(file: Any) -> bytes:
+            chunk: bytes = file.read(len(buffer))
+            if not chunk and buffer and self._offset < (getattr(file, "size", None) or 0):
+                raise OSError("the connection ended early")
+            return chunk
+
+        chunk = self._try(read)
         buffer[: len(chunk)] = chunk
         self._offset += len(chunk)
         return len(chunk)
-
-    def _read(self, file: Any, num_bytes: int) -> bytes:
-        chunk: bytes = file.read(num_bytes)
-        if not chunk and num_bytes and self._offset < (getattr(file, "size", None) or 0):
-            raise OSError("the connection ended early")
-        return chunk
 
     def close(self) -> None:
         if self._file is not None:
@@ -154,24 +154,22 @@ class RemoteFile(io.RawIOBase):
             try:
                 if self._file is None:
                     self._file = fsspec.open(self.url, "rb").open()
-                _go_to(self._file, self._offset)
+                if self._file.tell() != self._offset:
+                    _go_to(self._file, self._offset)
                 return action(self._file)
             except FINAL:
                 raise
             except _network_errors() as error:
-                self._file = None
-                reason = first_line(error)
+                self._file, reason = None, first_line(error)
             if attempt < ATTEMPTS:
                 what = f"reading on from byte {self._offset:,}, attempt {attempt + 1} of {ATTEMPTS}"
-                print(f"note: {self.url}: {reason}; {what}", file=sys.stderr, flush=True)
+                print_notes([f"{self.url}: {reason}; {what}"])
                 time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         raise OSError(errno.EIO, f"{reason} ({ATTEMPTS} attempts)")
 
 
 def _go_to(file: Any, offset: int) -> None:
     """Go to a byte; what a server only sends from the beginning is read up to there."""
-    if file.tell() == offset:
-        return
     try:
         file.seek(offset)
     except ValueError:  # what fsspec raises

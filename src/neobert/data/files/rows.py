@@ -8,13 +8,13 @@
 | .csv; .tsv, where quotes are part of the text | a record | byte offset in the text |
 | .parquet, .arrow, folder of `save_to_disk` | a row | number |
 
-All of these but tables may be compressed (.gz, .zst), and suffixes may be in capitals. Text is UTF-8, with or without a byte
-order mark; lines end at line feeds only. A path may be a URL that `fsspec` opens (`hf://…` for the hub).
+All of these but tables may be compressed (.gz, .zst). Text is UTF-8, with or without a byte order mark; lines end at line
+feeds only. A path may be a URL that `fsspec` opens (`hf://…` for the hub).
 
-`raw_rows` yields rows with the position after each, from any position on: plain text and tables are entered there directly, a
-compressed file is decompressed up to it (about 200 MB/s), and a .json array is parsed as a whole. Lines are yielded as bytes,
-so that a reader that wants every N-th of them need not parse the others. `records` yields parsed rows.
-A row that cannot be used is an `Unusable` with the reason; a file that cannot be read is a DataError with its name.
+`raw_rows` yields rows from any position on: plain text and tables are entered there directly, a compressed file is
+decompressed up to it (about 200 MB/s), and a .json array is parsed as a whole. Lines are yielded as bytes, so that a reader
+that wants every N-th of them need not parse the others. `records` yields parsed rows. A row that cannot be used is an
+`Unusable` with the reason; a file that cannot be read is a DataError with its name.
 """
 
 import csv
@@ -25,19 +25,20 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from neobert.data.files.opening import group_starts, is_compressed, kind_of, named, open_binary, open_table
+from neobert.data.files.opening import is_compressed, kind_of, named, open_binary, open_table
 from neobert.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 LEAVE_IT = "leave the files as they are until the run has ended"
+MAX_OPEN_FILES = 256  # whose lines are read by number, at a time
 HEAD_BYTES = 1024  # looked at to recognise UTF-16
 FIRST_ROWS = 20  # looked at to find the columns of a text format
-STRINGS = ("string", "large_string", "string_view")
 DAMAGE = (EOFError, zlib.error, OSError)  # what a damaged compressed file raises; an OSError then has no errno
 
 Row = dict[str, Any]
@@ -56,6 +57,7 @@ class Unusable(NamedTuple):
 
 
 Raw = bytes | Row | Unusable
+Rows = Iterator[tuple[Raw, int, int]]  # a row, where it begins, where the next begins
 
 
 def is_seekable_text(path: str) -> bool:
@@ -77,19 +79,16 @@ def layout_of(path: str) -> str:
         return "array"
 
 
-# --- rows -----------
-
-
 def raw_rows(path: str, offset: int = 0, columns: list[str] | None = None) -> Iterator[tuple[Raw, int, int | None]]:
     """(row, where it begins, where the next begins) from `offset` on; of tables those `columns` only.
 
     A compressed file that is damaged further on yields an Unusable for its rest, and None as the next position. Raises
     DataError.
     """
-    after = offset
+    after, read = offset, {"lines": _text_rows, "csv": _csv_rows, "array": _array_rows, "table": _table_rows}
     with named(path):
         try:
-            for row, begin, after in _rows_of(path, offset, columns):
+            for row, begin, after in read[layout_of(path)](path, offset, columns):
                 yield row, begin, after
         except DAMAGE as error:
             is_damage = is_compressed(path) and not getattr(error, "errno", None)
@@ -98,16 +97,35 @@ def raw_rows(path: str, offset: int = 0, columns: list[str] | None = None) -> It
             yield Unusable("the rest of a compressed file that is damaged or cut short", path, after), after, None
 
 
-def _rows_of(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Raw, int, int]]:
-    layout = layout_of(path)
-    if layout == "lines":
-        return (found for found in lines(path, offset) if not found[0].isspace())
-    if layout == "csv":
-        return _csv_rows(path, offset, columns)
-    if layout == "array":
-        rows = enumerate(read_array(path)[offset:], offset)
-        return ((to_columns(row, path, number), number, number + 1) for number, row in rows)
-    return _table_rows(path, offset, columns)
+def _text_rows(path: str, offset: int, columns: list[str] | None) -> Rows:
+    return (found for found in lines(path, offset) if not found[0].isspace())
+
+
+def _array_rows(path: str, offset: int, columns: list[str] | None) -> Rows:
+    """The elements of one array, or of the only array in one object."""
+    with named(path), open_binary(path) as file:
+        raw = file.read()
+    refuse_utf16(raw[:HEAD_BYTES], path)
+    try:
+        value = json.loads(raw.removeprefix(BOM)) if raw.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    if isinstance(value, dict):
+        lists = [one for one in value.values() if isinstance(one, list)]
+        value = lists[0] if len(lists) == 1 else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected an array of objects with columns")
+    for number, row in enumerate(value[offset:], offset):
+        yield to_columns(row, path, number), number, number + 1
+
+
+def count_rows(path: str) -> int:
+    """Rows of a file; tables know it, plain text is scanned, the rest is read once."""
+    if layout_of(path) == "table":
+        return open_table(path).num_rows
+    if is_seekable_text(path) and "://" not in path:
+        return len(line_spans(path))
+    return sum(1 for _ in raw_rows(path))
 
 
 def records(path: str) -> Iterator[tuple[Row | Unusable, int]]:
@@ -135,9 +153,7 @@ def text_in(row: Row, column: str, path: str, offset: int) -> str:
 
 
 def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
-    """(line, where it begins, where the next begins), the empty ones too. Raises DataError for UTF-16, and for a file that has
-    become shorter.
-    """
+    """(line, where it begins, where the next begins), also of empty ones. Raises DataError for UTF-16, and a shortened file."""
     with open_binary(path) as file:
         is_plain = "://" not in path and not is_compressed(path)
         size = os.fstat(file.fileno()).st_size if is_plain else 0
@@ -154,21 +170,60 @@ def lines(path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def line_spans(path: str, chunk: int = 2**26) -> np.ndarray:
-    """Begin and end of every line of a file that is not white space: int64, lines x 2. Scans by chunks, so a file may exceed
-    memory. Raises DataError for UTF-16.
-    """
+    """Begin and end of every line that is not white space: int64, lines x 2. Reads by chunks. Raises DataError for UTF-16."""
     with named(path):
         raw = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.zeros(0, np.uint8)
     refuse_utf16(raw[:HEAD_BYTES].tobytes(), path)
     starts = range(0, len(raw), chunk)
     ends = [np.flatnonzero(raw[start : start + chunk] == ord("\n")) + start + 1 for start in starts]
-    found = np.concatenate([np.zeros(0, np.int64), *ends])
-    if len(raw) and (not len(found) or found[-1] != len(raw)):
-        found = np.append(found, len(raw))
-    spans = np.stack([np.concatenate([np.zeros(1, np.int64), found[:-1]])[: len(found)], found], axis=1)
-    space = raw[spans[:, 0]] <= ord(" ") if len(spans) else np.zeros(0, bool)  # only these can be blank
+    bounds = np.concatenate([[0], *ends, [len(raw)]])
+    if bounds[-2] == len(raw):  # a line feed at the end, or no text at all
+        bounds = bounds[:-1]
+    spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
+    space = raw[spans[:, 0]] <= ord(" ")  # only these can be blank
     blank = [line for line in np.flatnonzero(space) if raw[slice(*spans[line])].tobytes().isspace()]
     return np.delete(spans, blank, axis=0)
+
+
+class Lines:
+    """The lines of a file that are not white space, by number, as long as nobody changes it."""
+
+    def __init__(self, path: str):
+        self.path, self.spans, self.inode = path, line_spans(path), os.stat(path).st_ino
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def read(self, number: int) -> tuple[bytes, int]:
+        """(line, where it begins). Raises DataError, also for a file that has changed."""
+        begin, end = self.spans[number].tolist()
+        with named(self.path):
+            line = os.pread(_open_file(self.path, self.inode).fileno(), end - begin, begin)
+        if len(line) < end - begin:
+            raise DataError(f"{self.path}: became shorter while it was read; {LEAVE_IT}")
+        return line if begin else line.removeprefix(BOM), begin
+
+
+class _OpenFile(io.FileIO):
+    """A file that is closed when it is forgotten."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@lru_cache(MAX_OPEN_FILES)
+def _open_file(path: str, inode: int) -> _OpenFile:
+    """The file that was indexed. Raises DataError when another one has its name now."""
+    file = _OpenFile(path)
+    if os.fstat(file.fileno()).st_ino != inode:
+        raise DataError(f"{path}: was replaced while it was read; {LEAVE_IT}")
+    return file
+
+
+def check_encoding(path: str) -> None:
+    """Raises DataError when a text file cannot be read, or is UTF-16."""
+    with named(path), open_binary(path) as file, suppress(EOFError):  # cut short: the reader says so
+        refuse_utf16(file.read(HEAD_BYTES), path)
 
 
 def refuse_utf16(head: bytes, path: str) -> None:
@@ -190,7 +245,7 @@ def skip_to(file: Any, offset: int) -> None:
         offset -= len(file.read(min(offset, len(ahead))))
 
 
-def _csv_rows(path: str, offset: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:
+def _csv_rows(path: str, offset: int, columns: list[str] | None) -> Rows:
     header, first = csv_header(path)
     _require(columns if header else None, header, path)
     for record, begin, after in _csv_records(path, max(first, offset)):
@@ -209,8 +264,7 @@ def csv_header(path: str) -> tuple[list[str], int]:
 
 def _csv_records(path: str, position: int) -> Iterator[tuple[list[str], int, int]]:
     """(cells, where the record begins, where it ends) from byte `position` on."""
-    csv.field_size_limit(2**31 - 1)
-    end = position
+    begin = end = position
 
     def text_lines() -> Iterator[str]:  # the reader takes exactly the lines of one record, so `end` is its end
         nonlocal end
@@ -218,51 +272,30 @@ def _csv_records(path: str, position: int) -> Iterator[tuple[list[str], int, int
             end = after
             yield line.decode("utf-8", "surrogateescape")
 
-    is_tsv = kind_of(path) == ".tsv"
-    begin = position
-    reader = csv.reader(text_lines(), delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text_lines())
-    for record in reader:
+    csv.field_size_limit(2**31 - 1)
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind_of(path) == ".tsv" else {}
+    for record in csv.reader(text_lines(), **form):
         if record:
             yield record, begin, end
         begin = end
 
 
-def read_array(path: str) -> list[Any]:
-    """The elements of a .json file that holds one array, or one object with one array in it."""
-    with named(path), open_binary(path) as file:
-        raw = file.read()
-    refuse_utf16(raw[:HEAD_BYTES], path)
-    try:
-        value = json.loads(raw.removeprefix(BOM)) if raw.strip() else []
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if isinstance(value, dict):
-        lists = [one for one in value.values() if isinstance(one, list)]
-        value = lists[0] if len(lists) == 1 else [value]
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected an array of objects with columns")
-    return value
-
-
-def _table_rows(path: str, start: int, columns: list[str] | None) -> Iterator[tuple[Row, int, int]]:
+def _table_rows(path: str, start: int, columns: list[str] | None) -> Rows:
     """1,000 rows at a time, so that memory stays flat."""
     table = open_table(path)
-    _require(columns, _schema(table).names, path)
-    if kind_of(path) != ".parquet":
-        batches, row = (table.select(columns) if columns else table).slice(start).to_batches(1000), start
+    _require(columns, table.schema.names, path)
+    if kind_of(path) == ".parquet":
+        first = bisect_right(table.starts, start, lo=1) - 1  # the group that has row `start`
+        groups, row = list(range(first, len(table.starts) - 1)), table.starts[first]
+        batches = table.source.iter_batches(1000, row_groups=groups, columns=columns) if groups else []
     else:
-        starts = group_starts(table)
-        first = bisect_right(starts, start, lo=1) - 1  # the group that has row `start`
-        groups, row = list(range(first, len(starts) - 1)), starts[first]
-        batches = table.iter_batches(1000, row_groups=groups, columns=columns) if groups else []
+        wanted, row = table.source.select(columns) if columns else table.source, start
+        batches = wanted.slice(start).to_batches(1000)
     for batch in batches:
         skip = max(0, min(len(batch), start - row))
         for number, record in enumerate(batch.slice(skip).to_pylist(), row + skip):
             yield record, number, number + 1
         row += len(batch)
-
-
-# --- parsing -----------
 
 
 def parse_row(raw: Raw, path: str, offset: int, is_text: bool) -> Row | Unusable:
@@ -272,12 +305,11 @@ def parse_row(raw: Raw, path: str, offset: int, is_text: bool) -> Row | Unusable
     try:
         if is_text:
             return {"text": raw.decode().strip()}
-        value = json.loads(raw.decode("utf-8", "surrogatepass"))
+        return to_columns(json.loads(raw.decode("utf-8", "surrogatepass")), path, offset)
     except UnicodeDecodeError:
         return Unusable("not UTF-8", path, offset)
     except (ValueError, RecursionError):
         return Unusable("not JSON", path, offset)
-    return to_columns(value, path, offset)
 
 
 def to_columns(value: Any, path: str, offset: int) -> Row | Unusable:
@@ -319,15 +351,12 @@ def place(path: str, offset: int) -> str:
     return f"{path}:{number}"
 
 
-# --- columns -----------
-
-
 def first_with_columns(paths: Sequence[str]) -> tuple[str, dict[str, bool]]:
     """The first file that is not empty, and its columns. Raises DataError when all are empty."""
-    found = next(((path, columns) for path in paths if (columns := columns_of(path))), None)
-    if found is None:
-        raise DataError(f"{paths[0]}: empty file")
-    return found
+    for path in paths:
+        if columns := columns_of(path):
+            return path, columns
+    raise DataError(f"{paths[0]}: empty file")
 
 
 def columns_of(path: str) -> dict[str, bool]:
@@ -335,16 +364,16 @@ def columns_of(path: str) -> dict[str, bool]:
     with named(path):
         layout = layout_of(path)
         if layout == "table":
-            return {field.name: _is_string(field.type) for field in _schema(open_table(path))}
+            return {field.name: _is_string(field.type) for field in open_table(path).schema}
         if layout == "csv":
             return dict.fromkeys(csv_header(path)[0], True)
         rows: list[Row] = []
         bad: Unusable | None = None
         for row, _ in records(path):
-            if isinstance(row, Unusable):
-                bad = bad or row
-            else:
+            if not isinstance(row, Unusable):
                 rows.append(row)
+            else:
+                bad = bad or row
             if len(rows) == FIRST_ROWS:
                 break
     if not rows and bad is not None:
@@ -353,11 +382,6 @@ def columns_of(path: str) -> dict[str, bool]:
     return {name: any(isinstance(row.get(name), str) for row in rows) for name in names}
 
 
-def _schema(table: Any) -> Any:
-    """The Arrow schema of what `open_table` gives."""
-    return getattr(table, "schema_arrow", None) or table.schema
-
-
 def _is_string(kind: Any) -> bool:
     """Whether an Arrow type is text, as it is or by numbers of a dictionary."""
-    return str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind) in STRINGS
+    return str(kind).removeprefix("dictionary<values=").startswith(("string", "large_string"))

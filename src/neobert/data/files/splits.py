@@ -10,24 +10,14 @@ A split may be named with a slice, as in `datasets`: `train[:1%]`, `train[1000:]
 import json
 import os
 import re
-from contextlib import suppress
 from dataclasses import replace
 from glob import glob, has_magic
 from itertools import takewhile
 from pathlib import Path
 
 from neobert.data.files.documents import Files, Position, stream
-from neobert.data.files.opening import KINDS, kind_of, named, num_table_rows, open_binary, open_table
-from neobert.data.files.rows import (
-    HEAD_BYTES,
-    columns_of,
-    first_with_columns,
-    is_seekable_text,
-    layout_of,
-    line_spans,
-    raw_rows,
-    refuse_utf16,
-)
+from neobert.data.files.opening import KINDS, kind_of, named
+from neobert.data.files.rows import check_encoding, columns_of, count_rows, first_with_columns, layout_of, raw_rows
 from neobert.errors import DataError, first_line
 
 TRAIN_NAMES = ("train", "training")
@@ -49,15 +39,9 @@ def find_splits(
 
 
 def find_hub_splits(
-    name: str,
-    config: str | None,
-    streaming: bool,
-    text_column: str | None,
-    train_split: str | None,
-    eval_split: str | None,
-    cache_dir: str | None = None,
-    force_download: bool = False,
-) -> tuple[Files, Files | None]:
+    name: str, config: str | None, streaming: bool, text_column: str | None, train_split: str | None,
+    eval_split: str | None, cache_dir: str | None = None, force_download: bool = False,
+) -> tuple[Files, Files | None]:  # fmt: skip
     """(training files, evaluation files or None) of a dataset. Raises DataError with what to do, also when offline."""
     repository, column = KNOWN.get(name, (name, None))
     splits = hub_splits(repository, config, cache_dir, force_download, streaming)
@@ -114,9 +98,10 @@ def local_splits(path: str) -> Paths:
     if not os.path.isdir(path):
         root = Path(*takewhile(lambda part: not has_magic(part), root.parts[:-1]))
     for file in _find_files(path):
-        parts = Path(file).relative_to(root).parts[::-1]
-        split = next((name for name in map(_split_named, parts) if name), "train")
-        splits.setdefault(split, []).append(file)
+        parts = reversed(Path(file).relative_to(root).parts)
+        words = (re.split(r"[-_.]", part.lower(), maxsplit=1)[0] for part in parts)  # that names begin with
+        split = next((word for word in words if word in TRAIN_NAMES + EVAL_NAMES), "train")
+        splits.setdefault("train" if split in TRAIN_NAMES else split, []).append(file)
     for name, files in splits.items():
         kinds = sorted({str(kind_of(file)) for file in files})
         if len(kinds) > 1:
@@ -138,12 +123,6 @@ def _saved_splits(path: Path) -> Paths:
         return {name: [str(path / name)] for name in json.loads(listed.read_text())["splits"]}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{listed}: not what save_to_disk writes, a list of splits") from None
-
-
-def _split_named(part: str) -> str | None:
-    """The split that the name of a file or a folder begins with, as a word."""
-    word = re.split(r"[-_.]", part.lower(), maxsplit=1)[0]
-    return "train" if word in TRAIN_NAMES else word if word in EVAL_NAMES else None
 
 
 def _find_files(path: str) -> list[str]:
@@ -203,22 +182,17 @@ def hub_splits(
         source = repository
         if offline or not streaming:
             source = snapshot_download(
-                repository,
-                repo_type="dataset",
-                cache_dir=cache_dir,
-                local_files_only=offline,
+                repository, repo_type="dataset", cache_dir=cache_dir, local_files_only=offline,
                 force_download=force_download and not offline,
-            )
+            )  # fmt: skip
         builder = load_dataset_builder(source, name=config, cache_dir=cache_dir)
     except HFValidationError as error:
         raise DataError(f"dataset.name: {repository!r} is no name of a dataset: {error}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         unreached = f"the hub cannot be reached ({first_line(error)})"
         why = "this machine is offline (HF_HUB_OFFLINE)" if offline else unreached
-        raise DataError(
-            f"dataset.name: {repository!r} is not in the local cache of the hub, and {why}; "
-            "set dataset.path to files of your own, or run once with network"
-        ) from None
+        missing = f"dataset.name: {repository!r} is not in the local cache of the hub, and {why}"
+        raise DataError(f"{missing}; set dataset.path to files of your own, or run once with network") from None
     except (DatasetNotFoundError, HfHubHTTPError, ValueError, RuntimeError, OSError) as error:
         raise DataError(f"dataset.name: {repository!r} cannot be loaded: {first_line(error)}") from None
     splits: Paths = {}
@@ -236,14 +210,11 @@ def hub_splits(
 
 
 def _with_column(paths: list[str], wanted: str | None) -> Files:
-    """The files with their text column. All that are local are looked into: raises DataError naming one that cannot be read or
-    has no such column. Empty ones are passed over.
-    """
+    """The files with their text column. Raises DataError naming a local one that cannot be read, or has rows without it."""
     local = [path for path in paths if "://" not in path]
     if kind_of(paths[0]) == ".txt":
         for path in local:
-            with named(path), open_binary(path) as file, suppress(EOFError):  # cut short: the reader says so
-                refuse_utf16(file.read(HEAD_BYTES), path)
+            check_encoding(path)
         return Files(tuple(paths), None)
     first, columns = first_with_columns(paths)
     column = _choose_column(first, columns, wanted)
@@ -261,18 +232,14 @@ def find_column(path: str, wanted: str | None) -> str | None:
 
 def _choose_column(path: str, columns: dict[str, bool], wanted: str | None) -> str:
     texts = [name for name, is_text in columns.items() if is_text]
-    if wanted is not None:
-        if wanted not in columns:
-            raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
-        return wanted
-    if "text" in texts or len(texts) == 1:
-        return "text" if "text" in texts else texts[0]
-    if not texts:
+    choices = [wanted] if wanted is not None else ["text"] if "text" in texts else texts
+    if not choices:
         raise DataError(f"{path}: no column with text")
-    raise DataError(f"dataset.text_column: not set, and {path} has several: {', '.join(texts)}")
-
-
-# --- parts of a split -----------
+    if len(choices) > 1:
+        raise DataError(f"dataset.text_column: not set, and {path} has several: {', '.join(texts)}")
+    if choices[0] not in columns:
+        raise DataError(f"dataset.text_column: no column {wanted!r} in {path}; there are: {', '.join(columns)}")
+    return choices[0]
 
 
 def _slice_rows(files: Files, begin: str | None, end: str | None, what: str) -> Files:
@@ -286,9 +253,9 @@ def _slice_rows(files: Files, begin: str | None, end: str | None, what: str) -> 
 
 
 def slice_bounds(begin: str | None, end: str | None, total: int | None, what: str) -> tuple[int, int | None]:
-    """First row of a slice and the one after its last; percentages are rounded to the nearest row, as `datasets` does.
+    """First row of a slice and the one after its last. Raises DataError for a slice without rows.
 
-    `total` rows are only needed where it counts from the end or in percent. Raises DataError for a slice without rows.
+    `total` rows are only needed where it counts from the end, or in percent: to the nearest row, as `datasets` does.
     """
 
     def number(part: str) -> int:
@@ -298,20 +265,10 @@ def slice_bounds(begin: str | None, end: str | None, total: int | None, what: st
         value = round(total * value / 100) if part.endswith("%") else value
         return min(total, max(0, value + total if part.startswith("-") else value))
 
-    first = number(begin) if begin is not None else 0
-    last = number(end) if end is not None else None
+    first, last = 0 if begin is None else number(begin), None if end is None else number(end)
     if last is not None and last <= first:
         raise DataError(f"{what}: no row in it")
     return first, last
-
-
-def count_rows(path: str) -> int:
-    """Rows of a file; tables know it, plain text is scanned, the rest is read once."""
-    if layout_of(path) == "table":
-        return num_table_rows(open_table(path))
-    if is_seekable_text(path) and "://" not in path:
-        return len(line_spans(path))
-    return sum(1 for _ in raw_rows(path))
 
 
 def _find_row(files: Files, row: int) -> Position:
@@ -335,14 +292,12 @@ def hold_out_head(files: Files, num_bytes: int) -> tuple[Files, Files | None]:
 
     Both are ranges of the same files, so nothing that is evaluated is trained on.
     """
-    budget, used, first = num_bytes * HELD_OUT_SHARE, 0, files.start
+    budget, used = num_bytes * HELD_OUT_SHARE, 0
     for count, (row, begin, _) in enumerate(stream(files, files.start, files.stop)):
         if count and (used >= budget or count == HELD_OUT_DOCUMENTS):
-            rows = files.rows[0] + count
-            return (
-                replace(files, start=begin, rows=(rows, files.rows[1])),
-                replace(files, start=first, stop=begin, rows=(files.rows[0], rows)),
-            )
+            cut = files.rows[0] + count
+            rest = replace(files, start=begin, rows=(cut, files.rows[1]))
+            return rest, replace(files, stop=begin, rows=(files.rows[0], cut))
         text = row.get(files.column or "") if isinstance(row, dict) else row
         used += len(text) if isinstance(text, str | bytes) else 0
     return files, None

@@ -10,9 +10,9 @@
 2 bytes a token for vocabularies up to 65,536. Every file gets its final name by a rename, and its content depends on text and
 tokenizer only, so several processes may write shards of one folder without talking to each other, even the same ones.
 
-The corpus is cut into shards by where its files begin and by their sizes alone, so everybody who looks at the same files has
-the same plan, whatever the number of threads. A thread takes a whole shard: it reads, tokenises and writes it. What a
-killed run has finished is found by the next; several machines may each take every N-th shard.
+The corpus is cut into shards by where its files begin and by their sizes alone, so everybody has the same plan, whatever the
+number of threads. A thread reads, tokenises and writes a whole shard. What a killed run has finished is found by the next;
+several machines may each take every N-th shard.
 """
 
 import json
@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from neobert.data.files.documents import (
-    Files,
-    Position,
-    SkippedRows,
-    blocks_of,
-    fingerprint,
-    locate,
-    num_bytes,
-    texts_of,
-)
-from neobert.data.files.opening import group_starts, kind_of, num_table_rows, open_table
+from neobert.data.files.documents import Files, Position, SkippedRows, blocks_of, fingerprint, num_bytes, seek, texts_of
+from neobert.data.files.opening import kind_of, open_table
 from neobert.data.files.rows import is_seekable_text, layout_of, lines
 from neobert.data.tokenizer import Ids, TextTokenizer, tokenizing_threads
 from neobert.errors import DataError
@@ -108,7 +100,9 @@ class TokenStore:
         self.fingerprint = f"{self.manifest.source}:{self.manifest.tokenizer}"
         dtype, shards = np.dtype(self.manifest.dtype), self.manifest.shards
         self.first = np.cumsum([0, *(shard.num_documents for shard in shards)])
-        self.offsets = [_open_offsets(self.folder / OFFSETS.format(n)) for n in range(len(shards))]
+        offsets = [_map(self.folder / OFFSETS.format(n)) for n in range(len(shards))]  # with numpy's header
+        sizes = [8 * (shard.num_documents + 1) for shard in shards]
+        self.offsets = [raw[-size:].view(np.uint64) for raw, size in zip(offsets, sizes, strict=True)]
         paths = [self.folder / TOKENS.format(n) for n in range(len(shards))]
         self.tokens = [np.fromfile(path, dtype=dtype) if in_memory else _map(path).view(dtype) for path in paths]
 
@@ -121,7 +115,7 @@ class TokenStore:
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in self.offsets)])
 
     def fetch(self, indices: np.ndarray) -> list[Ids]:
-        numbers, local = locate(self.first, indices)
+        numbers, local = seek(self.first, indices)
         documents: list[Ids] = [np.zeros(0)] * len(indices)
         for number in np.unique(numbers).tolist():
             wanted = np.flatnonzero(numbers == number)
@@ -134,15 +128,8 @@ class TokenStore:
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raises DataError when the folder was made by another tokenizer."""
         if self.manifest.tokenizer != tokenizer.fingerprint:
-            what = "made with another tokenizer; delete the folder to tokenise again, or use that tokenizer"
-            raise DataError(f"{self.folder}: {what}")
-
-
-def _open_offsets(path: Path) -> np.ndarray:
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        return _map(path)[file.tell() :].view(np.uint64)
+            hint = "delete the folder to tokenise again, or use that tokenizer"
+            raise DataError(f"{self.folder}: made with another tokenizer; {hint}")
 
 
 def _map(path: Path) -> np.ndarray:
@@ -165,16 +152,15 @@ def read_manifest(folder: Path) -> Manifest:
         plan = _read_json(folder / PLAN)
         if plan is None:
             raise DataError(f"{folder}: no tokenised corpus here (no {MANIFEST})")
-        total, missing = len(plan["shards"]), len(_missing(folder, range(len(plan["shards"]))))
-        hint = "run the command that makes it again, it goes on where it was"
-        raise DataError(f"{folder}: not whole: {missing} of {total} shards are missing; {hint}")
+        total = len(plan["shards"])
+        missing = f"{len(_missing(folder, range(total)))} of {total} shards are missing"
+        raise DataError(f"{folder}: not whole: {missing}; run the command that makes it again, it goes on where it was")
     try:
-        version = fields["format"]
-        if version == FORMAT:
-            return Manifest(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
+        if (version := fields["format"]) != FORMAT:
+            raise DataError(f"{folder}: format {version}; this version reads {FORMAT}. {AGAIN.capitalize()}")
+        return Manifest(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
     except (TypeError, KeyError):
         raise DataError(f"{folder / MANIFEST}: not the manifest of a tokenised corpus") from None
-    raise DataError(f"{folder}: format {version}; this version reads {FORMAT}. Delete the folder and tokenise again")
 
 
 def verify_store(folder: Path, manifest: Manifest) -> None:
@@ -182,12 +168,9 @@ def verify_store(folder: Path, manifest: Manifest) -> None:
 
     What was verified once is remembered by size and time of change in `.verified`, so that large folders open at once.
     """
-    stamp = folder / ".verified"
-    try:
+    stamp, known, seen = folder / ".verified", {}, {}
+    with suppress(OSError, ValueError):
         known = json.loads(stamp.read_text())
-    except (OSError, ValueError):
-        known = {}
-    seen = {}
     for name, wanted in ((name, sha) for shard in manifest.shards for name, sha in shard.sha256.items()):
         path = folder / name
         if not path.is_file():
@@ -197,10 +180,8 @@ def verify_store(folder: Path, manifest: Manifest) -> None:
         if known.get(name) != seen[name] and sha256(path) != wanted:
             raise DataError(f"{path}: damaged (its checksum differs); {AGAIN}")
     if known != seen:
-        try:
+        with suppress(OSError):  # a folder that cannot be written is verified every time
             write_json(stamp, seen, shared=True)
-        except OSError:
-            return  # a folder that cannot be written is verified every time
 
 
 def _read_json(path: Path) -> Any:
@@ -217,28 +198,23 @@ def _read_json(path: Path) -> Any:
 
 
 def tokenize_files(
-    files: Files,
-    tokenizer: TextTokenizer,
-    folder: Path,
-    num_proc: int,
-    show_bar: bool,
-    share: tuple[int, int] = (1, 1),
-    refuse: bool = False,
-) -> tuple[int, Manifest | None]:
+    files: Files, tokenizer: TextTokenizer, folder: Path, num_proc: int, show_bar: bool,
+    share: tuple[int, int] = (1, 1), refuse: bool = False,
+) -> tuple[int, Manifest | None]:  # fmt: skip
     """Make the missing shards of `folder`, or every N-th of them from the I-th (`share` = I, N, from 1).
 
     Returns how many were made, and the manifest when the folder is whole. Raises DataError when the folder is of another
     tokenizer or another text, or when the disk is full.
     """
     try:
-        starts = _agree_on_plan(files, tokenizer, folder)
+        plan = _agree_on_plan(files, tokenizer, folder)
+        starts = [Position(*start) for start in plan["shards"]]
         stops = [*starts[1:], files.stop]
         missing = _missing(folder, range(share[0] - 1, len(starts), share[1]))
         stop = threading.Event()
 
-        def documents(number: int, skips: SkippedRows) -> Iterator[Ids]:
-            part = replace(files, start=starts[number], stop=stops[number])
-            for block in blocks_of(texts_of(part, skips)):
+        def encode(blocks: Iterable[list[str]]) -> Iterator[Ids]:
+            for block in blocks:
                 if stop.is_set():  # another shard has failed
                     raise CancelledError
                 yield from tokenizer.encode(block)
@@ -246,8 +222,9 @@ def tokenize_files(
         def make(number: int) -> None:
             for leftover in folder.glob(f".*-{number:05d}.*.tmp"):
                 leftover.unlink(missing_ok=True)  # of a process that was killed
+            part = replace(files, start=starts[number], stop=stops[number])
             skips = SkippedRows(refuse)
-            write_shard(folder, number, documents(number, skips), tokenizer.dtype, skips.counts)
+            write_shard(folder, number, encode(blocks_of(texts_of(part, skips))), tokenizer.dtype, skips.counts)
 
         num_threads = min(num_proc, len(missing))
         pool = tokenizing_threads(num_threads) if num_threads > 1 else None
@@ -259,7 +236,7 @@ def tokenize_files(
             stop.set()
             if pool:
                 pool.shutdown(cancel_futures=True)
-        return len(missing), _finish(folder, len(starts))
+        return len(missing), _finish(folder, plan)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise DataError(f"{folder}: cannot write the tokenised corpus: {reason}; run it again, it goes on") from None
@@ -269,17 +246,12 @@ def _missing(folder: Path, numbers: Iterable[int]) -> list[int]:
     return [number for number in numbers if not (folder / SHARD.format(number)).is_file()]
 
 
-def _agree_on_plan(files: Files, tokenizer: TextTokenizer, folder: Path) -> list[Position]:
-    """Where the shards begin. The first process writes it down; the others find the same."""
+def _agree_on_plan(files: Files, tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
+    """A manifest that has where the shards begin. The first process writes it down; the others find the same."""
     if not is_token_store(folder) and folder.exists() and any(folder.glob("[!.]*")):
         raise DataError(f"{folder}: holds other files; choose an empty or a new folder for the tokens")
-    plan: dict[str, Any] = {
-        "format": FORMAT,
-        "source": fingerprint(files),
-        "tokenizer": tokenizer.fingerprint,
-        "dtype": str(tokenizer.dtype.__name__),
-        "shards": [list(start) for start in plan_shards(files)],
-    }
+    made_of = {"source": fingerprint(files), "tokenizer": tokenizer.fingerprint, "dtype": tokenizer.dtype.__name__}
+    plan: dict[str, Any] = {"format": FORMAT, **made_of, "shards": [list(start) for start in plan_shards(files)]}
     if is_token_store(folder):
         found = _read_json(folder / PLAN) or asdict(read_manifest(folder))
         for name, what in (("tokenizer", "made with another tokenizer"), ("source", "made from another text")):
@@ -290,7 +262,7 @@ def _agree_on_plan(files: Files, tokenizer: TextTokenizer, folder: Path) -> list
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PLAN, plan, shared=True)
-    return [Position(*start) for start in plan["shards"]]
+    return plan
 
 
 def write_shard(
@@ -311,23 +283,19 @@ def write_shard(
     return entry
 
 
-def _finish(folder: Path, num_shards: int) -> Manifest | None:
+def _finish(folder: Path, plan: dict[str, Any]) -> Manifest | None:
     """The manifest, written by whoever finds that all shards are there; None before."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)
-    if _missing(folder, range(num_shards)):
+    if _missing(folder, range(len(plan["shards"]))):
         return None
     try:
-        entries = [ShardEntry(**_read_json(folder / SHARD.format(number))) for number in range(num_shards)]
+        entries = [ShardEntry(**_read_json(folder / SHARD.format(number))) for number in range(len(plan["shards"]))]
     except TypeError:
         raise DataError(f"{folder}: a shard-*.json in it is damaged; delete it and tokenise again") from None
-    plan = _read_json(folder / PLAN)
-    manifest = Manifest(plan["format"], plan["dtype"], plan["source"], plan["tokenizer"], entries)
+    manifest = Manifest(**{**plan, "shards": entries})
     write_json(folder / MANIFEST, asdict(manifest), shared=True)
     return manifest
-
-
-# --- where shards begin -----------
 
 
 def plan_shards(files: Files) -> list[Position]:
@@ -335,29 +303,25 @@ def plan_shards(files: Files) -> list[Position]:
     size = num_bytes(files)
     target = max(MIN_SHARD_BYTES, size // MAX_SHARDS) if size else max(1, len(files.paths) // MAX_SHARDS)
     starts, filled = [files.start], 0
-    for position, weight in _cuts(files, target, known_sizes=size > 0):
-        if position > starts[-1] and filled >= target and (files.stop is None or position < files.stop):
-            starts.append(position)
-            filled = 0
-        filled += weight
+    for number, path in enumerate(files.paths):
+        weight = num_bytes(replace(files, paths=(path,))) if size else 1  # of files of the hub sizes are not known
+        offsets = _cuts(path, weight, target) if size else [0]
+        for position in (Position(number, offset) for offset in offsets):
+            if position > starts[-1] and filled >= target and (files.stop is None or position < files.stop):
+                starts.append(position)
+                filled = 0
+            filled += weight // len(offsets)
     return starts
 
 
-def _cuts(files: Files, target: int, known_sizes: bool) -> Iterator[tuple[Position, int]]:
-    """(a position where a shard may begin, bytes from there to the next)."""
-    for number, path in enumerate(files.paths):
-        if not known_sizes:
-            yield Position(number), 1
-            continue
-        size, offsets = num_bytes(replace(files, paths=(path,))), [0]
-        if kind_of(path) == ".parquet":
-            offsets = group_starts(open_table(path))[:-1] or [0]
-        elif layout_of(path) == "table":
-            num_rows, num_pieces = num_table_rows(open_table(path)), max(1, size // target)
-            offsets = [num_rows * n // num_pieces for n in range(num_pieces)]
-        elif is_seekable_text(path):
-            cuts = range(target, size, target)
-            begins = (next((begin for _, begin, _ in lines(path, cut) if begin > cut), 0) for cut in cuts)
-            offsets = sorted({0, *begins})
-        for offset in offsets:
-            yield Position(number, offset), size // len(offsets)
+def _cuts(path: str, size: int, target: int) -> list[int]:
+    """Offsets in a file of `size` bytes where a shard may begin."""
+    if kind_of(path) == ".parquet":
+        return open_table(path).starts[:-1] or [0]
+    if layout_of(path) == "table":
+        num_rows, num_pieces = open_table(path).num_rows, max(1, size // target)
+        return [num_rows * n // num_pieces for n in range(num_pieces)]
+    if is_seekable_text(path):
+        cuts = range(target, size, target)
+        return sorted({0, *(next((begin for _, begin, _ in lines(path, cut) if begin > cut), 0) for cut in cuts)})
+    return [0]

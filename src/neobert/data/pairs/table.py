@@ -157,7 +157,7 @@ class Examples:
         """(the rest, `share` of the rows drawn by `seed`)."""
         if len(self.rows) < 2:
             raise DataError(f"dataset.validation_split: {self.name} has one row, which cannot be split")
-        drawn = (draw_share(len(self.rows), share, seed, complement) for complement in (True, False))
+        drawn = draw_share(len(self.rows), share, seed)
         rest, held = (replace(self, rows=[self.rows[number] for number in numbers]) for numbers in drawn)
         return rest, held
 
