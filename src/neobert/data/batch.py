@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -149,11 +150,10 @@ class Loader(ABC, Iterator[Batch]):
     def next_step(self, accumulation: int) -> list[Batch]:
         """The microbatches of one optimizer step: fewer at the end of an epoch, and fewer or none at the end of the data."""
         micro: list[Batch] = []
-        while len(micro) < accumulation and not (micro and micro[-1].ends_epoch):
-            batch = next(self, None)
-            if batch is None:
-                break
+        for batch in islice(self, accumulation):
             micro.append(batch)
+            if batch.ends_epoch:
+                break
         return micro
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,19 +252,14 @@ class EpochLoader(Loader):
         facts = {"rows": len(rows), "tokens": rows.num_tokens, "batch_size": self.batch_size, "seed": seed}
         self.fingerprint = {**fingerprint, **facts, "group_by_length": group_by_length}
         super().__init__({"num_used": 0}, num_workers, num_ahead=2 * num_workers)
-        self._order: tuple[int, list[np.ndarray]] = (-1, [])
+        self.order = lru_cache(maxsize=1)(self._draw)  # the rows of every batch of an epoch
 
     @property
     def batches_per_epoch(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
-    def order(self, epoch: int) -> list[np.ndarray]:
-        """The rows of every batch of an epoch."""
-        if self._order[0] != epoch:
-            self._order = (epoch, self._draw(np.random.default_rng((self.seed, epoch))))
-        return self._order[1]
-
-    def _draw(self, random: np.random.Generator) -> list[np.ndarray]:
+    def _draw(self, epoch: int) -> list[np.ndarray]:
+        random = np.random.default_rng((self.seed, epoch))
         order, size = random.permutation(len(self.rows)), self.batch_size
         if not self.group_by_length:
             return _cut(order, size)

@@ -99,16 +99,11 @@ class Collator:
         epochs_B, indices_B = np.array([row.epoch for row in rows]), np.array([row.index for row in rows])
         inputs, labels = self.masker(self.layout.pad(ids, self.layout.pad_id), epochs_B, indices_B)
         T = inputs.shape[1]
-        lengths = (n for row in rows for n in (*map(len, row.pieces), T - row.num_tokens) if n)
+        lengths = tuple(n for row in rows for n in (*map(len, row.pieces), T - row.num_tokens) if n)
         return Batch(
-            torch.from_numpy(inputs),
-            torch.from_numpy(labels),
-            None if packed else self.layout.mask(ids),
-            tuple(lengths) if packed else None,
-            num_targets=int((labels != IGNORED).sum()),
-            num_tokens=sum(map(len, ids)),
-            epoch=epoch,
-        )
+            torch.from_numpy(inputs), torch.from_numpy(labels), None if packed else self.layout.mask(ids),
+            lengths if packed else None, int((labels != IGNORED).sum()), sum(map(len, ids)), epoch,
+        )  # fmt: skip
 
 
 # --- the loader -----------
@@ -127,14 +122,8 @@ class MaskedLoader(Loader):
         fill_last: bool = False, pin_memory: bool = False,
     ):  # fmt: skip
         """`fill_last`: a shard's last, short microbatch is filled up with empty rows."""
-        self.shards, self.workers, self.collator, self.batch_size, self.seed = (
-            shards,
-            workers,
-            collator,
-            batch_size,
-            seed,
-        )
-        self.fill_last, self.pin_memory, self.num_made = fill_last, pin_memory, 0
+        self.shards, self.workers, self.collator, self.batch_size = shards, workers, collator, batch_size
+        self.seed, self.fill_last, self.pin_memory, self.num_made = seed, fill_last, pin_memory, 0
         self.observe: Callable[[Batch, int], None] | None = None  # called with every batch used and its number, from 1
         super().__init__(self._made(), num_threads=1)
 
@@ -212,14 +201,9 @@ class MaskedLoader(Loader):
         first = self.shards[0]
         sources = [source.fingerprint() for source in first.sources]
         mixture = [[source["source"], weight] for source, weight in zip(sources, first.weights, strict=True)]
-        return {
-            "format": FORMAT,
-            **sources[0],
-            "tokenizer": self.workers.tokenizer.fingerprint,
-            "seed": self.seed,
-            "lanes": first.world,
-            "mixture": [*mixture, first.exhausted] if len(sources) > 1 else None,
-        }
+        facts = {"tokenizer": self.workers.tokenizer.fingerprint, "seed": self.seed, "lanes": first.world}
+        mixed = [*mixture, first.exhausted] if len(sources) > 1 else None
+        return {"format": FORMAT, **sources[0], **facts, "mixture": mixed}
 
     def state_dict(self, position: State | None = None) -> Saved:
         position, arrays, shards = position or self.position, dict[str, np.ndarray](), {}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -60,38 +60,40 @@ class Reader:
         """
         start = (0, *self.text.start) if isinstance(self.text, Files) else (0,)
         self.epoch, self.position = epoch, start if position is None else position
-        self.documents = self._read()  # the rest of the epoch, one by one; `position` is after the last one taken
+        # The rest of the epoch, one by one; `position` is after the last one taken.
+        self.documents = self._streamed(self.text) if isinstance(self.text, Files) else self._fetched(self.text)
 
     def read(self) -> list[Any]:
         """The next block of documents, texts or token ids; an empty list at the end of an epoch. Raises DataError."""
+        if not isinstance(self.text, Files) and self.text.is_tokenized:
+            return list(islice(self.documents, FETCH_TOKENS))
         return take_block(self.documents)
 
     def next_epoch(self) -> None:
         self.go_to(self.epoch + 1)
 
-    def _read(self) -> Iterator[Any]:
-        found = self._streamed(self.text) if isinstance(self.text, Files) else self._fetched(self.text)
-        for document, self.position in found:
-            if isinstance(document, Unusable):
-                self.skips.add(document)
-            else:
-                yield document
-
-    def _streamed(self, files: Files) -> Iterator[tuple[Any, tuple[int, ...]]]:
-        """(document of this rank, position after it)."""
+    def _streamed(self, files: Files) -> Iterator[str]:
         first, *where = self.position
         for number, (row, begin, after) in enumerate(stream(files, Position(*where), files.stop), first):
             if number % self.ranks.world_size == self.ranks.rank:
-                yield read_text(files, row, begin), (number + 1, *after)
+                document, self.position = read_text(files, row, begin), (number + 1, *after)
+                if isinstance(document, Unusable):
+                    self.skips.add(document)
+                else:
+                    yield document
 
-    def _fetched(self, corpus: Corpus) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    def _fetched(self, corpus: Corpus) -> Iterator[Any]:
         size, world, rank = len(corpus), self.ranks.world_size, self.ranks.rank
         step = (FETCH_TOKENS if corpus.is_tokenized else FETCH_TEXTS) * world
         for first in range(self.position[0] + rank, size, step):
             numbers = np.arange(first, min(size, first + step), world)
             indices = numbers if self.seed is None else permute(numbers, size, hash_key(self.seed, self.epoch))
-            for number, document in zip(numbers.tolist(), corpus.fetch(indices), strict=True):
-                yield document, (number - rank + world,)
+            for after, document in zip((numbers - rank + world).tolist(), corpus.fetch(indices), strict=True):
+                self.position = (after,)
+                if isinstance(document, Unusable):
+                    self.skips.add(document)
+                else:
+                    yield document
 
     @property
     def _names(self) -> tuple[str, ...]:

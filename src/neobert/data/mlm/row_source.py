@@ -269,13 +269,10 @@ class RowSource:
         """The position after the last row; shares its arrays, and costs a few microseconds between blocks."""
         if self._frozen is None:
             self._frozen = {
-                "reader": self._after,
-                "num_seen": self.buffer.num_seen,
-                "num_packed": self.num_packed,
-                "cut": dict(vars(self.cut)),
-                "buffer": tuple(self.buffer.pieces),
+                "reader": self._after, "num_seen": self.buffer.num_seen, "num_packed": self.num_packed,
+                "cut": dict(vars(self.cut)), "buffer": tuple(self.buffer.pieces),
                 "open_rows": tuple(self.packer.state_dict()),
-            }
+            }  # fmt: skip
         return {**self._frozen, "epoch": self.epoch, "num_rows": self.num_rows, "ready": tuple(self.ready)}
 
     def load_state_dict(self, state: State) -> None:
@@ -291,14 +288,10 @@ class RowSource:
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a position to mean the same."""
         return {
-            "source": self.reader.fingerprint,
-            "streaming": self.reader.is_stream,
-            "piece_length": self.segmenter.max_length,
-            "long_documents": self.segmenter.policy,
-            "row_length": self.packer.row_length or None,
-            "shuffle_buffer_size": self.buffer.size,
-            "group": self.group,
-        }
+            "source": self.reader.fingerprint, "streaming": self.reader.is_stream,
+            "piece_length": self.segmenter.max_length, "long_documents": self.segmenter.policy,
+            "row_length": self.packer.row_length or None, "shuffle_buffer_size": self.buffer.size, "group": self.group,
+        }  # fmt: skip
 
 
 @dataclass

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from neobert.errors import DataError
 from neobert.ranks import Ranks
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """G rows by numbers of texts, whose token ids `encode` gives. Keys as in `ContrastiveLoss.forward`."""
 
     anchors_G: np.ndarray
@@ -150,13 +149,12 @@ class PairLoader(Loader):
         drawn, own = self.sources[number].take(B * world), slice(rank * B, (rank + 1) * B)
         self.num_made += 1
         counts = np.array([len(part) for part in drawn.negatives])
-        keys: dict[str, Any] = {
-            "row_keys_G": torch.from_numpy(drawn.row_keys_G),
-            "anchor_keys_G": torch.from_numpy(drawn.anchor_keys_G),
-            "negative_keys": torch.from_numpy(np.concatenate(drawn.negatives)),
-            "negative_rows": torch.from_numpy(np.repeat(np.arange(B * world), counts)),
-            "num_negatives": tuple(counts.reshape(world, B).sum(1).tolist()),
-        }
+        arrays = {
+            "row_keys_G": drawn.row_keys_G, "anchor_keys_G": drawn.anchor_keys_G,
+            "negative_keys": np.concatenate(drawn.negatives), "negative_rows": np.repeat(np.arange(B * world), counts),
+        }  # fmt: skip
+        keys: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        keys["num_negatives"] = tuple(counts.reshape(world, B).sum(1).tolist())
         ids = drawn.encode(np.concatenate([drawn.anchors_G[own], drawn.positives_G[own], *drawn.negatives[own]]))
         epoch = self.num_made // self.batches_per_epoch
         return self.layout.batch(ids, num_targets=self.views * B, epoch=epoch, keys=keys), self._made()

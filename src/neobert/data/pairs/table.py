@@ -59,8 +59,7 @@ class Roles:
         return ", ".join(role if role == column else f"{role} = {column}" for role, column in found.items())
 
 
-@dataclass(frozen=True)
-class PairSet:
+class PairSet(NamedTuple):
     """A public set: its name on the hub, its configuration there, and the columns of its roles."""
 
     repository: str
