@@ -58,7 +58,8 @@ def build_storage(config: Config, model: Classifier, task: GlueTask, hf_tokenize
     }
     section: dict[str, Any] = {"num_labels": task.num_labels, "glue_task": task.name}
     if isinstance(model, HFEncoderForSequenceClassification):
-        section |= {"pooling": config.glue.pooling, "classifier_dropout": config.glue.classifier_dropout}
+        head = {"pooling": config.glue.pooling, "classifier_dropout": config.glue.classifier_dropout}
+        section = {"glue_task": task.name, **head, "num_labels": task.num_labels}
     else:
         fields["classifier_pooling"] = model.config.classifier_pooling
     return encoder.build_storage(model, config.model.name, hf_tokenizer, section, fields)
