@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
+from neobert.checkpoints.format import Tensors
 from neobert.data.tokenizer import special_ids
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig
-
-Tensors = dict[str, torch.Tensor]
 
 # ours -> eurobert's, for tensors that are the same; fused ones are split along their rows.
 _RENAMED = {

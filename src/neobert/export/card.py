@@ -1,15 +1,15 @@
 """The model card: README.md with what the model is, how to load it, what it was trained on, its curve and its scores."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from neobert.checkpoints.load import Source
 from neobert.config.explain import changed_keys
-from neobert.export.source import Source
 from neobert.export.verify import Check
+from neobert.files import read_json
 from neobert.inference.sentence_transformers import Embedding
 from neobert.training.metrics import markdown_table, read_metrics
 
@@ -68,7 +68,11 @@ def write_card(
     source: Source, folder: Path, embedding: Embedding | None, onnx: bool, checks: list[Check], name: str
 ) -> None:
     """Write README.md into `folder`, and the picture of the curve where the run left metrics."""
-    path = source.run / "metrics.jsonl" if source.run is not None else None
+    run, config = None, dict[str, Any]()
+    if source.state:
+        run = source.folder.parent.parent if source.folder.parent.name == "checkpoints" else None
+        config = yaml.safe_load((source.folder / "config.yaml").read_text()) or {}
+    path = run / "metrics.jsonl" if run is not None else None
     found = read_metrics(path) if path is not None and path.is_file() else []
     metrics = [record for record in found if record.get("step", 0) <= source.state["step"]]  # up to the checkpoint
     verified = (
@@ -77,10 +81,10 @@ def write_card(
     )
     sections = {
         "How to load it": how_to_load(source, embedding, onnx, name),
-        "Training data": data(source),
+        "Training data": data(config),
         "Training curve": curve(metrics, folder),
-        "Scores": scores(source, metrics),
-        "Configuration": configuration(source),
+        "Scores": scores(run, source.folder.name, metrics),
+        "Configuration": configuration(config),
         "Verified": [VERIFIED, markdown_table(["what", "rows", "tokens", "difference", "allowed"], verified)],
     }
     head = {  # the hub's metadata
@@ -130,10 +134,10 @@ def how_to_load(source: Source, embedding: Embedding | None, onnx: bool, name: s
         yield f"```python\n{template.format(**facts)}\n```"
 
 
-def data(source: Source) -> Iterator[str]:
+def data(config: dict[str, Any]) -> Iterator[str]:
     """Where the text came from: names, not paths of a machine."""
     lines = []
-    dataset = source.config.get("dataset") or {}
+    dataset = config.get("dataset") or {}
     for one in dataset.get("mixture") or [dataset]:
         if one.get("path") or one.get("name"):
             name = Path(one["path"]).name if one.get("path") else f"`{one['name']}` of the hub"
@@ -172,9 +176,9 @@ def _draw(train: list[tuple[int, float]], held_out: list[tuple[int, float]], pat
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def scores(source: Source, metrics: list[dict[str, Any]]) -> Iterator[str]:
+def scores(run: Path | None, step: str, metrics: list[dict[str, Any]]) -> Iterator[str]:
     """Scores that stand in the run's folder: of the last evaluation, of GLUE, of MTEB."""
-    if source.run is None:
+    if run is None:
         return
     last: dict[str, Any] = next((one for one in reversed(metrics) if one.get("kind") == "eval"), {})
     rows = [
@@ -182,24 +186,19 @@ def scores(source: Source, metrics: list[dict[str, Any]]) -> Iterator[str]:
         for name, value in last.items()
         if name.startswith("eval_") and not name.startswith("eval_num_")
     ]
-    glue = _read(source.run / "result.json")
+    files = (run / "result.json", run / "mteb" / f"local__{run.resolve().name}-{step}.json")
+    glue, mteb = (read_json(path) if path.is_file() else {} for path in files)
     found = [(f"GLUE {glue.get('task', '')}, score", glue.get("score"))]
-    mteb = _read(source.run / "mteb" / f"local__{source.run.resolve().name}-{source.folder.name}.json")
     found += [(f"MTEB {one['name']}", one.get("score")) for one in mteb.get("tasks", [])]
     rows += [(name, f"{100 * score:.2f}") for name, score in found if isinstance(score, float)]
     if rows:
         yield markdown_table(["", ""], rows)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def configuration(source: Source) -> Iterator[str]:
+def configuration(config: dict[str, Any]) -> Iterator[str]:
     """The keys of the run that are not at their defaults, without what only concerns the machine; of paths the last part."""
     changed: dict[str, Any] = {}
-    for dotted, value in changed_keys(source.config).items():
+    for dotted, value in changed_keys(config).items():
         if isinstance(value, dict) or dotted in OF_THE_MACHINE or dotted.startswith("wandb."):
             continue
         *sections, name = dotted.split(".")

@@ -19,15 +19,15 @@ import yaml
 from torch import Tensor
 
 from neobert import __version__
-from neobert.checkpoints.convert import Converted, convert, published_architecture, read_tensors
+from neobert.checkpoints.convert import convert, published_architecture, read_tensors
 from neobert.checkpoints.format import Content, save_checkpoint, strip_checkpoint
+from neobert.checkpoints.load import Source, to_checkpoint
 from neobert.checkpoints.locate import read_model_config
 from neobert.config.sections import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError
 from neobert.export import verify
-from neobert.export.source import Source
-from neobert.export.verify import Check, Sample
+from neobert.export.verify import Check
 from neobert.export.write import code_files
 from neobert.files import check_target, whole_folder, write_json
 from neobert.model.modeling_neobert import NeoBERTConfig
@@ -46,79 +46,64 @@ def import_model(
 ) -> list[Check]:
     """Write and verify `out`; returns what was compared. Raises UserError, and leaves nothing behind, when that fails."""
     check_target(out, RECORD, replace)
-    converted = convert(path, tokenizer)
-    if converted.kind == "checkpoint":
-        raise UserError(f"{converted.folder}: is a checkpoint already; start from it as it is")
-    log(f"model       {converted.folder}: {describe(converted)}")
-    for note in converted.notes:
+    source = convert(path, tokenizer)
+    if source.layout == "checkpoint":
+        raise UserError(f"{source.folder}: is a checkpoint already; start from it as it is")
+    names = {"eurobert": "a EuroBERT", "published": "the published NeoBERT's layout", "export": "an export of ours"}
+    model = source.model.config
+    shape = f"{model.num_hidden_layers} layers x {model.hidden_size} wide, {model.vocab_size:,} tokens"
+    log(f"model       {source.folder}: {names[source.layout]}, {shape}")
+    for note in source.notes:
         log(f"note: {note}")
-    found = compare_with_source(converted, Path(tokenizer) if tokenizer else None, trust_code, log)
-    checks = verify.judged(found, tolerance, f"{converted.folder}: what was imported", log)
+    found = compare_with_source(source, Path(tokenizer) if tokenizer else None, trust_code, log)
+    checks = verify.judged(found, tolerance, f"{source.folder}: what was imported", log)
+    keys = sorted(set(NeoBERTConfig.__annotations__) & set(ModelConfig.model_fields))
+    name = source.folder.resolve().name
+    content = Content(  # of a run that has not begun: no optimizer, no position
+        step=0,
+        weights=to_checkpoint(source.model, source.model.state_dict()),
+        model_config={key: value for key, value in source.fields.items() if key != "auto_map"},
+        save_beside=lambda folder: save_tokenizer(source.tokenizer, folder, has_token_types=False),
+        config_yaml=yaml.safe_dump({"model": {key: getattr(model, key) for key in keys}}, sort_keys=False),
+        optimizer={},
+        data=({}, {}),
+        state={"imported_from": name, "num_tokens": 0},
+    )
+    record = {
+        "neobert": __version__, "source": name, "layout": source.layout,
+        "notes": source.notes, "verified": [asdict(check) for check in checks],
+    }  # fmt: skip
     with whole_folder(out) as scratch:
-        root = scratch / "checkpoints"
-        root.mkdir()
-        strip_checkpoint(save_checkpoint(root, checkpoint_content(converted)))
-        record = {
-            "neobert": __version__, "source": converted.folder.resolve().name, "layout": converted.kind,
-            "notes": converted.notes, "verified": [asdict(check) for check in checks],
-        }  # fmt: skip
+        (scratch / "checkpoints").mkdir()
+        strip_checkpoint(save_checkpoint(scratch / "checkpoints", content))
         write_json(scratch / RECORD, record)
     return checks
 
 
-def describe(converted: Converted) -> str:
-    """The layout and the shape."""
-    config, names = converted.model.config, {"eurobert": "a EuroBERT", "published": "the published NeoBERT's layout"}
-    kind = names.get(converted.kind, "an export of ours")
-    return f"{kind}, {config.num_hidden_layers} layers x {config.hidden_size} wide, {config.vocab_size:,} tokens"
-
-
 def compare_with_source(
-    converted: Converted, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]
+    source: Source, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]
 ) -> list[Check]:
-    """Compare the source with the model that was made of it. Raises UserError where it does not load."""
-    source = Source(converted.folder, converted.fields, converted.model, converted.tokenizer)
-    sample = verify.build_sample(converted.tokenizer, converted.model.config.max_position_embeddings)
-    if converted.kind == "published":
-        return compare_published(source, sample, converted.has_head)
-    code, own_code = (
-        {p.name: p.read_bytes() for p in paths} for paths in (converted.folder.glob("*.py"), code_files())
-    )
+    """Compare what is in the source's folder with the model that was made of it. Raises UserError where it does not load."""
+    if source.layout == "published":
+        return compare_published(source)
+    code, own_code = ({p.name: p.read_bytes() for p in paths} for paths in (source.folder.glob("*.py"), code_files()))
     if source.is_native or trust_code or code == own_code:
-        comparison = verify.by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
-        return verify.compare(converted.folder, [comparison])
+        return verify.compare(source, source.folder, tokenizer)
     log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
     return []
 
 
-def compare_published(source: Source, sample: Sample, has_head: bool) -> list[Check]:
+def compare_published(source: Source) -> list[Check]:
     """The published model, from its tensors and its description, against ours."""
-    found: dict[str, np.ndarray] = {}
+    found, sample = dict[str, np.ndarray](), verify.build_sample(source)
     with torch.no_grad():
         for number, (hidden, scores) in enumerate(published_outputs(source.folder, sample.rows)):
             for how in ("alone", "padded"):
                 found[f"hidden/{how}/{number}"] = hidden
                 if scores is not None:
                     found[f"logits/{how}/{number}"] = scores[sample.picks[number]]
-    expected = {"hidden": verify.hidden_states(source.model, sample.rows)}
-    expected |= {"logits": verify.logits(source, sample)} if has_head else {}
+    expected = verify.row_outputs(source, sample)
     return [verify.check(found, what, values, sample.lengths) for what, values in expected.items()]
-
-
-def checkpoint_content(converted: Converted) -> Content:
-    """Step 0 of a run that has not begun: weights, config and tokenizer; no optimizer, no position."""
-    architecture = converted.model.config
-    names = sorted(set(NeoBERTConfig.__annotations__) & set(ModelConfig.model_fields))
-    return Content(
-        step=0,
-        weights=converted.tensors(),
-        model_config={name: value for name, value in converted.fields.items() if name != "auto_map"},
-        save_beside=lambda folder: save_tokenizer(converted.tokenizer, folder, has_token_types=False),
-        config_yaml=yaml.safe_dump({"model": {name: getattr(architecture, name) for name in names}}, sort_keys=False),
-        optimizer={},
-        data=({}, {}),
-        state={"imported_from": converted.folder.resolve().name, "num_tokens": 0},
-    )
 
 
 # --- the published NeoBERT (arXiv 2502.19587), computed plainly from its own tensors -----------

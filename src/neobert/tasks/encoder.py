@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ import torch
 from torch import nn
 
 from neobert.checkpoints import load
-from neobert.checkpoints.format import Tensors, load_weights
+from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.initial_weights import InitialWeights
-from neobert.checkpoints.layouts import is_eurobert, to_eurobert
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
 from neobert.errors import CheckpointError, ConfigError, Problem
@@ -164,15 +164,8 @@ def build_storage(
     """
 
     def content() -> tuple[Tensors, dict[str, Any]]:
-        weights = whole_weights(model)
-        if isinstance(model, load.HFEncoderModel):
-            return model.to_checkpoint(weights), {**json.loads(model.config.to_json_string(use_diff=False)), **fields}
-        return to_eurobert(weights) if is_eurobert(model.config) else weights, fields
+        is_theirs = isinstance(model, load.HFEncoderModel)
+        own = json.loads(model.config.to_json_string(use_diff=False)) if is_theirs else {}
+        return load.to_checkpoint(model, whole_weights(model)), own | fields
 
-    def load_back(folder: Path) -> None:
-        if isinstance(model, load.HFEncoderModel):
-            load.load_into(model, folder, model.from_checkpoint(load_weights(folder)))
-        else:
-            load.load_model_weights(folder, model)
-
-    return Storage(content, load_back, save_beside)
+    return Storage(content, partial(load.load_model_weights, model=model), save_beside)
