@@ -69,8 +69,8 @@ class Content:
     model_config: dict[str, Any]
     save_beside: Callable[[Path], None]
     config_yaml: str
-    optimizer: Tensors
-    data: tuple[dict[str, Any], dict[str, np.ndarray]]
+    optimizer: Tensors = field(default_factory=dict)
+    data: tuple[dict[str, Any], dict[str, np.ndarray]] = field(default_factory=lambda: ({}, {}))
     state: dict[str, Any] = field(default_factory=dict)
     first_rows: dict[str, int] = field(default_factory=dict)
 
@@ -134,13 +134,13 @@ def _together(group: ProcessGroup, work: Callable[[], None] | None) -> str:
 def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
     """Write the files of a process; returns their checksums, when they are on the disk."""
     if content.optimizer or rank == 0:
-        first_rows = {FIRST_ROWS: json.dumps(content.first_rows)}
-        _save_tensors(content.optimizer, folder / OPTIMIZER.format(rank), first_rows)
+        first_rows = json.dumps(content.first_rows)
+        save_tensors(content.optimizer, folder / OPTIMIZER.format(rank), {FIRST_ROWS: first_rows})
     data, arrays = content.data
     save_arrays(arrays, folder / f"{DATA.format(rank)}.safetensors")
     write_json(folder / f"{DATA.format(rank)}.json", data)
     if rank == 0:
-        save_weights(folder, content.weights)
+        save_tensors(content.weights, folder / WEIGHTS)
         write_json(folder / "config.json", content.model_config)
         write_text(folder / "config.yaml", content.config_yaml)
         content.save_beside(folder)
@@ -157,13 +157,10 @@ def is_of_a_rank(name: str) -> bool:
     return name.startswith(("optimizer/", "data_rank"))
 
 
-def save_weights(folder: Path, weights: Tensors) -> None:
-    """Write the model's tensors as transformers reads them."""
-    _save_tensors(weights, folder / WEIGHTS, {"format": "pt"})
-
-
-def _save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; without other `metadata` as transformers reads it."""
+    metadata = metadata or {"format": "pt"}
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def list_steps(root: Path) -> list[int]:

@@ -6,7 +6,7 @@ that `convert` knows (`model.from_hub`, `model.name`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +118,16 @@ def start_pretraining(config: Config, resumed: Path | None) -> StartingPoint:
     if config.is_set("model.dropout_prob"):
         architecture.dropout_prob = config.model.dropout_prob
     check_architecture(config, folder, architecture)
-    weights = InitialWeights(found.folder, architecture=architecture)
+    model = NeoBERTForMaskedLM(architecture)  # again, for the dropout and the positions that the YAML sets
+    model.load_state_dict(found.model.state_dict())
+    weights = InitialWeights(found.folder, architecture=architecture, model=model)
     config = config.with_keys(model=architecture_keys(config, weights))
     config = with_tokenizer(config, architecture.vocab_size, {"path": str(tokenizer_folder(found.folder))})
     row, longest = config.row_length, config.model.max_position_embeddings
     if row > longest:
         path = "dataset.max_seq_length" if row == config.dataset.max_seq_length else "datacollator.max_length"
         raise ConfigError(Problem(path, f"{row} is longer than the {longest} positions of {config.model.name}"))
-    model = NeoBERTForMaskedLM(architecture)  # again, for the dropout and the positions that the YAML sets
-    model.load_state_dict(found.model.state_dict())
     messages = [f"continuing from {found.folder} ({found.layout}) with a fresh optimizer", *found.notes]
-    weights = replace(weights, model=model)
     return StartingPoint(config, weights, found.tokenizer, architecture.vocab_size, [] if resumed else messages)
 
 
@@ -262,26 +261,20 @@ def check_named_tokenizer(config: Config, found: Any, origin: str) -> None:
     wanted = load_tokenizer(named.name, named.path)
     if text_tokenizer(wanted).fingerprint != text_tokenizer(found).fingerprint:
         where = f"tokenizer.{'path' if named.path else 'name'}: {named.path or named.name!r}"
-        raise CheckpointError(
-            f"{where} is another tokenizer than that of {origin}; leave it out: the tokenizer follows the weights"
-        )
+        hint = "leave it out: the tokenizer follows the weights"
+        raise CheckpointError(f"{where} is another tokenizer than that of {origin}; {hint}")
 
 
 def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]:
     """Make `len(tokenizer)` the model's vocabulary size; returns it with messages where it differs from the YAML."""
-    real = len(hf_tokenizer)
-    follows = config.model.vocab_size == type(config.model).model_fields["vocab_size"].default
-    wanted = None if follows else config.model.vocab_size
-    size = fit_vocabulary(hf_tokenizer, wanted)
-    messages = []
-    if wanted is not None and wanted != size:
-        messages.append(
-            f"model.vocab_size is {size:,}, not {wanted:,}: {real:,} tokens are real, and the size is a multiple of 64"
-        )
-    if config.is_set("model.pad_token_id") and config.model.pad_token_id != hf_tokenizer.pad_token_id:
-        messages.append(
-            f"model.pad_token_id is {hf_tokenizer.pad_token_id}, not {config.model.pad_token_id}: it follows the tokenizer"
-        )
+    real, asked, pad_id = len(hf_tokenizer), config.model, hf_tokenizer.pad_token_id
+    follows = asked.vocab_size == type(asked).model_fields["vocab_size"].default
+    size, messages = fit_vocabulary(hf_tokenizer, None if follows else asked.vocab_size), list[str]()
+    if not follows and asked.vocab_size != size:
+        why = f"{real:,} tokens are real, and the size is a multiple of 64"
+        messages.append(f"model.vocab_size is {size:,}, not {asked.vocab_size:,}: {why}")
+    if config.is_set("model.pad_token_id") and asked.pad_token_id != pad_id:
+        messages.append(f"model.pad_token_id is {pad_id}, not {asked.pad_token_id}: it follows the tokenizer")
     return size, messages
 
 

@@ -68,12 +68,10 @@ def write_card(
     source: Source, folder: Path, embedding: Embedding | None, onnx: bool, checks: list[Check], name: str
 ) -> None:
     """Write README.md into `folder`, and the picture of the curve where the run left metrics."""
-    run, config = None, dict[str, Any]()
-    if source.state:
-        run = source.folder.parent.parent if source.folder.parent.name == "checkpoints" else None
-        config = yaml.safe_load((source.folder / "config.yaml").read_text()) or {}
-    path = run / "metrics.jsonl" if run is not None else None
-    found = read_metrics(path) if path is not None and path.is_file() else []
+    is_of_a_run = bool(source.state) and source.folder.parent.name == "checkpoints"
+    run = source.folder.parent.parent if is_of_a_run else None
+    config = yaml.safe_load((source.folder / "config.yaml").read_text() if source.state else "") or {}
+    found = read_metrics(run / "metrics.jsonl") if run is not None and (run / "metrics.jsonl").is_file() else []
     metrics = [record for record in found if record.get("step", 0) <= source.state["step"]]  # up to the checkpoint
     verified = (
         (c.what, f"{c.num_rows}", f"{c.shortest} to {c.longest}", f"{c.difference:.1e}", f"{c.tolerance:.0e}")

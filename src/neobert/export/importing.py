@@ -65,8 +65,6 @@ def import_model(
         model_config={key: value for key, value in source.fields.items() if key != "auto_map"},
         save_beside=lambda folder: save_tokenizer(source.tokenizer, folder, has_token_types=False),
         config_yaml=yaml.safe_dump({"model": {key: getattr(model, key) for key in keys}}, sort_keys=False),
-        optimizer={},
-        data=({}, {}),
         state={"imported_from": name, "num_tokens": 0},
     )
     record = {
@@ -95,22 +93,24 @@ def compare_with_source(
 
 def compare_published(source: Source) -> list[Check]:
     """The published model, from its tensors and its description, against ours."""
-    found, sample = dict[str, np.ndarray](), verify.build_sample(source)
-    with torch.no_grad():
-        for number, (hidden, scores) in enumerate(published_outputs(source.folder, sample.rows)):
-            for how in ("alone", "padded"):
-                found[f"hidden/{how}/{number}"] = hidden
-                if scores is not None:
-                    found[f"logits/{how}/{number}"] = scores[sample.picks[number]]
+    sample = verify.build_sample(source)
+    found = {
+        f"{what}/{how}/{number}": values
+        for number, outputs in enumerate(published_outputs(source.folder, sample))
+        for what, values in outputs.items()
+        for how in ("alone", "padded")
+    }
     expected = verify.row_outputs(source, sample)
-    return [verify.check(found, what, values, sample.lengths) for what, values in expected.items()]
+    lengths = [len(row) for row, _ in sample]
+    return [verify.check(found, what, values, lengths) for what, values in expected.items()]
 
 
 # --- the published NeoBERT (arXiv 2502.19587), computed plainly from its own tensors -----------
 
 
-def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """(hidden states T x D, logits T x V where there is a decoder) of every row of token ids, by the published model.
+@torch.no_grad()
+def published_outputs(folder: Path, sample: verify.Sample) -> Iterator[dict[str, np.ndarray]]:
+    """Hidden states T x D, and logits of picked tokens x V where there is a decoder, of every row, by the published model.
 
     Nothing is shared with our model: complex numbers rotate interleaved pairs, heads are cut out of the fused projection one by
     one, attention is a softmax over one document.
@@ -118,7 +118,7 @@ def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.
     weights, config = read_tensors(folder), published_architecture(read_model_config(folder))
     if not any(name.startswith("model.") for name in weights):  # an encoder saved by itself
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}
-    for row in rows:
+    for row, picks in sample:
         x_TD = weights["model.encoder.weight"][torch.tensor(row)]
         width = config.hidden_size // config.num_attention_heads
         angles = torch.outer(torch.arange(len(row)), 10_000.0 ** (-torch.arange(0, width, 2) / width))
@@ -128,9 +128,10 @@ def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.
             layer = {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
             x_TD = _block(x_TD, layer, rotation, config.num_attention_heads, config.norm_eps)
         x_TD = _norm(x_TD, weights["model.layer_norm.weight"], config.norm_eps)
-        decoder = weights.get("decoder.weight")
-        logits = None if decoder is None else F.linear(x_TD, decoder, weights.get("decoder.bias")).numpy()
-        yield x_TD.numpy(), logits
+        outputs = {"hidden": x_TD.numpy()}
+        if "decoder.weight" in weights:
+            outputs["logits"] = F.linear(x_TD, weights["decoder.weight"], weights.get("decoder.bias"))[picks].numpy()
+        yield outputs
 
 
 def _block(x_TD: Tensor, layer: dict[str, Tensor], rotation: Tensor, num_heads: int, eps: float) -> Tensor:

@@ -20,17 +20,18 @@ Compute = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask, B x T 
 
 
 def outputs_of_rows(job: dict[str, Any], what: str, output: str, compute: Compute, num_rows: int | None) -> Found:
-    """The results of the job's first `num_rows` rows; logits of tokens at the job's picks, hidden states at all of a row."""
-    rows, found = job["rows"][:num_rows], {}
+    """The results of the first `num_rows` rows of the sample: logits of the picked tokens, hidden states of all."""
+    sample, found = job["sample"][:num_rows], {}
     for how, size in (("alone", 1), ("padded", job["batch_size"])):
-        for first in range(0, len(rows), size):
-            batch = rows[first : first + size]
+        for first in range(0, len(sample), size):
+            batch = [row for row, _ in sample[first : first + size]]
             longest = max(map(len, batch))
             ids = np.array([row + [job["pad_id"]] * (longest - len(row)) for row in batch], dtype=np.int64)
             mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in batch], dtype=np.int64)
             for number, values in enumerate(compute(ids, mask), first):
                 if values.ndim == 2:
-                    values = values[job["picks"][number] if output == "logits" else slice(len(rows[number]))]
+                    row, picks = sample[number]
+                    values = values[picks if output == "logits" else slice(len(row))]
                 found[f"{what}/{how}/{number}"] = np.ascontiguousarray(values, dtype=np.float32)
     return found
 

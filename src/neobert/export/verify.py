@@ -2,11 +2,9 @@
 
 Rows are CLS, text, SEP of 1 to 512 tokens, each alone and in padded batches. What is compared: hidden states of every token,
 logits of the head (of a masked language model those of 16 tokens a row, as they are V numbers each), token ids, embeddings.
-A difference is the largest absolute one, divided by the largest output where that is above 1: float32 has 7 digits.
-
-Loaded in bfloat16 and float16 (8 and 11 bits) the folder is compared on the first few rows, by the root mean square of the
-differences, divided by that of the outputs. float16 has less range than a model may have been trained with,
-so a difference there is reported and kept with the result, and is no reason to keep nothing.
+A difference is the largest absolute one, divided by the largest output where that is above 1: float32 has 7 digits. In bfloat16
+and float16 (8 and 11 bits) it is the root mean square of the differences on the first few rows, divided by that of the outputs.
+float16 has less range than a model may have been trained with, so a difference there is reported and no reason to keep nothing.
 """
 
 import json
@@ -81,6 +79,7 @@ PAIRS = [("peace", "war"), (MESSAGE[:60], MESSAGE[60:90])]
 Outputs = list[np.ndarray]  # of every row, T x D, picked tokens x V, or one vector
 Expected = tuple[Outputs, list[int]]  # and the lengths of the rows in tokens
 Found = dict[str, np.ndarray]  # what the clean process computed
+Sample = list[tuple[list[int], list[int]]]  # the token ids of a row, and at which of them its logits are compared
 
 
 @dataclass(frozen=True)
@@ -109,27 +108,14 @@ class Check:
         return f"{self.what}: {size}, difference {self.difference:.1e} (allowed {self.tolerance:.0e})"
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Rows of token ids, in an order that mixes lengths, and the tokens of each whose logits are compared."""
-
-    rows: list[list[int]]
-    picks: list[list[int]]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(row) for row in self.rows]
-
-
 def build_sample(source: Source) -> Sample:
-    """Real text as rows of many lengths, at most those that the model takes."""
+    """Real text as rows of many lengths, at most those that the model takes, in an order that mixes lengths."""
     facts = text_tokenizer(source.tokenizer)
     ids = facts.encode([MESSAGE])[0].tolist() or [facts.mask_id]
     ids = ids * (1 + LENGTHS[-1] // len(ids))
     lengths = sorted({min(length, source.positions) for length in LENGTHS}, key=lambda length: (length % 5, length))
     rows = [[facts.cls_id, *ids[: length - 2], facts.sep_id][:length] for length in lengths]
-    picks = [sorted({round(i) for i in np.linspace(0, len(row) - 1, NUM_PICKS)}) for row in rows]
-    return Sample(rows, picks)
+    return [(row, sorted({round(i) for i in np.linspace(0, len(row) - 1, NUM_PICKS)})) for row in rows]
 
 
 # --- what the training model computes -----------
@@ -138,12 +124,12 @@ def build_sample(source: Source) -> Sample:
 @torch.no_grad()
 def row_outputs(source: Source, sample: Sample) -> dict[str, Outputs]:
     """For each row alone hidden states, T x D, and the logits of the head, where there is one: picked tokens x V, or labels."""
-    model, inputs = source.model, [torch.tensor([row]) for row in sample.rows]
+    model, inputs = source.model, [torch.tensor([row]) for row, _ in sample]
     found = {"hidden": [model.model(input_ids=ids).last_hidden_state[0].numpy() for ids in inputs]}
     if source.has_head:
         logits = [model(input_ids=ids).logits[0].numpy() for ids in inputs]
         if not source.is_classifier:
-            logits = [values[picks] for values, picks in zip(logits, sample.picks, strict=True)]
+            logits = [values[picks] for values, (_, picks) in zip(logits, sample, strict=True)]
         found["logits"] = logits
     return found
 
@@ -186,7 +172,7 @@ def compare(
     Raises UserError when the folder does not load there, or gives other ids.
     """
     sample, texts = build_sample(source), [MESSAGE[:400], *HARD]
-    computed, words = row_outputs(source, sample), MESSAGE.split()
+    computed, words, lengths = row_outputs(source, sample), MESSAGE.split(), [len(row) for row, _ in sample]
     head = "AutoModelForSequenceClassification" if source.is_classifier else "AutoModelForMaskedLM"
     loaders = {"hidden": ("AutoModel", "last_hidden_state"), "logits": (head, "logits")}
     outputs: list[tuple[str, str, str, str, int | None]] = [(w, *loaders[w], "float32", None) for w in computed]
@@ -198,7 +184,7 @@ def compare(
     expected = {}
     for what, _, output, _, num_rows in outputs:
         values = computed["logits" if output == "logits" else "hidden"]
-        expected[what] = values[:num_rows], sample.lengths[:num_rows]
+        expected[what] = values[:num_rows], lengths[:num_rows]
     has_pairs, sentences = source.is_hf_encoder and source.is_classifier, list[str]()
     if has_pairs:
         expected["pairs"] = pair_outputs(source)
@@ -206,7 +192,7 @@ def compare(
         sentences = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
         expected["embedding"] = embeddings(source, embedding, sentences)
     job = {
-        "own_code": not source.is_native, "outputs": outputs, "rows": sample.rows, "picks": sample.picks,
+        "own_code": not source.is_native, "outputs": outputs, "sample": sample,
         "pad_id": source.model.config.pad_token_id or 0, "batch_size": BATCH_SIZE, "texts": texts,
         "tokenizer": str((tokenizer or folder).resolve()), "pairs": PAIRS if has_pairs else [], "sentences": sentences,
     }  # fmt: skip

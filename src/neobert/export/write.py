@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neobert import __version__
-from neobert.checkpoints.format import Tensors, save_weights
+from neobert.checkpoints.format import WEIGHTS, Tensors, save_tensors
 from neobert.checkpoints.load import EMBEDDING, HF_ENCODER, HFEncoderModel, Model, Source, load_source, to_checkpoint
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import CheckpointError, UserError, check_installed
@@ -69,20 +69,6 @@ class Wanted:
     onnx: bool = False
     tolerance: float | None = None
 
-    def completed(self, source: Source) -> "Wanted":
-        """With what the model was trained with where nothing else is asked for: an embedding model is exported as one."""
-        if self.embedding is None and not source.is_embedder:
-            return self
-        found = read_settings(source)
-        embedding = self.embedding or Embedding(normalize=found.normalize is not False, prompts=found.prompts)
-        pooling = embedding.pooling or found.pooling or "mean"
-        return replace(self, embedding=replace(embedding, pooling=pooling, max_length=longest_text(source)))
-
-    @property
-    def onnx_output(self) -> Output:
-        """Sentence-transformers pools hidden states; other users want what the head says."""
-        return "last_hidden_state" if self.embedding is not None else "logits"
-
 
 def export_model(
     checkpoint: str, out: Path, wanted: Wanted, replacing: bool = False, log: Callable[[str], None] = print
@@ -97,8 +83,10 @@ def export_model(
     source = load_source(checkpoint)
     if wanted.onnx and source.is_hf_encoder:
         raise UserError(f"--onnx: {source.folder} has an encoder of transformers' own; optimum exports those")
-    wanted = wanted.completed(source)
-    embedding, onnx_output = wanted.embedding, wanted.onnx_output if wanted.onnx else None
+    embedding = complete_embedding(source, wanted.embedding)
+    onnx_output: Output | None = None
+    if wanted.onnx:
+        onnx_output = "logits" if embedding is None else "last_hidden_state"  # which sentence-transformers pools
     if embedding is not None:
         need = "an export for sentence-transformers is verified with that library"
         check_installed(need, "contrastive", "sentence_transformers")
@@ -114,17 +102,23 @@ def export_model(
         found = verify.compare(source, scratch, onnx_output=onnx_output, embedding=embedding)
         checks = verify.judged(found, wanted.tolerance, f"{source.folder}: what was exported", log)
         record = {
-            "neobert": __version__,
-            "source": source.folder.name,
+            "neobert": __version__, "source": source.folder.name,
             "checkpoint": {name: source.state[name] for name in ("step", "num_tokens") if name in source.state},
-            "model_type": source.fields["model_type"],
-            "embedding": asdict(embedding) if embedding is not None else None,
-            "onnx": onnx_output,
-            "verified": [asdict(check) for check in checks],
-        }
+            "model_type": source.fields["model_type"], "embedding": None if embedding is None else asdict(embedding),
+            "onnx": onnx_output, "verified": [asdict(check) for check in checks],
+        }  # fmt: skip
         write_json(scratch / RECORD, record)
         write_card(source, scratch, embedding, wanted.onnx, checks, out.name)
     return checks
+
+
+def complete_embedding(source: Source, asked: Embedding | None) -> Embedding | None:
+    """With what the model was trained with where nothing else is asked for: an embedding model is exported as one."""
+    if asked is None and not source.is_embedder:
+        return None
+    found = read_settings(source)
+    asked = asked or Embedding(normalize=found.normalize is not False, prompts=found.prompts)
+    return replace(asked, pooling=asked.pooling or found.pooling or "mean", max_length=longest_text(source))
 
 
 def read_settings(source: Source) -> SentenceSettings:
@@ -186,7 +180,7 @@ def write_transformers(source: Source, folder: Path, embedding: Embedding | None
         for path in code_files():
             shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", fields)
-    save_weights(folder, tensors)
+    save_tensors(tensors, folder / WEIGHTS)
     save_tokenizer(tokenizer, folder)
 
 
