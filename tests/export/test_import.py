@@ -19,7 +19,7 @@ from neobert.config.load import load_config
 from neobert.data.labelled import TASKS
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.export.importing import import_model
-from neobert.export.write import longest_text, write_transformers
+from neobert.export.write import read_embedding, write_transformers
 from neobert.tasks.glue.model import build_classifier
 from neobert.tasks.glue.task import fill_in
 from neobert.tasks.pretraining import task as pretraining
@@ -130,7 +130,7 @@ def test_published(biased, tmp_path):
     checks = import_model(str(folder), tmp_path / "in", log=quiet)
     assert {check.what: check.difference <= 1e-5 for check in checks} == {"hidden": True, "logits": True}
     source = load_source(str(tmp_path / "in"))
-    assert (source.is_native, len(source.tokenizer), longest_text(source)) == (not biased, 8000, 512)
+    assert (source.is_native, len(source.tokenizer), read_embedding(source).max_length) == (not biased, 8000, 512)
     ids, mask = padded_rows()
     ids = ids.clamp_max(7999)
     expected = theirs(ids, mask)[mask.bool()]
@@ -215,7 +215,7 @@ def test_longer_texts_with_rope(small, tmp_path):
     """RoPE has no parameters for positions, so a run may raise them; learned positions are as many as there are."""
     run = write_checkpoint(tmp_path / "run", tiny_model())
     go_on(small, run, tmp_path / "a", "model.max_position_embeddings=1024", "trainer.max_steps=1")
-    assert longest_text(load_source(str(tmp_path / "a"))) == 1024
+    assert read_embedding(load_source(str(tmp_path / "a"))).max_length == 1024
     learned = write_checkpoint(tmp_path / "learned", tiny_model(rope=False))
     for name, words, text in (
         (learned, ["model.max_position_embeddings=1024"], "model.max_position_embeddings: 1024, but"),

@@ -159,10 +159,7 @@ def eurobert_architecture(folder: Path, fields: dict[str, Any]) -> tuple[NeoBERT
 
 def published_architecture(fields: dict[str, Any]) -> NeoBERTConfig:
     """Our config of the published NeoBERT; where its config.json is silent, its code's defaults hold."""
-    names = {
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "pad_token_id",
-        "norm_eps", "embedding_init_range",
-    }  # fmt: skip
+    names = {*SAME_FIELDS, "intermediate_size", "norm_eps", "embedding_init_range"}
     given = {name: value for name, value in fields.items() if name in names}
     longest = fields.get("max_position_embeddings", fields.get("max_length", 1024))
     return NeoBERTConfig(**{"num_hidden_layers": 28, "norm_eps": 1e-6, **given, "max_position_embeddings": longest})

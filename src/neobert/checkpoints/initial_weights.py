@@ -65,14 +65,13 @@ class InitialWeights:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a run starts with: the configuration with what the weights decide filled in, the weights, their tokenizer, the size
-    of the vocabulary, and messages for the user.
+    """What a run starts with: the configuration with what the weights decide filled in, the weights, their tokenizer, whose
+    length is the size of the vocabulary, and messages for the user.
     """
 
     config: Config
     weights: InitialWeights
     hf_tokenizer: Any
-    vocab_size: int
     messages: list[str]
 
 
@@ -83,16 +82,15 @@ def start_fine_tuning(config: Config, fill_in: Callable[[Config, InitialWeights]
     weights = find_initial_weights(config)
     if weights.folder is None and weights.hub is None:
         hf_tokenizer = load_named_tokenizer(config)
-        size, messages = build_vocabulary(config, hf_tokenizer)
-        return StartingPoint(fill_in(config, weights), weights, hf_tokenizer, size, messages)
+        messages = build_vocabulary(config, hf_tokenizer)
+        return StartingPoint(fill_in(config, weights), weights, hf_tokenizer, messages)
     if weights.folder is not None:
         keys: dict[str, Any] = {"path": str(tokenizer_folder(weights.folder))}
     else:
         keys = {"path": weights.hub} if Path(str(weights.hub)).is_dir() else {"name": weights.hub, "path": None}
     hf_tokenizer = load_tokenizer(keys.get("name", ""), keys["path"])
     check_named_tokenizer(config, hf_tokenizer, str(weights.folder or weights.hub))
-    config = with_tokenizer(fill_in(config, weights), len(hf_tokenizer), keys)
-    return StartingPoint(config, weights, hf_tokenizer, len(hf_tokenizer), [])
+    return StartingPoint(with_tokenizer(fill_in(config, weights), hf_tokenizer, keys), weights, hf_tokenizer, [])
 
 
 def start_pretraining(config: Config, resumed: Path | None) -> StartingPoint:
@@ -101,8 +99,8 @@ def start_pretraining(config: Config, resumed: Path | None) -> StartingPoint:
     """
     if not config.model.from_hub:
         hf_tokenizer = load_named_tokenizer(config)
-        size, messages = build_vocabulary(config, hf_tokenizer)
-        return StartingPoint(with_tokenizer(config, size), InitialWeights(), hf_tokenizer, size, messages)
+        messages = build_vocabulary(config, hf_tokenizer)
+        return StartingPoint(with_tokenizer(config, hf_tokenizer), InitialWeights(), hf_tokenizer, messages)
     try:
         folder = resumed or download_model(config.model.name or "")
     except CheckpointError as error:
@@ -122,13 +120,13 @@ def start_pretraining(config: Config, resumed: Path | None) -> StartingPoint:
     model.load_state_dict(found.model.state_dict())
     weights = InitialWeights(found.folder, architecture=architecture, model=model)
     config = config.with_keys(model=architecture_keys(config, weights))
-    config = with_tokenizer(config, architecture.vocab_size, {"path": str(tokenizer_folder(found.folder))})
+    config = with_tokenizer(config, found.tokenizer, {"path": str(tokenizer_folder(found.folder))})
     row, longest = config.row_length, config.model.max_position_embeddings
     if row > longest:
         path = "dataset.max_seq_length" if row == config.dataset.max_seq_length else "datacollator.max_length"
         raise ConfigError(Problem(path, f"{row} is longer than the {longest} positions of {config.model.name}"))
     messages = [f"continuing from {found.folder} ({found.layout}) with a fresh optimizer", *found.notes]
-    return StartingPoint(config, weights, found.tokenizer, architecture.vocab_size, [] if resumed else messages)
+    return StartingPoint(config, weights, found.tokenizer, [] if resumed else messages)
 
 
 # --- the weights -----------
@@ -227,12 +225,8 @@ def check_architecture(config: Config, folder: Path, found: NeoBERTConfig) -> No
 
 def architecture_keys(config: Config, start: InitialWeights) -> dict[str, Any]:
     """The keys of `model` as the weights have them; dropout too, where the YAML does not set it."""
-    if start.architecture is None:
-        return {}
-    found = {name: getattr(start.architecture, name) for name in ARCHITECTURE}
-    if not config.is_set("model.dropout_prob"):
-        found["dropout_prob"] = start.architecture.dropout_prob
-    return found
+    names = ARCHITECTURE if config.is_set("model.dropout_prob") else (*ARCHITECTURE, "dropout_prob")
+    return {} if start.architecture is None else {name: getattr(start.architecture, name) for name in names}
 
 
 def check_length(config: Config, start: InitialWeights, dotted: str, length: int) -> None:
@@ -265,8 +259,8 @@ def check_named_tokenizer(config: Config, found: Any, origin: str) -> None:
         raise CheckpointError(f"{where} is another tokenizer than that of {origin}; {hint}")
 
 
-def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]:
-    """Make `len(tokenizer)` the model's vocabulary size; returns it with messages where it differs from the YAML."""
+def build_vocabulary(config: Config, hf_tokenizer: Any) -> list[str]:
+    """Make `len(hf_tokenizer)` the model's vocabulary size; returns messages where that differs from the YAML."""
     real, asked, pad_id = len(hf_tokenizer), config.model, hf_tokenizer.pad_token_id
     follows = asked.vocab_size == type(asked).model_fields["vocab_size"].default
     size, messages = fit_vocabulary(hf_tokenizer, None if follows else asked.vocab_size), list[str]()
@@ -275,10 +269,10 @@ def build_vocabulary(config: Config, hf_tokenizer: Any) -> tuple[int, list[str]]
         messages.append(f"model.vocab_size is {size:,}, not {asked.vocab_size:,}: {why}")
     if config.is_set("model.pad_token_id") and asked.pad_token_id != pad_id:
         messages.append(f"model.pad_token_id is {pad_id}, not {asked.pad_token_id}: it follows the tokenizer")
-    return size, messages
+    return messages
 
 
-def with_tokenizer(config: Config, size: int, keys: dict[str, Any] | None = None) -> Config:
+def with_tokenizer(config: Config, hf_tokenizer: Any, keys: dict[str, Any] | None = None) -> Config:
     """The tokenizer's `keys`, and its size where that is set, as they are in this run."""
-    is_set = config.tokenizer.vocab_size is not None
-    return config.with_keys(tokenizer={**(keys or {}), **({"vocab_size": size} if is_set else {})})
+    size = {} if config.tokenizer.vocab_size is None else {"vocab_size": len(hf_tokenizer)}
+    return config.with_keys(tokenizer={**(keys or {}), **size})

@@ -41,10 +41,21 @@ def fused_parts(model_type: str) -> dict[str, int]:
     return {ours: len(parts) for ours, parts in FUSED.items()} | _FUSED_ELSEWHERE.get(model_type, {})
 
 
+def beyond_eurobert(config: NeoBERTConfig) -> list[str]:
+    """What a model has and transformers' EuroBERT has not."""
+    parts = {
+        "nGPT": config.ngpt,
+        "learned positions": not config.rope,
+        "GELU": config.hidden_act != "swiglu",
+        "LayerNorm": not config.rms_norm and not config.ngpt,
+        "decoder bias": config.decoder_bias,
+    }
+    return [part for part, is_there in parts.items() if is_there]
+
+
 def is_eurobert(config: NeoBERTConfig) -> bool:
     """Whether transformers' own EuroBERT computes the same function."""
-    has_its_parts = config.rope and config.rms_norm and config.hidden_act == "swiglu"
-    return has_its_parts and not config.ngpt and not config.decoder_bias
+    return not beyond_eurobert(config)
 
 
 def eurobert_config(config: NeoBERTConfig, token_ids: dict[str, int]) -> dict[str, Any]:

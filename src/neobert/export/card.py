@@ -19,8 +19,8 @@ MAX_POINTS = 12  # steps in the table of the curve
 OF_THE_MACHINE = (
     "trainer.output_dir", "trainer.resume_from_checkpoint", "trainer.overwrite_output_dir", "trainer.report_to",
     "trainer.use_cpu", "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "config_path",
-    "accelerate_config_file",
-    "pretraining_metadata", "dataset.num_workers", "dataset.num_proc", "dataset.cache_dir", "dataset.pre_tokenize_output",
+    "accelerate_config_file", "pretraining_metadata", "dataset.num_workers", "dataset.num_proc", "dataset.cache_dir",
+    "dataset.pre_tokenize_output",
 )  # fmt: skip
 
 MASKED = """from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
@@ -73,17 +73,18 @@ def write_card(
     config = yaml.safe_load((source.folder / "config.yaml").read_text() if source.state else "") or {}
     found = read_metrics(run / "metrics.jsonl") if run is not None and (run / "metrics.jsonl").is_file() else []
     metrics = [record for record in found if record.get("step", 0) <= source.state["step"]]  # up to the checkpoint
-    verified = (
+    names = ["what", "rows", "tokens", "difference", "allowed"]
+    verified = [
         (c.what, f"{c.num_rows}", f"{c.shortest} to {c.longest}", f"{c.difference:.1e}", f"{c.tolerance:.0e}")
         for c in checks
-    )
+    ]
     sections = {
         "How to load it": how_to_load(source, embedding, onnx, name),
         "Training data": data(config),
         "Training curve": curve(metrics, folder),
         "Scores": scores(run, source.folder.name, metrics),
         "Configuration": configuration(config),
-        "Verified": [VERIFIED, markdown_table(["what", "rows", "tokens", "difference", "allowed"], verified)],
+        "Verified": [VERIFIED, markdown_table(names, verified)],
     }
     head = {  # the hub's metadata
         "library_name": "transformers",

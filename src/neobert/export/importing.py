@@ -50,21 +50,27 @@ def import_model(
     if source.layout == "checkpoint":
         raise UserError(f"{source.folder}: is a checkpoint already; start from it as it is")
     names = {"eurobert": "a EuroBERT", "published": "the published NeoBERT's layout", "export": "an export of ours"}
-    model = source.model.config
-    shape = f"{model.num_hidden_layers} layers x {model.hidden_size} wide, {model.vocab_size:,} tokens"
-    log(f"model       {source.folder}: {names[source.layout]}, {shape}")
+    architecture, name = source.model.config, source.folder.resolve().name
+    shape = f"{architecture.num_hidden_layers} layers x {architecture.hidden_size} wide"
+    log(f"model       {source.folder}: {names[source.layout]}, {shape}, {architecture.vocab_size:,} tokens")
     for note in source.notes:
         log(f"note: {note}")
-    found = compare_with_source(source, Path(tokenizer) if tokenizer else None, trust_code, log)
+    code, own_code = ({p.name: p.read_bytes() for p in some} for some in (source.folder.glob("*.py"), code_files()))
+    found = list[Check]()
+    if source.layout == "published":
+        found = compare_published(source)
+    elif source.is_native or trust_code or code == own_code:
+        found = verify.compare(source, source.folder, tokenizer)
+    else:
+        log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
     checks = verify.judged(found, tolerance, f"{source.folder}: what was imported", log)
     keys = sorted(set(NeoBERTConfig.__annotations__) & set(ModelConfig.model_fields))
-    name = source.folder.resolve().name
     content = Content(  # of a run that has not begun: no optimizer, no position
         step=0,
         weights=to_checkpoint(source.model, source.model.state_dict()),
         model_config={key: value for key, value in source.fields.items() if key != "auto_map"},
         save_beside=lambda folder: save_tokenizer(source.tokenizer, folder, has_token_types=False),
-        config_yaml=yaml.safe_dump({"model": {key: getattr(model, key) for key in keys}}, sort_keys=False),
+        config_yaml=yaml.safe_dump({"model": {key: getattr(architecture, key) for key in keys}}, sort_keys=False),
         state={"imported_from": name, "num_tokens": 0},
     )
     record = {
@@ -78,19 +84,6 @@ def import_model(
     return checks
 
 
-def compare_with_source(
-    source: Source, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]
-) -> list[Check]:
-    """Compare what is in the source's folder with the model that was made of it. Raises UserError where it does not load."""
-    if source.layout == "published":
-        return compare_published(source)
-    code, own_code = ({p.name: p.read_bytes() for p in paths} for paths in (source.folder.glob("*.py"), code_files()))
-    if source.is_native or trust_code or code == own_code:
-        return verify.compare(source, source.folder, tokenizer)
-    log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
-    return []
-
-
 def compare_published(source: Source) -> list[Check]:
     """The published model, from its tensors and its description, against ours."""
     sample = verify.build_sample(source)
@@ -100,9 +93,8 @@ def compare_published(source: Source) -> list[Check]:
         for what, values in outputs.items()
         for how in ("alone", "padded")
     }
-    expected = verify.row_outputs(source, sample)
     lengths = [len(row) for row, _ in sample]
-    return [verify.check(found, what, values, lengths) for what, values in expected.items()]
+    return [verify.check(found, what, values, lengths) for what, values in verify.row_outputs(source, sample).items()]
 
 
 # --- the published NeoBERT (arXiv 2502.19587), computed plainly from its own tensors -----------

@@ -160,14 +160,10 @@ def embeddings(source: Source, embedding: Embedding, texts: list[str]) -> Expect
 
 
 def compare(
-    source: Source,
-    folder: Path,
-    tokenizer: Path | None = None,
-    onnx_output: str | None = None,
-    embedding: Embedding | None = None,
+    source: Source, folder: Path, tokenizer: str | None = None, onnx: str = "", embedding: Embedding | None = None
 ) -> list[Check]:
     """Compare what a clean process loads from `folder` with the training model: transformers' Auto classes; the graph, where
-    it has an output; sentence-transformers, where there is an `embedding`. `tokenizer` is its folder, where it is another one.
+    `onnx` names its output; sentence-transformers, where there is an `embedding`. `tokenizer` is its folder, if another one.
 
     Raises UserError when the folder does not load there, or gives other ids.
     """
@@ -178,15 +174,14 @@ def compare(
     outputs: list[tuple[str, str, str, str, int | None]] = [(w, *loaders[w], "float32", None) for w in computed]
     if folder != source.folder and not source.is_hf_encoder:  # written here
         outputs += [(f"{w} {dtype}", *loaders[w], dtype, NUM_HALF) for w in computed for dtype in HALF]
-    if onnx_output is not None:
-        what = "hidden" if onnx_output == "last_hidden_state" else "logits"
-        outputs.append((f"onnx {what}", ONNX, onnx_output, "float32", None))
-    expected = {}
-    for what, _, output, _, num_rows in outputs:
-        values = computed["logits" if output == "logits" else "hidden"]
-        expected[what] = values[:num_rows], lengths[:num_rows]
-    has_pairs, sentences = source.is_hf_encoder and source.is_classifier, list[str]()
-    if has_pairs:
+    if onnx:
+        outputs.append(("onnx logits" if onnx == "logits" else "onnx hidden", ONNX, onnx, "float32", None))
+    expected = {
+        what: (computed["logits" if output == "logits" else "hidden"][:num_rows], lengths[:num_rows])
+        for what, _, output, _, num_rows in outputs
+    }
+    pairs, sentences = PAIRS if source.is_hf_encoder and source.is_classifier else [], list[str]()
+    if pairs:
         expected["pairs"] = pair_outputs(source)
     if embedding is not None:
         sentences = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
@@ -194,7 +189,7 @@ def compare(
     job = {
         "own_code": not source.is_native, "outputs": outputs, "sample": sample,
         "pad_id": source.model.config.pad_token_id or 0, "batch_size": BATCH_SIZE, "texts": texts,
-        "tokenizer": str((tokenizer or folder).resolve()), "pairs": PAIRS if has_pairs else [], "sentences": sentences,
+        "tokenizer": str(Path(tokenizer or folder).resolve()), "pairs": pairs, "sentences": sentences,
     }  # fmt: skip
     found = run_clean(folder, job)
     for number, text in enumerate(texts):

@@ -7,11 +7,9 @@
       README.md  training.svg                                  the model card
       export.json                                              what was exported, and how far it is from the trained model
 
-All is written to a hidden folder beside OUT, verified there in a clean process, and renamed: a folder with its final name is
-whole and right.
-
-With RoPE, RMSNorm and SwiGLU the folder is a EuroBERT, which transformers has built in. The other variants ship the files of
-`neobert.model` as they are; `auto_map` in config.json tells the Auto classes where to look (with trust_remote_code=True).
+All is written to a hidden folder beside OUT, verified there in a clean process, and renamed. With RoPE, RMSNorm and SwiGLU it
+is a EuroBERT, which transformers has built in. The other variants ship the files of `neobert.model` as they are; `auto_map` in
+config.json tells the Auto classes where to look (with trust_remote_code=True).
 """
 
 import contextlib
@@ -30,18 +28,14 @@ from torch import Tensor, nn
 
 from neobert import __version__
 from neobert.checkpoints.format import WEIGHTS, Tensors, save_tensors
+from neobert.checkpoints.layouts import beyond_eurobert
 from neobert.checkpoints.load import EMBEDDING, HF_ENCODER, HFEncoderModel, Model, Source, load_source, to_checkpoint
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import CheckpointError, UserError, check_installed
 from neobert.export import verify
 from neobert.export.card import write_card
 from neobert.files import check_target, whole_folder, write_json
-from neobert.inference.sentence_transformers import (
-    Embedding,
-    SentenceSettings,
-    read_sentence_settings,
-    write_sentence_transformers,
-)
+from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model import modeling_neobert
 from neobert.model.hf_encoder import HFEncoderForEmbedding
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM, classify
@@ -83,46 +77,40 @@ def export_model(
     source = load_source(checkpoint)
     if wanted.onnx and source.is_hf_encoder:
         raise UserError(f"--onnx: {source.folder} has an encoder of transformers' own; optimum exports those")
-    embedding = complete_embedding(source, wanted.embedding)
-    onnx_output: Output | None = None
-    if wanted.onnx:
-        onnx_output = "logits" if embedding is None else "last_hidden_state"  # which sentence-transformers pools
+    trained = read_embedding(source)
+    embedding = wanted.embedding or (trained if source.is_embedder else None)
+    output: Output = "logits" if embedding is None else "last_hidden_state"  # which sentence-transformers pools
     if embedding is not None:
+        pooling = embedding.pooling or trained.pooling or "mean"
+        embedding = replace(embedding, pooling=pooling, max_length=trained.max_length)
         need = "an export for sentence-transformers is verified with that library"
         check_installed(need, "contrastive", "sentence_transformers")
     log(f"model       {source.folder}: {describe(source)}")
     with whole_folder(out) as scratch:
         write_transformers(source, scratch, embedding)
-        if onnx_output is not None:
+        if wanted.onnx:
             log("onnx        exporting the graph")
-            write_onnx(source.model, scratch / verify.ONNX, onnx_output)
+            write_onnx(source.model, scratch / verify.ONNX, output)
         if embedding is not None:
             write_sentence_transformers(scratch, source.model.config.hidden_size, embedding)
         log("verifying   in a process that has only the folder")
-        found = verify.compare(source, scratch, onnx_output=onnx_output, embedding=embedding)
+        found = verify.compare(source, scratch, onnx=output if wanted.onnx else "", embedding=embedding)
         checks = verify.judged(found, wanted.tolerance, f"{source.folder}: what was exported", log)
         record = {
             "neobert": __version__, "source": source.folder.name,
             "checkpoint": {name: source.state[name] for name in ("step", "num_tokens") if name in source.state},
             "model_type": source.fields["model_type"], "embedding": None if embedding is None else asdict(embedding),
-            "onnx": onnx_output, "verified": [asdict(check) for check in checks],
+            "onnx": output if wanted.onnx else None, "verified": [asdict(check) for check in checks],
         }  # fmt: skip
         write_json(scratch / RECORD, record)
         write_card(source, scratch, embedding, wanted.onnx, checks, out.name)
     return checks
 
 
-def complete_embedding(source: Source, asked: Embedding | None) -> Embedding | None:
-    """With what the model was trained with where nothing else is asked for: an embedding model is exported as one."""
-    if asked is None and not source.is_embedder:
-        return None
-    found = read_settings(source)
-    asked = asked or Embedding(normalize=found.normalize is not False, prompts=found.prompts)
-    return replace(asked, pooling=asked.pooling or found.pooling or "mean", max_length=longest_text(source))
-
-
-def read_settings(source: Source) -> SentenceSettings:
-    """How the model was trained or exported to embed. Raises CheckpointError for what an export cannot keep."""
+def read_embedding(source: Source) -> Embedding:
+    """How the model was trained or exported to embed, and the longest text that it is for. Raises CheckpointError for what an
+    export cannot keep.
+    """
     found = read_sentence_settings(source.folder)
     lost = {
         "Dense modules": len(found.head),
@@ -133,12 +121,8 @@ def read_settings(source: Source) -> SentenceSettings:
     }
     if names := [name for name, is_there in lost.items() if is_there]:
         raise CheckpointError(f"{source.folder}: its {', '.join(names)} cannot be exported; use the folder as it is")
-    return found
-
-
-def longest_text(source: Source) -> int:
-    """The longest text that the model is for, in tokens."""
-    return min(source.positions, read_settings(source).max_length or source.positions)
+    longest = min(source.positions, found.max_length or source.positions)
+    return Embedding(found.pooling, found.normalize is not False, found.prompts, longest)
 
 
 def describe(source: Source) -> str:
@@ -149,22 +133,14 @@ def describe(source: Source) -> str:
         return f"{head} on transformers' own {source.fields['model_type']} (no trust_remote_code)"
     if source.is_native:
         return f"{head}, transformers' own EuroBERT (no trust_remote_code)"
-    config = source.model.config
-    differences = {
-        "no nGPT": config.ngpt,
-        "no learned positions": not config.rope,
-        "no GELU": config.hidden_act != "swiglu",
-        "no LayerNorm": not config.rms_norm and not config.ngpt,
-        "no decoder bias": config.decoder_bias,
-    }
-    reasons = " and ".join(reason for reason, holds in differences.items() if holds)
+    reasons = " and ".join(f"no {part}" for part in beyond_eurobert(source.model.config))
     return f"{head}, ships its own code (trust_remote_code=True), as EuroBERT has {reasons}"
 
 
 def write_transformers(source: Source, folder: Path, embedding: Embedding | None = None) -> None:
     """Write what `AutoModel.from_pretrained(folder)` and `AutoTokenizer` read. `embedding` says how it embeds, if it does."""
     tokenizer = source.tokenizer
-    tokenizer.model_max_length = longest_text(source) if embedding is None else embedding.max_length
+    tokenizer.model_max_length = (embedding or read_embedding(source)).max_length
     fields = {name: value for name, value in source.fields.items() if name != "auto_map"}
     if isinstance(source.model, HFEncoderModel):
         fields, tensors = hf_encoder_files(source.model, fields)

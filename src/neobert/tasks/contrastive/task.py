@@ -36,7 +36,7 @@ def build(context: Context) -> Parts:
     data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime))
     sets = find_sets(config, data)
     context.check_evaluation(bool(sets))
-    model, weights = build_model(config, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
+    model, weights = build_model(config, start.weights, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     kernels = encoder.prepare_model(config, model, runtime)
     evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in sets.items()]
     return Parts(

@@ -37,7 +37,7 @@ def build(context: Context) -> Parts:
     context.print_configuration(config)
     check_length(config, start.weights, "glue.max_seq_length", config.glue.max_seq_length)
     data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, runtime))
-    model, weights = build_classifier(config, task, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
+    model, weights = build_classifier(config, task, start.weights, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     kernels = prepare_model(config, model, runtime)
     return Parts(
         config,
