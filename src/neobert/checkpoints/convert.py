@@ -70,15 +70,11 @@ def _load_tokenizer(folder: Path) -> Any:
 def _convert_layout(folder: Path, fields: dict[str, Any], hf_tokenizer: Any) -> Source:
     """A EuroBERT or a published NeoBERT as ours; a decoder that is not there is drawn at random."""
     kind, notes = fields.get("model_type"), list[str]()
-    if kind == "eurobert":
-        layout: Layout = "eurobert"
-        architecture, weights = _from_eurobert(folder, fields, notes)
-    elif kind == "neobert":
-        layout = "published"
-        architecture, weights = _from_published(folder, fields, notes)
-    else:
+    if kind not in ("eurobert", "neobert"):
         known = "our checkpoints and exports, eurobert, and the published neobert"
         raise CheckpointError(f"{folder / CONFIG}: model_type {kind!r} cannot be imported; what can: {known}")
+    layout: Layout = "eurobert" if kind == "eurobert" else "published"
+    architecture, weights = (_from_eurobert if kind == "eurobert" else _from_published)(folder, fields, notes)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

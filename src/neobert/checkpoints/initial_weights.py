@@ -169,18 +169,17 @@ def find_folder(config: Config) -> Path | None:
     selector = str(config.pretrained_checkpoint if chosen is None else chosen)
     if selector not in POINTERS and not selector.isdigit():
         return find_checkpoint(selector)
-    if asked.pretrained_checkpoint_dir is not None:
-        root = Path(asked.pretrained_checkpoint_dir)
-    elif asked.pretrained_model_path is not None:
-        root = Path(asked.pretrained_model_path)
+    named = asked.pretrained_checkpoint_dir or asked.pretrained_model_path
+    if named is None:
+        if chosen is None:
+            return None
+        where = f"{config.task}.pretrained_checkpoint"
+        raise ConfigError(Problem(where, f"{selector} of what? set {where}_dir"))
+    root = Path(named)
+    if not asked.pretrained_checkpoint_dir:
         root = root.parent if root.is_file() else root
         if not holds_steps(root) and (root / WEIGHTS).is_file():
             return root
-    elif chosen is not None:
-        where = f"{config.task}.pretrained_checkpoint"
-        raise ConfigError(Problem(where, f"{selector} of what? set {where}_dir"))
-    else:
-        return None
     return find_checkpoint(selector, root / "checkpoints" if (root / "checkpoints").is_dir() else root)
 
 
@@ -249,8 +248,7 @@ def load_named_tokenizer(config: Config) -> Any:
 def check_named_tokenizer(config: Config, found: Any, origin: str) -> None:
     """Raises CheckpointError when the YAML names another tokenizer than `found`, that of the weights in `origin`."""
     named = config.tokenizer
-    by_name = config.is_set("tokenizer.name") and named.name != type(named).model_fields["name"].default
-    if named.path is None and not by_name:
+    if named.path is None and not config.is_chosen("tokenizer.name"):
         return
     wanted = load_tokenizer(named.name, named.path)
     if text_tokenizer(wanted).fingerprint != text_tokenizer(found).fingerprint:
@@ -262,11 +260,11 @@ def check_named_tokenizer(config: Config, found: Any, origin: str) -> None:
 def build_vocabulary(config: Config, hf_tokenizer: Any) -> list[str]:
     """Make `len(hf_tokenizer)` the model's vocabulary size; returns messages where that differs from the YAML."""
     real, asked, pad_id = len(hf_tokenizer), config.model, hf_tokenizer.pad_token_id
-    follows = asked.vocab_size == type(asked).model_fields["vocab_size"].default
-    size, messages = fit_vocabulary(hf_tokenizer, None if follows else asked.vocab_size), list[str]()
-    if not follows and asked.vocab_size != size:
+    wanted = asked.vocab_size if config.is_chosen("model.vocab_size") else None
+    size, messages = fit_vocabulary(hf_tokenizer, wanted), list[str]()
+    if wanted is not None and wanted != size:
         why = f"{real:,} tokens are real, and the size is a multiple of 64"
-        messages.append(f"model.vocab_size is {size:,}, not {asked.vocab_size:,}: {why}")
+        messages.append(f"model.vocab_size is {size:,}, not {wanted:,}: {why}")
     if config.is_set("model.pad_token_id") and asked.pad_token_id != pad_id:
         messages.append(f"model.pad_token_id is {pad_id}, not {asked.pad_token_id}: it follows the tokenizer")
     return messages

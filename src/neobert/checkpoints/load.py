@@ -40,7 +40,7 @@ class Source:
     fields: dict[str, Any]
     model: Model | HFEncoderModel
     tokenizer: Any
-    layout: Layout = "checkpoint"
+    layout: Layout
     notes: list[str] = field(default_factory=list)
     has_new_decoder: bool = False
 
@@ -85,7 +85,8 @@ def load_source(path: str) -> Source:
     folder = find_model(path)
     model, tokenizer = load_model(folder), load_tokenizer("", str(tokenizer_folder(folder)))
     check_tokenizer(folder, tokenizer, model.config.vocab_size)
-    return Source(folder, read_model_config(folder), model, tokenizer)
+    layout: Layout = "checkpoint" if (folder / STATE).is_file() else "export"
+    return Source(folder, read_model_config(folder), model, tokenizer, layout)
 
 
 def load_pretrained(checkpoint: str) -> tuple[NeoBERTForMaskedLM, Any]:

@@ -48,9 +48,8 @@ with torch.no_grad():
     hidden = model(**inputs).last_hidden_state
 mask = inputs["attention_mask"].unsqueeze(-1)
 embeddings = {pooled}{normalized}"""
-MEAN = "(hidden * mask).sum(1) / mask.sum(1)"
-MAXIMUM = "hidden.masked_fill(mask == 0, -torch.inf).amax(1)"
-POOLED_BY = {"cls": "hidden[:, 0]", "mean": MEAN, "avg": MEAN, "max": MAXIMUM}
+POOLED_BY = {"cls": "hidden[:, 0]", "max": "hidden.masked_fill(mask == 0, -torch.inf).amax(1)"}
+POOLED_BY |= dict.fromkeys(("mean", "avg"), "(hidden * mask).sum(1) / mask.sum(1)")
 ONNX_CODE = """import onnxruntime
 from transformers import AutoTokenizer
 
@@ -152,27 +151,23 @@ def curve(metrics: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     held_out = {one["step"]: one["eval_loss"] for one in metrics if one.get("kind") == "eval" and "eval_loss" in one}
     if not train:
         return
-    _draw(train, sorted(held_out.items()), folder / CURVE)
-    points = sorted({round(i * (len(train) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
-    rows = [
-        (f"{step:,}", f"{loss:.4f}", f"{held_out[step]:.4f}" if step in held_out else "")
-        for step, loss in (train[i] for i in points)
-    ]
-    yield f"![loss]({CURVE})"
-    yield markdown_table(["step", "training loss", "held-out loss"], rows)
-
-
-def _draw(train: list[tuple[int, float]], held_out: list[tuple[int, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2, 3.4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    for points, label, colour in ((train, "training", "#0969da"), (held_out, "held out", "#bc4c00")):
+    for points, label, colour in ((train, "training", "#0969da"), (sorted(held_out.items()), "held out", "#bc4c00")):
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.2)
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    figure.savefig(folder / CURVE, format="svg", metadata={"Date": None})
+    shown = sorted({round(i * (len(train) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
+    rows = [
+        (f"{step:,}", f"{loss:.4f}", f"{held_out[step]:.4f}" if step in held_out else "")
+        for step, loss in (train[i] for i in shown)
+    ]
+    yield f"![loss]({CURVE})"
+    yield markdown_table(["step", "training loss", "held-out loss"], rows)
 
 
 def scores(run: Path | None, step: str, metrics: list[dict[str, Any]]) -> Iterator[str]:

@@ -119,7 +119,7 @@ def published_outputs(folder: Path, sample: verify.Sample) -> Iterator[dict[str,
             part = f"model.transformer_encoder.{number}."
             layer = {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
             x_TD = _block(x_TD, layer, rotation, config.num_attention_heads, config.norm_eps)
-        x_TD = _norm(x_TD, weights["model.layer_norm.weight"], config.norm_eps)
+        x_TD = F.rms_norm(x_TD, x_TD.shape[1:], weights["model.layer_norm.weight"], config.norm_eps)
         outputs = {"hidden": x_TD.numpy()}
         if "decoder.weight" in weights:
             outputs["logits"] = F.linear(x_TD, weights["decoder.weight"], weights.get("decoder.bias"))[picks].numpy()
@@ -127,7 +127,8 @@ def published_outputs(folder: Path, sample: verify.Sample) -> Iterator[dict[str,
 
 
 def _block(x_TD: Tensor, layer: dict[str, Tensor], rotation: Tensor, num_heads: int, eps: float) -> Tensor:
-    qkv_THK3 = (_norm(x_TD, layer["attention_norm.weight"], eps) @ layer["qkv.weight"].T).view(len(x_TD), num_heads, -1)
+    normed_TD = F.rms_norm(x_TD, x_TD.shape[1:], layer["attention_norm.weight"], eps)
+    qkv_THK3 = (normed_TD @ layer["qkv.weight"].T).view(len(x_TD), num_heads, -1)
     attended = []
     for head in range(num_heads):
         q, k, v = qkv_THK3[:, head].chunk(3, dim=-1)
@@ -137,9 +138,6 @@ def _block(x_TD: Tensor, layer: dict[str, Tensor], rotation: Tensor, num_heads: 
         )
         attended.append((q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v)
     x_TD = x_TD + torch.cat(attended, dim=-1) @ layer["wo.weight"].T
-    gate, up = (_norm(x_TD, layer["ffn_norm.weight"], eps) @ layer["ffn.w12.weight"].T).chunk(2, dim=-1)
+    normed_TD = F.rms_norm(x_TD, x_TD.shape[1:], layer["ffn_norm.weight"], eps)
+    gate, up = (normed_TD @ layer["ffn.w12.weight"].T).chunk(2, dim=-1)
     return x_TD + (F.silu(gate) * up) @ layer["ffn.w3.weight"].T
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

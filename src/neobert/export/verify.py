@@ -24,10 +24,9 @@ from safetensors.numpy import load_file
 from neobert.checkpoints.load import Source
 from neobert.data.tokenizer import text_tokenizer
 from neobert.errors import UserError
-from neobert.inference.embed import Embedder
-from neobert.inference.sentence_transformers import Embedding, SentenceSettings
-from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
-from neobert.model.hf_encoder import HFEncoderForEmbedding
+from neobert.inference.embed import load_embedder
+from neobert.inference.sentence_transformers import Embedding
+from neobert.training.runtime import Runtime
 
 SCRIPT = Path(__file__).with_name("reload.py")
 ONNX = "onnx/model.onnx"  # where sentence-transformers and optimum look
@@ -41,33 +40,32 @@ TOLERANCE = {
     **{f"{what} {dtype}": tolerance for what in ("hidden", "logits") for dtype, tolerance in HALF.items()},
 }  # fmt: skip
 # Real text: the end of Lincoln's message to Congress of 1862 (public domain), and texts that tokenizers find hard.
-MESSAGE = (
-    "The plan is proposed as permanent constitutional law. It can not become such without the concurrence of, first, "
-    "two-thirds of Congress, and afterwards three-fourths of the States. The requisite three-fourths of the States will "
-    "necessarily include seven of the slave States. Their concurrence, if obtained, will give assurance of their "
-    "severally adopting emancipation at no very distant day upon the new constitutional terms. This assurance would end "
-    "the struggle now and save the Union forever. I do not forget the gravity which should characterize a paper "
-    "addressed to the Congress of the nation by the Chief Magistrate of the nation, nor do I forget that some of you "
-    "are my seniors, nor that many of you have more experience than I in the conduct of public affairs. Yet I trust "
-    "that in view of the great responsibility resting upon me you will perceive no want of respect to yourselves in any "
-    "undue earnestness I may seem to display. Is it doubted, then, that the plan I propose, if adopted, would shorten "
-    "the war, and thus lessen its expenditure of money and of blood? Is it doubted that it would restore the national "
-    "authority and national prosperity and perpetuate both indefinitely? Is it doubted that we here--Congress and "
-    "Executive can secure its adoption? Will not the good people respond to a united and earnest appeal from us? Can "
-    "we, can they, by any other means so certainly or so speedily assure these vital objects? We can succeed only by "
-    'concert. It is not "Can any of us imagine better?" but "Can we all do better?" Object whatsoever is possible, '
-    'still the question recurs, "Can we do better?" The dogmas of the quiet past are inadequate to the stormy present. '
-    "The occasion is piled high with difficulty, and we must rise with the occasion. As our case is new, so we must "
-    "think anew and act anew. We must disenthrall ourselves, and then we shall save our country. Fellow-citizens, we "
-    "can not escape history. We of this Congress and this Administration will be remembered in spite of ourselves. No "
-    "personal significance or insignificance can spare one or another of us. The fiery trial through which we pass will "
-    "light us down in honor or dishonor to the latest generation. We say we are for the Union. The world will not "
-    "forget that we say this. We know how to save the Union. The world knows we do know how to save it. We, even we "
-    "here, hold the power and bear the responsibility. In giving freedom to the slave we assure freedom to the "
-    "free--honorable alike in what we give and what we preserve. We shall nobly save or meanly lose the last best hope "
-    "of earth. Other means may succeed; this could not fail. The way is plain, peaceful, generous, just--a way which if "
-    "followed the world will forever applaud and God must forever bless."
-)
+MESSAGE = """
+The plan is proposed as permanent constitutional law. It can not become such without the concurrence of, first,
+two-thirds of Congress, and afterwards three-fourths of the States. The requisite three-fourths of the States will
+necessarily include seven of the slave States. Their concurrence, if obtained, will give assurance of their severally
+adopting emancipation at no very distant day upon the new constitutional terms. This assurance would end the struggle
+now and save the Union forever. I do not forget the gravity which should characterize a paper addressed to the Congress
+of the nation by the Chief Magistrate of the nation, nor do I forget that some of you are my seniors, nor that many of
+you have more experience than I in the conduct of public affairs. Yet I trust that in view of the great responsibility
+resting upon me you will perceive no want of respect to yourselves in any undue earnestness I may seem to display. Is it
+doubted, then, that the plan I propose, if adopted, would shorten the war, and thus lessen its expenditure of money and
+of blood? Is it doubted that it would restore the national authority and national prosperity and perpetuate both
+indefinitely? Is it doubted that we here--Congress and Executive can secure its adoption? Will not the good people
+respond to a united and earnest appeal from us? Can we, can they, by any other means so certainly or so speedily assure
+these vital objects? We can succeed only by concert. It is not "Can any of us imagine better?" but "Can we all do
+better?" Object whatsoever is possible, still the question recurs, "Can we do better?" The dogmas of the quiet past are
+inadequate to the stormy present. The occasion is piled high with difficulty, and we must rise with the occasion. As our
+case is new, so we must think anew and act anew. We must disenthrall ourselves, and then we shall save our country.
+Fellow-citizens, we can not escape history. We of this Congress and this Administration will be remembered in spite of
+ourselves. No personal significance or insignificance can spare one or another of us. The fiery trial through which we
+pass will light us down in honor or dishonor to the latest generation. We say we are for the Union. The world will not
+forget that we say this. We know how to save the Union. The world knows we do know how to save it. We, even we here,
+hold the power and bear the responsibility. In giving freedom to the slave we assure freedom to the free--honorable
+alike in what we give and what we preserve. We shall nobly save or meanly lose the last best hope of earth. Other means
+may succeed; this could not fail. The way is plain, peaceful, generous, just--a way which if followed the world will
+forever applaud and God must forever bless.
+""".strip().replace("\n", " ")
 HARD = (
     "",
     "a",
@@ -134,36 +132,16 @@ def row_outputs(source: Source, sample: Sample) -> dict[str, Outputs]:
     return found
 
 
-@torch.no_grad()
-def pair_outputs(source: Source) -> Expected:
-    """Logits of pairs of texts as the tokenizer joins them, with the segments that it numbers."""
-    inputs = [source.tokenizer(*pair, return_tensors="pt") for pair in PAIRS]
-    return [source.model(**one).logits[0].numpy() for one in inputs], [one["input_ids"].shape[1] for one in inputs]
-
-
-def embeddings(source: Source, embedding: Embedding, texts: list[str]) -> Expected:
-    """What `neobert embed` computes with the training model."""
-    how = ContrastiveSettings(pooling=embedding.pooling or "mean")
-    if source.is_hf_encoder:
-        model = HFEncoderForEmbedding(source.model.model, how, source.tokenizer.pad_token_id)
-    else:
-        with torch.no_grad():
-            model = NeoBERTForEmbedding(source.model.config, how)
-        model.model = source.model.model
-    settings = SentenceSettings(source.folder, source.folder)
-    embedder = Embedder(model.eval(), source.tokenizer, embedding.max_length, settings)
-    lengths = [min(embedding.max_length, len(ids)) for ids in source.tokenizer(texts)["input_ids"]]
-    return list(embedder.encode(texts, embedding.normalize)), lengths
-
-
 # --- how it compares -----------
 
 
+@torch.no_grad()
 def compare(
     source: Source, folder: Path, tokenizer: str | None = None, onnx: str = "", embedding: Embedding | None = None
 ) -> list[Check]:
     """Compare what a clean process loads from `folder` with the training model: transformers' Auto classes; the graph, where
-    `onnx` names its output; sentence-transformers, where there is an `embedding`. `tokenizer` is its folder, if another one.
+    `onnx` names its output; where there is an `embedding`, sentence-transformers with `neobert embed`. `tokenizer` is its
+    folder, if another one.
 
     Raises UserError when the folder does not load there, or gives other ids.
     """
@@ -181,11 +159,16 @@ def compare(
         for what, _, output, _, num_rows in outputs
     }
     pairs, sentences = PAIRS if source.is_hf_encoder and source.is_classifier else [], list[str]()
-    if pairs:
-        expected["pairs"] = pair_outputs(source)
+    if pairs:  # as the tokenizer joins them, with the segments that it numbers
+        inputs = [source.tokenizer(*pair, return_tensors="pt") for pair in pairs]
+        values = [source.model(**one).logits[0].numpy() for one in inputs]
+        expected["pairs"] = values, [one["input_ids"].shape[1] for one in inputs]
     if embedding is not None:
         sentences = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
-        expected["embedding"] = embeddings(source, embedding, sentences)
+        how = (embedding.pooling, embedding.max_length)
+        embedder = load_embedder(str(source.folder), *how, runtime=Runtime(device=torch.device("cpu")))
+        ids = [tokens[: embedding.max_length] for tokens in source.tokenizer(sentences)["input_ids"]]
+        expected["embedding"] = list(embedder.encode(sentences, embedding.normalize)), [len(tokens) for tokens in ids]
     job = {
         "own_code": not source.is_native, "outputs": outputs, "sample": sample,
         "pad_id": source.model.config.pad_token_id or 0, "batch_size": BATCH_SIZE, "texts": texts,
