@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, WEIGHTS, list_steps, read_pointer, verify_checkpoint
+from neobert.checkpoints.format import POINTERS, STATE, WEIGHTS, list_steps, read_pointer, verify_checkpoint
 from neobert.errors import CheckpointError, first_line
 from neobert.files import read_json
 
@@ -31,7 +31,7 @@ def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = F
 
     Raises CheckpointError saying what is there instead.
     """
-    if root is not None and (selector in ("latest", "best") or selector.isdigit()):
+    if root is not None and (selector in POINTERS or selector.isdigit()):
         steps = list_steps(root)
         name = selector if selector.isdigit() else read_pointer(root / selector)
         if selector == "latest" and steps and (to_resume or name is None or int(name) not in steps):

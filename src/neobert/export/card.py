@@ -8,6 +8,7 @@ import yaml
 
 from neobert.checkpoints.load import Source
 from neobert.config.explain import changed_keys
+from neobert.config.load import put
 from neobert.export.verify import Check
 from neobert.files import read_json
 from neobert.inference.sentence_transformers import Embedding
@@ -195,11 +196,8 @@ def configuration(config: dict[str, Any]) -> Iterator[str]:
     for dotted, value in changed_keys(config).items():
         if isinstance(value, dict) or dotted in OF_THE_MACHINE or dotted.startswith("wandb."):
             continue
-        *sections, name = dotted.split(".")
-        inner = changed
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = Path(value).name if isinstance(value, str) and dotted.endswith(("path", "_dir")) else value
+        is_path = isinstance(value, str) and dotted.endswith(("path", "_dir"))
+        put(changed, dotted, Path(value).name if is_path else value)
     if changed:
         yield "Keys that were not at their defaults:"
         yield f"```yaml\n{yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)}```"

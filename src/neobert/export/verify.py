@@ -75,7 +75,6 @@ HARD = (
 PAIRS = [("peace", "war"), (MESSAGE[:60], MESSAGE[60:90])]
 
 Outputs = list[np.ndarray]  # of every row, T x D, picked tokens x V, or one vector
-Expected = tuple[Outputs, list[int]]  # and the lengths of the rows in tokens
 Found = dict[str, np.ndarray]  # what the clean process computed
 Sample = list[tuple[list[int], list[int]]]  # the token ids of a row, and at which of them its logits are compared
 
@@ -116,12 +115,11 @@ def build_sample(source: Source) -> Sample:
     return [(row, sorted({round(i) for i in np.linspace(0, len(row) - 1, NUM_PICKS)})) for row in rows]
 
 
-# --- what the training model computes -----------
-
-
 @torch.no_grad()
 def row_outputs(source: Source, sample: Sample) -> dict[str, Outputs]:
-    """For each row alone hidden states, T x D, and the logits of the head, where there is one: picked tokens x V, or labels."""
+    """What the training model computes for each row alone: hidden states T x D, and the logits of its head, if it has one, of
+    picked tokens x V, or of labels.
+    """
     model, inputs = source.model, [torch.tensor([row]) for row, _ in sample]
     found = {"hidden": [model.model(input_ids=ids).last_hidden_state[0].numpy() for ids in inputs]}
     if source.has_head:
@@ -165,10 +163,10 @@ def compare(
         expected["pairs"] = values, [one["input_ids"].shape[1] for one in inputs]
     if embedding is not None:
         sentences = [" ".join(words[:count]) for count in (1, 2, 5, 9, 20, 50, 100, 200, 400)] + [MESSAGE, *HARD]
-        how = (embedding.pooling, embedding.max_length)
-        embedder = load_embedder(str(source.folder), *how, runtime=Runtime(device=torch.device("cpu")))
-        ids = [tokens[: embedding.max_length] for tokens in source.tokenizer(sentences)["input_ids"]]
-        expected["embedding"] = list(embedder.encode(sentences, embedding.normalize)), [len(tokens) for tokens in ids]
+        longest, runtime = embedding.max_length, Runtime(device=torch.device("cpu"))
+        embedder = load_embedder(str(source.folder), embedding.pooling, longest, runtime=runtime)
+        num_tokens = [min(longest, len(ids)) for ids in source.tokenizer(sentences)["input_ids"]]
+        expected["embedding"] = list(embedder.encode(sentences, embedding.normalize)), num_tokens
     job = {
         "own_code": not source.is_native, "outputs": outputs, "sample": sample,
         "pad_id": source.model.config.pad_token_id or 0, "batch_size": BATCH_SIZE, "texts": texts,
