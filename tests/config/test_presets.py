@@ -8,8 +8,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from helpers.checkpoints import largest_difference, padded_rows
 from helpers.runs import TOKENIZER
 from neobert.checkpoints.format import list_steps
+from neobert.checkpoints.load import load_source
 from neobert.config.load import load_config
-from neobert.export.source import load_source
 from neobert.export.write import write_transformers
 from neobert.tasks.pretraining import task as pretraining
 from neobert.training.metrics import read_metrics

@@ -22,9 +22,9 @@ from helpers.checkpoints import LENGTHS, OWN_CODE, largest_difference, padded_ro
 from helpers.commands import run_neobert, start_neobert
 from helpers.models import VARIANTS
 from neobert.checkpoints.convert import convert
+from neobert.checkpoints.load import load_source
 from neobert.errors import UserError
 from neobert.export.importing import import_model
-from neobert.export.source import load_source
 from neobert.export.write import Wanted, export_model, write_transformers
 from neobert.files import write_json
 from neobert.inference.embed import load_embedder

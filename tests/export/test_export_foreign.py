@@ -26,10 +26,10 @@ from helpers.glue import foreign_model, run_glue, write_local
 from helpers.pairs import CONTRASTIVE_TINY, made_pairs, write_rows
 from helpers.runs import TOKENIZER
 from neobert.checkpoints.convert import convert
+from neobert.checkpoints.load import load_source
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, UserError
-from neobert.export.source import load_source
-from neobert.export.write import Wanted, export_model
+from neobert.export.write import Wanted, export_model, read_embedding
 from neobert.inference.embed import load_embedder
 from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.tasks.contrastive import task as contrastive
@@ -145,7 +145,7 @@ def test_what_a_second_export_would_lose_is_named(tmp_path):
     export_model(str(run), tmp_path / "first", Wanted(), log=lambda text: None)
     own = tmp_path / "first/config_sentence_transformers.json"
     own.write_text(json.dumps({**json.loads(own.read_text()), "prompts": {"query": "query: "}}))
-    assert load_source(str(tmp_path / "first")).sentence.prompts == {"query": "query: "}
+    assert read_embedding(load_source(str(tmp_path / "first"))).prompts == {"query": "query: "}
     export_model(str(tmp_path / "first"), tmp_path / "second", Wanted(), log=lambda text: None)
     assert json.loads((tmp_path / "second/config_sentence_transformers.json").read_text())["prompts"] == {
         "query": "query: "
@@ -174,4 +174,4 @@ def test_weights_in_a_pickle_are_converted_as_told(tmp_path):
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=out)
     again = load_file(out / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
-    assert load_source(str(out)).longest == 512
+    assert read_embedding(load_source(str(out))).max_length == 512

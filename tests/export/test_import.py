@@ -14,12 +14,12 @@ from helpers.runs import TOKENIZER
 from neobert.checkpoints.convert import convert
 from neobert.checkpoints.format import list_steps
 from neobert.checkpoints.initial_weights import find_initial_weights
+from neobert.checkpoints.load import load_source
 from neobert.config.load import load_config
 from neobert.data.labelled import TASKS
 from neobert.errors import CheckpointError, ConfigError, UserError
 from neobert.export.importing import import_model
-from neobert.export.source import load_source
-from neobert.export.write import write_transformers
+from neobert.export.write import read_embedding, write_transformers
 from neobert.tasks.glue.model import build_classifier
 from neobert.tasks.glue.task import fill_in
 from neobert.tasks.pretraining import task as pretraining
@@ -100,7 +100,7 @@ def test_an_encoder_alone_gets_a_decoder(tmp_path):
     difference = found.model.model(ids, attention_mask=mask)[0] - theirs(ids, attention_mask=mask)[0]
     assert difference[mask.bool()].abs().max() <= 1e-5
     assert (found.has_head, found.notes) == (False, ["no decoder in it: a new one, drawn at random"])
-    assert torch.equal(found.tensors()["lm_head.weight"], convert(str(folder)).tensors()["lm_head.weight"])
+    assert torch.equal(found.model.lm_head.weight, convert(str(folder)).model.lm_head.weight)
 
 
 def published(folder, biased=True):
@@ -130,7 +130,7 @@ def test_published(biased, tmp_path):
     checks = import_model(str(folder), tmp_path / "in", log=quiet)
     assert {check.what: check.difference <= 1e-5 for check in checks} == {"hidden": True, "logits": True}
     source = load_source(str(tmp_path / "in"))
-    assert (source.is_native, len(source.tokenizer), source.longest) == (not biased, 8000, 512)
+    assert (source.is_native, len(source.tokenizer), read_embedding(source).max_length) == (not biased, 8000, 512)
     ids, mask = padded_rows()
     ids = ids.clamp_max(7999)
     expected = theirs(ids, mask)[mask.bool()]
@@ -215,7 +215,7 @@ def test_longer_texts_with_rope(small, tmp_path):
     """RoPE has no parameters for positions, so a run may raise them; learned positions are as many as there are."""
     run = write_checkpoint(tmp_path / "run", tiny_model())
     go_on(small, run, tmp_path / "a", "model.max_position_embeddings=1024", "trainer.max_steps=1")
-    assert load_source(str(tmp_path / "a")).longest == 1024
+    assert read_embedding(load_source(str(tmp_path / "a"))).max_length == 1024
     learned = write_checkpoint(tmp_path / "learned", tiny_model(rope=False))
     for name, words, text in (
         (learned, ["model.max_position_embeddings=1024"], "model.max_position_embeddings: 1024, but"),

@@ -21,10 +21,10 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
+from neobert.checkpoints.load import load_source
 from neobert.config.explain import starter_file
 from neobert.config.load import load_config
 from neobert.errors import CheckpointError, ConfigError, DataError
-from neobert.export.source import load_source
 from neobert.export.write import write_transformers
 from neobert.inference.embed import load_embedder
 from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers

@@ -10,84 +10,39 @@ Tensors become float32. Only safetensors are read, and no code of a folder is ru
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from neobert.checkpoints.format import STATE, WEIGHTS
-from neobert.checkpoints.layouts import (
-    FUSED,
-    SAME_FIELDS,
-    Tensors,
-    checkpoint_config,
-    from_eurobert,
-    from_published,
-    is_eurobert,
-    to_eurobert,
-)
-from neobert.checkpoints.load import Model, build_model, check_fit, check_tokenizer, load_model_weights
-from neobert.checkpoints.locate import CONFIG, INDEX, find_any_model, read_model_config
+from neobert.checkpoints.format import STATE, WEIGHTS, Tensors
+from neobert.checkpoints.layouts import FUSED, SAME_FIELDS, checkpoint_config, from_eurobert, from_published
+from neobert.checkpoints.load import Layout, Source, check_fit, check_tokenizer, load_model
+from neobert.checkpoints.locate import CONFIG, INDEX, find_model, read_model_config
 from neobert.data.tokenizer import SPECIAL_TOKENS, fit_vocabulary, tokenizer_folder
 from neobert.errors import CheckpointError, first_line
-from neobert.model.embedding import NeoBERTForEmbedding
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
 
-Kind = Literal["checkpoint", "export", "eurobert", "published"]
 
-
-@dataclass(frozen=True)
-class Converted:
-    """A model as ours. `fields` is the config.json of its checkpoint; `notes` are messages: what is not as it was."""
-
-    folder: Path
-    kind: Kind
-    model: Model
-    tokenizer: Any
-    fields: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    has_head: bool = True  # a decoder or a classifier was there
-
-    def tensors(self) -> Tensors:
-        """The weights as a checkpoint holds them."""
-        weights = self.model.state_dict()
-        return to_eurobert(weights) if is_eurobert(self.model.config) else weights
-
-
-def convert(source: str, tokenizer: str | None = None) -> Converted:
-    """The model at `source`: any folder of the table above, or a run's. `tokenizer`: another folder to take that from.
+def convert(path: str, tokenizer: str | None = None) -> Source:
+    """The model at `path`: any folder of the table above, or a run's. `tokenizer`: another folder to take that from.
 
     Raises CheckpointError saying what is missing, what contradicts what, or which layouts are read.
     """
-    folder = find_any_model(source)
+    folder = find_model(path, in_parts=True)
     fields = read_model_config(folder)
     hf_tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
     if "neobert" in fields:
-        kind: Kind = "checkpoint" if (folder / STATE).is_file() else "export"
-        model, notes = build_model(folder, fields), list[str]()
-        load_model_weights(folder, model)
-        has_head = not isinstance(model, NeoBERTForEmbedding)
+        layout: Layout = "checkpoint" if (folder / STATE).is_file() else "export"
+        found = Source(folder, fields, load_model(folder), hf_tokenizer, layout)
     else:
-        kind, architecture, weights, notes = _hf_encoder(folder, fields)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = NeoBERTForMaskedLM(architecture)
-        except (ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{folder / CONFIG}: describes no model: {error}") from None
-        if not (has_head := "lm_head.weight" in weights):
-            weights["lm_head.weight"] = model.lm_head.weight.detach()
-            notes.append("no decoder in it: a new one, drawn at random")
-        check_fit(folder, weights, model.state_dict())
-        model.load_state_dict(weights)
-        fields = checkpoint_config(architecture, hf_tokenizer, fields.get("name") or None)
-    check_tokenizer(folder, hf_tokenizer, model.config.vocab_size)
-    fit_vocabulary(hf_tokenizer, model.config.vocab_size, multiple=1)
-    return Converted(folder, kind, model.float().eval(), hf_tokenizer, fields, notes, has_head)
+        found = _convert_layout(folder, fields, hf_tokenizer)
+    check_tokenizer(folder, hf_tokenizer, found.model.config.vocab_size)
+    fit_vocabulary(hf_tokenizer, found.model.config.vocab_size, multiple=1)
+    return found
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -112,33 +67,59 @@ def _load_tokenizer(folder: Path) -> Any:
 # --- layouts that are not ours -----------
 
 
-def _hf_encoder(folder: Path, fields: dict[str, Any]) -> tuple[Kind, NeoBERTConfig, Tensors, list[str]]:
-    """(layout, our config, our tensors, what was left out)."""
-    kind = fields.get("model_type")
-    if kind == "eurobert":
-        architecture, num_groups = eurobert_architecture(folder, fields)
-        weights, notes = _known_parts(read_tensors(folder), "lm_head")
-        weights = ungrouped(weights, num_groups, architecture.hidden_size // architecture.num_attention_heads)
-        if fields.get("tie_word_embeddings") and "lm_head.weight" not in weights:
-            embeddings = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
-            weights |= {"lm_head.weight": weights[embeddings].clone()} if embeddings else {}
-        try:
-            return "eurobert", architecture, from_eurobert(weights), notes
-        except KeyError as error:
-            raise CheckpointError(f"{folder}: the weights do not fit the model: {error.args[0]} is missing") from None
-    if kind == "neobert":
-        architecture = published_architecture(fields)
-        weights, notes = _known_parts(read_tensors(folder), "decoder")
-        try:
-            weights = from_published(weights, architecture.num_attention_heads)
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder / CONFIG}: contradicts the weights: {error}") from None
-        architecture.decoder_bias = "lm_head.bias" in weights
-        return "published", architecture, weights, notes
-    raise CheckpointError(
-        f"{folder / CONFIG}: model_type {kind!r} cannot be imported; what can: our checkpoints and exports, eurobert, and the "
-        "published neobert"
-    )
+def _convert_layout(folder: Path, fields: dict[str, Any], hf_tokenizer: Any) -> Source:
+    """A EuroBERT or a published NeoBERT as ours; a decoder that is not there is drawn at random."""
+    kind, notes = fields.get("model_type"), list[str]()
+    if kind not in ("eurobert", "neobert"):
+        known = "our checkpoints and exports, eurobert, and the published neobert"
+        raise CheckpointError(f"{folder / CONFIG}: model_type {kind!r} cannot be imported; what can: {known}")
+    layout: Layout = "eurobert" if kind == "eurobert" else "published"
+    architecture, weights = (_from_eurobert if kind == "eurobert" else _from_published)(folder, fields, notes)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = NeoBERTForMaskedLM(architecture)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: describes no model: {error}") from None
+    is_new = "lm_head.weight" not in weights
+    if is_new:
+        weights["lm_head.weight"] = model.lm_head.weight.detach()
+        notes.append("no decoder in it: a new one, drawn at random")
+    check_fit(folder, weights, model.state_dict())
+    model.load_state_dict(weights)
+    fields = checkpoint_config(architecture, hf_tokenizer, fields.get("name") or None)
+    return Source(folder, fields, model.float().eval(), hf_tokenizer, layout, notes, is_new)
+
+
+def _from_eurobert(folder: Path, fields: dict[str, Any], notes: list[str]) -> tuple[NeoBERTConfig, Tensors]:
+    """(our config, our tensors). Every key and value head is repeated for the query heads that share it, which computes the
+    same; `notes` get what is left out.
+    """
+    architecture, num_sharing = eurobert_architecture(folder, fields)
+    weights = _known_parts(read_tensors(folder), "lm_head", notes)
+    width = architecture.hidden_size // architecture.num_attention_heads
+    for name, tensor in weights.items():
+        if num_sharing > 1 and name.endswith(FUSED["attention.qkv.weight"][1:]):
+            heads = tensor.view(-1, width, tensor.shape[1])
+            weights[name] = heads.repeat_interleave(num_sharing, 0).reshape(-1, tensor.shape[1])
+    if fields.get("tie_word_embeddings") and "lm_head.weight" not in weights:
+        embeddings = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
+        weights |= {"lm_head.weight": weights[embeddings].clone()} if embeddings else {}
+    try:
+        return architecture, from_eurobert(weights)
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit the model: {error.args[0]} is missing") from None
+
+
+def _from_published(folder: Path, fields: dict[str, Any], notes: list[str]) -> tuple[NeoBERTConfig, Tensors]:
+    """(our config, our tensors); `notes` get what is left out."""
+    architecture, weights = published_architecture(fields), _known_parts(read_tensors(folder), "decoder", notes)
+    try:
+        weights = from_published(weights, architecture.num_attention_heads)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / CONFIG}: contradicts the weights: {error}") from None
+    architecture.decoder_bias = "lm_head.bias" in weights
+    return architecture, weights
 
 
 def eurobert_architecture(folder: Path, fields: dict[str, Any]) -> tuple[NeoBERTConfig, int]:
@@ -172,23 +153,9 @@ def eurobert_architecture(folder: Path, fields: dict[str, Any]) -> tuple[NeoBERT
     return architecture, heads // (theirs.num_key_value_heads or heads)
 
 
-def ungrouped(weights: Tensors, num_groups: int, head_width: int) -> Tensors:
-    """EuroBERT's tensors with every key and value head repeated for the query heads that share it: the same function."""
-    shared = FUSED["attention.qkv.weight"][1:] if num_groups > 1 else ()
-    out = dict(weights)
-    for name, tensor in weights.items():
-        if name.endswith(shared):
-            heads = tensor.view(-1, head_width, tensor.shape[1])
-            out[name] = heads.repeat_interleave(num_groups, 0).reshape(-1, tensor.shape[1])
-    return out
-
-
 def published_architecture(fields: dict[str, Any]) -> NeoBERTConfig:
     """Our config of the published NeoBERT; where its config.json is silent, its code's defaults hold."""
-    names = {
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "pad_token_id",
-        "norm_eps", "embedding_init_range",
-    }  # fmt: skip
+    names = {*SAME_FIELDS, "intermediate_size", "norm_eps", "embedding_init_range"}
     given = {name: value for name, value in fields.items() if name in names}
     longest = fields.get("max_position_embeddings", fields.get("max_length", 1024))
     return NeoBERTConfig(**{"num_hidden_layers": 28, "norm_eps": 1e-6, **given, "max_position_embeddings": longest})
@@ -200,16 +167,16 @@ def read_tensors(folder: Path) -> Tensors:
         names = [WEIGHTS]
         if (folder / INDEX).is_file():
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        found = {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+        return {name: tensor.float() for file in names for name, tensor in load_file(folder / file).items()}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read: {error}") from None
-    return {name: tensor.float() for name, tensor in found.items()}
 
 
-def _known_parts(weights: Tensors, decoder: str) -> tuple[Tensors, list[str]]:
-    """(encoder and decoder, what was left out): an encoder saved by itself has no `model.` in its names."""
+def _known_parts(weights: Tensors, decoder: str, notes: list[str]) -> Tensors:
+    """Encoder and decoder; `notes` get what is left out. An encoder saved by itself has no `model.` in its names."""
     if not any(name.startswith("model.") for name in weights):
         weights = {name if name.startswith(decoder) else f"model.{name}": tensor for name, tensor in weights.items()}
     kept = {name: tensor for name, tensor in weights.items() if name.startswith(("model.", f"{decoder}."))}
     left = sorted({name.partition(".")[0] for name in weights if name not in kept})
-    return kept, [f"not imported: {', '.join(left)}"] if left else []
+    notes += [f"not imported: {', '.join(left)}"] if left else []
+    return kept

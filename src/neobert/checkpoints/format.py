@@ -69,8 +69,8 @@ class Content:
     model_config: dict[str, Any]
     save_beside: Callable[[Path], None]
     config_yaml: str
-    optimizer: Tensors
-    data: tuple[dict[str, Any], dict[str, np.ndarray]]
+    optimizer: Tensors = field(default_factory=dict)
+    data: tuple[dict[str, Any], dict[str, np.ndarray]] = field(default_factory=lambda: ({}, {}))
     state: dict[str, Any] = field(default_factory=dict)
     first_rows: dict[str, int] = field(default_factory=dict)
 
@@ -133,24 +133,23 @@ def _together(group: ProcessGroup, work: Callable[[], None] | None) -> str:
 
 def _write_content(folder: Path, content: Content, rank: int) -> dict[str, str]:
     """Write the files of a process; returns their checksums, when they are on the disk."""
-    path = folder / OPTIMIZER.format(rank)
     if content.optimizer or rank == 0:
-        save_file(_contiguous(content.optimizer), path, metadata={FIRST_ROWS: json.dumps(content.first_rows)})
+        first_rows = json.dumps(content.first_rows)
+        save_tensors(content.optimizer, folder / OPTIMIZER.format(rank), {FIRST_ROWS: first_rows})
     data, arrays = content.data
     save_arrays(arrays, folder / f"{DATA.format(rank)}.safetensors")
     write_json(folder / f"{DATA.format(rank)}.json", data)
-    own = [path, *(folder / f"{DATA.format(rank)}.{kind}" for kind in ("safetensors", "json"))]
     if rank == 0:
-        save_file(_contiguous(content.weights), folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(content.weights, folder / WEIGHTS)
         write_json(folder / "config.json", content.model_config)
         write_text(folder / "config.yaml", content.config_yaml)
         content.save_beside(folder)
-        whole = [one for one in folder.rglob("*") if not one.name.startswith(".")]  # others are being written
-        own += [one for one in whole if not is_of_a_rank(str(one.relative_to(folder)))]
-    files = sorted({path for path in own if path.is_file()})
-    for path in files:
-        sync(path)
-    return {str(path.relative_to(folder)): sha256(path) for path in files}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    names = [str(path.relative_to(folder)) for path in files]  # others write theirs meanwhile
+    own = [name for name in names if (f"rank{rank:05d}." in name if is_of_a_rank(name) else rank == 0)]
+    for name in own:
+        sync(folder / name)
+    return {name: sha256(folder / name) for name in own}
 
 
 def is_of_a_rank(name: str) -> bool:
@@ -158,8 +157,10 @@ def is_of_a_rank(name: str) -> bool:
     return name.startswith(("optimizer/", "data_rank"))
 
 
-def _contiguous(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; without other `metadata` as transformers reads it."""
+    metadata = metadata or {"format": "pt"}
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def list_steps(root: Path) -> list[int]:
@@ -236,12 +237,12 @@ def load_optimizer(folder: Path, rows_of: Callable[[str], slice | None] = lambda
             first_rows = json.loads((tensors.metadata() or {}).get(FIRST_ROWS, "{}"))
             for path in tensors.keys():  # noqa: SIM118 - not a dict
                 first, part = first_rows.get(path, 0), tensors.get_slice(path)
-                if part.get_shape():
-                    wanted = rows_of(path) or slice(0, None)
+                wanted = rows_of(path) if part.get_shape() else None
+                if wanted is None:
+                    local = tensors.get_tensor(path)
+                else:
                     stop = None if wanted.stop is None else max(0, wanted.stop - first)
                     local = part[max(0, wanted.start - first) : stop]
-                else:
-                    local = tensors.get_tensor(path)
                 parts.setdefault(path, []).append((first, local))
     whole = {path: [part for _, part in sorted(some, key=lambda one: one[0])] for path, some in parts.items()}
     return {path: torch.cat(some) if some[0].ndim and len(some) > 1 else some[0] for path, some in whole.items()}

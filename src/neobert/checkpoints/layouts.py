@@ -11,27 +11,24 @@ from typing import Any
 
 import torch
 
+from neobert.checkpoints.format import Tensors
 from neobert.data.tokenizer import special_ids
 from neobert.model.layers import swiglu_width
 from neobert.model.modeling_neobert import NeoBERTConfig
 
-Tensors = dict[str, torch.Tensor]
-
-# ours -> eurobert's, for tensors that are the same; fused ones are split along their rows.
-_RENAMED = {
-    "attention.out.weight": "self_attn.o_proj.weight",
-    "ffn.down.weight": "mlp.down_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
+# ours -> eurobert's; where there are several, they are rows of ours, one below the other.
+EUROBERT = {
+    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attention.out.weight": ("self_attn.o_proj.weight",),
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "ffn.down.weight": ("mlp.down_proj.weight",),
+    "ffn_norm.weight": ("post_attention_layernorm.weight",),
 }
+FUSED = {ours: parts for ours, parts in EUROBERT.items() if len(parts) > 1}
 SAME_FIELDS = (  # of config.json, which both call by the same name
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "pad_token_id",
 )  # fmt: skip
-FUSED = {
-    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-}
-
 # Matrices of transformers' encoders that hold several, one below the other, by `model_type`: name endings, and how many.
 # DeBERTa's `in_proj` goes head by head and is not among them.
 _FUSED_ELSEWHERE = {"modernbert": {"attn.Wqkv.weight": 3, "mlp.Wi.weight": 2}}
@@ -42,10 +39,21 @@ def fused_parts(model_type: str) -> dict[str, int]:
     return {ours: len(parts) for ours, parts in FUSED.items()} | _FUSED_ELSEWHERE.get(model_type, {})
 
 
+def beyond_eurobert(config: NeoBERTConfig) -> list[str]:
+    """What a model has and transformers' EuroBERT has not."""
+    parts = {
+        "nGPT": config.ngpt,
+        "learned positions": not config.rope,
+        "GELU": config.hidden_act != "swiglu",
+        "LayerNorm": not config.rms_norm and not config.ngpt,
+        "decoder bias": config.decoder_bias,
+    }
+    return [part for part, is_there in parts.items() if is_there]
+
+
 def is_eurobert(config: NeoBERTConfig) -> bool:
     """Whether transformers' own EuroBERT computes the same function."""
-    has_its_parts = config.rope and config.rms_norm and config.hidden_act == "swiglu"
-    return has_its_parts and not config.ngpt and not config.decoder_bias
+    return not beyond_eurobert(config)
 
 
 def eurobert_config(config: NeoBERTConfig, token_ids: dict[str, int]) -> dict[str, Any]:
@@ -79,24 +87,21 @@ def to_eurobert(weights: Tensors) -> Tensors:
     out: Tensors = {}
     for name, tensor in weights.items():
         prefix, part = _split_name(name)
-        names = FUSED.get(part, (_RENAMED.get(part, part),))
+        names = EUROBERT.get(part, (part,))
         out |= {prefix + target: piece for target, piece in zip(names, tensor.chunk(len(names)), strict=True)}
     return out
 
 
 def from_eurobert(weights: Tensors) -> Tensors:
     """The inverse of `to_eurobert`. Raises KeyError naming a part that is missing."""
-    renamed = {theirs: ours for ours, theirs in _RENAMED.items()}
-    fused = {parts[0]: (ours, parts) for ours, parts in FUSED.items()}
-    inner = {part for parts in FUSED.values() for part in parts[1:]}
+    known = {parts[0]: (ours, parts) for ours, parts in EUROBERT.items()}
+    others = {part for parts in EUROBERT.values() for part in parts[1:]}
     out: Tensors = {}
     for name, tensor in weights.items():
         prefix, part = _split_name(name)
-        if part in fused:
-            ours, parts = fused[part]
-            out[prefix + ours] = torch.cat([weights[prefix + one] for one in parts])
-        elif part not in inner:
-            out[prefix + renamed.get(part, part)] = tensor
+        ours, parts = known.get(part, (part, (part,)))
+        if part not in others:
+            out[prefix + ours] = tensor if len(parts) == 1 else torch.cat([weights[prefix + one] for one in parts])
     return out
 
 

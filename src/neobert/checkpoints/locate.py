@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from neobert.checkpoints.format import STATE, WEIGHTS, list_steps, read_pointer, verify_checkpoint
+from neobert.checkpoints.format import POINTERS, STATE, WEIGHTS, list_steps, read_pointer, verify_checkpoint
 from neobert.errors import CheckpointError, first_line
 from neobert.files import read_json
 
@@ -31,7 +31,7 @@ def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = F
 
     Raises CheckpointError saying what is there instead.
     """
-    if root is not None and (selector in ("latest", "best") or selector.isdigit()):
+    if root is not None and (selector in POINTERS or selector.isdigit()):
         steps = list_steps(root)
         name = selector if selector.isdigit() else read_pointer(root / selector)
         if selector == "latest" and steps and (to_resume or name is None or int(name) not in steps):
@@ -50,12 +50,18 @@ def find_checkpoint(selector: str, root: Path | None = None, to_resume: bool = F
     return path
 
 
-def find_model(path: str) -> Path:
-    """The folder of a model of ours: a checkpoint or an export. Raises CheckpointError saying what is there instead."""
+def find_model(path: str, in_parts: bool = False) -> Path:
+    """The folder of a model of ours: a checkpoint or an export; with `in_parts` also one whose weights are in several files,
+    which models of other libraries may be. Raises CheckpointError saying what is there instead.
+    """
     folder = Path(path)
     if (folder / STATE).is_file() or not folder.is_dir() or holds_steps(folder):
         return find_verified(path)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if in_parts and (folder / INDEX).is_file():
+        if CONFIG in missing:
+            raise CheckpointError(f"{folder}: not a model: it has no {CONFIG}")
+        return folder
     if missing == [WEIGHTS] and (folder / PICKLE).is_file():
         pickled = f"its weights are in {PICKLE}, and only safetensors are read"
         raise CheckpointError(f"{folder}: {pickled}; {CONVERT.format(folder)}")
@@ -66,16 +72,6 @@ def find_model(path: str) -> Path:
         )
     if (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder}: half a checkpoint: it has no {STATE}, which is written last")
-    return folder
-
-
-def find_any_model(path: str) -> Path:
-    """As `find_model`, and a folder whose weights are in several files, which models of other libraries may be."""
-    folder = Path(path)
-    if (folder / STATE).is_file() or holds_steps(folder) or not (folder / INDEX).is_file():
-        return find_model(path)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: not a model: it has no {CONFIG}")
     return folder
 
 

@@ -1,15 +1,16 @@
 """The model card: README.md with what the model is, how to load it, what it was trained on, its curve and its scores."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from neobert.checkpoints.load import Source
 from neobert.config.explain import changed_keys
-from neobert.export.source import Source
+from neobert.config.load import put
 from neobert.export.verify import Check
+from neobert.files import read_json
 from neobert.inference.sentence_transformers import Embedding
 from neobert.training.metrics import markdown_table, read_metrics
 
@@ -19,8 +20,8 @@ MAX_POINTS = 12  # steps in the table of the curve
 OF_THE_MACHINE = (
     "trainer.output_dir", "trainer.resume_from_checkpoint", "trainer.overwrite_output_dir", "trainer.report_to",
     "trainer.use_cpu", "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "config_path",
-    "accelerate_config_file",
-    "pretraining_metadata", "dataset.num_workers", "dataset.num_proc", "dataset.cache_dir", "dataset.pre_tokenize_output",
+    "accelerate_config_file", "pretraining_metadata", "dataset.num_workers", "dataset.num_proc", "dataset.cache_dir",
+    "dataset.pre_tokenize_output",
 )  # fmt: skip
 
 MASKED = """from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
@@ -48,9 +49,8 @@ with torch.no_grad():
     hidden = model(**inputs).last_hidden_state
 mask = inputs["attention_mask"].unsqueeze(-1)
 embeddings = {pooled}{normalized}"""
-MEAN = "(hidden * mask).sum(1) / mask.sum(1)"
-MAXIMUM = "hidden.masked_fill(mask == 0, -torch.inf).amax(1)"
-POOLED_BY = {"cls": "hidden[:, 0]", "mean": MEAN, "avg": MEAN, "max": MAXIMUM}
+POOLED_BY = {"cls": "hidden[:, 0]", "max": "hidden.masked_fill(mask == 0, -torch.inf).amax(1)"}
+POOLED_BY |= dict.fromkeys(("mean", "avg"), "(hidden * mask).sum(1) / mask.sum(1)")
 ONNX_CODE = """import onnxruntime
 from transformers import AutoTokenizer
 
@@ -68,20 +68,23 @@ def write_card(
     source: Source, folder: Path, embedding: Embedding | None, onnx: bool, checks: list[Check], name: str
 ) -> None:
     """Write README.md into `folder`, and the picture of the curve where the run left metrics."""
-    path = source.run / "metrics.jsonl" if source.run is not None else None
-    found = read_metrics(path) if path is not None and path.is_file() else []
+    is_of_a_run = bool(source.state) and source.folder.parent.name == "checkpoints"
+    run = source.folder.parent.parent if is_of_a_run else None
+    config = yaml.safe_load((source.folder / "config.yaml").read_text() if source.state else "") or {}
+    found = read_metrics(run / "metrics.jsonl") if run is not None and (run / "metrics.jsonl").is_file() else []
     metrics = [record for record in found if record.get("step", 0) <= source.state["step"]]  # up to the checkpoint
-    verified = (
+    names = ["what", "rows", "tokens", "difference", "allowed"]
+    verified = [
         (c.what, f"{c.num_rows}", f"{c.shortest} to {c.longest}", f"{c.difference:.1e}", f"{c.tolerance:.0e}")
         for c in checks
-    )
+    ]
     sections = {
         "How to load it": how_to_load(source, embedding, onnx, name),
-        "Training data": data(source),
+        "Training data": data(config),
         "Training curve": curve(metrics, folder),
-        "Scores": scores(source, metrics),
-        "Configuration": configuration(source),
-        "Verified": [VERIFIED, markdown_table(["what", "rows", "tokens", "difference", "allowed"], verified)],
+        "Scores": scores(run, source.folder.name, metrics),
+        "Configuration": configuration(config),
+        "Verified": [VERIFIED, markdown_table(names, verified)],
     }
     head = {  # the hub's metadata
         "library_name": "transformers",
@@ -130,10 +133,10 @@ def how_to_load(source: Source, embedding: Embedding | None, onnx: bool, name: s
         yield f"```python\n{template.format(**facts)}\n```"
 
 
-def data(source: Source) -> Iterator[str]:
+def data(config: dict[str, Any]) -> Iterator[str]:
     """Where the text came from: names, not paths of a machine."""
     lines = []
-    dataset = source.config.get("dataset") or {}
+    dataset = config.get("dataset") or {}
     for one in dataset.get("mixture") or [dataset]:
         if one.get("path") or one.get("name"):
             name = Path(one["path"]).name if one.get("path") else f"`{one['name']}` of the hub"
@@ -149,32 +152,28 @@ def curve(metrics: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     held_out = {one["step"]: one["eval_loss"] for one in metrics if one.get("kind") == "eval" and "eval_loss" in one}
     if not train:
         return
-    _draw(train, sorted(held_out.items()), folder / CURVE)
-    points = sorted({round(i * (len(train) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for points, label, colour in ((train, "training", "#0969da"), (sorted(held_out.items()), "held out", "#bc4c00")):
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.2)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    figure.savefig(folder / CURVE, format="svg", metadata={"Date": None})
+    shown = sorted({round(i * (len(train) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
     rows = [
         (f"{step:,}", f"{loss:.4f}", f"{held_out[step]:.4f}" if step in held_out else "")
-        for step, loss in (train[i] for i in points)
+        for step, loss in (train[i] for i in shown)
     ]
     yield f"![loss]({CURVE})"
     yield markdown_table(["step", "training loss", "held-out loss"], rows)
 
 
-def _draw(train: list[tuple[int, float]], held_out: list[tuple[int, float]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    for points, label, colour in ((train, "training", "#0969da"), (held_out, "held out", "#bc4c00")):
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.2)
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-
-
-def scores(source: Source, metrics: list[dict[str, Any]]) -> Iterator[str]:
+def scores(run: Path | None, step: str, metrics: list[dict[str, Any]]) -> Iterator[str]:
     """Scores that stand in the run's folder: of the last evaluation, of GLUE, of MTEB."""
-    if source.run is None:
+    if run is None:
         return
     last: dict[str, Any] = next((one for one in reversed(metrics) if one.get("kind") == "eval"), {})
     rows = [
@@ -182,31 +181,23 @@ def scores(source: Source, metrics: list[dict[str, Any]]) -> Iterator[str]:
         for name, value in last.items()
         if name.startswith("eval_") and not name.startswith("eval_num_")
     ]
-    glue = _read(source.run / "result.json")
+    files = (run / "result.json", run / "mteb" / f"local__{run.resolve().name}-{step}.json")
+    glue, mteb = (read_json(path) if path.is_file() else {} for path in files)
     found = [(f"GLUE {glue.get('task', '')}, score", glue.get("score"))]
-    mteb = _read(source.run / "mteb" / f"local__{source.run.resolve().name}-{source.folder.name}.json")
     found += [(f"MTEB {one['name']}", one.get("score")) for one in mteb.get("tasks", [])]
     rows += [(name, f"{100 * score:.2f}") for name, score in found if isinstance(score, float)]
     if rows:
         yield markdown_table(["", ""], rows)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def configuration(source: Source) -> Iterator[str]:
+def configuration(config: dict[str, Any]) -> Iterator[str]:
     """The keys of the run that are not at their defaults, without what only concerns the machine; of paths the last part."""
     changed: dict[str, Any] = {}
-    for dotted, value in changed_keys(source.config).items():
+    for dotted, value in changed_keys(config).items():
         if isinstance(value, dict) or dotted in OF_THE_MACHINE or dotted.startswith("wandb."):
             continue
-        *sections, name = dotted.split(".")
-        inner = changed
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = Path(value).name if isinstance(value, str) and dotted.endswith(("path", "_dir")) else value
+        is_path = isinstance(value, str) and dotted.endswith(("path", "_dir"))
+        put(changed, dotted, Path(value).name if is_path else value)
     if changed:
         yield "Keys that were not at their defaults:"
         yield f"```yaml\n{yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)}```"

@@ -19,15 +19,15 @@ import yaml
 from torch import Tensor
 
 from neobert import __version__
-from neobert.checkpoints.convert import Converted, convert, published_architecture, read_tensors
+from neobert.checkpoints.convert import convert, published_architecture, read_tensors
 from neobert.checkpoints.format import Content, save_checkpoint, strip_checkpoint
+from neobert.checkpoints.load import Source, to_checkpoint
 from neobert.checkpoints.locate import read_model_config
 from neobert.config.sections import ModelConfig
 from neobert.data.tokenizer import save_tokenizer
 from neobert.errors import UserError
 from neobert.export import verify
-from neobert.export.source import Source
-from neobert.export.verify import Check, Sample
+from neobert.export.verify import Check
 from neobert.export.write import code_files
 from neobert.files import check_target, whole_folder, write_json
 from neobert.model.modeling_neobert import NeoBERTConfig
@@ -46,86 +46,63 @@ def import_model(
 ) -> list[Check]:
     """Write and verify `out`; returns what was compared. Raises UserError, and leaves nothing behind, when that fails."""
     check_target(out, RECORD, replace)
-    converted = convert(path, tokenizer)
-    if converted.kind == "checkpoint":
-        raise UserError(f"{converted.folder}: is a checkpoint already; start from it as it is")
-    log(f"model       {converted.folder}: {describe(converted)}")
-    for note in converted.notes:
+    source = convert(path, tokenizer)
+    if source.layout == "checkpoint":
+        raise UserError(f"{source.folder}: is a checkpoint already; start from it as it is")
+    names = {"eurobert": "a EuroBERT", "published": "the published NeoBERT's layout", "export": "an export of ours"}
+    architecture, name = source.model.config, source.folder.resolve().name
+    shape = f"{architecture.num_hidden_layers} layers x {architecture.hidden_size} wide"
+    log(f"model       {source.folder}: {names[source.layout]}, {shape}, {architecture.vocab_size:,} tokens")
+    for note in source.notes:
         log(f"note: {note}")
-    found = compare_with_source(converted, Path(tokenizer) if tokenizer else None, trust_code, log)
-    checks = verify.judged(found, tolerance, f"{converted.folder}: what was imported", log)
+    code, own_code = ({p.name: p.read_bytes() for p in some} for some in (source.folder.glob("*.py"), code_files()))
+    found = list[Check]()
+    if source.layout == "published":
+        found = compare_published(source)
+    elif source.is_native or trust_code or code == own_code:
+        found = verify.compare(source, source.folder, tokenizer)
+    else:
+        log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
+    checks = verify.judged(found, tolerance, f"{source.folder}: what was imported", log)
+    keys = sorted(set(NeoBERTConfig.__annotations__) & set(ModelConfig.model_fields))
+    content = Content(  # of a run that has not begun: no optimizer, no position
+        step=0,
+        weights=to_checkpoint(source.model, source.model.state_dict()),
+        model_config={key: value for key, value in source.fields.items() if key != "auto_map"},
+        save_beside=lambda folder: save_tokenizer(source.tokenizer, folder, has_token_types=False),
+        config_yaml=yaml.safe_dump({"model": {key: getattr(architecture, key) for key in keys}}, sort_keys=False),
+        state={"imported_from": name, "num_tokens": 0},
+    )
+    record = {
+        "neobert": __version__, "source": name, "layout": source.layout,
+        "notes": source.notes, "verified": [asdict(check) for check in checks],
+    }  # fmt: skip
     with whole_folder(out) as scratch:
-        root = scratch / "checkpoints"
-        root.mkdir()
-        strip_checkpoint(save_checkpoint(root, checkpoint_content(converted)))
-        record = {
-            "neobert": __version__, "source": converted.folder.resolve().name, "layout": converted.kind,
-            "notes": converted.notes, "verified": [asdict(check) for check in checks],
-        }  # fmt: skip
+        (scratch / "checkpoints").mkdir()
+        strip_checkpoint(save_checkpoint(scratch / "checkpoints", content))
         write_json(scratch / RECORD, record)
     return checks
 
 
-def describe(converted: Converted) -> str:
-    """The layout and the shape."""
-    config, names = converted.model.config, {"eurobert": "a EuroBERT", "published": "the published NeoBERT's layout"}
-    kind = names.get(converted.kind, "an export of ours")
-    return f"{kind}, {config.num_hidden_layers} layers x {config.hidden_size} wide, {config.vocab_size:,} tokens"
-
-
-def compare_with_source(
-    converted: Converted, tokenizer: Path | None, trust_code: bool, log: Callable[[str], None]
-) -> list[Check]:
-    """Compare the source with the model that was made of it. Raises UserError where it does not load."""
-    source = Source(converted.folder, converted.fields, converted.model, converted.tokenizer)
-    sample = verify.build_sample(converted.tokenizer, converted.model.config.max_position_embeddings)
-    if converted.kind == "published":
-        return compare_published(source, sample, converted.has_head)
-    code, own_code = (
-        {p.name: p.read_bytes() for p in paths} for paths in (converted.folder.glob("*.py"), code_files())
-    )
-    if source.is_native or trust_code or code == own_code:
-        comparison = verify.by_transformers(source, converted.folder, sample, tokenizer, converted.has_head)
-        return verify.compare(converted.folder, [comparison])
-    log("not verified: the code in the folder is not that of this version; --trust-remote-code runs it")
-    return []
-
-
-def compare_published(source: Source, sample: Sample, has_head: bool) -> list[Check]:
+def compare_published(source: Source) -> list[Check]:
     """The published model, from its tensors and its description, against ours."""
-    found: dict[str, np.ndarray] = {}
-    with torch.no_grad():
-        for number, (hidden, scores) in enumerate(published_outputs(source.folder, sample.rows)):
-            for how in ("alone", "padded"):
-                found[f"hidden/{how}/{number}"] = hidden
-                if scores is not None:
-                    found[f"logits/{how}/{number}"] = scores[sample.picks[number]]
-    expected = {"hidden": verify.hidden_states(source.model, sample.rows)}
-    expected |= {"logits": verify.logits(source, sample)} if has_head else {}
-    return [verify.check(found, what, values, sample.lengths) for what, values in expected.items()]
-
-
-def checkpoint_content(converted: Converted) -> Content:
-    """Step 0 of a run that has not begun: weights, config and tokenizer; no optimizer, no position."""
-    architecture = converted.model.config
-    names = sorted(set(NeoBERTConfig.__annotations__) & set(ModelConfig.model_fields))
-    return Content(
-        step=0,
-        weights=converted.tensors(),
-        model_config={name: value for name, value in converted.fields.items() if name != "auto_map"},
-        save_beside=lambda folder: save_tokenizer(converted.tokenizer, folder, has_token_types=False),
-        config_yaml=yaml.safe_dump({"model": {name: getattr(architecture, name) for name in names}}, sort_keys=False),
-        optimizer={},
-        data=({}, {}),
-        state={"imported_from": converted.folder.resolve().name, "num_tokens": 0},
-    )
+    sample = verify.build_sample(source)
+    found = {
+        f"{what}/{how}/{number}": values
+        for number, outputs in enumerate(published_outputs(source.folder, sample))
+        for what, values in outputs.items()
+        for how in ("alone", "padded")
+    }
+    lengths = [len(row) for row, _ in sample]
+    return [verify.check(found, what, values, lengths) for what, values in verify.row_outputs(source, sample).items()]
 
 
 # --- the published NeoBERT (arXiv 2502.19587), computed plainly from its own tensors -----------
 
 
-def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """(hidden states T x D, logits T x V where there is a decoder) of every row of token ids, by the published model.
+@torch.no_grad()
+def published_outputs(folder: Path, sample: verify.Sample) -> Iterator[dict[str, np.ndarray]]:
+    """Hidden states T x D, and logits of picked tokens x V where there is a decoder, of every row, by the published model.
 
     Nothing is shared with our model: complex numbers rotate interleaved pairs, heads are cut out of the fused projection one by
     one, attention is a softmax over one document.
@@ -133,7 +110,7 @@ def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.
     weights, config = read_tensors(folder), published_architecture(read_model_config(folder))
     if not any(name.startswith("model.") for name in weights):  # an encoder saved by itself
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}
-    for row in rows:
+    for row, picks in sample:
         x_TD = weights["model.encoder.weight"][torch.tensor(row)]
         width = config.hidden_size // config.num_attention_heads
         angles = torch.outer(torch.arange(len(row)), 10_000.0 ** (-torch.arange(0, width, 2) / width))
@@ -142,14 +119,16 @@ def published_outputs(folder: Path, rows: list[list[int]]) -> Iterator[tuple[np.
             part = f"model.transformer_encoder.{number}."
             layer = {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
             x_TD = _block(x_TD, layer, rotation, config.num_attention_heads, config.norm_eps)
-        x_TD = _norm(x_TD, weights["model.layer_norm.weight"], config.norm_eps)
-        decoder = weights.get("decoder.weight")
-        logits = None if decoder is None else F.linear(x_TD, decoder, weights.get("decoder.bias")).numpy()
-        yield x_TD.numpy(), logits
+        x_TD = F.rms_norm(x_TD, x_TD.shape[1:], weights["model.layer_norm.weight"], config.norm_eps)
+        outputs = {"hidden": x_TD.numpy()}
+        if "decoder.weight" in weights:
+            outputs["logits"] = F.linear(x_TD, weights["decoder.weight"], weights.get("decoder.bias"))[picks].numpy()
+        yield outputs
 
 
 def _block(x_TD: Tensor, layer: dict[str, Tensor], rotation: Tensor, num_heads: int, eps: float) -> Tensor:
-    qkv_THK3 = (_norm(x_TD, layer["attention_norm.weight"], eps) @ layer["qkv.weight"].T).view(len(x_TD), num_heads, -1)
+    normed_TD = F.rms_norm(x_TD, x_TD.shape[1:], layer["attention_norm.weight"], eps)
+    qkv_THK3 = (normed_TD @ layer["qkv.weight"].T).view(len(x_TD), num_heads, -1)
     attended = []
     for head in range(num_heads):
         q, k, v = qkv_THK3[:, head].chunk(3, dim=-1)
@@ -159,9 +138,6 @@ def _block(x_TD: Tensor, layer: dict[str, Tensor], rotation: Tensor, num_heads: 
         )
         attended.append((q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v)
     x_TD = x_TD + torch.cat(attended, dim=-1) @ layer["wo.weight"].T
-    gate, up = (_norm(x_TD, layer["ffn_norm.weight"], eps) @ layer["ffn.w12.weight"].T).chunk(2, dim=-1)
+    normed_TD = F.rms_norm(x_TD, x_TD.shape[1:], layer["ffn_norm.weight"], eps)
+    gate, up = (normed_TD @ layer["ffn.w12.weight"].T).chunk(2, dim=-1)
     return x_TD + (F.silu(gate) * up) @ layer["ffn.w3.weight"].T
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

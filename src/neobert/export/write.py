@@ -7,11 +7,9 @@
       README.md  training.svg                                  the model card
       export.json                                              what was exported, and how far it is from the trained model
 
-All is written to a hidden folder beside OUT, verified there in a clean process, and renamed: a folder with its final name is
-whole and right.
-
-With RoPE, RMSNorm and SwiGLU the folder is a EuroBERT, which transformers has built in. The other variants ship the files of
-`neobert.model` as they are; `auto_map` in config.json tells the Auto classes where to look (with trust_remote_code=True).
+All is written to a hidden folder beside OUT, verified there in a clean process, and renamed. With RoPE, RMSNorm and SwiGLU it
+is a EuroBERT, which transformers has built in. The other variants ship the files of `neobert.model` as they are; `auto_map` in
+config.json tells the Auto classes where to look (with trust_remote_code=True).
 """
 
 import contextlib
@@ -26,26 +24,24 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from neobert import __version__
-from neobert.checkpoints.format import WEIGHTS
-from neobert.checkpoints.layouts import to_eurobert
-from neobert.checkpoints.load import EMBEDDING, Model
+from neobert.checkpoints.format import WEIGHTS, Tensors, save_tensors
+from neobert.checkpoints.layouts import beyond_eurobert
+from neobert.checkpoints.load import EMBEDDING, HF_ENCODER, HFEncoderModel, Model, Source, load_source, to_checkpoint
 from neobert.data.tokenizer import save_tokenizer
-from neobert.errors import UserError, check_installed
+from neobert.errors import CheckpointError, UserError, check_installed
 from neobert.export import verify
 from neobert.export.card import write_card
-from neobert.export.source import Source, hf_encoder_config, hf_encoder_tensors, load_source
 from neobert.files import check_target, whole_folder, write_json
-from neobert.inference.sentence_transformers import Embedding, write_sentence_transformers
+from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model import modeling_neobert
 from neobert.model.attention import UnpaddedBatch
-from neobert.model.modeling_neobert import NeoBERTForMaskedLM, NeoBERTForSequenceClassification
+from neobert.model.hf_encoder import HFEncoderForEmbedding, pool_rows
+from neobert.model.modeling_neobert import NeoBERTForMaskedLM, classify
 
 RECORD = "export.json"
-ONNX = "onnx/model.onnx"  # where sentence-transformers and optimum look
 Output = Literal["last_hidden_state", "logits"]  # of the graph
 CODE = Path(modeling_neobert.__file__)
 AUTO_MAP = {
@@ -67,21 +63,6 @@ class Wanted:
     onnx: bool = False
     tolerance: float | None = None
 
-    def completed(self, source: Source) -> "Wanted":
-        """With what the model was trained with where nothing else is asked for: an embedding model is exported as one."""
-        embedding = self.embedding
-        if embedding is None and not source.is_embedder:
-            return self
-        found = source.sentence
-        embedding = embedding or Embedding(normalize=found.normalize is not False, prompts=found.prompts)
-        pooling = embedding.pooling or found.pooling or "mean"
-        return replace(self, embedding=replace(embedding, pooling=pooling, max_length=source.longest))
-
-    @property
-    def onnx_output(self) -> Output:
-        """Sentence-transformers pools hidden states; other users want what the head says."""
-        return "last_hidden_state" if self.embedding is not None else "logits"
-
 
 def export_model(
     checkpoint: str, out: Path, wanted: Wanted, replacing: bool = False, log: Callable[[str], None] = print
@@ -96,38 +77,52 @@ def export_model(
     source = load_source(checkpoint)
     if wanted.onnx and source.is_hf_encoder:
         raise UserError(f"--onnx: {source.folder} has an encoder of transformers' own; optimum exports those")
-    wanted = wanted.completed(source)
-    embedding = wanted.embedding
+    trained = read_embedding(source)
+    embedding = wanted.embedding or (trained if source.is_embedder else None)
+    output: Output = "logits" if embedding is None else "last_hidden_state"  # which sentence-transformers pools
     if embedding is not None:
+        pooling = embedding.pooling or trained.pooling or "mean"
+        embedding = replace(embedding, pooling=pooling, max_length=trained.max_length)
         need = "an export for sentence-transformers is verified with that library"
         check_installed(need, "contrastive", "sentence_transformers")
     log(f"model       {source.folder}: {describe(source)}")
     with whole_folder(out) as scratch:
         write_transformers(source, scratch, embedding)
-        sample = verify.build_sample(source.tokenizer, source.positions)
-        comparisons = [verify.by_transformers(source, scratch, sample, has_head=not source.is_embedder)]
         if wanted.onnx:
             log("onnx        exporting the graph")
-            write_onnx(source.model, scratch / ONNX, wanted.onnx_output)
-            comparisons.append(verify.by_onnx(source, ONNX, wanted.onnx_output, sample))
+            write_onnx(source.model, scratch / verify.ONNX, output)
         if embedding is not None:
             write_sentence_transformers(scratch, source.model.config.hidden_size, embedding)
-            comparisons.append(verify.by_sentence_transformers(source, embedding))
         log("verifying   in a process that has only the folder")
-        found = verify.compare(scratch, comparisons)
+        found = verify.compare(source, scratch, onnx=output if wanted.onnx else "", embedding=embedding)
         checks = verify.judged(found, wanted.tolerance, f"{source.folder}: what was exported", log)
         record = {
-            "neobert": __version__,
-            "source": source.folder.name,
+            "neobert": __version__, "source": source.folder.name,
             "checkpoint": {name: source.state[name] for name in ("step", "num_tokens") if name in source.state},
-            "model_type": source.fields["model_type"],
-            "embedding": asdict(embedding) if embedding is not None else None,
-            "onnx": wanted.onnx_output if wanted.onnx else None,
-            "verified": [asdict(check) for check in checks],
-        }
+            "model_type": source.fields["model_type"], "embedding": None if embedding is None else asdict(embedding),
+            "onnx": output if wanted.onnx else None, "verified": [asdict(check) for check in checks],
+        }  # fmt: skip
         write_json(scratch / RECORD, record)
         write_card(source, scratch, embedding, wanted.onnx, checks, out.name)
     return checks
+
+
+def read_embedding(source: Source) -> Embedding:
+    """How the model was trained or exported to embed, and the longest text that it is for. Raises CheckpointError for what an
+    export cannot keep.
+    """
+    found = read_sentence_settings(source.folder)
+    lost = {
+        "Dense modules": len(found.head),
+        "default_prompt_name": found.default_prompt,
+        "include_prompt: false": not found.include_prompt,
+        "do_lower_case": found.lower_case,
+        f"similarity_fn_name {found.similarity}": found.similarity != "cosine",
+    }
+    if names := [name for name, is_there in lost.items() if is_there]:
+        raise CheckpointError(f"{source.folder}: its {', '.join(names)} cannot be exported; use the folder as it is")
+    longest = min(source.positions, found.max_length or source.positions)
+    return Embedding(found.pooling, found.normalize is not False, found.prompts, longest)
 
 
 def describe(source: Source) -> str:
@@ -138,31 +133,22 @@ def describe(source: Source) -> str:
         return f"{head} on transformers' own {source.fields['model_type']} (no trust_remote_code)"
     if source.is_native:
         return f"{head}, transformers' own EuroBERT (no trust_remote_code)"
-    config = source.model.config
-    differences = {
-        "no nGPT": config.ngpt,
-        "no learned positions": not config.rope,
-        "no GELU": config.hidden_act != "swiglu",
-        "no LayerNorm": not config.rms_norm and not config.ngpt,
-        "no decoder bias": config.decoder_bias,
-    }
-    reasons = " and ".join(reason for reason, holds in differences.items() if holds)
+    reasons = " and ".join(f"no {part}" for part in beyond_eurobert(source.model.config))
     return f"{head}, ships its own code (trust_remote_code=True), as EuroBERT has {reasons}"
 
 
 def write_transformers(source: Source, folder: Path, embedding: Embedding | None = None) -> None:
     """Write what `AutoModel.from_pretrained(folder)` and `AutoTokenizer` read. `embedding` says how it embeds, if it does."""
     tokenizer = source.tokenizer
-    tokenizer.model_max_length = source.longest if embedding is None else embedding.max_length
-    if source.is_hf_encoder:
-        fields, tensors = hf_encoder_config(source), hf_encoder_tensors(source)
+    tokenizer.model_max_length = (embedding or read_embedding(source)).max_length
+    fields = {name: value for name, value in source.fields.items() if name != "auto_map"}
+    if isinstance(source.model, HFEncoderModel):
+        fields, tensors = hf_encoder_files(source.model, fields)
     else:
-        fields = {name: value for name, value in source.fields.items() if name != "auto_map"}
         if embedding is not None:
             trained = {"pooling": embedding.pooling, "max_length": embedding.max_length}
             fields["neobert"] = {**fields["neobert"], EMBEDDING: trained}
-        weights = source.model.state_dict()
-        tensors = to_eurobert(weights) if source.is_native else weights
+        tensors = to_checkpoint(source.model, source.model.state_dict())
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if not source.is_native:
         kind = ["NeoBERT"] if source.is_embedder else fields["architectures"]
@@ -170,8 +156,7 @@ def write_transformers(source: Source, folder: Path, embedding: Embedding | None
         for path in code_files():
             shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", fields)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     save_tokenizer(tokenizer, folder)
 
 
@@ -180,6 +165,43 @@ def code_files() -> list[Path]:
     from transformers.dynamic_module_utils import get_relative_import_files
 
     return sorted({CODE, *map(Path, get_relative_import_files(CODE))})
+
+
+# --- encoders of transformers' making -----------
+
+
+# Where an architecture keeps our head (pooling, a hidden layer with GELU, a linear layer): names of its two layers, the
+# poolings it has, and what config.json has to say. Classes of these architectures compute it exactly; anything else is refused,
+# since it would load as another classifier.
+HEADS: dict[str, tuple[str, str, tuple[str, ...], dict[str, str]]] = {
+    "electra": ("classifier.dense", "classifier.out_proj", ("bos",), {}),
+    "deberta-v2": ("pooler.dense", "classifier", ("bos",), {"pooler_hidden_act": "gelu"}),
+    "eurobert": ("dense", "classifier", ("bos", "mean"), {}),
+}
+
+
+def hf_encoder_files(model: HFEncoderModel, fields: dict[str, Any]) -> tuple[dict[str, Any], Tensors]:
+    """(config.json, tensors) of the architecture's own class. Raises UserError where it has not our head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES
+
+    kept = {name: value for name, value in fields.items() if name not in (HF_ENCODER, "_name_or_path")}
+    if isinstance(model, HFEncoderForEmbedding):
+        return {**kept, "architectures": [type(model.model).__name__]}, model.model.state_dict()
+    kind = fields["model_type"]
+    dense, classifier, poolings, more = HEADS.get(kind, ("", "", (), {}))
+    if model.pooling not in poolings:
+        pooling = {"bos": "cls"}.get(model.pooling, model.pooling)
+        raise UserError(
+            f"a classifier on {kind} with pooling {pooling} cannot be exported: ours has a hidden layer with GELU after it, "
+            f"{NAMES.get(kind, 'transformers')} another head, so it would load as another model; these can: {', '.join(HEADS)}"
+        )
+    if len(poolings) > 1:
+        more = {**more, "classifier_pooling": model.pooling}
+    tensors, renamed = {}, {"dense": dense, "classifier": classifier}
+    for name, tensor in to_checkpoint(model, model.state_dict()).items():
+        layer, _, rest = name.partition(".")
+        tensors[f"{renamed.get(layer, layer)}.{rest}"] = tensor
+    return {**kept, **more, "architectures": [NAMES[kind]]}, tensors
 
 
 # --- ONNX -----------
@@ -202,14 +224,8 @@ class PaddedModel(nn.Module):
             return hidden_ND.view(*input_ids.shape, -1)
         if isinstance(model, NeoBERTForMaskedLM):
             return F.linear(hidden_ND, model.decoder_weight(), model.lm_head.bias).view(*input_ids.shape, -1)
-        assert isinstance(model, NeoBERTForSequenceClassification)
-        hidden_BTD, mask_BT1 = hidden_ND.view(*input_ids.shape, -1), mask_BT.unsqueeze(-1).float()
-        if model.config.classifier_pooling == "bos":
-            first_B = mask_BT.int().argmax(1)
-            pooled_BD = hidden_BTD[torch.arange(first_B.shape[0]), first_B]
-        else:
-            pooled_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
-        return model.classifier(F.gelu(model.dense(pooled_BD)))
+        pooled_BD = pool_rows(hidden_ND.view(*input_ids.shape, -1), mask_BT, model.config.classifier_pooling)
+        return classify(model, pooled_BD, None).logits
 
 
 def write_onnx(model: Model, path: Path, output: Output) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tokenizers import normalizers
 
-from neobert.checkpoints.load import load_hf_encoder, load_into, load_model_config, read_weights
+from neobert.checkpoints.load import check_fit, load_hf_encoder, load_model_config, read_weights
 from neobert.checkpoints.locate import find_encoder, read_model_config
 from neobert.data.batch import RowLayout
 from neobert.data.files.rows import text_in, usable_records
@@ -153,8 +153,10 @@ def load_embedder(
     if "neobert" in read_model_config(found.encoder):
         config = load_model_config(found.encoder)
         model: EmbeddingModel = NeoBERTForEmbedding(config, settings)
-        weights = read_weights(found.encoder, config).items()
-        load_into(model, found.encoder, {name: tensor for name, tensor in weights if name.startswith("model.")})
+        tensors = read_weights(found.encoder, config).items()
+        weights = {name: tensor for name, tensor in tensors if name.startswith("model.")}
+        check_fit(found.encoder, weights, model.state_dict())
+        model.load_state_dict(weights)
     else:
         model = HFEncoderForEmbedding(load_hf_encoder(str(found.encoder)), settings, tokenizer.pad_token_id)
     longest = longest_input(model)

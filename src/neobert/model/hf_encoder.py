@@ -17,6 +17,16 @@ from .modeling_neobert import LossOutput, classify
 Tensors = dict[str, Tensor]
 
 
+def pool_rows(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
+    """One vector per padded row, B x D in float32: of its first token ("bos", "cls"), or the maximum ("max") or mean of all."""
+    hidden_BTD, mask_BT1 = hidden_BTD.float(), mask_BT[..., None]
+    if how in ("bos", "cls"):
+        return hidden_BTD[torch.arange(len(mask_BT), device=mask_BT.device), mask_BT.int().argmax(1)]
+    if how == "max":
+        return hidden_BTD.masked_fill(~mask_BT1, -torch.inf).amax(1)
+    return (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
+
+
 class HFEncoder(nn.Module):
     """`model` maps padded rows to `last_hidden_state` B x T x D; models of ours put a head on it. In checkpoints its tensors
     have the names that `AutoModel` reads: those of the encoder itself, or after `prefix` those of its own task models.
@@ -29,17 +39,10 @@ class HFEncoder(nn.Module):
         self.config, self.model, self.prefix = encoder.config, encoder, prefix
 
     def pool(self, ids_BT: Tensor, mask_BT: Tensor, pooling: str, segments_BT: Tensor | None = None) -> Tensor:
-        """One vector per row, B x D in float32: of its first token ("bos", "cls"), or the maximum ("max") or mean of all.
-        `segments_BT` are token types, if any are known.
-        """
+        """One vector per row, as `pool_rows`. `segments_BT` are token types, if any are known."""
         more = {} if segments_BT is None else {"token_type_ids": segments_BT}
-        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state.float()
-        mask_BT1 = mask_BT.bool()[..., None]
-        if pooling in ("bos", "cls"):
-            return hidden_BTD[torch.arange(len(mask_BT), device=mask_BT.device), mask_BT.bool().int().argmax(1)]
-        if pooling == "max":
-            return hidden_BTD.masked_fill(~mask_BT1, -torch.inf).amax(1)
-        return (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
+        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **more).last_hidden_state
+        return pool_rows(hidden_BTD, mask_BT.bool(), pooling)
 
     def normalize_matrices(self) -> None:
         """Nothing: only nGPT has matrices of length 1."""

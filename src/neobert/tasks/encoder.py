@@ -12,7 +12,7 @@ from torch import nn
 from neobert.checkpoints import load
 from neobert.checkpoints.format import Tensors
 from neobert.checkpoints.initial_weights import InitialWeights
-from neobert.checkpoints.layouts import checkpoint_config, is_eurobert, to_eurobert
+from neobert.checkpoints.layouts import checkpoint_config, is_eurobert
 from neobert.config.schema import Config
 from neobert.data.batch import RowLayout
 from neobert.data.tokenizer import save_tokenizer
@@ -154,10 +154,7 @@ def build_storage(
         fields = {**own, **(fields or {}), "neobert": own["neobert"] | section, "architectures": [kind]}
 
     def content() -> tuple[Tensors, dict[str, Any]]:
-        weights = whole_weights(model)
-        if isinstance(model, load.HFEncoderModel):
-            return model.to_checkpoint(weights), fields
-        return to_eurobert(weights) if is_eurobert(model.config) else weights, fields
+        return load.to_checkpoint(model, whole_weights(model)), fields
 
     def save_beside(folder: Path) -> None:
         save_tokenizer(hf_tokenizer, folder, has_token_types=is_hf)

@@ -31,7 +31,7 @@ def build(context: Context) -> Parts:
     check_length(config, start.weights, "dataset.max_seq_length", longest_text(config))
     data = runtime.main_first(lambda: build_data(config, hf_tokenizer, runtime))
     context.check_evaluation(bool(data.sets))
-    model, weights = build_model(config, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
+    model, weights = build_model(config, start.weights, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     kernels = encoder.prepare_model(config, model, runtime)
 
     def log_metrics() -> dict[str, float]:

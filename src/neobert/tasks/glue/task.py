@@ -38,7 +38,7 @@ def build(context: Context) -> Parts:
     context.print_configuration(config)
     check_length(config, start.weights, "glue.max_seq_length", config.glue.max_seq_length)
     data = runtime.main_first(lambda: build_data(config, task, hf_tokenizer, runtime))
-    model, weights = build_classifier(config, task, start.weights, start.vocab_size, hf_tokenizer.pad_token_id)
+    model, weights = build_classifier(config, task, start.weights, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     kernels = prepare_model(config, model, runtime)
     known = {
         "weights": weights,
@@ -89,7 +89,7 @@ def protocol(config: Config, start: InitialWeights, runtime: Runtime) -> dict[st
         "weights_identity": start.identity,
         "data": config.dataset.path or config.dataset.name,
         "max_seq_length": glue.max_seq_length,
-        "batch_size": step_size(config, runtime.world_size).rows_per_step,
+        "batch_size": step_size(config.trainer.model_dump(), runtime.world_size).rows_per_step,
         "epochs": trainer.num_train_epochs,
         "max_steps": trainer.max_steps,
         "optimizer": config.optimizer.model_dump(),
@@ -109,7 +109,11 @@ def protocol(config: Config, start: InitialWeights, runtime: Runtime) -> dict[st
 
 def describe(config: Config, task: GlueTask, data: GlueData, runtime: Runtime, weights: str) -> dict[str, Any]:
     """The lines of the summary about task, data and step."""
-    glue, rows, num_rows = config.glue, data.train.rows, step_size(config, runtime.world_size).rows_per_step
+    glue, rows, num_rows = (
+        config.glue,
+        data.train.rows,
+        step_size(config.trainer.model_dump(), runtime.world_size).rows_per_step,
+    )
     ahead = f"ahead by {data.train.num_threads} threads" if data.train.num_threads else "in the training process"
     splits = zip(task.evaluation, data.evaluation, strict=True)
     layout = "padded to that" if config.tokenizer.padding == "max_length" else "padded to the longest"

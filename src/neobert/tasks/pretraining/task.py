@@ -39,7 +39,7 @@ def build(context: Context, observe: Callable[[Batch, int], None] | None = None)
     data = runtime.main_first(lambda: build_data(config, tokenizer, runtime, opened.folder, on_cuda))
     data.train.observe = observe
     context.check_evaluation(data.evaluation is not None)
-    model = build_model(config, start.vocab_size, tokenizer.pad_id, start.weights.model)
+    model = build_model(config, len(hf_tokenizer), tokenizer.pad_id, start.weights.model)
     kernels = prepare_model(config, model, runtime)
     name = config.model.name if start.weights.model is None else Path(str(config.model.name)).name
     loss = "logits at masked positions only" if trainer.masked_logits_only_loss else "logits at all positions"
