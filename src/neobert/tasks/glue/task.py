@@ -89,7 +89,7 @@ def protocol(config: Config, start: InitialWeights, runtime: Runtime) -> dict[st
         "weights_identity": start.identity,
         "data": config.dataset.path or config.dataset.name,
         "max_seq_length": glue.max_seq_length,
-        "batch_size": step_size(config.trainer.model_dump(), runtime.world_size).rows_per_step,
+        "batch_size": step_size(vars(config.trainer), runtime.world_size).rows_per_step,
         "epochs": trainer.num_train_epochs,
         "max_steps": trainer.max_steps,
         "optimizer": config.optimizer.model_dump(),
@@ -112,7 +112,7 @@ def describe(config: Config, task: GlueTask, data: GlueData, runtime: Runtime, w
     glue, rows, num_rows = (
         config.glue,
         data.train.rows,
-        step_size(config.trainer.model_dump(), runtime.world_size).rows_per_step,
+        step_size(vars(config.trainer), runtime.world_size).rows_per_step,
     )
     ahead = f"ahead by {data.train.num_threads} threads" if data.train.num_threads else "in the training process"
     splits = zip(task.evaluation, data.evaluation, strict=True)
