@@ -66,14 +66,16 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def read_json(path: Path, kind: type[UserError] = UserError, purpose: str = "") -> dict[str, Any]:
-    """The JSON object in a file. Raises an error of `kind`, which ends with `purpose`, where there is none."""
+def read_json(path: Path, kind: type[UserError] = UserError, purpose: str = "", shape: type = dict) -> Any:
+    """The JSON object in a file, or the array with `shape` list. Raises an error of `kind`, which ends with `purpose`, where
+    there is none.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise kind(f"{path}: missing or not JSON{purpose}") from None
-    if not isinstance(found, dict):
-        raise kind(f"{path}: not a JSON object{purpose}")
+    if not isinstance(found, shape):
+        raise kind(f"{path}: not a JSON {'object' if shape is dict else 'array'}{purpose}")
     return found
 
 

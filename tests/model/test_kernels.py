@@ -15,13 +15,13 @@ from neobert.model import kernels
 from neobert.model.attention import Layout
 from neobert.training import choices
 from neobert.training.choices import (
+    PRECISION_NAMES,
     check_compile,
     choose_attention,
     choose_kernels,
     choose_precision,
     compile_blocks,
     find_kernels,
-    precision_name,
 )
 from neobert.training.runtime import Runtime
 
@@ -51,7 +51,7 @@ def test_precision(requested, device, facts, dtype, words):
     chosen, note = choose_precision(requested, device, **facts)
     assert chosen == dtype
     assert words in note
-    assert bool(words) == bool(note) == ({"fp32": "no"}.get(requested, requested) != precision_name(chosen))
+    assert bool(words) == bool(note) == ({"fp32": "no"}.get(requested, requested) != PRECISION_NAMES[chosen])
 
 
 FLASH, OWN, BROKEN = {"flash_attn": ""}, {"torch_varlen": ""}, {"flash_attn": "undefined symbol: x"}

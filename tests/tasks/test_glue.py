@@ -145,7 +145,7 @@ def test_every_format_gives_the_same_rows(kind, tmp_path, local):
 def made(number=53):
     random = np.random.default_rng(0)
     ids = [random.integers(5, 99, length) for length in random.integers(3, 30, number)]
-    return Rows(ids, None, random.integers(0, 2, number).astype(float))
+    return Rows(ids, None, random.integers(0, 2, number))
 
 
 def loader_of(rows, **changes):

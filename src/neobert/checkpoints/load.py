@@ -17,7 +17,7 @@ from neobert.files import read_json
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, HFEncoderForSequenceClassification, longest_input
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSequenceClassification
-from neobert.optim.sharding import load_whole
+from neobert.optim.sharding import part_of
 
 EMBEDDING = "embedding"  # of our section in config.json: pooling and longest text that a model was trained with
 HF_ENCODER = "neobert_head"  # section of config.json: our head on an encoder of transformers' making
@@ -175,8 +175,9 @@ def load_model_weights(folder: Path, model: Model | HFEncoderModel) -> None:
         weights = model.from_checkpoint(load_weights(folder))
     else:
         weights = read_weights(folder, model.config)
-    check_fit(folder, weights, model.state_dict())
-    load_whole(model, weights)
+    own = model.state_dict()
+    check_fit(folder, weights, own)
+    model.load_state_dict({name: part_of(weights[name], tensor) for name, tensor in own.items()})
 
 
 def read_weights(folder: Path, architecture: NeoBERTConfig) -> Tensors:

@@ -7,7 +7,6 @@
 | a repository of the hub | its folder in the hub's cache, after downloading it |
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +98,13 @@ def download_model(name: str) -> Path:
     """The folder that `name` is, or that of a repository of the hub. Raises CheckpointError, also when offline."""
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        why = "this machine is offline (HF_HUB_OFFLINE)" if offline else first_line(error)
+        why = "this machine is offline (HF_HUB_OFFLINE)" if is_offline_mode() else first_line(error)
         raise CheckpointError(f"{name!r} is no folder, and it cannot be had from the hub: {why}") from None
 
 

@@ -4,7 +4,6 @@ What a folder asks for is either computed as sentence-transformers computes it o
 the modules that are written are those of sentence-transformers 2 to 6, which all of these versions know.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +16,7 @@ from torch import nn
 from neobert.checkpoints.load import EMBEDDING, HF_ENCODER
 from neobert.checkpoints.locate import MODULES, read_model_config
 from neobert.errors import CheckpointError, UserError, first_line
-from neobert.files import write_json
+from neobert.files import read_json, write_json
 from neobert.model.attention import Pooling
 
 TRANSFORMER, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -113,7 +112,8 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
         fields = read_model_config(folder)
         trained = fields.get("neobert", fields.get(HF_ENCODER, {})).get(EMBEDDING, {})
         return SentenceSettings(folder, folder, trained.get("pooling"), max_length=trained.get("max_length"))
-    modules = [(one["type"].rpartition(".")[2], folder / one["path"]) for one in _read(folder / MODULES)]
+    listed = read_json(folder / MODULES, CheckpointError, shape=list)
+    modules = [(one["type"].rpartition(".")[2], folder / one["path"]) for one in listed]
     kinds = [kind for kind, _ in modules]
     if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Dense", "Normalize"}):
         raise CheckpointError(f"{folder}: has modules that are not computed here: {', '.join(unknown)}")
@@ -123,7 +123,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     (_, encoder), (_, pooling), *rest = modules
     normalize = kinds[-1] == "Normalize"
     head = [_read_head(*one) for one in (rest[:-1] if normalize else rest)]
-    fields = _read(pooling / "config.json")
+    fields = read_json(pooling / "config.json", CheckpointError)
     return SentenceSettings(
         folder=folder,
         encoder=encoder,
@@ -139,7 +139,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
 def _read_transformer(folder: Path) -> dict[str, Any]:
     """Length and case from `sentence_bert_config.json`, which older folders name after the kind of their encoder."""
     path = next(iter(sorted(folder.glob("sentence_*_config.json"))), None)
-    fields = _read(path) if path else {}
+    fields = read_json(path, CheckpointError) if path else {}
     text = (fields.get("modality_config") or {}).get("text", {})
     expected = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
     refused = [name for name, value in fields.items() if value and name not in KNOWN]
@@ -152,7 +152,7 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
 
 
 def _read_prompts(path: Path) -> dict[str, Any]:
-    fields = _read(path) if path.is_file() else {}
+    fields = read_json(path, CheckpointError) if path.is_file() else {}
     prompts = {name: text for name, text in (fields.get("prompts") or {}).items() if text}
     similarity = fields.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
@@ -181,7 +181,7 @@ def _read_head(kind: str, folder: Path) -> nn.Module:
     """A Dense module (a linear layer and an activation), or a Normalize in front of one."""
     if kind == "Normalize":
         return _Normalize()
-    fields = _read(folder / "config.json")
+    fields = read_json(folder / "config.json", CheckpointError)
     activation = fields.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
     names = [name for name in ("module_input_name", "module_output_name") if fields.get(name) is not None]
     refused = [] if activation in ACTIVATIONS else [f"activation_function {activation}"]
@@ -197,10 +197,3 @@ def _read_head(kind: str, folder: Path) -> nn.Module:
         why = first_line(error)
         raise CheckpointError(f"{folder}: the weights of the Dense module cannot be read: {why}") from None
     return nn.Sequential(linear, getattr(nn, activation)())
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path}: missing or not JSON") from None

@@ -21,7 +21,7 @@ def pool_rows(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
     """One vector per padded row, B x D in float32: of its first token ("bos", "cls"), or the maximum ("max") or mean of all."""
     hidden_BTD, mask_BT1 = hidden_BTD.float(), mask_BT[..., None]
     if how in ("bos", "cls"):
-        return hidden_BTD[torch.arange(len(mask_BT), device=mask_BT.device), mask_BT.int().argmax(1)]
+        return hidden_BTD[torch.arange(mask_BT.shape[0], device=mask_BT.device), mask_BT.int().argmax(1)]
     if how == "max":
         return hidden_BTD.masked_fill(~mask_BT1, -torch.inf).amax(1)
     return (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)

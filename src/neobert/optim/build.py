@@ -106,14 +106,16 @@ def parameter_groups(named_parameters: Named, settings: OptimizerSettings) -> li
     return list(groups.values())
 
 
+def members(optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, dict[str, Any]]]:
+    """The parameters of an optimizer by name, each with its group."""
+    groups = optimizer.param_groups
+    return {n: (p, group) for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)}
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
     """All state tensors under `<parameter name>/<state name>`; plain data that safetensors can hold (DTensors under FSDP2)."""
-    return {
-        f"{name}/{kind}": value
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
+    found = ((name, optimizer.state.get(parameter, {})) for name, (parameter, _) in members(optimizer).items())
+    return {f"{name}/{kind}": value for name, state in found for kind, value in state.items()}
 
 
 def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
@@ -129,17 +131,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> 
     """Restore what `optimizer_state` gave; whole tensors are split as their parameter is. Raises ValueError when a parameter
     is unknown or has another shape, or the state is another algorithm's.
     """
-    members = {
-        name: (parameter, group.get("algorithm", "adamw"))
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
+    known = members(optimizer)
     optimizer.state.clear()
     for path, value in tensors.items():
         name, _, kind = path.rpartition("/")
-        if name not in members:
+        if name not in known:
             raise ValueError(f"optimizer state of an unknown parameter {name!r}")
-        parameter, algorithm = members[name]
+        parameter, algorithm = known[name][0], known[name][1].get("algorithm", "adamw")
         if (kind == "momentum_buffer") != (algorithm == "muon"):
             raise ValueError(f"optimizer state {kind!r} of {name!r}, which {algorithm} does not have")
         if value.ndim and value.shape != parameter.shape:

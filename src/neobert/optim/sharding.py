@@ -5,12 +5,12 @@ broadcast results, so their weights stay identical to the bit; ranks that hold r
 their rows to the owner and get their rows of the result back. Either way a step moves every matrix about once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 Compute = Callable[[list[int], list[Tensor]], list[Tensor]]  # (numbers of matrices, whole matrices) -> results
@@ -47,11 +47,6 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which all processes have, split as `like` is; scalars and tensors that are split stay as they are."""
     is_whole = whole.ndim and not isinstance(whole, DTensor)
     return from_rows(whole[local_rows(like)], like) if is_whole else whole
-
-
-def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load whole tensors; each process takes its part."""
-    model.load_state_dict({name: part_of(weights[name], own) for name, own in model.state_dict().items()})
 
 
 @dataclass(frozen=True)

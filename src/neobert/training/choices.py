@@ -19,6 +19,7 @@ from neobert.model.attention import Kernel
 
 Capability = tuple[int, int]  # of a CUDA device
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that multiply bfloat16 and run flash attention
+PRECISION_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}  # values of trainer.mixed_precision
 MOST_SHAPES = 64  # versions of a block that are compiled: shapes, arithmetic, with gradients or without
 KERNELS = {
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
@@ -75,11 +76,6 @@ def choose_precision(
         found = f"this GPU has compute capability {capability[0]}.{capability[1]}, and bfloat16 begins with 8.0"
         return half, f"bf16 was asked for, but {found}; {'float16' if half else 'float32'} is used"
     return torch.bfloat16, ""
-
-
-def precision_name(dtype: torch.dtype | None) -> str:
-    """The value of `trainer.mixed_precision` that asks for this arithmetic and nothing else."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}[dtype]
 
 
 def choose_attention(

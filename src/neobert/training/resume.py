@@ -27,7 +27,7 @@ from neobert.config.schema import Config
 from neobert.config.yaml_file import read_yaml
 from neobert.data.mlm.pipeline import join_positions
 from neobert.errors import CheckpointError, UserError, first_line, print_notes
-from neobert.optim.build import load_optimizer_state
+from neobert.optim.build import load_optimizer_state, members
 from neobert.optim.sharding import from_rows, local_rows
 from neobert.training.loop import TrainState
 from neobert.training.parts import Context, Parts, StepSize
@@ -155,20 +155,13 @@ def check_engine(folder: Path, saved: dict[str, Any], runtime: Runtime) -> None:
 
 def load_by_name(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's state, of each parameter the rows that this process holds. Raises ValueError."""
-    parameters = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
+    parameters = {name: parameter for name, (parameter, _) in members(optimizer).items()}
 
-    def rows_of(path: str) -> slice | None:
-        parameter = parameters.get(path.rpartition("/")[0])
-        return None if parameter is None else local_rows(parameter)
+    def of(path: str) -> nn.Parameter | None:
+        return parameters.get(path.rpartition("/")[0])
 
-    placed = {
-        path: from_rows(rows, parameters[name]) if (name := path.rpartition("/")[0]) in parameters else rows
-        for path, rows in load_optimizer(folder, rows_of).items()
-    }
+    saved = load_optimizer(folder, lambda path: None if (one := of(path)) is None else local_rows(one))
+    placed = {path: rows if (one := of(path)) is None else from_rows(rows, one) for path, rows in saved.items()}
     load_optimizer_state(optimizer, placed)
 
 

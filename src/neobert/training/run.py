@@ -110,7 +110,7 @@ class Run:
         interrupt.failure = lambda: self.out.failure or self.saver.failure()
         state.position = parts.batches.position
         fetch = partial(parts.batches.next_step, trainer.gradient_accumulation_steps)
-        hooks: list[Hook] = [self.keep_position, self.log, self.evaluate_and_save]
+        hooks: list[Hook] = [self.log, self.evaluate_and_save]
         try:
             interrupt.has_started = True
             if state.is_evaluation_open and self.evaluation is not None:
@@ -144,10 +144,6 @@ class Run:
         return self.finish(finished)
 
     # --- between steps -----------
-
-    def keep_position(self, state: TrainState, result: StepResult | None) -> None:
-        """The first hook of a step: what is saved from now on comes after it."""
-        state.position = self.parts.batches.position
 
     def evaluate_and_save(self, state: TrainState, result: StepResult | None) -> None:
         """The last hook: what is due."""

@@ -188,7 +188,8 @@ class Corpus(Protocol):
 def open_corpus(files: Files, fingerprint: str, in_memory: bool = False, cache_dir: str | None = None) -> Corpus:
     """Random access to the rows of `files`; `in_memory` reads them all at once."""
     if in_memory:
-        return _in_memory(files, fingerprint)
+        texts = [text for text, _ in read_all(files)]
+        return _TextCorpus(fingerprint, len(texts), lambda indices: [texts[i] for i in indices])
     if all(layout_of(path) == "table" and kind_of(path) != ".arrow" for path in files.paths):
         corpus = _table_of(files, fingerprint, cache_dir)
     elif all(is_seekable_text(path) for path in files.paths):
@@ -243,15 +244,6 @@ class _TextCorpus:
 
     def __len__(self) -> int:
         return self.size
-
-
-def _in_memory(files: Files, fingerprint: str) -> _TextCorpus:
-    texts = [text for text, _ in read_all(files)]
-
-    def fetch(indices: np.ndarray) -> list[str | Unusable]:
-        return [texts[i] for i in indices]
-
-    return _TextCorpus(fingerprint, len(texts), fetch)
 
 
 def _lines_of(files: Files, fingerprint: str) -> _TextCorpus:

@@ -364,7 +364,8 @@ def columns_of(path: str) -> dict[str, bool]:
     with named(path):
         layout = layout_of(path)
         if layout == "table":
-            return {field.name: _is_string(field.type) for field in open_table(path).schema}
+            types = {f.name: str(f.type).removeprefix("dictionary<values=") for f in open_table(path).schema}
+            return {name: kind.startswith(("string", "large_string")) for name, kind in types.items()}
         if layout == "csv":
             return dict.fromkeys(csv_header(path)[0], True)
         rows: list[Row] = []
@@ -380,8 +381,3 @@ def columns_of(path: str) -> dict[str, bool]:
         raise DataError(f"{bad.where}: {bad.reason}, and no row after it can be used")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: any(isinstance(row.get(name), str) for row in rows) for name in names}
-
-
-def _is_string(kind: Any) -> bool:
-    """Whether an Arrow type is text, as it is or by numbers of a dictionary."""
-    return str(kind).removeprefix("dictionary<values=").startswith(("string", "large_string"))

@@ -174,12 +174,11 @@ def hub_splits(
     """The files of every split of a configuration, downloaded if need be, or URLs. Raises DataError, also when offline."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    offline, source = is_offline_mode(), repository
     try:
-        source = repository
         if offline or not streaming:
             source = snapshot_download(
                 repository, repo_type="dataset", cache_dir=cache_dir, local_files_only=offline,

@@ -144,7 +144,7 @@ class MaskedLoader(Loader):
 
     def _microbatches(self) -> Iterator[list[Row]]:
         """The rows of the microbatches; shards take turns, those that have ended with empty rows."""
-        while self.num_made % len(self.shards) or not all(shard.is_done() for shard in self.shards):
+        while self.num_made % len(self.shards) or any(shard.next_source() is not None for shard in self.shards):
             shard, rows = self.shards[self.num_made % len(self.shards)], list[Row]()
             while len(rows) < self.batch_size and not (rows and rows[-1].ends_batch):
                 row = shard.next()

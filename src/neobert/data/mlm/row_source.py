@@ -312,21 +312,17 @@ class Shard:
 
     def next(self) -> Row | None:
         """The next row with its index in the run; None when there is no more."""
-        source, index = self._next_source(), self._next_index()
+        source, index = self.next_source(), self._next_index()
         if source is None:
             return None
         self.num_rows += 1
         return replace(source.take(), index=index)
 
-    def is_done(self) -> bool:
-        """Whether there is no more row. Reads on where it has to; no row is taken."""
-        return self._next_source() is None
-
     def _next_index(self) -> int:
         return self.num_rows * self.world + self.index
 
-    def _next_source(self) -> RowSource | None:
-        """The source of the next row; those that are found without rows have ended from now on."""
+    def next_source(self) -> RowSource | None:
+        """The source of the next row, None when there is no more: reads on where it has to, takes no row."""
         while len(self.ended) < len(self.sources):
             number = 0
             if len(self.sources) > 1:

@@ -137,8 +137,7 @@ def run_plan(plan: list[Loaded], runtime: Runtime, after_run: Callable[[Path], o
 def finished_result(config: Config, runtime: Runtime) -> Result | None:
     """The result of a run that was finished before, under the same protocol. Raises ConfigError when it was another."""
     folder, task = Path(config.trainer.output_dir), config.glue.task_name
-    result = glue.read_result(folder)
-    if result is None:
+    if (result := glue.read_result(folder)) is None:
         return None
     start = find_initial_weights(config)
     now = glue.protocol(glue.fill_in(config, TASKS[task], start), start, runtime)

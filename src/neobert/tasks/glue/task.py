@@ -14,7 +14,7 @@ from neobert.files import write_json
 from neobert.tasks.encoder import blocks_of, hf_encoder_dropout, prepare_model
 from neobert.tasks.glue.data import GlueData, build_data, build_evaluation, check_best_metric, list_values
 from neobert.tasks.glue.model import build_classifier, build_storage
-from neobert.training.choices import precision_name
+from neobert.training.choices import PRECISION_NAMES
 from neobert.training.resume import step_size
 from neobert.training.run import Context, Finished, Parts, run_task
 from neobert.training.run_folder import RESULT
@@ -95,7 +95,7 @@ def protocol(config: Config, start: InitialWeights, runtime: Runtime) -> dict[st
         "optimizer": config.optimizer.model_dump(),
         "scheduler": config.scheduler.model_dump(),
         "gradient_clipping": trainer.gradient_clipping,
-        "precision": precision_name(runtime.dtype),
+        "precision": PRECISION_NAMES[runtime.dtype],
         "pooling": glue.pooling,
         "classifier_dropout": glue.classifier_dropout,
         "classifier_init_range": glue.classifier_init_range,
