@@ -146,8 +146,8 @@ class Run:
     # --- between steps -----------
 
     def evaluate_and_save(self, state: TrainState, result: StepResult | None) -> None:
-        """The last hook: what is due."""
-        trainer = self.trainer
+        """The last hook: what is due. What is saved from now on comes after this step."""
+        trainer, state.position = self.trainer, self.parts.batches.position
         new_epoch, self.last_epoch = state.epoch > self.last_epoch, state.epoch  # its first batch has been used
         self.prune()
         improved = False
