@@ -4,13 +4,13 @@ Shapes: B rows, T row length, N tokens of the whole batch (B*T, or fewer without
 P tokens with padding, n documents, L padded length, in matrix products B = H*n.
 Hidden states are N x D in every layer; only the layout knows where a document begins. It is one of two kinds:
 
-- ragged: the lengths of the documents, one after the other. Packed rows are this, and so are padded batches on the CPU or
-  with a variable-length kernel, whose padding is left out before the first layer and restored after the last.
-- padded: rows of one length with a mask of the real tokens, for SDPA on CUDA, which wants static shapes.
+- ragged: the lengths of the documents, one after the other. Packed rows are this, and so are padded batches, whose padding
+  is left out before the first layer and restored after the last.
+- padded: rows of one length with a mask of the real tokens, for exports that want static shapes.
 
-Ragged attention runs on CUDA by a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel`
-names one. On the CPU it runs as `BucketAttention` in bfloat16 (`uses_buckets`). Everything else is SDPA, one call
-for documents of the same length.
+On CUDA all documents are one call of a kernel for variable lengths (`attend_varlen`): `Layout.cu_seqlens` is on the device,
+and the host never has to know more than the longest length that may come. On the CPU ragged attention runs as
+`BucketAttention` in bfloat16 (`uses_buckets`). Everything else is SDPA, one call for documents of the same length.
 
 `BucketAttention` is batched matrix products over documents of similar length. Documents are padded to a multiple of 32 tokens
 and those of one padded length form a bucket, so that every product is a batch of equal matrices, which is what AMX is fast at,
@@ -24,13 +24,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernel = Literal["sdpa", "flash_attn", "torch_varlen"]
+Tables: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines of every token, N x 1 x K/2
+Kernel = Literal["sdpa", "flash_attn", "torch_varlen", "torch_efficient"]
 GRANULARITY = 32  # documents are padded to a multiple of this many tokens
 FINE_GRANULARITY = 8  # where texts come sorted by length, so that few lengths occur: less padding
 SCORE_BUDGET = 2**21  # attention scores computed at a time: 4 MiB in bfloat16, about the L2 cache
@@ -45,6 +46,7 @@ class Rotary:
     cos_TK: Tensor
     sin_TK: Tensor
     positions_N: Tensor
+    _cast: Tables | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def of(length: int, head_width: int, positions_N: Tensor, base: float = 10_000.0) -> "Rotary":
@@ -55,15 +57,25 @@ class Rotary:
         return Rotary(angles.cos(), angles.sin(), positions_N)
 
     @cached_property
-    def tables_N1K(self) -> tuple[Tensor, Tensor]:
+    def tables_N1K(self) -> Tables:
         """Cosines and sines of every token, N x 1 x K/2."""
         return self.cos_TK[self.positions_N][:, None], self.sin_TK[self.positions_N][:, None]
 
+    def tables_of(self, dtype: torch.dtype) -> Tables:
+        """The same in another dtype: cast once per batch, as all layers ask for it."""
+        if self._cast is None or self._cast[0].dtype != dtype:
+            self._cast = (self.tables_N1K[0].to(dtype), self.tables_N1K[1].to(dtype))
+        return self._cast
+
     def rotate(self, x_NHK: Tensor) -> Tensor:
-        """Rotate the pairs (i, i + K/2) of every head; as `FusedRotary`, of torch's own operators."""
-        first, second = x_NHK.chunk(2, dim=-1)
-        cos, sin = (table.to(x_NHK.dtype) for table in self.tables_N1K)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        """Rotate every head by the position of its token."""
+        return rotate(x_NHK, *self.tables_of(x_NHK.dtype))
+
+
+def rotate(x_NHK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of every head; as `FusedRotary`, of torch's own operators."""
+    first, second = x_NHK.chunk(2, dim=-1)
+    return torch.cat((first * cos_N1K - second * sin_N1K, second * cos_N1K + first * sin_N1K), dim=-1)
 
 
 class FusedRotary(torch.autograd.Function):
@@ -146,15 +158,18 @@ class Buckets:
 
 @dataclass
 class Layout:
-    """Where documents lie in an unpadded batch. Exactly one of `lengths` and `mask_BT` is set."""
+    """Where documents lie in an unpadded batch. At least one of `lengths` and `mask_BT` is set."""
 
     lengths: tuple[int, ...] | None = None  # tokens of each document; with `padding` their sum is N
+    cu_seqlens: Tensor | None = (
+        None  # int32: 0, then the end of each document and of each piece of padding; for `kernel`
+    )
+    max_seqlen: int = 0  # no document that `cu_seqlens` names is longer
     mask_BT: Tensor | None = None  # true where a token is real
     dropout: float = 0.0  # of attention weights; 0 outside training
-    kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
+    kernel: Kernel = "sdpa"  # what documents of `cu_seqlens` run
     granularity: int = GRANULARITY  # of the buckets on the CPU
-    padding: int = 0  # tokens after those of the documents, which belong to none (CPU; unpadding.py)
-    _starts: Tensor | None = field(default=None, init=False, repr=False)
+    padding: int = 0  # tokens after those of the documents, which belong to none (unpadding.py)
 
     @cached_property
     def buckets(self) -> Buckets:
@@ -162,15 +177,6 @@ class Layout:
         assert self.lengths is not None
         whole, rest = divmod(self.padding, GRANULARITY)
         return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])), self.granularity)
-
-    def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
-        """What variable-length kernels take: first tokens of the documents and the end, int32; the longest length. Copied to
-        the device once per batch, as all layers ask for it.
-        """
-        assert self.lengths is not None
-        if self._starts is None:
-            self._starts = torch.tensor((0, *self.lengths)).cumsum(0).to(device, torch.int32, non_blocking=True)
-        return self._starts, max(self.lengths)
 
 
 def uses_buckets(dtype: torch.dtype) -> bool:
@@ -184,32 +190,45 @@ def uses_buckets(dtype: torch.dtype) -> bool:
 
 def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float) -> Tensor:
     """Softmax attention of every token to its own document: N x H x K. `scale` multiplies the products of q and k."""
-    on_cpu = qkv_N3HK.device.type == "cpu"
-    if layout.lengths is not None and on_cpu and uses_buckets(qkv_N3HK.dtype):
+    if layout.cu_seqlens is not None:
+        return attend_varlen(qkv_N3HK, layout.cu_seqlens, layout, scale)
+    if layout.lengths is not None and qkv_N3HK.device.type == "cpu" and uses_buckets(qkv_N3HK.dtype):
         cos, sin = (None, None) if rotary is None else (rotary.cos_TK, rotary.sin_TK)
         return BucketAttention.apply(qkv_N3HK, cos, sin, layout.buckets, scale, layout.dropout)
-    if layout.lengths is not None and (on_cpu or layout.kernel == "sdpa"):
+    if layout.lengths is not None:
         if rotary is not None:
             qkv_N3HK = FusedRotary.apply(qkv_N3HK, *rotary.tables_N1K)
         return attend_documents(qkv_N3HK, layout, scale)
+    assert layout.mask_BT is not None
     q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
     if rotary is not None:
         q_NHK, k_NHK = rotary.rotate(q_NHK), rotary.rotate(k_NHK)
-    dropout = layout.dropout
-    if layout.mask_BT is not None:
-        B, T = layout.mask_BT.shape
-        q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q_NHK, k_NHK, v_NHK))
-        mask = layout.mask_BT[:, None, None, :]
-        out_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-        return out_BHTK.transpose(1, 2).reshape(q_NHK.shape)
-    starts, longest = layout.cumulative(q_NHK.device)
-    spans = (starts, starts, longest, longest)
-    if layout.kernel == "flash_attn":
-        attend_varlen = import_module("flash_attn").flash_attn_varlen_func
-        return attend_varlen(q_NHK, k_NHK, v_NHK, *spans, dropout_p=dropout, softmax_scale=scale)
-    from torch.nn.attention.varlen import varlen_attn
+    B, T = layout.mask_BT.shape
+    q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q_NHK, k_NHK, v_NHK))
+    mask = layout.mask_BT[:, None, None, :]
+    out_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=layout.dropout, scale=scale)
+    return out_BHTK.transpose(1, 2).reshape(q_NHK.shape)
 
-    return varlen_attn(q_NHK, k_NHK, v_NHK, *spans, scale=scale)
+
+def attend_varlen(qkv_N3HK: Tensor, cu_seqlens: Tensor, layout: Layout, scale: float) -> Tensor:
+    """All documents in one call of the kernel that `layout` names: N x H x K. q and k come rotated.
+
+    torch's kernel for variable lengths takes bfloat16 and float16 and has no dropout; the memory-efficient one of SDPA takes
+    every dtype and has it.
+    """
+    q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
+    spans = (cu_seqlens, cu_seqlens, layout.max_seqlen, layout.max_seqlen)
+    if layout.kernel == "flash_attn":
+        flash_attn = import_module("flash_attn").flash_attn_varlen_func
+        return flash_attn(q_NHK, k_NHK, v_NHK, *spans, dropout_p=layout.dropout, softmax_scale=scale)
+    if layout.kernel == "torch_varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q_NHK, k_NHK, v_NHK, *spans, scale=scale)
+    one_row = (q_NHK[None], k_NHK[None], v_NHK[None])
+    no_mask, logsumexp = 0, qkv_N3HK.requires_grad  # the backward pass needs it
+    attend = torch.ops.aten._efficient_attention_forward
+    return attend(*one_row, None, *spans, layout.dropout, no_mask, logsumexp, scale=scale)[0].squeeze(0)
 
 
 def attend_documents(qkv_N3HK: Tensor, layout: Layout, scale: float) -> Tensor:

@@ -244,7 +244,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         x_ND = self.embed_tokens(unpadded.ids_N)
         if config.rope:
             lengths = unpadded.layout.lengths
-            longest = unpadded.shape[1] if lengths is None else max(lengths, default=0)
+            longest = unpadded.layout.max_seqlen or (unpadded.shape[1] if lengths is None else max(lengths, default=0))
             width = config.hidden_size // config.num_attention_heads
             rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
         else:
@@ -312,30 +312,37 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         labels: Tensor | None = None,
         masked_only: bool = False,
         count_correct: bool = False,
+        targets: Tensor | None = None,
         **extra: Any,
     ) -> LossOutput:
-        """Logits B x T x V, and with `labels` B x T (-100: no target) losses.
+        """Logits B x T x V, and with `labels` B x T (-100: no target) losses; with `targets`, M places of tokens among those
+        that are not padding, `labels` are the M of these tokens.
 
         `masked_only`, as training sets it, computes the same losses from the targets' logits alone and returns no logits.
         `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
         states = new_states(self.config, extra)
         unpadded = self.model.flatten(input_ids, attention_mask, document_lengths)
-        labels_N = None if labels is None else unpadded.select(labels)
-        if labels_N is not None:
-            targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
-            self._check_labels(labels_N[targets_M])
+        if labels is not None:
+            if targets is None:
+                labels_N = unpadded.select(labels)
+                targets = (labels_N != IGNORED).nonzero().squeeze(1)
+                labels = labels_N[targets]
+            if unpadded.layout.cu_seqlens is None:
+                self._check_labels(labels)
             if masked_only:
-                hidden_MD = self.model.encode(unpadded, targets_M)
-                loss_sum, num_correct = self.masked_loss(hidden_MD, labels_N[targets_M], count_correct)
-                return LossOutput(loss=loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
+                hidden_MD = self.model.encode(unpadded, targets)
+                loss_sum, num_correct = self.masked_loss(hidden_MD, labels, count_correct)
+                return LossOutput(loss=loss_sum / max(1, len(targets)), loss_sum=loss_sum, num_correct=num_correct)
         hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
         hidden_states = None if states is None else tuple(states)
         output = LossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
-        if labels_N is not None:
-            output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
-            output.loss = output.loss_sum / max(1, len(targets_M))
+        if labels is not None:
+            assert targets is not None
+            logits_MV = logits_NV.index_select(0, targets)
+            output.loss_sum, output.num_correct = full_cross_entropy(logits_MV, labels, count_correct)
+            output.loss = output.loss_sum / max(1, len(targets))
         return output
 
     def _check_labels(self, labels_M: Tensor) -> None:

@@ -5,21 +5,86 @@ Shapes: B rows, T row length, N tokens kept, D width, n documents.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Kernel, Layout
-from .kernels import compute_dtype, round_up_tokens
+from .kernels import IGNORED, compute_dtype, round_up, round_up_tokens
 
 Pooling = Literal["mean", "avg", "cls", "max"]
-Lengths: TypeAlias = Sequence[int] | Tensor
+TOKENS_PER_DOCUMENT = 32  # there is room for the boundaries of so short documents; of shorter ones there are more
+BOUNDARIES = 64  # which come in multiples of this
+
+
+class Documents(NamedTuple):
+    """The documents of a batch for kernels of variable lengths, as `unpad` lays them out."""
+
+    lengths: tuple[int, ...]  # of the real ones, in host memory
+    cu_seqlens: Tensor  # int32, on the device: 0, the end of every document, and of the pieces of padding after them
+    max_seqlen: int  # nothing is longer
+
+
+Lengths: TypeAlias = Sequence[int] | Tensor | Documents
 
 
 def host_lengths(document_lengths: Lengths) -> tuple[int, ...]:
     """Lengths of documents as numbers: shapes follow from them, on every device."""
+    if isinstance(document_lengths, Documents):
+        return document_lengths.lengths
     return tuple(document_lengths.tolist() if isinstance(document_lengths, Tensor) else document_lengths)
+
+
+def cumulative(lengths: Sequence[int], padding: int = 0, size: int = 0) -> Tensor:
+    """What variable-length kernels take: 0, then the end of every document, int32, in host memory. `padding` tokens after
+    them are further documents, no longer than those; after these come empty ones, up to `size` boundaries.
+    """
+    longest = max(1, *lengths, 1)
+    pieces = [longest] * (padding // longest) + ([padding % longest] if padding % longest else [])
+    ends = torch.tensor((0, *lengths, *pieces), dtype=torch.int64).cumsum(0)
+    return F.pad(ends, (0, max(0, size - len(ends))), value=int(ends[-1])).to(torch.int32)
+
+
+def unpad(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    document_lengths: Sequence[int] | None = None,
+    labels: Tensor | None = None,
+    pad_id: int | None = None,
+) -> dict[str, Any]:
+    """A batch in host memory as arguments of our models on a device with kernels for variable lengths, which then has to be
+    asked for nothing: `input_ids` 1 x N with all padding at the end, `document_lengths` as `Documents`; of labels B x T,
+    `targets` M (where among the N they are) and `labels` M.
+
+    N and the number of boundaries come in few sizes: N of packed rows is always B*T, that of padded ones `round_up`. Packed
+    documents that hold nothing but `pad_id` count as padding.
+    """
+    ids_N = input_ids.flatten()
+    if document_lengths is not None:
+        lengths_n, size = torch.tensor(document_lengths, dtype=torch.int64), len(ids_N)
+        is_real = torch.ones(len(lengths_n), dtype=torch.bool)
+        if pad_id is not None:
+            is_real = torch.segment_reduce((ids_N != pad_id).float(), "max", lengths=lengths_n) > 0
+        kept_N = is_real.repeat_interleave(lengths_n).nonzero().squeeze(1)
+        lengths_n = lengths_n[is_real]
+    else:
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        kept_N, lengths_n = mask_BT.flatten().nonzero().squeeze(1), mask_BT.sum(1)
+        size = round_up(max(1, len(kept_N)))
+    lengths, padding = tuple(lengths_n.tolist()), size - len(kept_N)
+    room = max(len(lengths) + 2, size // TOKENS_PER_DOCUMENT)
+    cu_seqlens = cumulative(lengths, padding, -(-room // BOUNDARIES) * BOUNDARIES)
+    inputs: dict[str, Any] = {
+        "input_ids": F.pad(ids_N[kept_N], (0, padding), value=pad_id or 0)[None],
+        "document_lengths": Documents(lengths, cu_seqlens, round_up(max(1, *lengths, 1))),
+    }
+    if labels is not None and labels.ndim == 2:
+        labels_N = labels.flatten()[kept_N]
+        inputs["targets"] = (labels_N != IGNORED).nonzero().squeeze(1)
+        labels = labels_N[inputs["targets"]]
+    return inputs if labels is None else {**inputs, "labels": labels}
 
 
 @dataclass(frozen=True)
@@ -53,6 +118,8 @@ class UnpaddedBatch:
             x_ND = x_ND.new_zeros(self.shape.numel(), width).index_copy(0, self.kept_N, x_ND)
         elif self.layout.mask_BT is not None:
             x_ND = x_ND.masked_fill(~self.layout.mask_BT.flatten()[:, None], 0)
+        elif len(x_ND) < self.shape.numel():  # all padding is at the end
+            x_ND = F.pad(x_ND, (0, 0, 0, self.shape.numel() - len(x_ND)))
         return x_ND.view(*self.shape, width)
 
     def pool(self, x_ND: Tensor, how: Pooling) -> Tensor:
@@ -65,12 +132,12 @@ class UnpaddedBatch:
             assert mask_BT is not None
             x_ND, lengths = x_ND[mask_BT.flatten()], mask_BT.sum(1).tolist()
         check_not_empty(lengths)
-        lengths_n = torch.tensor(lengths, dtype=torch.int64, device=x_ND.device)
+        cu_seqlens = self.layout.cu_seqlens
+        ends = cumulative(lengths).to(x_ND.device) if cu_seqlens is None else cu_seqlens[: len(lengths) + 1]
         if how == "cls":
-            return x_ND[lengths_n.cumsum(0) - lengths_n]
-        if how == "max":
-            return torch.segment_reduce(x_ND, "max", lengths=lengths_n)
-        return torch.segment_reduce(x_ND, "mean", lengths=lengths_n)
+            return x_ND.index_select(0, ends[:-1])
+        # `unsafe`: no check of the lengths, which would wait for the device
+        return torch.segment_reduce(x_ND, "max" if how == "max" else "mean", lengths=ends.diff().long(), unsafe=True)
 
 
 def check_not_empty(lengths: Sequence[int]) -> None:
@@ -90,12 +157,26 @@ def pool_rows(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
     return (hidden_BTD * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
 
 
+def flatten_varlen(ids_1N: Tensor, documents: Documents, dropout: float, kernel: Kernel) -> UnpaddedBatch:
+    """The batch that `unpad` laid out. Positions count from 0 in every document; nothing is asked of the device."""
+    ids_N, cu_seqlens = ids_1N.flatten(), documents.cu_seqlens
+    tokens_N = torch.arange(len(ids_N), dtype=torch.int32, device=ids_N.device)
+    starts_N = cu_seqlens.index_select(0, torch.searchsorted(cu_seqlens, tokens_N, right=True) - 1)
+    padding = len(ids_N) - sum(documents.lengths)
+    layout = Layout(documents.lengths, dropout=dropout, kernel=kernel, padding=padding)
+    if kernel != "sdpa":
+        layout.cu_seqlens, layout.max_seqlen = cu_seqlens, documents.max_seqlen
+    return UnpaddedBatch(ids_N, tokens_N - starts_N, layout, ids_1N.shape, None)
+
+
 def flatten(
     ids_BT: Tensor, mask_BT: Tensor | None, document_lengths: Lengths | None, limit: int, dropout: float, kernel: Kernel
 ) -> UnpaddedBatch:
     """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out. Raises
     ValueError when `document_lengths` do not sum to B*T, or when a document is longer than `limit` tokens.
     """
+    if isinstance(document_lengths, Documents):
+        return flatten_varlen(ids_BT, document_lengths, dropout, kernel)
     (B, T), kind = ids_BT.shape, ids_BT.device.type
     ids_N, kept_N, lengths = ids_BT.flatten(), None, (T,) * B
     if document_lengths is not None:
@@ -117,5 +198,6 @@ def flatten(
     padding = round_up_tokens(len(ids_N), kind, compute_dtype(ids_BT)) - len(ids_N)
     if padding:
         ids_N, positions_N = (torch.cat((x, x.new_zeros(padding))) for x in (ids_N, positions_N))
-    layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel, padding=padding)
+    cu_seqlens = None if kernel == "sdpa" else cumulative(lengths).to(ids_BT.device, non_blocking=True)
+    layout = Layout(lengths, cu_seqlens, max(lengths, default=0), dropout=dropout, kernel=kernel, padding=padding)
     return UnpaddedBatch(ids_N, positions_N, layout, ids_BT.shape, kept_N)
