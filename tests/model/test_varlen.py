@@ -26,7 +26,10 @@ def batches():
     ids, labels, lengths = packed_batch()
     mask = unpacked(torch.ones_like(ids), 0)
     padded = {"input_ids": unpacked(ids, 0), "attention_mask": mask, "labels": unpacked(labels, IGNORED)}
-    return {"packed": {"input_ids": ids, "labels": labels, "document_lengths": tuple(lengths.tolist())}, "padded": padded}
+    return {
+        "packed": {"input_ids": ids, "labels": labels, "document_lengths": tuple(lengths.tolist())},
+        "padded": padded,
+    }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
