@@ -23,7 +23,9 @@ def main() -> None:
     flags = [word for word in sys.argv[1:] if word.startswith("-")]
     wanted = {word.removesuffix(".py") for word in sys.argv[1:]} - set(flags)
     names = [
-        path.stem for path in sorted(HERE.glob("*.py")) if not path.name.startswith("_") and path.stem != "run_all"
+        path.stem
+        for path in sorted(HERE.glob("*.py"))
+        if not path.name.startswith("_") and path.stem not in ("run_all", "gpu")
     ]
     if unknown := wanted - set(names):
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(names)}")

@@ -32,7 +32,7 @@ DEVICE = torch.device("cpu") if ON_CPU else torch.device("cuda", 0)
 KERNELS = {"torch_efficient": None, "torch_varlen": torch.bfloat16}  # and what the products are computed in
 SAME = 1e-4  # float32 on two devices: relative, and of gradients absolute
 BF16_LOSS = 0.01  # bfloat16 against float32: relative difference of the loss
-BF16 = 0.06  # of every gradient, the norm of the difference over the norm. Rounding alone gives up to 0.02
+BF16 = 0.05  # of every gradient, the norm of the difference over the norm; the reference kernels come to 0.015
 BACKEND = "aot_eager" if ON_CPU else "inductor"
 
 pytestmark = [
@@ -138,8 +138,11 @@ def test_classifier(kernel, pooling):
     inputs["labels"] = torch.arange(len(inputs["input_ids"])) % 3
     expected = gradients(model, **inputs)
     found = gradients(on_cuda(model, kernel), KERNELS[kernel], **on_device(inputs))
-    # in bfloat16 another token may be the largest, and the head is 32 tokens' worth of noise: the loss alone
-    assert_close(expected, found, None) if kernel == "torch_efficient" else assert_loss(expected, found)
+    if kernel == "torch_efficient":
+        assert_same(expected, found, SAME)
+    else:  # gradients of balanced classes nearly cancel out, and another token may be the largest
+        assert found[0].item() == pytest.approx(expected[0].item(), rel=BF16_LOSS)
+        assert all(gradient.isfinite().all() for gradient in found[1].values())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -155,12 +158,7 @@ def test_contrastive(kernel, loss_type):
     inputs["keys"] = keys | {"negative_keys": nothing, "negative_rows": nothing, "num_negatives": (0,)}
     expected = gradients(model, **inputs)
     found = gradients(on_cuda(model, kernel), KERNELS[kernel], **on_device(inputs))
-    assert_close(expected, found, None) if kernel == "torch_efficient" else assert_loss(expected, found)
-
-
-def assert_loss(expected, found):
-    assert found[0].item() == pytest.approx(expected[0].item(), rel=0.05)
-    assert all(gradient.isfinite().all() for gradient in found[1].values())
+    assert_close(expected, found, KERNELS[kernel])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -228,7 +226,9 @@ def test_updates(name):
         model.to(device).model.attention_kernel = kernel
         muon = MuonSettings(dtype=torch.float32, weight_decay=0.01)
         settings = OptimizerSettings(name, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.95), eps=1e-4, muon=muon)
-        optimizer = build_optimizer(model.named_parameters(), settings, {"attention.qkv.weight": 3, "ffn.gate_up.weight": 2})
+        optimizer = build_optimizer(
+            model.named_parameters(), settings, {"attention.qkv.weight": 3, "ffn.gate_up.weight": 2}
+        )
         clip = QKClip(model, QKClipSettings(threshold=3.0, interval=2), pad_id=PAD) if name == "muonclip" else None
         factors = []
         for update in range(1, 5):
@@ -334,7 +334,11 @@ def test_contrastive_run(pretrained, tmp_path):
 
     data = write_rows(tmp_path / "pairs.jsonl", made_pairs(negatives=True))
     words = [*CONTRASTIVE_TINY, f"dataset.path={data}", f"contrastive.pretrained_checkpoint_dir={pretrained}"]
-    words += ["contrastive.allow_random_weights=false", "trainer.mixed_precision=bf16", "model.max_position_embeddings=128"]
+    words += [
+        "contrastive.allow_random_weights=false",
+        "trainer.mixed_precision=bf16",
+        "model.max_position_embeddings=128",
+    ]
     neobert("contrastive", task(tmp_path, "contrastive"), *words, f"trainer.output_dir={tmp_path / 'out'}")
     assert losses(tmp_path / "out")
     (tmp_path / "texts.txt").write_text("one text\nanother text\n")
