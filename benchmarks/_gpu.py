@@ -1,12 +1,13 @@
-"""Shared by the sections of gpu.py: sizes, batches for us and for the peers, and what a section measures and reports with."""
+"""Shared by the sections of gpu.py: sizes, batches and bare steps of ours and of the peers, measures and reports."""
 
 import gc
 import importlib.util
+import itertools
 import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -210,3 +211,83 @@ class Bench:
 
 def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200].replace('|', '/')}"
+
+
+# --- steps -----------
+
+
+def build_ours(bench: Bench, size: Size, *words: str, compiled: bool = False) -> tuple[Any, Any, Any]:
+    """(model, runtime, configuration) as a pretraining run makes them."""
+    from neobert.tasks.encoder import build_model, prepare_model
+    from neobert.training.runtime import build_runtime
+
+    config = bench.config("pretraining", size, *words, compiled=compiled).config
+    runtime = build_runtime(use_cpu=bench.kind == "cpu", mixed_precision="bf16")
+    with bench.device:  # where drawing weights takes no time
+        model = build_model(config, size.vocabulary, 0)
+    prepare_model(config, model, runtime)
+    return model, runtime, config
+
+
+def seconds_of_ours(bench: Bench, size: Size, compiled: bool, rows: int) -> float:
+    """Of a bare training step."""
+    model, runtime, _ = build_ours(bench, size, compiled=compiled)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    source = itertools.cycle([batch.ours(bench.device) for batch in bench.batches(size, rows)])
+
+    def step() -> None:
+        inputs = next(source)
+        with runtime.autocast():
+            loss = model(**inputs, masked_only=True).loss_sum / len(inputs["labels"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return bench.seconds(step)
+
+
+def peer_config(bench: Bench, kind: str, size: Size) -> Any:
+    """The peer with the same width, depth, heads and feed-forward width; everything else as it comes."""
+    from transformers import EuroBertConfig, ModernBertConfig
+
+    shape = {
+        "vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": size.layers, "pad_token_id": 0,
+        "num_attention_heads": size.heads, "intermediate_size": size.inner, "max_position_embeddings": bench.length,
+        "bos_token_id": 2, "eos_token_id": 3,
+    }  # fmt: skip
+    if kind == "EuroBERT":
+        return EuroBertConfig(**shape, mask_token_id=4)
+    return ModernBertConfig(**shape, cls_token_id=2, sep_token_id=3, sparse_prediction=True)
+
+
+def seconds_of_peer(bench: Bench, kind: str, size: Size, compiled: bool, rows: int) -> float:
+    """Of a bare training step of a peer."""
+    from transformers import AutoModelForMaskedLM
+
+    config = peer_config(bench, kind, size)
+    with bench.device:
+        model = AutoModelForMaskedLM.from_config(config, attn_implementation=bench.peer_attention)
+    for layer in model.model.layers if compiled else ():
+        layer.compile(backend=bench.compiler)
+    batches = bench.batches(size, rows)
+    inputs = [(one.unpadded if bench.has_flash else one.padded)(bench.device) for one in batches]
+    return bench.seconds(plain_step(bench, model, itertools.cycle(inputs)))
+
+
+def plain_step(
+    bench: Bench, model: Any, source: Iterator[dict[str, Any]], max_norm: float | None = None
+) -> Callable[[], None]:
+    """A training step of transformers' models as a plain loop makes it."""
+    model.to(bench.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(bench.kind, dtype=torch.bfloat16, enabled=bench.kind == "cuda"):
+            loss = model(**next(source)).loss
+        loss.backward()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

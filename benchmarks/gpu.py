@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from _bench import QUICKSTART, TEXT, TOKENIZER, alternate, arguments, bar, finish
-from _gpu import Bench, Size, first_line
+from _gpu import Bench, Size, build_ours, first_line, peer_config, plain_step, seconds_of_ours, seconds_of_peer
 from run_all import where
 
 TINY = Size(2, 64, 96, 512, (2,))
@@ -50,40 +50,10 @@ PRELOADED = [
 
 
 def sizes(bench: Bench) -> dict[str, Size]:
-    return dict.fromkeys(SIZES, TINY) if bench.tiny else SIZES
+    return {"250M": TINY} if bench.tiny else SIZES
 
 
 # --- steps -----------
-
-
-def build_ours(bench: Bench, size: Size, *words: str, compiled: bool = False) -> tuple[Any, Any, Any]:
-    """(model, runtime, configuration) as a pretraining run makes them."""
-    from neobert.tasks.encoder import build_model, prepare_model
-    from neobert.training.runtime import build_runtime
-
-    config = bench.config("pretraining", size, *words, compiled=compiled).config
-    runtime = build_runtime(use_cpu=bench.kind == "cpu", mixed_precision="bf16")
-    with bench.device:  # where drawing weights takes no time
-        model = build_model(config, size.vocabulary, 0)
-    prepare_model(config, model, runtime)
-    return model, runtime, config
-
-
-def seconds_of_ours(bench: Bench, size: Size, compiled: bool, rows: int) -> float:
-    """Of a bare training step."""
-    model, runtime, _ = build_ours(bench, size, compiled=compiled)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    source = itertools.cycle([batch.ours(bench.device) for batch in bench.batches(size, rows)])
-
-    def step() -> None:
-        inputs = next(source)
-        with runtime.autocast():
-            loss = model(**inputs, masked_only=True).loss_sum / len(inputs["labels"])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return bench.seconds(step)
 
 
 def model_step(bench: Bench) -> None:
@@ -104,49 +74,6 @@ def model_step(bench: Bench) -> None:
             bench.bar(f"model_step_{name}_tokens", rate, size.want_rate)
         if bench.peak == 989e12 and size.want_mfu:
             bench.bar(f"model_step_{name}_mfu", mfu, size.want_mfu)
-
-
-def peer_config(bench: Bench, kind: str, size: Size) -> Any:
-    """The peer with the same width, depth, heads and feed-forward width; everything else as it comes."""
-    from transformers import EuroBertConfig, ModernBertConfig
-
-    shape = {
-        "vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": size.layers, "pad_token_id": 0,
-        "num_attention_heads": size.heads, "intermediate_size": size.inner, "max_position_embeddings": bench.length,
-        "bos_token_id": 2, "eos_token_id": 3,
-    }  # fmt: skip
-    if kind == "EuroBERT":
-        return EuroBertConfig(**shape, mask_token_id=4)
-    return ModernBertConfig(**shape, cls_token_id=2, sep_token_id=3, sparse_prediction=True)
-
-
-def seconds_of_peer(bench: Bench, kind: str, size: Size, compiled: bool, rows: int) -> float:
-    """Of a bare training step of a peer."""
-    from transformers import AutoModelForMaskedLM
-
-    config = peer_config(bench, kind, size)
-    with bench.device:
-        model = AutoModelForMaskedLM.from_config(config, attn_implementation=bench.peer_attention)
-    for layer in model.model.layers if compiled else ():
-        layer.compile(backend=bench.compiler)
-    batches = bench.batches(size, rows)
-    inputs = [(one.unpadded if bench.has_flash else one.padded)(bench.device) for one in batches]
-    return bench.seconds(plain_step(bench, model, itertools.cycle(inputs)))
-
-
-def plain_step(bench: Bench, model: Any, source: Iterator[dict[str, Any]]) -> Callable[[], None]:
-    """A training step of transformers' models as a plain loop makes it."""
-    model.to(bench.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        with torch.autocast(bench.kind, dtype=torch.bfloat16, enabled=bench.kind == "cuda"):
-            loss = model(**next(source)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def peers(bench: Bench) -> None:
@@ -277,7 +204,7 @@ def fine_tuning(bench: Bench) -> None:
             inputs["labels"] = torch.arange(count) % 2
             yield {name: tensor.to(bench.device) for name, tensor in inputs.items()}
 
-    peer = bench.seconds(plain_step(bench, model, batches()))
+    peer = bench.seconds(plain_step(bench, model, batches(), max_norm=1.0))
     bench.compare("fine-tuning", "rows", "EuroBERT in a plain loop", count, median("step_seconds"), peer)
 
 
