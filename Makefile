@@ -50,14 +50,14 @@ bench: .venv/.installed
 
 # .venv where it is there, else PYTHON with the packages that it has.
 gpu:
-	@find() { python=$(PYTHON); [ ! -x $(BIN)/python ] || python=$(BIN)/python; }; find; \
+	@choose() { python=$(PYTHON); [ ! -x $(BIN)/python ] || python=$(BIN)/python; }; choose; \
 	if ! $$python -c 'import torch, transformers' 2> /dev/null && nvidia-smi --list-gpus > /dev/null 2>&1; then \
-		$(MAKE) --no-print-directory .venv/.installed-dev || exit 1; $(PIP) --editable ".[bench]" || exit 1; find; \
+		$(MAKE) --no-print-directory .venv/.installed-dev || exit 1; $(PIP) --editable ".[bench]" || exit 1; choose; \
 	fi; \
 	if ! $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then \
 		echo "no CUDA device: make gpu measures NeoBERT on one"; exit 0; \
 	fi; \
-	export PYTHONPATH=src; status=0; \
+	export PYTHONPATH=$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}; status=0; \
 	if $$python -c 'import pytest' 2> /dev/null; then \
 		$$python -m pytest --override-ini addopts=-q -m cuda tests/gpu || status=1; \
 	else \

@@ -1,4 +1,4 @@
-"""Without a GPU: the tests of CUDA and the benchmark page of a GPU run here, on stand-ins and at tiny size; `make gpu` says so."""
+"""Without a GPU: the tests of CUDA run on the CPU, the page of a GPU is made at tiny size, and `make gpu` is one line."""
 
 import os
 import re
