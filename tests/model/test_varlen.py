@@ -5,6 +5,7 @@ Reference kernels stand in for those of CUDA (helpers/reference_kernels.py); all
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import reference_kernels
 from helpers.host_reads import HostReads
@@ -12,8 +13,10 @@ from helpers.models import VARIANTS, VOCABULARY, assert_same, build, gradients, 
 from neobert.model.kernels import round_up
 from neobert.model.modeling_neobert import IGNORED, NeoBERTForSequenceClassification
 from neobert.model.unpadding import Documents, cumulative, unpad
+from neobert.training.choices import compile_blocks, dynamic_shapes
 
 KERNELS = ("torch_varlen", "torch_efficient")
+ARGUMENTS = ("input_ids", "document_lengths")
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +112,42 @@ def test_documents_move_with_a_batch():
     assert isinstance(batch.document_lengths, Documents)
     assert batch.document_lengths.cu_seqlens.device.type == batch.targets.device.type == "meta"
     assert batch.document_lengths.lengths == inputs["document_lengths"].lengths
+
+
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+@pytest.mark.parametrize("variant", [{}, {"ngpt": True}, {"rms_norm": False, "hidden_act": "gelu"}], ids=str)
+def test_ragged_batches_do_not_recompile(rows, variant, monkeypatch):
+    """Ten batches, each of other documents: the two halves of a block are compiled once each, and give what eager gives."""
+    monkeypatch.setattr("neobert.training.choices.check_compile", lambda *_: None)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    eager, model = build(**variant), build(**variant)
+    eager.model.attention_kernel = model.model.attention_kernel = "torch_varlen"
+    compile_blocks(model.model, "cpu", counter, dynamic_shapes(None, rows == "packed"))
+    for n in range(1, 11):
+        ids = torch.randint(5, VOCABULARY, (3, 64), generator=torch.Generator().manual_seed(n))
+        labels = ids.masked_fill(ids % 3 > 0, IGNORED)
+        if rows == "packed":
+            inputs = unpad(ids, document_lengths=(n, 64 - n, 64, 2 * n, 64 - 2 * n), labels=labels)
+        else:
+            mask = (torch.arange(64) < torch.tensor([n, 40, 64 - 3 * n])[:, None]).long()
+            inputs = unpad(ids, mask, labels=labels.masked_fill(mask == 0, IGNORED))
+        assert_same(gradients(eager, **inputs), gradients(model, **inputs))
+    assert counter.frame_count == 2
+
+
+def test_launches_of_a_block():
+    """What is not compiled of a block, forward and backward: attention alone. With four graphs (before and after it, each
+    forward and backward) these are at most twelve launches.
+    """
+    model = build()
+    model.model.attention_kernel = "torch_varlen"
+    unpadded = model.model.flatten(**{k: v for k, v in unpad(**batches()["packed"]).items() if k in ARGUMENTS})
+    x_ND, rotary = model.model.embed_input(unpadded)
+    block, tables = model.model.layers[0], rotary.tables_of(x_ND.dtype)
+    qkv = block.project(x_ND, tables).detach().requires_grad_()
+    with HostReads() as reads:
+        out_ND = block.attention(qkv, None, unpadded.layout)
+        torch.autograd.grad(out_ND, qkv, torch.ones_like(out_ND))
+    assert sum(reads.launches.values()) + 4 <= 12, reads.launches
+    print(reads.launches)

@@ -204,6 +204,13 @@ def find_kernels() -> dict[str, str]:
     return found
 
 
+def dynamic_shapes(requested: bool | None, is_packed: bool) -> bool | None:
+    """`dynamic` of torch.compile: of rows that are not packed every batch has another number of tokens, so that compiling
+    for the first would be in vain.
+    """
+    return True if requested is None and not is_packed else requested
+
+
 def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None) -> None:
     """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
 
