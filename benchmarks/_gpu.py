@@ -1,7 +1,6 @@
 """Shared by the sections of gpu.py: sizes, batches and bare steps of ours and of the peers, measures and reports."""
 
 import gc
-import importlib.util
 import itertools
 import json
 import statistics
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from _bench import TOKENIZER
+
+from neobert.training.choices import find_kernels
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations per second, dense bf16; of the SXM cards
 IGNORED, FIRST_ID, MASKED = -100, 5, 0.2
@@ -112,7 +113,7 @@ class Bench:
         self.device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
         card = torch.cuda.get_device_name(0) if kind == "cuda" else ""
         self.peak = None if "PCIe" in card or "NVL" in card else next((PEAKS[n] for n in PEAKS if n in card), None)
-        self.has_flash = kind == "cuda" and importlib.util.find_spec("flash_attn") is not None
+        self.has_flash = kind == "cuda" and find_kernels().get("flash_attn") == ""
         self.peer_attention = "flash_attention_2" if self.has_flash else "sdpa"
         self.length = 128 if tiny else 1024
         self._lines = folder / f"{name}.jsonl"

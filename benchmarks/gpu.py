@@ -352,6 +352,8 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
     context = multiprocessing.get_context("forkserver")  # sections fork from a process that has not touched the GPU
     context.set_forkserver_preload(PRELOADED)
+    card = torch.cuda.get_device_name(0) if options.device == "cuda" else "the CPU"
+    head = "\n\n".join([f"# NeoBERT on {card}", where(), (__doc__ or "").split("\n\n")[1]])
     table = ["| what | ms a step | a second | MFU | note |", "|---|---:|---:|---:|---|"]
     bars, known, failed = io.StringIO(), dict[str, float](), False
     with tempfile.TemporaryDirectory() as folder:
@@ -359,16 +361,15 @@ def main() -> None:
             for line in lines_of(context, name, options, known, Path(folder)):
                 failed |= "failed" in line
                 known |= dict([line["figure"]] if "figure" in line else [])
-                with contextlib.redirect_stdout(bars):
-                    bar(*line["bar"]) if "bar" in line else None
+                if "bar" in line:
+                    with contextlib.redirect_stdout(bars):
+                        bar(*line["bar"])
                 if "row" in line:
                     table.append(f"| {' | '.join(line['row'])} |")
                     print(table[-1], flush=True)
-    print(bars.getvalue(), end="")
-    card = torch.cuda.get_device_name(0) if options.device == "cuda" else "the CPU"
-    parts = [f"# NeoBERT on {card}", where(), (__doc__ or "").split("\n\n")[1], "\n".join(table)]
-    options.out.write_text("\n\n".join([*parts, f"```\n{bars.getvalue()}```\n"]))
-    print(f"written to {options.out}")
+            lines = "\n".join(table)
+            options.out.write_text(f"{head}\n\n{lines}\n\n```\n{bars.getvalue()}```\n")
+    print(f"{bars.getvalue()}written to {options.out}")
     if failed:
         sys.exit(1)
     if not options.tiny:
