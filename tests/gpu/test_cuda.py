@@ -283,14 +283,13 @@ def neobert(*words, is_deterministic=False):
 
 
 def task(folder, name):
-    """A configuration file of a task without any other key."""
-    (folder / f"{name}.yaml").write_text(f"task: {name}\n")
-    return folder / f"{name}.yaml"
+    (path := folder / f"{name}.yaml").write_text(f"task: {name}\n")
+    return path
 
 
 def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = [row.get("loss", row.get("eval_loss")) for row in rows]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [row.get("loss", row.get("eval_loss")) for row in map(json.loads, lines)]
     assert all(value is None or math.isfinite(value) for value in found)
     return found
 
