@@ -3,8 +3,9 @@
 # make test-extras  the tests that need DeepSpeed
 # make check        format, lint, types, tests
 # make bench        every benchmark into benchmarks/RESULTS.md
+# make gpu          on a CUDA machine: the tests of CUDA, and what this GPU reaches into benchmarks/RESULTS_GPU.md
 #
-# Each sets up .venv by itself. TORCH chooses the build, for example: make quickstart TORCH="torch==2.13.0+cu130"
+# Each sets up .venv by itself; gpu only where torch and transformers are not there already. TORCH chooses the build, for example: make quickstart TORCH="torch==2.13.0+cu130"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 EXTRAS_PIP := $(subst .venv,.venv-extras,$(PIP))
 RUN := outputs/quickstart
 
-.PHONY: quickstart test test-extras check format docs bench clean
+.PHONY: quickstart test test-extras check format docs bench gpu clean
 
 quickstart: .venv/.installed
 	$(BIN)/neobert pretrain configs/pretraining/quickstart.yaml
@@ -46,6 +47,23 @@ docs: .venv/.installed
 bench: .venv/.installed
 	$(PIP) --editable ".[bench]"
 	$(BIN)/python benchmarks/run_all.py
+
+# .venv where it is there, else PYTHON with the packages that it has.
+gpu:
+	@choose() { python=$(PYTHON); [ ! -x $(BIN)/python ] || python=$(BIN)/python; }; choose; \
+	if ! $$python -c 'import torch, transformers' 2> /dev/null && nvidia-smi --list-gpus > /dev/null 2>&1; then \
+		$(MAKE) --no-print-directory .venv/.installed-dev || exit 1; $(PIP) --editable ".[bench]" || exit 1; choose; \
+	fi; \
+	if ! $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then \
+		echo "no CUDA device: make gpu measures NeoBERT on one"; exit 0; \
+	fi; \
+	export PYTHONPATH=$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}; status=0; \
+	if $$python -c 'import pytest' 2> /dev/null; then \
+		$$python -m pytest --override-ini addopts=-q -m cuda tests/gpu || status=1; \
+	else \
+		echo "pytest is not installed: the tests of CUDA are left out"; \
+	fi; \
+	$$python benchmarks/gpu.py || status=1; exit $$status
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "neobert needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'

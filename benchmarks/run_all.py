@@ -9,6 +9,7 @@ Every section says of which commit and which machine it is. `--quick` is passed 
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -23,7 +24,9 @@ def main() -> None:
     flags = [word for word in sys.argv[1:] if word.startswith("-")]
     wanted = {word.removesuffix(".py") for word in sys.argv[1:]} - set(flags)
     names = [
-        path.stem for path in sorted(HERE.glob("*.py")) if not path.name.startswith("_") and path.stem != "run_all"
+        path.stem
+        for path in sorted(HERE.glob("*.py"))
+        if not path.name.startswith("_") and path.stem not in ("run_all", "gpu")
     ]
     if unknown := wanted - set(names):
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
@@ -51,7 +54,7 @@ def write_section(title: str, printed: str) -> None:
 
 def where() -> str:
     """Commit, day, machine and versions of a section."""
-    git = ["git", "-C", str(HERE.parent)]
+    git = ["git", "-C", str(HERE.parent)] if shutil.which("git") else ["false"]
     commit = subprocess.run(
         [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -63,7 +66,7 @@ def where() -> str:
     amx = "with" if torch.cpu._is_amx_tile_supported() else "without"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     machine = f"{platform.machine()}, {os.cpu_count()} cores {amx} AMX"
-    return f"Commit {commit or 'unknown'}{' and changes' if changed else ''}, {date.today()}, {machine}, {packages}."
+    return f"Commit {commit or 'unknown'}{' and changes' if commit and changed else ''}, {date.today()}, {machine}, {packages}."
 
 
 if __name__ == "__main__":

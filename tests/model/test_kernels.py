@@ -12,12 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from helpers.models import assert_same, build, gradients, packed_batch
 from neobert.errors import ConfigError
 from neobert.model import kernels
-from neobert.model.attention import Layout
+from neobert.model.unpadding import cumulative
 from neobert.training import choices
 from neobert.training.choices import (
     PRECISION_NAMES,
     check_compile,
     choose_attention,
+    choose_flash_version,
     choose_kernels,
     choose_precision,
     compile_blocks,
@@ -62,20 +63,32 @@ FLASH, OWN, BROKEN = {"flash_attn": ""}, {"torch_varlen": ""}, {"flash_attn": "u
     [
         ("sdpa", "cpu", {}, "sdpa", "every document is attended to by itself"),
         ("flash_attn_varlen", "cpu", {}, "sdpa", "needs CUDA"),
-        ("sdpa", "cuda", {"packages": FLASH}, "sdpa", "scaled_dot_product_attention"),
-        ("flash_attn_varlen", "cuda", {"packages": FLASH | OWN}, "torch_varlen", "torch's own"),
+        *((name, "xpu", {"packages": OWN}, "sdpa", "one by one") for name in ("sdpa", "flash_attn_varlen")),
+        ("sdpa", "cuda", {"packages": FLASH | OWN}, "torch_varlen", "torch's own"),
+        ("flash_attn_varlen", "cuda", {"packages": FLASH | OWN}, "flash_attn", "flash-attn package"),
         ("flash_attn_varlen", "cuda", {"packages": FLASH | OWN, "dropout": 0.1}, "flash_attn", "flash-attn package"),
-        ("flash_attn_varlen", "cuda", {"packages": FLASH}, "flash_attn", "flash-attn package"),
         ("flash_attn_varlen", "cuda", {"packages": OWN}, "torch_varlen", "torch's own"),
         ("flash_attn_varlen", "cuda", {"packages": BROKEN | OWN}, "torch_varlen", "torch's own"),
-        ("flash_attn_varlen", "cuda", {"packages": BROKEN | OWN, "dropout": 0.1}, "sdpa", "undefined symbol: x"),
-        ("flash_attn_varlen", "cuda", {"packages": BROKEN}, "sdpa", "undefined symbol: x"),
-        ("flash_attn_varlen", "cuda", {"packages": OWN, "dropout": 0.1}, "sdpa", "no dropout"),
-        ("flash_attn_varlen", "cuda", {"packages": FLASH, "dtype": None}, "sdpa", "mixed_precision: bf16"),
-        ("flash_attn_varlen", "cuda", {"packages": FLASH, "capability": TURING}, "sdpa", "has 7.5"),
-        ("flash_attn_varlen", "cuda", {"packages": FLASH, "head_width": 20}, "sdpa", "20 wide"),
-        ("flash_attn_varlen", "cuda", {"packages": FLASH, "head_width": 264}, "sdpa", "264 wide"),
-        ("flash_attn_varlen", "cuda", {}, "sdpa", "neobert[flash]"),
+        (
+            "flash_attn_varlen",
+            "cuda",
+            {"packages": BROKEN | OWN, "dropout": 0.1},
+            "torch_efficient",
+            "undefined symbol",
+        ),
+        ("flash_attn_varlen", "cuda", {"packages": BROKEN}, "torch_efficient", "undefined symbol: x"),
+        *(
+            (name, "cuda", {"packages": OWN | packages, **facts}, "torch_efficient", words)
+            for name, packages in (("sdpa", FLASH), ("sdpa", {}), ("flash_attn_varlen", {}))
+            for facts, words in (
+                ({"dropout": 0.1}, "model.dropout_prob: 0"),
+                ({"dtype": None}, "mixed_precision: bf16"),
+                ({"capability": TURING}, "capability 7.5"),
+                ({"head_width": 20}, "20 wide"),
+                ({"head_width": 264}, "264 wide"),
+            )
+        ),
+        ("sdpa", "cuda", {}, "torch_efficient", "neobert[flash]"),
     ],
 )
 def test_attention(requested, device, facts, kernel, words):
@@ -98,6 +111,19 @@ def test_kernels(requested, device, problem, is_compiled):
     assert chosen == ("liger" if uses_liger else "torch")
     assert ("needs CUDA" in why) == (requested == "liger" and device == "cpu")
     assert ("no triton" in why) == ((requested, device, problem, is_compiled) == ("auto", "cuda", "no triton", False))
+
+
+def test_flash_attention_3():
+    """On Hopper only, where torch and its package have it, and where torch's own kernel runs."""
+    assert choose_flash_version("torch_varlen", (9, 0), ["FA3", "FA4"], True) == "FA3"
+    for kernel, capability, known, is_installed in (
+        ("torch_efficient", (9, 0), ["FA3"], True),
+        ("torch_varlen", (8, 0), ["FA3"], True),
+        ("torch_varlen", (10, 0), ["FA3"], True),
+        ("torch_varlen", (9, 0), [], True),
+        ("torch_varlen", (9, 0), ["FA3"], False),
+    ):
+        assert choose_flash_version(kernel, capability, known, is_installed) is None
 
 
 def test_kernels_that_cannot_be_imported(tmp_path, monkeypatch):
@@ -177,8 +203,8 @@ def test_variable_length_arguments():
     from torch.nn.attention.varlen import varlen_attn
 
     lengths = (5, 1, 30)
-    starts, longest = Layout(lengths=lengths).cumulative(torch.device("cpu"))
-    assert (starts.dtype, longest) == (torch.int32, 30)
+    starts, longest = cumulative(lengths), max(lengths)
+    assert starts.dtype == torch.int32
     tokens = torch.arange(36)
     pieces = [tokens[a:b] for a, b in itertools.pairwise(starts.tolist())]
     assert all(torch.equal(a, b) for a, b in zip(pieces, tokens.split(lengths), strict=True))

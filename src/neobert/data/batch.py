@@ -21,7 +21,7 @@ State = dict[str, Any]  # plain data and arrays, which are shared with what is r
 Saved = tuple[dict[str, Any], dict[str, np.ndarray]]  # JSON, arrays
 
 IGNORED = -100  # the label of a token or row that is not predicted
-INPUTS = ("input_ids", "labels", "attention_mask", "document_lengths", "token_type_ids", "keys")
+INPUTS = ("input_ids", "labels", "attention_mask", "document_lengths", "token_type_ids", "keys", "targets")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Batch:
     ends_epoch: bool = False
     token_type_ids: torch.Tensor | None = None  # int64, B x T
     keys: dict[str, Any] | None = None  # of all processes' texts, the arguments of `ContrastiveLoss`
+    targets: torch.Tensor | None = None  # int64, M: where the tokens are that `labels`, then M, belong to
 
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
@@ -61,6 +62,8 @@ class Batch:
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: changed(one) for name, one in value.items()}
+            if hasattr(value, "_fields"):  # a named tuple
+                return type(value)(*map(changed, value))
             return change(value) if isinstance(value, torch.Tensor) else value
 
         return replace(self, **{name: changed(value) for name, value in self.inputs().items()})

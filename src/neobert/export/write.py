@@ -37,9 +37,9 @@ from neobert.export.card import write_card
 from neobert.files import check_target, whole_folder, write_json
 from neobert.inference.sentence_transformers import Embedding, read_sentence_settings, write_sentence_transformers
 from neobert.model import modeling_neobert
-from neobert.model.attention import UnpaddedBatch
 from neobert.model.hf_encoder import HFEncoderForEmbedding, pool_rows
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM, classify
+from neobert.model.unpadding import UnpaddedBatch
 
 RECORD = "export.json"
 Output = Literal["last_hidden_state", "logits"]  # of the graph

@@ -25,9 +25,9 @@ from neobert.data.tokenizer import Ids, load_tokenizer, tokenizer_folder
 from neobert.errors import CheckpointError, DataError
 from neobert.files import whole_file
 from neobert.inference.sentence_transformers import SentenceSettings, read_sentence_settings
-from neobert.model.attention import Pooling
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
 from neobert.model.hf_encoder import HFEncoderForEmbedding, longest_input
+from neobert.model.unpadding import Pooling
 from neobert.training.runtime import Runtime, build_runtime
 
 TEXTS_AT_ONCE = 16_384  # of a file, sorted by length among themselves

@@ -17,7 +17,7 @@ from neobert.checkpoints.load import EMBEDDING, HF_ENCODER
 from neobert.checkpoints.locate import MODULES, read_model_config
 from neobert.errors import CheckpointError, UserError, first_line
 from neobert.files import read_json, write_json
-from neobert.model.attention import Pooling
+from neobert.model.unpadding import Pooling
 
 TRANSFORMER, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
 MODES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max"}

@@ -4,15 +4,15 @@ Shapes: B rows, T row length, N tokens of the whole batch (B*T, or fewer without
 P tokens with padding, n documents, L padded length, in matrix products B = H*n.
 Hidden states are N x D in every layer; only the layout knows where a document begins. It is one of two kinds:
 
-- ragged: the lengths of the documents, one after the other. Packed rows are this, and so are padded batches on the CPU or
-  with a variable-length kernel, whose padding is left out before the first layer and restored after the last. Runs on CUDA by
-  a variable-length kernel, of the flash-attn package or torch's own, where `Layout.kernel` names one; on the CPU in bfloat16
-  as `BucketAttention`; else as SDPA, one call for documents of the same length.
-- padded: rows of one length with a mask of the real tokens, for SDPA on CUDA, which wants static shapes.
+- ragged: the lengths of the documents, one after the other. Packed rows are this, and so are padded batches, whose padding is
+  left out before the first layer and restored after the last. On CUDA all documents are one call of a kernel for variable
+  lengths (`attend_varlen`), whose `Layout.cu_seqlens` are on the device; on the CPU in bfloat16 it is `BucketAttention`; else
+  SDPA, one call for documents of the same length.
+- padded: rows of one length with a mask of the real tokens, for SDPA where shapes have to be static (exports, other devices).
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernel = Literal["sdpa", "flash_attn", "torch_varlen"]
-Pooling = Literal["mean", "avg", "cls", "max"]
-Lengths: TypeAlias = Sequence[int] | Tensor | None  # of the documents in packed rows; None where rows are padded
+Kernel = Literal["sdpa", "flash_attn", "torch_varlen", "torch_efficient"]
+Tables: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines of every token, N x 1 x K/2
 GRANULARITY = 32  # documents are padded to a multiple of this many tokens
 FINE_GRANULARITY = 8  # where texts come sorted by length, so that few lengths occur: less padding
 SCORE_BUDGET = 2**21  # attention scores computed at a time: 4 MiB in bfloat16, about the L2 cache
@@ -39,6 +38,7 @@ class Rotary:
     cos_TK: Tensor
     sin_TK: Tensor
     positions_N: Tensor
+    _cast: Tables | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def of(length: int, head_width: int, positions_N: Tensor, base: float = 10_000.0) -> "Rotary":
@@ -49,15 +49,25 @@ class Rotary:
         return Rotary(angles.cos(), angles.sin(), positions_N)
 
     @cached_property
-    def tables_N1K(self) -> tuple[Tensor, Tensor]:
+    def tables_N1K(self) -> Tables:
         """Cosines and sines of every token, N x 1 x K/2."""
         return self.cos_TK[self.positions_N][:, None], self.sin_TK[self.positions_N][:, None]
 
+    def tables_of(self, dtype: torch.dtype) -> Tables:
+        """The same in another dtype: cast once per batch, as all layers ask for it."""
+        if self._cast is None or self._cast[0].dtype != dtype:
+            self._cast = (self.tables_N1K[0].to(dtype), self.tables_N1K[1].to(dtype))
+        return self._cast
+
     def rotate(self, x_NHK: Tensor) -> Tensor:
-        """Rotate the pairs (i, i + K/2) of every head; as `FusedRotary`, of torch's own operators."""
-        first, second = x_NHK.chunk(2, dim=-1)
-        cos, sin = (table.to(x_NHK.dtype) for table in self.tables_N1K)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        """Rotate every head by the position of its token."""
+        return rotate(x_NHK, *self.tables_of(x_NHK.dtype))
+
+
+def rotate(x_NHK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of every head; as `FusedRotary`, of torch's own operators."""
+    first, second = x_NHK.chunk(2, dim=-1)
+    return torch.cat((first * cos_N1K - second * sin_N1K, second * cos_N1K + first * sin_N1K), dim=-1)
 
 
 class FusedRotary(torch.autograd.Function):
@@ -143,12 +153,13 @@ class Layout:
     """Where documents lie in an unpadded batch. Exactly one of `lengths` and `mask_BT` is set."""
 
     lengths: tuple[int, ...] | None = None  # tokens of each document; with `padding` their sum is N
+    cu_seqlens: Tensor | None = None  # int32: 0, then the end of each document and piece of padding, for `kernel`
+    max_seqlen: int = 0  # nothing between two of `cu_seqlens` is longer
     mask_BT: Tensor | None = None  # true where a token is real
     dropout: float = 0.0  # of attention weights; 0 outside training
-    kernel: Kernel = "sdpa"  # what ragged attention runs on CUDA
+    kernel: Kernel = "sdpa"  # what documents of `cu_seqlens` run
     granularity: int = GRANULARITY  # of the buckets on the CPU
-    padding: int = 0  # tokens after those of the documents, which belong to none (on the CPU)
-    _starts: Tensor | None = field(default=None, init=False, repr=False)
+    padding: int = 0  # tokens after those of the documents, which belong to none
 
     @cached_property
     def buckets(self) -> Buckets:
@@ -156,73 +167,6 @@ class Layout:
         assert self.lengths is not None
         whole, rest = divmod(self.padding, GRANULARITY)
         return Buckets.of((*self.lengths, *[GRANULARITY] * whole, *([rest] if rest else [])), self.granularity)
-
-    def cumulative(self, device: torch.device) -> tuple[Tensor, int]:
-        """What variable-length kernels take: int32 starts of the documents and the end, copied once; the longest length."""
-        assert self.lengths is not None
-        if self._starts is None:
-            self._starts = torch.tensor((0, *self.lengths)).cumsum(0).to(device, torch.int32, non_blocking=True)
-        return self._starts, max(self.lengths)
-
-
-@dataclass(frozen=True)
-class UnpaddedBatch:
-    """A batch as a run of N tokens. `kept_N` are the positions in B*T that were kept; None when all were. After the tokens
-    there may be `layout.padding` more, which the encoder takes along and leaves out of what it returns.
-    """
-
-    ids_N: Tensor
-    positions_N: Tensor
-    layout: Layout
-    shape: torch.Size
-    kept_N: Tensor | None
-
-    @staticmethod
-    def padded(input_ids: Tensor, attention_mask: Tensor, dropout: float = 0.0) -> "UnpaddedBatch":
-        """The batch with all its padding and a mask of the real tokens: shapes do not depend on what is in it."""
-        mask_BT = attention_mask.bool()
-        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
-        layout = Layout(mask_BT=mask_BT, dropout=dropout)
-        return UnpaddedBatch(input_ids.flatten(), positions_BT.flatten(), layout, input_ids.shape, None)
-
-    def select(self, x_BT: Tensor) -> Tensor:
-        """The same tokens' values of another B x T tensor, unpadded."""
-        return x_BT.flatten() if self.kept_N is None else x_BT.flatten()[self.kept_N]
-
-    def restore(self, x_ND: Tensor) -> Tensor:
-        """N x D -> B x T x D, zeros in place of padding."""
-        width = x_ND.shape[-1]
-        if self.kept_N is not None:
-            x_ND = x_ND.new_zeros(self.shape.numel(), width).index_copy(0, self.kept_N, x_ND)
-        elif self.layout.mask_BT is not None:
-            x_ND = x_ND.masked_fill(~self.layout.mask_BT.flatten()[:, None], 0)
-        return x_ND.view(*self.shape, width)
-
-    def pool(self, x_ND: Tensor, how: Pooling) -> Tensor:
-        """One vector per document, n x D in float32: its tokens' mean ("mean", "avg"), maximum, or its first one ("cls").
-        Documents are rows, or the pieces of packed rows. Raises ValueError for a document without tokens.
-        """
-        x_ND, lengths = x_ND.float(), self.layout.lengths
-        if lengths is None:
-            mask_BT = self.layout.mask_BT
-            assert mask_BT is not None
-            x_ND, lengths = x_ND[mask_BT.flatten()], mask_BT.sum(1).tolist()
-        check_not_empty(lengths)
-        lengths_n = torch.tensor(lengths, dtype=torch.int64, device=x_ND.device)
-        if how == "cls":
-            return x_ND[lengths_n.cumsum(0) - lengths_n]
-        return torch.segment_reduce(x_ND, "max" if how == "max" else "mean", lengths=lengths_n)
-
-
-def check_not_empty(lengths: Sequence[int]) -> None:
-    """Raises ValueError for a row without tokens, which has no vector."""
-    if 0 in lengths:
-        raise ValueError(f"row {list(lengths).index(0)} has no tokens to pool")
-
-
-def host_lengths(document_lengths: Sequence[int] | Tensor) -> tuple[int, ...]:
-    """Lengths of documents as numbers: shapes follow from them, on every device."""
-    return tuple(document_lengths.tolist() if isinstance(document_lengths, Tensor) else document_lengths)
 
 
 def uses_buckets(dtype: torch.dtype) -> bool:
@@ -234,32 +178,45 @@ def uses_buckets(dtype: torch.dtype) -> bool:
 
 def attend(qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout, scale: float) -> Tensor:
     """Softmax attention of every token to its own document: N x H x K. `scale` multiplies the products of q and k."""
-    on_cpu = qkv_N3HK.device.type == "cpu"
-    if layout.lengths is not None and on_cpu and uses_buckets(qkv_N3HK.dtype):
+    if layout.cu_seqlens is not None:
+        return attend_varlen(qkv_N3HK, layout.cu_seqlens, layout, scale)
+    if layout.lengths is not None and qkv_N3HK.device.type == "cpu" and uses_buckets(qkv_N3HK.dtype):
         cos, sin = (None, None) if rotary is None else (rotary.cos_TK, rotary.sin_TK)
         return BucketAttention.apply(qkv_N3HK, cos, sin, layout, scale)
-    if layout.lengths is not None and (on_cpu or layout.kernel == "sdpa"):
+    if layout.lengths is not None:
         if rotary is not None:
             qkv_N3HK = FusedRotary.apply(qkv_N3HK, *rotary.tables_N1K)
         return attend_documents(qkv_N3HK, layout, scale)
+    assert layout.mask_BT is not None
     q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
     if rotary is not None:
         q_NHK, k_NHK = rotary.rotate(q_NHK), rotary.rotate(k_NHK)
-    dropout = layout.dropout
-    if layout.mask_BT is not None:
-        B, T = layout.mask_BT.shape
-        q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q_NHK, k_NHK, v_NHK))
-        mask = layout.mask_BT[:, None, None, :]
-        out_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-        return out_BHTK.transpose(1, 2).reshape(q_NHK.shape)
-    starts, longest = layout.cumulative(q_NHK.device)
-    spans = (starts, starts, longest, longest)
-    if layout.kernel == "flash_attn":
-        attend_varlen = import_module("flash_attn").flash_attn_varlen_func
-        return attend_varlen(q_NHK, k_NHK, v_NHK, *spans, dropout_p=dropout, softmax_scale=scale)
-    from torch.nn.attention.varlen import varlen_attn
+    B, T = layout.mask_BT.shape
+    q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q_NHK, k_NHK, v_NHK))
+    mask = layout.mask_BT[:, None, None, :]
+    out_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=layout.dropout, scale=scale)
+    return out_BHTK.transpose(1, 2).reshape(q_NHK.shape)
 
-    return varlen_attn(q_NHK, k_NHK, v_NHK, *spans, scale=scale)
+
+def attend_varlen(qkv_N3HK: Tensor, cu_seqlens: Tensor, layout: Layout, scale: float) -> Tensor:
+    """All documents in one call of the kernel that `layout` names: N x H x K. q and k come rotated.
+
+    torch's kernel for variable lengths takes bfloat16 and float16 and has no dropout; the memory-efficient one of SDPA takes
+    every dtype and has it.
+    """
+    q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
+    spans = (cu_seqlens, cu_seqlens, layout.max_seqlen, layout.max_seqlen)
+    if layout.kernel == "flash_attn":
+        flash_attn = import_module("flash_attn").flash_attn_varlen_func
+        return flash_attn(q_NHK, k_NHK, v_NHK, *spans, dropout_p=layout.dropout, softmax_scale=scale)
+    if layout.kernel == "torch_varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q_NHK, k_NHK, v_NHK, *spans, scale=scale)
+    one_row = (q_NHK[None], k_NHK[None], v_NHK[None])
+    no_mask, logsumexp = 0, qkv_N3HK.requires_grad  # the backward pass needs it
+    attend = torch.ops.aten._efficient_attention_forward
+    return attend(*one_row, None, *spans, layout.dropout, no_mask, logsumexp, scale=scale)[0].squeeze(0)
 
 
 def attend_documents(qkv_N3HK: Tensor, layout: Layout, scale: float) -> Tensor:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Lengths, Pooling
 from .modeling_neobert import LossOutput, NeoBERT, NeoBERTConfig, NeoBERTPreTrainedModel
+from .unpadding import Lengths, Pooling
 
 OBSERVED = 512  # pairs of a batch that alignment and uniformity are computed of
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Lengths, check_not_empty, host_lengths
 from .embedding import ContrastiveLoss, ContrastiveSettings, EmbeddingHead
 from .modeling_neobert import LossOutput, classify
+from .unpadding import Lengths, check_not_empty, host_lengths
 
 Tensors = dict[str, Tensor]
 

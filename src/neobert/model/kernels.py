@@ -36,16 +36,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if is_on else x.dtype
 
 
-def round_up_tokens(rows: int, device_type: str, dtype: torch.dtype) -> int:
-    """How many rows a product of `rows` rows had better have: on the CPU in bfloat16 one of 16 sizes per power of two.
-
-    oneDNN compiles every product for its shape, which takes longer than a small product itself (1 to 16 ms), and keeps what
-    it compiled: with another number of tokens in every batch that was half of the time and gigabytes of memory.
-    """
-    if device_type != "cpu" or dtype != torch.bfloat16:
-        return rows
+def round_up(rows: int) -> int:
+    """The next of 16 sizes per power of two: few sizes, at most 1/16 more."""
     granularity = max(1, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // granularity) * granularity
+
+
+def round_up_tokens(rows: int, device_type: str, dtype: torch.dtype) -> int:
+    """How many rows a product of `rows` rows had better have: one of few sizes (`round_up`), except on the CPU in float32.
+
+    On the CPU, oneDNN compiles every product in bfloat16 for its shape, which takes longer than a small product itself (1 to
+    16 ms), and keeps what it compiled: with another number of tokens in every batch that was half of the time and gigabytes
+    of memory. On a GPU, buffers of sizes that come again are found in the allocator's cache, and kernels are chosen once.
+    """
+    return rows if device_type == "cpu" and dtype != torch.bfloat16 else round_up(rows)
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

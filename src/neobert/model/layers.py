@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .attention import Layout, Rotary, attend
+from .attention import Layout, Rotary, Tables, attend, rotate
 from .kernels import FusedRMSNorm, FusedSwiGLU, compute_dtype, liger
 
 
@@ -76,21 +76,29 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.qk_scale = None if base_scale is None else LearnedScale(width, 1.0, base_scale)
 
-    def project(self, x_ND: Tensor) -> Tensor:
-        """N x D -> N x 3 x H x K."""
-        return self.qkv(x_ND).unflatten(-1, (3, self.num_heads, -1))
+    def project(self, x_ND: Tensor, tables_N1K: Tables | None = None) -> Tensor:
+        """N x D -> N x 3 x H x K; q and k are rotated by `tables_N1K` where they are given."""
+        qkv_N3HK = self.qkv(x_ND).unflatten(-1, (3, self.num_heads, -1))
+        if tables_N1K is None and self.qk_scale is None:
+            return qkv_N3HK
+        q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
+        if tables_N1K is not None:
+            q_NHK, k_NHK = rotate(q_NHK, *tables_N1K), rotate(k_NHK, *tables_N1K)
+        if self.qk_scale is not None:
+            scale_HK = self.qk_scale().view(self.num_heads, -1)
+            q_NHK, k_NHK = unit(q_NHK) * scale_HK, unit(k_NHK) * scale_HK
+        return torch.stack([x.to(v_NHK.dtype) for x in (q_NHK, k_NHK, v_NHK)], 1)
 
     def forward(self, qkv_N3HK: Tensor, rotary: Rotary | None, layout: Layout) -> Tensor:
-        """What `project` gave -> N x D, before the output projection."""
+        """What `project` gave -> N x D, before the output projection. `rotary` is for what has not been rotated."""
         K = qkv_N3HK.shape[-1]
-        if self.qk_scale is None:
-            return attend(qkv_N3HK, rotary, layout, K**-0.5).flatten(1)
-        q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
-        if rotary is not None:
-            q_NHK, k_NHK = rotary.rotate(q_NHK), rotary.rotate(k_NHK)
-        scale_HK = self.qk_scale().view(self.num_heads, K)
-        parts = (unit(q_NHK) * scale_HK, unit(k_NHK) * scale_HK, v_NHK)
-        return attend(torch.stack([x.to(v_NHK.dtype) for x in parts], 1), None, layout, K**0.5).flatten(1)
+        return attend(qkv_N3HK, rotary, layout, K**-0.5 if self.qk_scale is None else K**0.5).flatten(1)
+
+    def rotates_early(self, layout: Layout) -> bool:
+        """Whether `project` rotates: where vectors are normalised afterwards, and where what it does is compiled or
+        launched as a few large kernels. Else rotation is part of attention itself.
+        """
+        return self.qk_scale is not None or layout.cu_seqlens is not None
 
 
 def swiglu_width(intermediate_size: int) -> int:
@@ -153,8 +161,8 @@ class Block(nn.Module):
         self.ffn = feed_forward(config.hidden_size, config.intermediate_size, config.ngpt)
         self.dropout = nn.Dropout(config.dropout_prob)
 
-    def project(self, x_ND: Tensor) -> Tensor:
-        return self.attention.project(self.attention_norm(x_ND))
+    def project(self, x_ND: Tensor, tables_N1K: Tables | None = None) -> Tensor:
+        return self.attention.project(self.attention_norm(x_ND), tables_N1K)
 
     def finish(self, x_ND: Tensor, attended_ND: Tensor) -> Tensor:
         x_ND = x_ND + self.dropout(self.attention.out(attended_ND))
@@ -162,7 +170,10 @@ class Block(nn.Module):
 
     def forward(self, x_ND: Tensor, rotary: Rotary | None, layout: Layout, rows_M: Tensor | None = None) -> Tensor:
         """N x D, or M x D of the tokens `rows_M` alone, which see all others as ever."""
-        attended_ND = self.attention(self.project(x_ND), rotary, layout)
+        tables_N1K = None
+        if rotary is not None and self.attention.rotates_early(layout):
+            tables_N1K, rotary = rotary.tables_of(compute_dtype(x_ND)), None
+        attended_ND = self.attention(self.project(x_ND, tables_N1K), rotary, layout)
         if rows_M is not None:
             x_ND, attended_ND = x_ND.index_select(0, rows_M), attended_ND.index_select(0, rows_M)
         return self.finish(x_ND, attended_ND)

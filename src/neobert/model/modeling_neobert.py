@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from .attention import FINE_GRANULARITY, Kernel, Layout, Lengths, Pooling, Rotary, UnpaddedBatch, host_lengths
+from .attention import FINE_GRANULARITY, Kernel, Layout, Rotary
 from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
 from .layers import Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, build_norm, unit
+from .unpadding import Documents, Lengths, Pooling, UnpaddedBatch, cumulative, host_lengths
 
 
 class NeoBERTConfig(PreTrainedConfig):
@@ -180,8 +181,10 @@ class NeoBERT(NeoBERTPreTrainedModel):
         """Lay a batch out unpadded. SDPA off the CPU keeps padding, so that shapes stay static; all else leaves it out. Raises
         ValueError when `document_lengths` do not sum to B*T, or for a document longer than `max_position_embeddings`.
         """
-        (B, T), kind, limit = ids_BT.shape, ids_BT.device.type, self.config.max_position_embeddings
         dropout, kernel = self.config.dropout_prob * self.training, self.attention_kernel
+        if isinstance(document_lengths, Documents):
+            return UnpaddedBatch.laid_out(ids_BT, document_lengths, dropout, kernel)
+        (B, T), kind, limit = ids_BT.shape, ids_BT.device.type, self.config.max_position_embeddings
         ids_N, kept_N, lengths = ids_BT.flatten(), None, (T,) * B
         is_static = document_lengths is None and mask_BT is not None and kind != "cpu" and kernel == "sdpa"
         if document_lengths is not None:
@@ -202,7 +205,9 @@ class NeoBERT(NeoBERTPreTrainedModel):
         padding = round_up_tokens(len(ids_N), kind, compute_dtype(ids_BT)) - len(ids_N)
         if padding:
             ids_N, positions_N = (torch.cat((x, x.new_zeros(padding))) for x in (ids_N, positions_N))
-        layout = Layout(lengths=lengths, dropout=dropout, kernel=kernel, padding=padding)
+        cu_seqlens = None if kernel == "sdpa" else cumulative(lengths, padding).to(ids_BT.device, non_blocking=True)
+        longest = max(lengths, default=0)
+        layout = Layout(lengths, cu_seqlens, longest, dropout=dropout, kernel=kernel, padding=padding)
         return UnpaddedBatch(ids_N, positions_N, layout, ids_BT.shape, kept_N)
 
     def encode(
@@ -221,7 +226,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         config, layout, rotary = self.config, unpadded.layout, None
         x_ND = self.embed_tokens(unpadded.ids_N)
         if config.rope:
-            longest = unpadded.shape[1] if layout.lengths is None else max(layout.lengths, default=0)
+            longest = unpadded.shape[1] if layout.lengths is None else max(layout.max_seqlen, *layout.lengths, 0)
             width = config.hidden_size // config.num_attention_heads
             rotary = Rotary.of(longest, width, unpadded.positions_N, config.rope_theta)
         else:
@@ -294,32 +299,35 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         labels: Tensor | None = None,
         masked_only: bool = False,
         count_correct: bool = False,
+        targets: Tensor | None = None,
         **extra: Any,
     ) -> LossOutput:
-        """Logits B x T x V, and with `labels` B x T (-100: no target) losses.
+        """Logits B x T x V, and with `labels` B x T (-100: no target) losses; with `targets`, the places of M tokens among
+        those that are not padding, `labels` are the M of these tokens.
 
         `masked_only`, as training sets it, computes the same losses from the targets' logits alone and returns no logits.
         `count_correct` also counts the targets that were the likeliest token (an extra pass over the logits).
         """
         states = new_states(self.config, extra)
         unpadded = self.model.flatten(input_ids, attention_mask, document_lengths)
-        if labels is not None:
+        if labels is not None and targets is None:
             labels_N = unpadded.select(labels)
-            targets_M = (labels_N != IGNORED).nonzero().squeeze(1)
-            labels_M = labels_N[targets_M]
-            self._check_labels(labels_M)
-            if masked_only:
-                hidden_MD, backend = self.model.encode(unpadded, targets_M), self.kernel_backend
-                decoder = self.decoder_weight(), self.lm_head.bias
-                loss_sum, num_correct = linear_cross_entropy(hidden_MD, *decoder, labels_M, backend, count_correct)
-                return LossOutput(loss=loss_sum / max(1, len(targets_M)), loss_sum=loss_sum, num_correct=num_correct)
+            targets = (labels_N != IGNORED).nonzero().squeeze(1)
+            labels = labels_N[targets]
+            self._check_labels(labels)
+        if labels is not None and targets is not None and masked_only:
+            hidden_MD, backend = self.model.encode(unpadded, targets), self.kernel_backend
+            decoder = self.decoder_weight(), self.lm_head.bias
+            loss_sum, num_correct = linear_cross_entropy(hidden_MD, *decoder, labels, backend, count_correct)
+            return LossOutput(loss=loss_sum / max(1, len(targets)), loss_sum=loss_sum, num_correct=num_correct)
         hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)
         hidden_states = None if states is None else tuple(states)
         output = LossOutput(logits=unpadded.restore(logits_NV), hidden_states=hidden_states)
-        if labels is not None:
-            output.loss_sum, output.num_correct = full_cross_entropy(logits_NV, labels_N, count_correct)
-            output.loss = output.loss_sum / max(1, len(targets_M))
+        if labels is not None and targets is not None:
+            logits_MV = logits_NV.index_select(0, targets)
+            output.loss_sum, output.num_correct = full_cross_entropy(logits_MV, labels, count_correct)
+            output.loss = output.loss_sum / max(1, len(targets))
         return output
 
     def _check_labels(self, labels_M: Tensor) -> None:

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neobert.errors import ConfigError, Problem
-from neobert.model.attention import Buckets, Layout, Rotary, host_lengths
+from neobert.model.attention import Buckets, Layout, Rotary
 from neobert.model.layers import Attention
+from neobert.model.unpadding import host_lengths
 from neobert.optim.sharding import local, local_rows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")

@@ -88,32 +88,44 @@ def choose_attention(
     packages: Mapping[str, str] = MappingProxyType({}),
     capability: Capability = MIN_CAPABILITY,
 ) -> tuple[Kernel, str]:
-    """(kernel of unpadded batches; why). `packages` as `find_kernels` finds them. A request that cannot be honoured falls
-    back to SDPA, which computes the same, and the reason says what would help.
+    """(kernel of unpadded batches; why). `packages` as `find_kernels` finds them. On CUDA all documents of a batch are one
+    call, by one kernel or another: the reason says why not by the fastest, and what would help.
     """
     if device_type == "cpu":
         why = "flash_attn_varlen needs CUDA; " if requested == "flash_attn_varlen" else ""
         return "sdpa", f"{why}on the CPU every document is attended to by itself, and padding is left out"
-    if requested == "sdpa":
+    if device_type != "cuda":
         return "sdpa", "torch's scaled_dot_product_attention; packed documents one by one"
     found, varlen, flash = f"{capability[0]}.{capability[1]}", packages.get("torch_varlen"), packages.get("flash_attn")
     one_call = "documents of any length in one call, by {}; padding is left out"
+    efficient = one_call.format("torch's memory-efficient kernel")
     obstacles: dict[str, object] = {
-        "it computes in bfloat16 (set trainer.mixed_precision: bf16)": dtype is None,
-        f"it needs a GPU of compute capability 8.0 or newer; this one has {found}": capability < MIN_CAPABILITY,
-        f"a head is {head_width} wide, and it takes multiples of 8 up to 256": head_width % 8 or head_width > 256,
+        "float32 (trainer.mixed_precision: bf16 is several times faster)": dtype is None,
+        f"a GPU of compute capability {found}, and the others begin with 8.0": capability < MIN_CAPABILITY,
+        f"a head is {head_width} wide, and the others take multiples of 8 up to 256": head_width % 8
+        or head_width > 256,
     }
     if not any(obstacles.values()):
+        if flash == "" and requested == "flash_attn_varlen":
+            return "flash_attn", one_call.format("the flash-attn package")
         if varlen == "" and not dropout:
             return "torch_varlen", one_call.format("torch's own kernel")
-        if flash == "":
-            return "flash_attn", one_call.format("the flash-attn package")
     obstacles |= {
-        f"flash-attn is installed and cannot be imported ({flash})": flash,
-        "torch's own kernel has no dropout (pip install 'neobert[flash]', or model.dropout_prob: 0)": varlen == "",
-        "no kernel is installed (pip install 'neobert[flash]', or torch 2.10 or newer)": True,
+        f"flash-attn is installed and cannot be imported ({flash})": flash and requested == "flash_attn_varlen",
+        "dropout of its weights (model.attn_backend: flash_attn_varlen with neobert[flash], or model.dropout_prob: 0)": dropout,
+        "no other kernel can be imported (pip install 'neobert[flash]', or torch 2.10 or newer)": True,
     }
-    return "sdpa", "flash_attn_varlen falls back to sdpa: " + next(why for why, holds in obstacles.items() if holds)
+    return "torch_efficient", f"{efficient}: " + next(why for why, holds in obstacles.items() if holds)
+
+
+def choose_flash_version(
+    kernel: Kernel, capability: Capability, known: Collection[str], is_installed: bool
+) -> str | None:
+    """Which newer flash attention torch's own kernels are to call ("FA3"), or None: FlashAttention 3 on Hopper, where torch
+    knows it and its package is installed.
+    """
+    is_hopper = (9, 0) <= capability < (10, 0)
+    return "FA3" if kernel == "torch_varlen" and is_hopper and "FA3" in known and is_installed else None
 
 
 def choose_kernels(
@@ -178,6 +190,13 @@ def find_kernels() -> dict[str, str]:
             if missing is None or not f"{module}.".startswith(f"{missing}."):  # else the package is not installed
                 found[kernel] = first_line(error)
     return found
+
+
+def dynamic_shapes(requested: bool | None, is_packed: bool) -> bool | None:
+    """`dynamic` of torch.compile: of rows that are not packed every batch has another number of tokens, so that compiling
+    for the first would be in vain.
+    """
+    return True if requested is None and not is_packed else requested
 
 
 def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None) -> None:

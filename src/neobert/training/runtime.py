@@ -290,13 +290,19 @@ def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     for tensor in tensors:
         is_scattered = zero.is_scattered(tensor)
         part = zero.local_piece(tensor) if is_scattered else local(tensor)
-        rows = torch.linalg.vector_norm(part, dim=-1) if part.ndim > 1 else part
-        is_split = all_split or is_scattered or isinstance(tensor, DTensor)
-        (split if is_split else whole).append(rows.double().square().sum())
-    total = torch.stack(split).sum() if split else torch.zeros((), dtype=torch.float64, device=whole[0].device)
+        (split if all_split or is_scattered or isinstance(tensor, DTensor) else whole).append(part)
+    total = sum_of_squares(split or whole)
     if split:
         dist.all_reduce(total)
-    return (total + sum(whole)).sqrt().float()
+    return (total + sum_of_squares(whole) if split and whole else total).sqrt().float()
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Of all elements of all tensors, in float64. Off the CPU one launch for all tensors, whose norms are float32."""
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+    rows = (torch.linalg.vector_norm(x, dim=-1) if x.ndim > 1 else x for x in tensors)
+    return torch.stack([row.double().square().sum() for row in rows]).sum()
 
 
 def whole_weights(model: nn.Module) -> Tensors:
