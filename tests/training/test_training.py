@@ -51,7 +51,7 @@ def batches(count, rows, seed=0):
 
 
 def window(micro):
-    return Window(micro, sum(batch.num_targets for batch in micro), 0)
+    return Window(micro, sum(batch.num_targets for batch in micro), 0, 0)
 
 
 def optimizer_of(model):

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -45,8 +46,15 @@ class Batch:
         return {name: value for name in INPUTS if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return self if device.type == "cpu" else self._change(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on a device. Copies to a GPU run beside what it computes, on a stream of their own."""
+        if device.type != "cuda":
+            return self if device.type == "cpu" else self._change(lambda tensor: tensor.to(device))
+        stream, current = copy_stream(device), torch.cuda.current_stream(device)
+        with torch.cuda.stream(stream):
+            moved = self._change(lambda tensor: tensor.to(device, non_blocking=True))
+        current.wait_stream(stream)
+        moved._change(lambda tensor: tensor.record_stream(current) or tensor)  # its memory is not reused before that
+        return moved
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to the GPU overlap with work."""
@@ -67,6 +75,12 @@ class Batch:
             return change(value) if isinstance(value, torch.Tensor) else value
 
         return replace(self, **{name: changed(value) for name, value in self.inputs().items()})
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU that copies batches to it."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,7 @@ class Loader(ABC, Iterator[Batch]):
 
     def __init__(self, position: State, num_threads: int, num_ahead: int = 4):
         self.position, self.num_threads, self._num_ahead = position, num_threads, num_ahead
+        self.prepare: Callable[[Batch], Batch] = lambda batch: batch  # what else is done to a batch that is made
         self._pool = ThreadPoolExecutor(num_threads, "batches") if num_threads else None
         self._jobs: Iterator[Callable[[], tuple[Batch, State]]] | None = None
         self._ahead: deque[Future[tuple[Batch, State]]] = deque()
@@ -142,13 +157,17 @@ class Loader(ABC, Iterator[Batch]):
         if self._jobs is None:
             self._jobs = self.jobs()
         if self._pool is None:
-            batch, self.position = next(self._jobs)()
+            batch, self.position = self._make_one(next(self._jobs))
             return batch
         while len(self._ahead) < self._num_ahead:
-            self._ahead.append(self._pool.submit(next(self._jobs)))
+            self._ahead.append(self._pool.submit(self._make_one, next(self._jobs)))
         batch, self.position = self._ahead[0].result()
         self._ahead.popleft()
         return batch
+
+    def _make_one(self, job: Callable[[], tuple[Batch, State]]) -> tuple[Batch, State]:
+        batch, position = job()
+        return self.prepare(batch), position
 
     def next_step(self, accumulation: int) -> list[Batch]:
         """The microbatches of one optimizer step: fewer at the end of an epoch, and fewer or none at the end of the data."""

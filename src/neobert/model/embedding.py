@@ -79,12 +79,13 @@ class ContrastiveLoss(nn.Module):
             logits_AC = logits_AC.masked_fill(masked_AC, -torch.inf)  # InfoNCE (arXiv 1807.03748)
             return F.cross_entropy(logits_AC, own_A, reduction="sum"), (logits_AC.argmax(1) == own_A).sum()
 
-    def observe(self) -> tuple[float, float, float]:
-        """(alignment, uniformity, 1) of the last batch in training; zeros where it had one row, or none was seen."""
+    def observe(self) -> Tensor:
+        """(alignment, uniformity, 1) of the last batch in training, float64; zeros where it had one row, or none was seen."""
         if self._last_pairs is None:
-            return 0.0, 0.0, 0.0
+            return torch.zeros(3, dtype=torch.float64)
         anchors, positives = self._last_pairs
-        return float(alignment(anchors, positives)), float(uniformity(anchors)), 1.0
+        aligned = alignment(anchors, positives)
+        return torch.stack([aligned, uniformity(anchors), torch.ones_like(aligned)]).double()
 
 
 def _blocks(of_rows_G: Tensor, of_negatives: Tensor, num_negatives: tuple[int, ...], per_row: int) -> Tensor:
@@ -134,7 +135,7 @@ def supcon(logits_AC: Tensor, self_A: Tensor, same_AC: Tensor) -> tuple[Tensor, 
     """The same with SupCon, L_out of arXiv 2004.11362. `self_A[i]` is anchor i among the candidates, which is neither positive
     nor negative; positives are all other candidates in `same_AC`. An anchor without one adds nothing.
     """
-    is_self_AC = F.one_hot(self_A, logits_AC.shape[1]).bool()
+    is_self_AC = self_A[:, None] == torch.arange(logits_AC.shape[1], device=self_A.device)
     logits_AC = logits_AC.masked_fill(is_self_AC, -torch.inf)
     positive_AC = same_AC & ~is_self_AC
     log_probabilities = (logits_AC - logits_AC.logsumexp(1, keepdim=True)).masked_fill(~positive_AC, 0.0)
@@ -152,8 +153,8 @@ def alignment(anchors_AD: Tensor, positives_AD: Tensor) -> Tensor:
 def uniformity(vectors_AD: Tensor) -> Tensor:
     """log of the mean of exp(-2 |x - y|^2) over all pairs of different rows (arXiv 2005.10242); 0 when all are one point."""
     squared = (2 - 2 * (vectors_AD @ vectors_AD.T)).clamp_min(0)
-    others = ~torch.eye(len(vectors_AD), dtype=torch.bool, device=vectors_AD.device)
-    return squared[others].mul(-2).exp().mean().log()
+    n, same = len(vectors_AD), torch.eye(len(vectors_AD), dtype=torch.bool, device=vectors_AD.device)
+    return (squared.mul(-2).exp().masked_fill(same, 0.0).sum() / (n * (n - 1))).log()
 
 
 class _GatherRows(torch.autograd.Function):

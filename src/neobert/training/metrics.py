@@ -97,8 +97,8 @@ class Outputs:
             print(text, flush=True)
 
     def step(self, loss: float, tokens_per_second: float | None) -> None:
-        """Move the bar by one step."""
-        if tokens_per_second is not None:
+        """Move the bar by one step; the loss of a step that is not read yet is NaN."""
+        if tokens_per_second is not None and not math.isnan(loss):
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update()
 

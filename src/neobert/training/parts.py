@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from neobert.checkpoints.format import Tensors
 from neobert.config.explain import show_config
@@ -122,7 +122,7 @@ class Parts:
     describe_length: Callable[[int], str] = "{:,} steps".format
     more_facts: dict[str, Any] = field(default_factory=dict)  # and after them
     messages: list[str] = field(default_factory=list)
-    log_metrics: Callable[[], dict[str, float]] = dict  # what the task adds to the rows of the log
+    log_metrics: Callable[[], dict[str, Tensor]] = dict  # what the task adds to the rows of the log; NaN: nothing
     end_messages: Callable[[], list[str]] = list
     on_finish: Callable[[Finished], None] | None = None  # in the main process, after the end, with values
     next_command: str = ""

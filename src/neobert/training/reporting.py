@@ -5,6 +5,7 @@ extra `trackers`, of which nothing is imported unless a tracker is asked for.
 """
 
 import json
+import math
 import os
 import secrets
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from neobert.errors import ConfigError, Problem, UserError
 from neobert.files import write_text
 from neobert.optim.qk_clip import clip_metrics
 from neobert.ranks import Ranks
-from neobert.training.loop import StepResult, TrainState
+from neobert.training.loop import Setup, StepResult, TrainState, read
 from neobert.training.metrics import Outputs, Stopwatch, duration
 from neobert.training.parts import Finished, Parts
 from neobert.training.run_folder import OpenRun
@@ -42,7 +43,7 @@ class Log:
     """Sums of the steps since the last line, and the line. The loss is summed in the state, which is saved."""
 
     parts: Parts
-    stopwatch: Stopwatch
+    setup: Setup
     out: Outputs
     max_steps: int
     window: list[StepResult] = field(default_factory=list)  # of this process
@@ -51,9 +52,6 @@ class Log:
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
         if result is not None:
             self.window.append(result)
-            loss_sum = result.loss * result.num_targets
-            one = {"loss": loss_sum, "targets": result.num_targets, "correct": result.num_correct}
-            state.logged = {name: state.logged.get(name, 0) + value for name, value in one.items()}
         trainer = self.parts.config.trainer
         is_due = result is None or state.step % trainer.logging_steps == 0 or state.step == self.max_steps
         if self.window and (is_due or self.parts.config.debug):
@@ -62,8 +60,14 @@ class Log:
             self.out.step(result.loss, self.last_rate)
 
     def _write(self, state: TrainState) -> None:
-        (window, self.window), (sums, state.logged) = (self.window, []), (state.logged, {})
-        trainer, seconds = self.parts.config.trainer, self.stopwatch.lap()
+        window, self.window, trainer = self.window, [], self.parts.config.trainer
+        metrics = self.parts.log_metrics()
+        if trainer.log_weight_norms:
+            metrics = {"weight_norm": total_norm(self.parts.model.parameters()), **metrics}
+        clips = [one.clip for one in window if one.clip is not None]
+        found = read(self.setup, state, *metrics.values())
+        values = {name: value for name, (value,) in zip(metrics, found, strict=True) if math.isfinite(value)}
+        sums, state.logged, seconds = state.logged, {}, self.setup.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
         loss = sums["loss"] / max(1, sums["targets"])
         self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
@@ -80,11 +84,9 @@ class Log:
         }
         if trainer.log_grad_norm:
             row["grad_norm"] = window[-1].grad_norm
-        if trainer.log_weight_norms:
-            row["weight_norm"] = float(total_norm(self.parts.model.parameters()))
         if trainer.log_train_accuracy:
             row["accuracy"] = sums["correct"] / max(1, sums["targets"])
-        row |= self.parts.log_metrics() | clip_metrics([one.clip for one in window if one.clip is not None])
+        row |= values | clip_metrics(clips)
         self.out.write(row)
         if not self.out.has_bar or self.parts.config.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)

@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +19,7 @@ from neobert.config.ready import check_ready
 from neobert.config.sections import TrainerConfig
 from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
 from neobert.optim.build import local_parts, optimizer_state
-from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, train
+from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, prepare_batches, read, train
 from neobert.training.optimizer import build_clip, build_run_optimizer, plan_learning_rate
 from neobert.training.parts import Context, Evaluation, Finished, Parts, Storage
 from neobert.training.processes import started, stop_signals
@@ -66,6 +67,7 @@ def assemble(context: Context, parts: Parts) -> "Run":
     }
     runtime.on_main(lambda: write_run_files(opened.folder, dump_config(config), facts))
     print_summary(facts, [*parts.messages, *opened.messages, *warnings], opened.folder)
+    prepare_batches(parts.model, parts.batches)
     setup = Setup(
         model,
         optimizer,
@@ -91,7 +93,7 @@ class Run:
         config, opened, runtime = parts.config, context.opened, context.runtime
         self.trainer, self.root = config.trainer, opened.folder / "checkpoints"
         self.out = open_outputs(config, opened, runtime, state.step, length.num_steps)
-        self.log = Log(parts, setup.stopwatch, self.out, length.num_steps)
+        self.log = Log(parts, setup, self.out, length.num_steps)
         self.evaluation = None if parts.evaluation is None else parts.evaluation(setup.model)
         check_lock = (lambda: None) if opened.lock is None else opened.lock.check
         self.saver = Saver(self.root, runtime.process_group(), config.trainer.save_in_background, check_lock)
@@ -119,6 +121,7 @@ class Run:
                     self.save(again=True)  # with its result
             try:
                 train(self.setup, fetch, state, None if parts.ends_with_data else max_steps, hooks)
+                read(self.setup, state)
             except (RuntimeError, OSError) as error:
                 self.end_broken_step(error)
             is_stopped = runtime.all_max(interrupt.signal)[0] > 0
@@ -149,7 +152,8 @@ class Run:
         """The last hook: what is due. What is saved from now on comes after this step."""
         trainer, state.position = self.trainer, self.parts.batches.position
         new_epoch, self.last_epoch = state.epoch > self.last_epoch, state.epoch  # its first batch has been used
-        self.prune()
+        if not state.unread:
+            self.prune()
         improved = False
         if self.evaluation is not None and self.last_evaluated != state.step:
             by_steps = trainer.eval_strategy == "steps" and state.step % trainer.eval_steps == 0
@@ -167,6 +171,7 @@ class Run:
         step, which has been compared and has its row. Returns whether this is the best.
         """
         state, is_best = self.state, False
+        read(self.setup, state)
         self.last_evaluated = step = state.step if loaded is None else loaded
         with self.setup.stopwatch.phase("evaluate"):
             values = evaluation.run()
@@ -185,6 +190,7 @@ class Run:
 
     def save(self, again: bool = False) -> None:
         """Write a checkpoint of the last whole step, unless there is one; when it is whole, point at the best one."""
+        read(self.setup, self.state)
         root, step, best = self.root, self.state.step, self.state.best_step
         if self.last_saved == step and not again:
             return
@@ -254,6 +260,8 @@ class Run:
         """Before a failure that all processes share ends the run: save the last whole step, and let the message say so."""
         try:
             if not isinstance(error, CheckpointError):  # that is what saving says
+                with suppress(UserError):  # of a step since then, which was not made either
+                    read(self.setup, self.state)
                 if self.state.step:
                     self.save()
                 self.saver.wait()

@@ -62,6 +62,7 @@ class Runtime(Ranks):
     cpu_group: dist.ProcessGroup | None = None  # all processes, for long waits
     owns_group: bool = False
     zero_options: Mapping[str, Any] = field(default_factory=dict)
+    reads_late: bool = False  # the host reads what a step computed when it is needed, and does not wait for every step
 
     @property
     def zero_stage(self) -> int:
@@ -161,8 +162,8 @@ class Runtime(Ranks):
         """Sums over all processes, in float64 (exact for counts)."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
 
     def all_max(self, *values: float) -> list[float]:
@@ -173,10 +174,21 @@ class Runtime(Ranks):
         """The values of every process, in all of them, in float64."""
         if self.world_size == 1:
             return [list(values)]
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        mine = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(found, mine)
+        dist.all_gather(found, mine, group=self.host_group)
         return torch.stack(found).tolist()  # type: ignore[no-any-return]
+
+    @property
+    def host_group(self) -> dist.ProcessGroup | None:
+        """The processes as they exchange what the host knows, which no device has to be waited for."""
+        return self.cpu_group if self.device.type == "cuda" else None
+
+    def sum_on_device(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor on the device over all processes, in its place; the host does not wait for it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather_objects(self, value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
         """What each process gives, whatever it is, in all of them."""
@@ -270,6 +282,7 @@ def build_runtime(
     return Runtime(
         ranks.rank, ranks.world_size, device=device, dtype=dtype, note=note, tf32=tf32, engine=engine, why=why,
         cpu_group=cpu_group, owns_group=owns_group, zero_options=zero_options or {},
+        reads_late=kind == "cuda" and engine != "deepspeed",
     )  # fmt: skip
 
 

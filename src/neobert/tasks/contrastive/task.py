@@ -34,10 +34,10 @@ def build(context: Context) -> Parts:
     model, weights = build_model(config, start.weights, len(hf_tokenizer), hf_tokenizer.pad_token_id)
     kernels = encoder.prepare_model(config, model, runtime)
 
-    def log_metrics() -> dict[str, float]:
-        """Alignment and uniformity, the mean over all processes."""
-        aligned, uniform, count = runtime.all_sum(*model.contrastive.observe())
-        return {"alignment": aligned / count, "uniformity": uniform / count} if count else {}
+    def log_metrics() -> dict[str, torch.Tensor]:
+        """Alignment and uniformity, the mean over all processes; NaN where none has seen a batch."""
+        aligned, uniform, count = runtime.sum_on_device(model.contrastive.observe().to(runtime.device))
+        return {"alignment": aligned / count, "uniformity": uniform / count}
 
     evaluated = [f"{name}: {len(rows):,} {rows.roles.kind}" for name, rows in data.sets.items()]
     return Parts(
