@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import EuroBertForMaskedLM
 
+from helpers.host_reads import HostReads
 from helpers.models import build as build_model
 from neobert.checkpoints.layouts import FUSED, eurobert_config, to_eurobert
 from neobert.errors import UserError
@@ -186,6 +187,111 @@ def test_zero_and_absent_gradients():
         p.grad = torch.zeros_like(p) if number % 2 else None
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# --- a step that never waits -----------
+
+
+def pair(bfloat16, nesterov):
+    """Two equal models, each with an optimizer of its own."""
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    muon = MuonSettings(dtype=dtype, nesterov=nesterov, weight_decay=0.1)
+    settings = OptimizerSettings("muonclip", lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), muon=muon, fused=PARTS)
+    models = [build_model(), build_model()]
+    for model in models:
+        model.model.layers[1].ffn.down.weight.data[0] = -0.0
+    return models, [build_optimizer(model.named_parameters(), settings) for model in models]
+
+
+def set_gradients(models, seed):
+    for model in models:
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+
+
+def bits(optimizer):
+    """Weights and state of all parameters as bytes, which tell -0.0 from 0.0."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [x for p in parameters for x in (p.detach(), *optimizer.state[p].values())]
+    return [x.numpy().tobytes() for x in tensors]
+
+
+def plain_muon_step(optimizer, group):
+    """The update of a group, matrix by matrix."""
+    settings, directions = optimizer.settings, []
+    for p in group["params"]:
+        momentum = optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 1 - settings.momentum)
+        directions.append(p.grad.lerp(momentum, settings.momentum) if settings.nesterov else momentum)
+    updates = optimizer._solve(group["parts"], list(range(len(directions))), directions)
+    for p, parts, update in zip(group["params"], group["parts"], updates, strict=True):
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-group["lr"] * SCALE * math.sqrt(max(p.shape[0] // parts, p.shape[1])))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_batched_equals_the_loop(bfloat16, nesterov):
+    models, (batched, loop) = pair(bfloat16, nesterov)
+    for seed in range(3):
+        set_gradients(models, seed)
+        batched.step()
+        with torch.no_grad():
+            for group in loop.param_groups:
+                (plain_muon_step if group["algorithm"] == "muon" else Muon._adamw_step)(loop, group)
+        assert bits(batched) == bits(loop)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_flag_on_the_device_skips_a_step(bfloat16, nesterov):
+    """Nothing moves by a bit where it is 1, whatever the gradients are; where it is 0, the step is the one without a flag."""
+    models, (flagged, plain) = pair(bfloat16, nesterov)
+    for seed in range(4):
+        set_gradients(models, seed)
+        flagged.found_inf = torch.zeros(())
+        flagged.step()
+        plain.step()
+        assert bits(flagged) == bits(plain)
+        for number, p in enumerate(models[0].parameters()):
+            p.grad.view(-1)[0] = [torch.nan, torch.inf, 1.0][number % 3]
+        flagged.found_inf = torch.ones(())
+        flagged.step()
+        assert bits(flagged) == bits(plain)
+
+
+def test_a_first_step_that_is_skipped():
+    models, (flagged, plain) = pair(False, False)
+    set_gradients(models, 0)
+    flagged.found_inf, before = torch.ones(()), [p.detach().clone() for p in models[0].parameters()]
+    flagged.step()
+    assert all(torch.equal(p, old) for p, old in zip(models[0].parameters(), before, strict=True))
+    flagged.found_inf = torch.zeros(())
+    flagged.step()
+    plain.step()
+    assert bits(flagged) == bits(plain)
+
+
+@pytest.mark.parametrize("flag", [None, 0.0])
+def test_launches_of_a_step(flag):
+    """12 layers take fewer than 150, as many as 4 do (15 products for each of 3 stacks), and the device is asked nothing."""
+    found = []
+    for num_layers in (4, 12):
+        model = build_model(num_hidden_layers=num_layers)
+        optimizer = build_optimizer(
+            model.named_parameters(), OptimizerSettings("muonclip", lr=0.01, weight_decay=0.1, fused=PARTS)
+        )
+        optimizer.found_inf = None if flag is None else torch.tensor(flag)
+        for seed in range(2):  # the first makes the state
+            set_gradients([model], seed)
+            with HostReads() as reads:
+                optimizer.step()
+        assert not reads.found
+        found.append(reads.launches.total())
+    print(f"{found[1]} launches")
+    assert found[1] < 150
+    assert found[0] == found[1]
 
 
 def test_matrices_that_do_not_fit():

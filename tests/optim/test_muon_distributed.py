@@ -70,7 +70,7 @@ def weights_of(model):
 def run_ddp(rank):
     model = planted(build(pad_token_id=PAD))
     reports = train(model, DistributedDataParallel(model), rank)
-    return {"weights": weights_of(model), "reports": reports}
+    return {"weights": weights_of(model), "reports": reports, "skips": skips(model)}
 
 
 def run_fsdp(rank):
@@ -82,7 +82,19 @@ def run_fsdp(rank):
     assert isinstance(model, FSDPModule)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     reports = train(model, model, rank, resume_at=11)
-    return {"weights": weights_of(model), "reports": reports, "anomaly": anomaly(model, rank)}
+    return {"weights": weights_of(model), "reports": reports, "skips": skips(model), "anomaly": anomaly(model, rank)}
+
+
+def skips(model):
+    """Whether a flag keeps Muon, and torch's AdamW, from writing gradients that are not finite."""
+    before, same = weights_of(model), []
+    for optimizer in (optimizer_of(model), torch.optim.AdamW(model.parameters(), fused=True)):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, torch.nan)
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        same.append(all(torch.equal(before[name], x) for name, x in weights_of(model).items()))
+    return same
 
 
 def anomaly(model, rank):
@@ -177,6 +189,11 @@ def test_one_bad_rank_stops_all(ranks):
     messages = [results["fsdp"]["anomaly"] for results in ranks]
     assert messages[0] == messages[1]
     assert "gradient of model.layers.0.ffn.down.weight is not finite" in messages[0]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_flag_skips_a_step(ranks, engine):
+    assert [results[engine]["skips"] for results in ranks] == [[True, True]] * 2
 
 
 def test_rows_travel_to_their_owner_and_back(ranks):

@@ -11,7 +11,7 @@ call. Parameters may be DTensors; see sharding.py. Shapes: B matrices of R rows 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,7 +62,12 @@ class Muon(torch.optim.Optimizer):
 
     Keys of a group: lr, weight_decay, param_names, parts (per parameter: how many matrices lie in it, one below the other);
     for adamw: betas, eps. `defaults` are those of all groups. Raises ValueError for groups and settings that cannot work.
+
+    A step asks the device for nothing, and takes as many launches for many layers as for few. While `found_inf`, a scalar on
+    the device, is 1, it changes nothing, to the bit, as with torch's fused AdamW.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: Iterable[Group], settings: MuonSettings | None = None, **defaults: Any):
         self.settings = settings or MuonSettings()
@@ -104,27 +109,46 @@ class Muon(torch.optim.Optimizer):
         for _, parameter, parts in _members(group):
             by_placement.setdefault(placement(parameter), []).append((parameter, parts))
         for where, members in by_placement.items():
-            directions = [self._direction(parameter) for parameter, _ in members]
-            if where.group is not None:
-                directions = [x.to(self.settings.dtype) for x in directions]
+            alike: dict[tuple[torch.Size, int], list[int]] = {}
+            for index, (parameter, parts) in enumerate(members):
+                alike.setdefault((parameter.shape, parts), []).append(index)
+            directions = [parameter for parameter, _ in members]
+            for indices in alike.values():
+                found = self._directions([directions[index] for index in indices])
+                if where.group is not None and found[0].dtype != self.settings.dtype:
+                    found = _stack(found, self.settings.dtype).unbind()
+                for index, direction in zip(indices, found, strict=True):
+                    directions[index] = direction
             solve = partial(self._solve, [parts for _, parts in members])
             updates = distribute(where, directions, [parameter.shape[0] for parameter, _ in members], solve)
-            for (parameter, parts), update in zip(members, updates, strict=True):
-                scale = SCALE * math.sqrt(max(parameter.shape[0] // parts, parameter.shape[1]))
-                weight = local(parameter)
-                if group["weight_decay"]:
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * scale)
+            for ((rows, columns), parts), indices in alike.items():
+                scale = SCALE * math.sqrt(max(rows // parts, columns))
+                self._add(group, [local(members[i][0]) for i in indices], [updates[i] for i in indices], scale)
 
-    def _direction(self, parameter: Tensor) -> Tensor:
-        """Momentum of this rank's part of a matrix, brought up to date; with Nesterov, looked ahead."""
-        state, beta = self.state[parameter], self.settings.momentum
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        assert parameter.grad is not None
-        momentum, grad = local(state["momentum_buffer"]), local(parameter.grad)
-        momentum.lerp_(grad, 1 - beta)
-        return grad.lerp(momentum, beta) if self.settings.nesterov else momentum
+    def _directions(self, members: list[Tensor]) -> Sequence[Tensor]:
+        """Momenta of this rank's parts of matrices of one shape, brought up to date; with Nesterov, looked ahead."""
+        beta, grads = self.settings.momentum, [local(p.grad) for p in members if p.grad is not None]
+        for parameter in members:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in members]
+        if self.found_inf is not None:  # towards themselves: they stay as they are
+            grads = [*torch.where(self.found_inf.bool(), torch.stack(momenta), torch.stack(grads)).unbind()]
+        torch._foreach_lerp_(momenta, grads, 1 - beta)
+        return torch._foreach_lerp(grads, momenta, beta) if self.settings.nesterov else momenta
+
+    def _add(self, group: Group, weights: list[Tensor], updates: list[Tensor], scale: float) -> None:
+        """W <- (1 - lr decay) W - lr scale update, of matrices of one shape."""
+        keep: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None or weights[0].device.type != "cpu":  # where foreach wants the weights' dtype
+            stack = _stack(updates, weights[0].dtype)
+            updates = [*stack.unbind()]
+        if self.found_inf is not None:  # the weights times 1, minus 0
+            keep = stack.new_full((), keep).masked_fill_(self.found_inf.bool(), 1)
+            stack.masked_fill_(self.found_inf.bool(), 0)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, keep)
+        torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
     def _solve(self, parts: list[int], numbers: list[int], matrices: list[Tensor]) -> list[Tensor]:
         """Orthogonalise whole matrices in stacks of one shape; results in the settings' dtype, shaped as `matrices`. The
@@ -138,9 +162,11 @@ class Muon(torch.optim.Optimizer):
         for shape, members in stacks.items():
             sizes = [parts[numbers[index]] for index in members]
             stack_BRC = torch.empty(sum(sizes), *shape, dtype=settings.dtype, device=matrices[members[0]].device)
-            for index, piece in zip(members, stack_BRC.split(sizes), strict=True):
-                solved[index] = piece.flatten(0, 1).copy_(matrices[index])
+            pieces = [piece.flatten(0, 1) for piece in stack_BRC.split(sizes)]
+            torch._foreach_copy_(pieces, [matrices[index] for index in members])
             orthogonalize_(stack_BRC, settings.method, settings.num_steps)
+            for index, piece in zip(members, pieces, strict=True):
+                solved[index] = piece
         return solved
 
     def _adamw_step(self, group: Group) -> None:
@@ -156,7 +182,8 @@ class Muon(torch.optim.Optimizer):
         moments = [[local(self.state[p][kind]) for p in members] for kind in ("exp_avg", "exp_avg_sq")]
         steps, (beta1, beta2) = [self.state[p]["step"] for p in members], group["betas"]
         numbers = {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in ("lr", "weight_decay", "eps")}}
-        adamw(weights, gradients, *moments, [], steps, fused=True, amsgrad=False, maximize=False, **numbers)
+        flags = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": self.found_inf}
+        adamw(weights, gradients, *moments, [], steps, **flags, **numbers)
 
 
 def _members(group: Group) -> Iterator[tuple[str, Any, int]]:
@@ -164,6 +191,13 @@ def _members(group: Group) -> Iterator[tuple[str, Any, int]]:
     for name, parameter, parts in zip(group["param_names"], group["params"], group["parts"], strict=True):
         if parameter.grad is not None:
             yield name, parameter, parts
+
+
+def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Copies of tensors of one shape, one below the other in a dtype: one launch."""
+    stack = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype)
+    torch._foreach_copy_(stack.unbind(), tensors)
+    return stack
 
 
 def _check_matrix(name: str, parameter: Tensor, parts: int) -> None:

@@ -105,16 +105,18 @@ def distribute(where: Placement, matrices: list[Tensor], num_rows: list[int], co
 
 def _broadcast(group: dist.ProcessGroup, owned: list[list[int]], like: list[Tensor], compute: Compute) -> Pieces:
     """Every rank's results to all ranks, one message from each."""
-    rank, arrived = dist.get_rank(group), []
-    results = compute(owned[rank], [like[n] for n in owned[rank]])
+    arrived, messages = [], []
     for source, numbers in enumerate(owned):
         sizes = [like[n].numel() for n in numbers]
-        flat = (
-            torch.cat([x.flatten() for x in results]) if source == rank and numbers else like[0].new_empty(sum(sizes))
-        )
+        if source == dist.get_rank(group) and numbers:  # while the messages of earlier ranks are on their way
+            flat = torch.cat([x.flatten() for x in compute(numbers, [like[n] for n in numbers])])
+        else:
+            flat = like[0].new_empty(sum(sizes))
         if numbers:
-            dist.broadcast(flat, group=group, group_src=source)
+            messages.append(dist.broadcast(flat, group=group, group_src=source, async_op=True))
         arrived.append(flat.split(sizes))
+    for message in messages:
+        message.wait()
     return arrived
 
 
