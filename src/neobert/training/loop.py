@@ -162,7 +162,8 @@ def read(setup: Setup, state: TrainState, *more: Tensor) -> list[list[float]]:
     that before it.
     """
     unread, state.unread = state.unread, []
-    found = to_host([*(result.values for result, _ in unread), *more])
+    with setup.stopwatch.phase("compute"):  # where the device is faster than the host, it is waited for here
+        found = to_host([*(result.values for result, _ in unread), *more])
     for (result, before), values in zip(unread, found[: len(unread)], strict=True):
         result.fill_in(values)
         if not all(map(math.isfinite, values)):
