@@ -20,7 +20,7 @@ from neobert.errors import CheckpointError, ConfigError, Problem
 from neobert.model.attention import uses_buckets
 from neobert.model.hf_encoder import HFEncoderForSequenceClassification, longest_input
 from neobert.model.modeling_neobert import NeoBERTConfig, NeoBERTForMaskedLM
-from neobert.training.choices import choose_kernels, compile_blocks, find_kernels
+from neobert.training.choices import choose_kernels, compile_blocks, dynamic_shapes, find_kernels
 from neobert.training.run import Storage
 from neobert.training.runtime import Runtime, whole_weights
 
@@ -67,9 +67,12 @@ def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runti
     model.choose_kernels(kernels)
     compiled = "no"
     if trainer.torch_compile:
-        compile_blocks(model.model, kind, trainer.torch_compile_backend, trainer.torch_compile_dynamic)
+        dynamic = trainer.torch_compile_dynamic
+        if model.model.attention_kernel != "sdpa":
+            dynamic = dynamic_shapes(dynamic, config.datacollator.pack_sequences)
+        compile_blocks(model.model, kind, trainer.torch_compile_backend, dynamic)
         shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
-        which = shapes[trainer.torch_compile_dynamic]
+        which = shapes[dynamic]
         compiled = f"{trainer.torch_compile_backend}, {which}; the first steps take longer"
     return {"attention": f"{attention}: {attention_why}", "kernels": f"{kernels}: {why}", "compiled": compiled}
 

@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.attention
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -22,13 +24,14 @@ from torch.optim import Optimizer
 
 import neobert.training.deepspeed as zero
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
-from neobert.errors import UserError, disk_error
+from neobert.errors import UserError, disk_error, first_line
 from neobert.optim.sharding import local
 from neobert.ranks import Ranks, launched_ranks
 from neobert.training.choices import (
     choose_attention,
     choose_device,
     choose_engine,
+    choose_flash_version,
     choose_precision,
     find_kernels,
     gpu_capability,
@@ -103,7 +106,16 @@ class Runtime(Ranks):
             head_width=model.config.hidden_size // model.config.num_attention_heads,
             packages=find_kernels() if self.device.type == "cuda" else {}, capability=gpu_capability(self.device),
         )  # fmt: skip
-        return why
+        known: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()  # torch 2.11
+        is_installed, capability = find_spec("flash_attn_interface") is not None, gpu_capability(self.device)
+        version = choose_flash_version(model.model.attention_kernel, capability, known, is_installed)
+        if version is None:
+            return why
+        try:
+            torch.nn.attention.activate_flash_attention_impl(version)
+        except (ImportError, RuntimeError, OSError) as error:
+            return f"{why}; {version} cannot be had ({first_line(error)})"
+        return f"{why}, {version}"
 
     def distribute(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """The model as it is to be called. FSDP2 replaces parameters by shards, so the optimizer is built afterwards."""
