@@ -1,11 +1,14 @@
 """QK-clip against a naive float64 reference over the whole batch: same heads, same factors, same weights."""
 
+from collections import Counter, namedtuple
+
 import pytest
 import torch
 from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EuroBertConfig, EuroBertModel
 
+from helpers.host_reads import HostReads
 from helpers.models import HEADS, LENGTHS, PAD, WIDTH, build, packed_batch, planted, unpacked
 from neobert.data.batch import Batch
 from neobert.errors import ConfigError
@@ -19,7 +22,9 @@ from neobert.optim.qk_clip import (
     clip_metrics,
     group_documents,
     largest_logits,
+    stack_reports,
 )
+from neobert.training.loop import to_host
 
 
 def rotations(positions, width):
@@ -213,6 +218,58 @@ def test_rows_with_a_mask_are_seen_as_documents():
     torch.testing.assert_close(seen[0], seen[2])
 
 
+# --- a clip that never waits -----------
+
+Documents = namedtuple("Documents", "lengths cu_seqlens max_seqlen")
+
+
+def test_a_step_that_clips_asks_the_device_for_nothing():
+    """From the forward pass, whose documents the host has laid out, to the report; that is one copy for all clips together."""
+    torch.manual_seed(0)
+    attention = Attention(32, 4)
+    model = torch.nn.Sequential(attention)
+    clip = QKClip(model, QKClipSettings(1e-3, 0.3, interval=1), pad_id=PAD)
+    ids, x, reports = torch.tensor([[5, 6, 7, 5, 6, 7, 8, PAD]]), torch.randn(8, 32), []
+    with HostReads() as reads:
+        for update in (1, 2):
+            clip.prepare(update, is_last_microbatch=True)
+            clip._before(model, (), {"input_ids": ids, "document_lengths": Documents((3, 4), None, 4)})
+            attention(attention.project(x), None, Layout(lengths=(3, 4), padding=1))
+            clip._after(model, (), None)
+            reports.append(clip.apply(update))
+    assert not reads.found
+    assert all((report.factors < 1).any() for report in reports)
+    with HostReads() as reads:
+        assert to_host([stack_reports(reports)])[0][0] > 0
+    assert reads.found == Counter(tolist=1)
+
+
+def test_a_whole_model_that_clips_reads_no_more_than_one_that_does_not():
+    model = planted(build())
+    batch, _ = packed_inputs()
+    batch["document_lengths"] = tuple(batch["document_lengths"].tolist())
+    clip, found = QKClip(model, QKClipSettings(4.0, interval=2), pad_id=None), []
+    for update in (1, 2):
+        clip.prepare(update, is_last_microbatch=True)
+        with HostReads() as reads:
+            model(**batch).loss_sum.backward()
+            report = clip.apply(update)
+        found.append(reads.found)
+    assert (report.factors < 1).any()
+    assert found[0] == found[1]
+
+
+def test_a_flag_on_the_device_skips_a_clip():
+    model = planted(build())
+    clip, before = QKClip(model, QKClipSettings(4.0, interval=1), pad_id=PAD), qkv(model)
+    for flag in (1.0, 0.0):
+        clip.prepare(1, is_last_microbatch=True)
+        model(**packed_inputs()[0])
+        report = clip.apply(1, torch.tensor(flag))
+        assert (report.factors < 1).any() == (flag == 0)
+        assert all(torch.equal(a, b) for a, b in zip(before, qkv(model), strict=True)) == (flag == 1)
+
+
 # --- blocks with separate projections -----------
 
 
@@ -383,14 +440,14 @@ def test_what_is_logged():
         clip.prepare(update, is_last_microbatch=True)
         model(**packed_inputs(update)[0])
         reports.append(clip.apply(update))
-    row = clip_metrics(reports)
+    row = clip_metrics(stack_reports(reports))
     assert row["qk_max_logit"] == pytest.approx(max(report.maxima.max().item() for report in reports), abs=1e-4)
     assert row["qk_clipped_heads"] == sum(int((report.factors < 1).sum()) for report in reports)
     assert len(row["qk_block_max_logits"]) == 3
     assert row["qk_factors"]["2.3"] == pytest.approx((reports[0].factors * reports[1].factors)[2, 3].item(), rel=1e-4)
-    assert clip_metrics([]) == {}
+    assert len(stack_reports([])) == 0
     reports[0].maxima.fill_(-torch.inf)
-    assert clip_metrics(reports[:1])["qk_max_logit"] is None
+    assert clip_metrics(stack_reports(reports[:1]))["qk_max_logit"] is None
 
 
 assert len(LENGTHS) == 4  # the documents that `packed_inputs` turns into padding

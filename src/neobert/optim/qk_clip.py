@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from neobert.errors import ConfigError, Problem
-from neobert.model.attention import Buckets, Layout, Rotary
+from neobert.model.attention import GRANULARITY, Layout, Rotary
 from neobert.model.layers import Attention
 from neobert.model.unpadding import host_lengths
 from neobert.optim.sharding import local, local_rows
@@ -61,28 +62,33 @@ class QKClipSettings:
 
 @dataclass(frozen=True)
 class ClipReport:
-    """What a clip saw and did. `maxima` and `factors` are L x H; a factor below 1 is what a head's logits shrink by."""
+    """What a clip saw and did. `maxima` and `factors` are L x H, on the device, so that nobody has to wait for them; a factor
+    below 1 is what a head's logits shrink by.
+    """
 
     maxima: Tensor
     factors: Tensor
 
 
-def clip_metrics(reports: list[ClipReport]) -> dict[str, Any]:
+def stack_reports(reports: list[ClipReport]) -> Tensor:
+    """C reports as one tensor, C x 2 x L x H in float64, on their device: what `clip_metrics` takes once it is read."""
+    found = [torch.stack((report.maxima.double(), report.factors)) for report in reports]
+    return torch.stack(found) if found else torch.empty(0)
+
+
+def clip_metrics(reports_C2LH: Tensor) -> dict[str, Any]:
     """What metrics.jsonl reports of the clips since its last line: the largest logit, overall and of each block; how often a
     head was clipped, the smallest factor, and what every clipped head's logits shrank by in all (`<block>.<head>`).
     """
-    if not reports:
-        return {}
-    maxima_LH = torch.stack([report.maxima for report in reports]).amax(0)
-    factors = torch.stack([report.factors for report in reports])
-    in_all_LH = factors.prod(0)
+    maxima_CLH, factors_CLH = reports_C2LH.unbind(1)
+    maxima_LH, in_all_LH = maxima_CLH.amax(0), factors_CLH.prod(0)
     clipped = (in_all_LH < 1).nonzero().tolist()
     maxima = [maxima_LH.max().item(), *maxima_LH.amax(1).tolist()]
     in_json = [round(value, 4) if math.isfinite(value) else None for value in maxima]
     return {
         "qk_max_logit": in_json[0],
-        "qk_clipped_heads": int((factors < 1).sum()),
-        "qk_min_factor": factors.min().item(),
+        "qk_clipped_heads": int((factors_CLH < 1).sum()),
+        "qk_min_factor": factors_CLH.min().item(),
         "qk_block_max_logits": in_json[1:],
         "qk_factors": {f"{block}.{head}": round(in_all_LH[block, head].item(), 6) for block, head in clipped},
     }
@@ -92,12 +98,17 @@ def group_documents(lengths: Sequence[int], chunk_size: int, device: torch.devic
     """Numbers of the tokens of documents that lie one after the other, n x T for n documents of about the same length.
     Shorter documents repeat their last token, which adds no other logit. A group has about `chunk_size` tokens at most.
     """
-    buckets = Buckets.of(tuple(lengths))
-    groups = []
-    for bucket in buckets.buckets:
-        tokens_nT = buckets.tokens_P[bucket.span].view(bucket.num_documents, bucket.length).to(device)
-        groups.extend(tokens_nT.split(max(1, chunk_size // bucket.length)))
-    return groups
+    lengths_n = np.array(lengths, dtype=np.int64)
+    starts_n, padded_n = lengths_n.cumsum() - lengths_n, -(-lengths_n // GRANULARITY) * GRANULARITY
+    buckets = [np.empty((0, 1), dtype=np.int64)]
+    for length in np.unique(padded_n[padded_n > 0]):
+        chosen = padded_n == length
+        buckets.append(starts_n[chosen, None] + np.minimum(np.arange(length), lengths_n[chosen, None] - 1))
+    tokens = torch.from_numpy(np.concatenate([bucket.ravel() for bucket in buckets]))
+    tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
+    parts = zip(tokens.split([bucket.size for bucket in buckets]), buckets, strict=True)
+    runs = (part.view(bucket.shape).split(max(1, chunk_size // bucket.shape[1])) for part, bucket in parts if len(part))
+    return list(itertools.chain.from_iterable(runs))
 
 
 @torch.no_grad()
@@ -123,13 +134,17 @@ def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], ch
     return largest_H * width**-0.5
 
 
-def clip_factors(maxima_H: Tensor, threshold: float, alpha: float, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(factor of the logits: H, of q: H, of k: G), float64; 1 where the maximum is within the threshold or not finite."""
-    maxima = maxima_H.double()
+def clip_factors(
+    maxima_LH: Tensor, threshold: float, alpha: float, num_key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(factor of the logits: L x H, of q: L x H, of k: L x G), float64; 1 where the maximum is within the threshold or not
+    finite.
+    """
+    maxima = maxima_LH.double()
     is_over = (maxima > threshold) & maxima.isfinite()
-    logits_H = torch.where(is_over, threshold / maxima, 1.0)
-    k_G = logits_H.view(num_key_heads, -1).amin(1) ** (1 - alpha)
-    return logits_H, logits_H / k_G.repeat_interleave(len(logits_H) // num_key_heads), k_G
+    logits_LH = torch.where(is_over, threshold / maxima, 1.0)
+    k_LG = logits_LH.unflatten(-1, (num_key_heads, -1)).amin(-1) ** (1 - alpha)
+    return logits_LH, logits_LH / k_LG.repeat_interleave(maxima.shape[-1] // num_key_heads, -1), k_LG
 
 
 @dataclass
@@ -176,10 +191,12 @@ class Heads:
         """Multiply each head's rows of the matrices, and entries of the biases; every rank scales those it holds."""
         for projection, start, factors in ((self.q, 0, q_H), (self.k, self.k_start, k_G)):
             for weight in projection.parameters(recurse=False):
-                rows = torch.ones(weight.shape[0], dtype=torch.float64, device=factors.device)
-                rows[start : start + len(factors) * self.width] = factors.repeat_interleave(self.width)
-                scale = rows[local_rows(weight)].to(weight.device, weight.dtype)
-                local(weight).mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
+                held, stop = local_rows(weight), start + len(factors) * self.width
+                first, last = max(held.start, start), min(held.stop, stop)
+                if first < last:
+                    scale = factors.repeat_interleave(self.width)[first - start : last - start]
+                    rows = local(weight)[first - held.start : last - held.start]
+                    rows.mul_(scale.to(rows.device, rows.dtype).view(-1, *[1] * (rows.ndim - 1)))
 
 
 def find_separate(model: nn.Module, names: Mapping[str, str], required: bool) -> list[nn.Module]:
@@ -200,8 +217,12 @@ def _bad_mapping(message: str) -> ConfigError:
 
 
 def _real_documents(ids_BT: Tensor, inputs: dict[str, Any], pad_id: int | None) -> tuple[Tensor | None, Sequence[int]]:
-    """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`."""
+    """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`; where the
+    host has laid documents out, all are real, and padding at the end belongs to none: nothing is asked of the device.
+    """
     mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
+    if (lengths := getattr(packed, "lengths", None)) is not None:
+        return None, lengths
     if packed is not None:
         lengths = host_lengths(packed)
         if pad_id is None:
@@ -247,8 +268,10 @@ class QKClip:
         self._is_armed = self.settings.is_due(update) and (is_last_microbatch or not self.settings.last_microbatch_only)
 
     @torch.no_grad()
-    def apply(self, update: int) -> ClipReport | None:
-        """Clip after update number `update`; None where it is not due. All ranks have to call it together."""
+    def apply(self, update: int, found_inf: Tensor | None = None) -> ClipReport | None:
+        """Clip after update number `update`; None where it is not due. All ranks have to call it together. Nothing waits for
+        the device: heads within the threshold, and all while `found_inf` is 1, are multiplied by 1.
+        """
         self._is_armed = False
         if not self.settings.is_due(update):
             return None
@@ -261,14 +284,15 @@ class QKClip:
             heads.maxima_H = None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(maxima_LH, dist.ReduceOp.MAX)
-        maxima_LH = maxima_LH.cpu()  # the one wait for the device
+        if found_inf is not None:
+            maxima_LH.masked_fill_(found_inf.bool(), -torch.inf)
         factors_LH = torch.ones_like(maxima_LH, dtype=torch.float64)
-        threshold, alpha = self.settings.threshold, self.settings.alpha
-        for heads, maxima_H, factors_H in zip(blocks, maxima_LH, factors_LH, strict=True):
-            real = slice(heads.num_heads)
-            factors_H[real], q_H, k_G = clip_factors(maxima_H[real], threshold, alpha, heads.num_key_heads)
-            if bool((factors_H < 1).any()):
-                heads.scale_(q_H, k_G)
+        for H, G in {(heads.num_heads, heads.num_key_heads) for heads in blocks}:
+            found = clip_factors(maxima_LH[:, :H], self.settings.threshold, self.settings.alpha, G)
+            for heads, row_H, logits_H, q_H, k_G in zip(blocks, factors_LH, *found, strict=True):
+                if (heads.num_heads, heads.num_key_heads) == (H, G):
+                    row_H[:H] = logits_H
+                    heads.scale_(q_H, k_G)
         return ClipReport(maxima_LH, factors_LH)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -263,7 +263,7 @@ def train_step(setup: Setup, window: Window, step: int) -> StepResult:
         optimizer.step()
         setup.after_update()
         optimizer.zero_grad(set_to_none=True)
-        result.clip = None if setup.clip is None else setup.clip.apply(step + 1)
+        result.clip = None if setup.clip is None else setup.clip.apply(step + 1, getattr(optimizer, "found_inf", None))
     return result
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from neobert.config.explain import plain_json
 from neobert.config.schema import Config, known_keys
 from neobert.errors import ConfigError, Problem, UserError
 from neobert.files import write_text
-from neobert.optim.qk_clip import clip_metrics
+from neobert.optim.qk_clip import clip_metrics, stack_reports
 from neobert.ranks import Ranks
 from neobert.training.loop import Setup, StepResult, TrainState, read
 from neobert.training.metrics import Outputs, Stopwatch, duration
@@ -64,9 +66,9 @@ class Log:
         metrics = self.parts.log_metrics()
         if trainer.log_weight_norms:
             metrics = {"weight_norm": total_norm(self.parts.model.parameters()), **metrics}
-        clips = [one.clip for one in window if one.clip is not None]
-        found = read(self.setup, state, *metrics.values())
-        values = {name: value for name, (value,) in zip(metrics, found, strict=True) if math.isfinite(value)}
+        clips = stack_reports([one.clip for one in window if one.clip is not None])
+        found = read(self.setup, state, *metrics.values(), *([clips] if len(clips) else []))
+        values = {name: value for name, (value,) in zip(metrics, found, strict=False) if math.isfinite(value)}
         sums, state.logged, seconds = state.logged, {}, self.setup.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
         loss = sums["loss"] / max(1, sums["targets"])
@@ -86,7 +88,9 @@ class Log:
             row["grad_norm"] = window[-1].grad_norm
         if trainer.log_train_accuracy:
             row["accuracy"] = sums["correct"] / max(1, sums["targets"])
-        row |= values | clip_metrics(clips)
+        row |= values
+        if len(clips):
+            row |= clip_metrics(torch.tensor(found[-1], dtype=torch.float64).view(clips.shape))
         self.out.write(row)
         if not self.out.has_bar or self.parts.config.debug:
             left = (self.max_steps - state.step) * step_seconds / len(window)
