@@ -34,7 +34,7 @@ def measure(masked_only: bool) -> None:
         if masked_only:
             targets = (labels != IGNORED).nonzero().squeeze(1)
             inputs = hidden.index_select(0, targets), model.decoder_weight(), None, labels[targets]
-            loss_sum, _ = linear_cross_entropy(*inputs, "torch")
+            loss_sum, _ = linear_cross_entropy(*inputs)
         else:
             loss_sum, _ = full_cross_entropy(F.linear(hidden, model.decoder_weight()), labels)
     loss_sum.backward()

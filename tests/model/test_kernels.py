@@ -148,16 +148,6 @@ def liger_rms_norm(x, weight, eps, in_place):
 def liger_swiglu(gate, up):
     return gate * gate.sigmoid() * up
 """
-LIGER_LOSS = """
-class LigerFusedLinearCrossEntropyLoss:
-    def __init__(self, reduction, accum_dtype):
-        pass
-
-    def __call__(self, weight, hidden, labels, bias):
-        from torch.nn.functional import cross_entropy
-        assert 1 / len(labels)  # as the original, which divides by it
-        return cross_entropy(hidden @ weight.t(), labels, reduction="sum")
-"""
 
 
 @pytest.fixture
@@ -166,7 +156,6 @@ def liger(tmp_path, monkeypatch):
     folder = tmp_path / "liger_kernel" / "transformers"
     folder.mkdir(parents=True)
     (folder / "functional.py").write_text(LIGER)
-    (folder / "fused_linear_cross_entropy.py").write_text(LIGER_LOSS)
     monkeypatch.syspath_prepend(tmp_path)
     kernels.liger.cache_clear()
     yield
@@ -176,15 +165,12 @@ def liger(tmp_path, monkeypatch):
 
 
 def test_liger_equals_torch(liger):
-    """Arguments and results fit; a batch without a target, which the package divides by, has a loss of zero."""
+    """Arguments and results fit."""
     inputs = batch_of((5, 30, 29), (64,))
     model = build()
     expected = gradients(model, **inputs)
     model.choose_kernels("liger")
     assert_same(expected, gradients(model, **inputs))
-    loss, grads = gradients(model, **{**inputs, "labels": torch.full_like(inputs["labels"], -100)})
-    assert loss == 0
-    assert all(torch.all(grad == 0) for grad in grads.values())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -55,7 +55,7 @@ class ModelConfig(Section):
         "Attention kernel; `flash_attn_varlen` (the flash-attn package, or torch's own kernel) needs CUDA and falls back with "
         "a message.", "speed")
     kernel_backend: Literal["auto", "liger", "torch"] = key("auto",
-        "Kernels of norms, SwiGLU and loss; `auto` takes Liger on CUDA when it is installed.", "speed")
+        "Kernels of norms and SwiGLU; `auto` takes Liger on CUDA when it is installed.", "speed")
     rope: bool = key(True, "Rotary positions; `false`: learned positions.", "shape of the model")
     ngpt: bool = key(False,
         "The normalised transformer (arXiv 2410.01131): no norms, all vectors of length 1.", "shape of the model")

@@ -120,15 +120,9 @@ def full_cross_entropy(logits_NV: Tensor, labels_N: Tensor, count: bool = False)
 
 
 def linear_cross_entropy(
-    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor, backend: str, count: bool = False
+    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor, count: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(sum of the cross-entropies in float32, number of targets that were the likeliest token: 0 unless `count`)."""
-    if backend == "liger" and not count and len(labels_M):  # it divides by the number of targets
-        loss_class = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
-        dtype = compute_dtype(hidden_MD)
-        bias = None if bias_V is None else bias_V.to(dtype)
-        fused_loss = loss_class(reduction="sum", accum_dtype=torch.float32)
-        return fused_loss(weight_VD.to(dtype), hidden_MD.to(dtype), labels_M, bias).float(), labels_M.new_zeros(())
     return FusedLinearCrossEntropy.apply(hidden_MD, weight_VD, bias_V, labels_M, compute_dtype(hidden_MD), count)
 
 

@@ -151,7 +151,7 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def choose_kernels(self, backend: str) -> None:
-        """Which kernels run norms, SwiGLU and the loss: "torch" or "liger"."""
+        """Which kernels run norms and SwiGLU: "torch" or "liger"."""
         for module in self.modules():
             if hasattr(module, "kernel_backend"):
                 module.kernel_backend = backend
@@ -283,7 +283,6 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
         self.model = NeoBERT(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         self.logit_scale = LearnedScale(config.vocab_size, 1.0, config.base_scale) if config.ngpt else None
-        self.kernel_backend = "torch"
         self.post_init()
 
     def decoder_weight(self) -> Tensor:
@@ -316,9 +315,8 @@ class NeoBERTForMaskedLM(NeoBERTPreTrainedModel):
             labels = labels_N[targets]
             self._check_labels(labels)
         if labels is not None and targets is not None and masked_only:
-            hidden_MD, backend = self.model.encode(unpadded, targets), self.kernel_backend
-            decoder = self.decoder_weight(), self.lm_head.bias
-            loss_sum, num_correct = linear_cross_entropy(hidden_MD, *decoder, labels, backend, count_correct)
+            hidden_MD, decoder = self.model.encode(unpadded, targets), (self.decoder_weight(), self.lm_head.bias)
+            loss_sum, num_correct = linear_cross_entropy(hidden_MD, *decoder, labels, count_correct)
             return LossOutput(loss=loss_sum / max(1, len(targets)), loss_sum=loss_sum, num_correct=num_correct)
         hidden_ND = self.model.encode(unpadded, states=states)
         logits_NV = F.linear(hidden_ND, self.decoder_weight(), self.lm_head.bias)

@@ -131,7 +131,7 @@ def choose_flash_version(
 def choose_kernels(
     requested: str, device_type: str, liger_problem: str | None, is_compiled: bool = False
 ) -> tuple[str, str]:
-    """(kernels of norms, SwiGLU and loss: "torch" or "liger"; why). `liger_problem`: what keeps Liger from being imported, ""
+    """(kernels of norms and SwiGLU: "torch" or "liger"; why). `liger_problem`: what keeps Liger from being imported, ""
     where nothing does, None where it is not installed. Raises ConfigError for Liger that is asked for and cannot be had.
     """
     if device_type == "cpu":
@@ -143,10 +143,10 @@ def choose_kernels(
     if is_compiled:
         return "torch", "torch's own operators, which the compiler fuses; it cannot look into Liger's"
     if requested == "torch" or liger_problem != "":
-        hint = "; pip install 'neobert[liger]' for faster norms and loss"
+        hint = "; pip install 'neobert[liger]' for faster norms"
         hint = f"; liger-kernel cannot be imported ({liger_problem})" if liger_problem else hint
         return "torch", f"torch's own operators{hint if requested == 'auto' else ''}"
-    return "liger", "RMSNorm, SwiGLU and the linear cross-entropy are Liger's fused kernels"
+    return "liger", "RMSNorm and SwiGLU are Liger's fused kernels; the loss is ours, which does not wait for the device"
 
 
 def check_compile(backend: str, known: Collection[str], device_type: str, has_compiler: bool) -> None:
