@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from neobert.errors import UserError
-from neobert.optim.sharding import Placement, distribute, local, placement
+from neobert.optim.sharding import Placement, distribute, local, placement, wants_few_launches
 
 Group = dict[str, Any]
 Quintic = tuple[float, float, float]  # a x + b x^3 + c x^5
@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
     def _add(self, group: Group, weights: list[Tensor], updates: list[Tensor], scale: float) -> None:
         """W <- (1 - lr decay) W - lr scale update, of matrices of one shape."""
         keep: float | Tensor = 1 - group["lr"] * group["weight_decay"]
-        if self.found_inf is not None or weights[0].device.type != "cpu":  # where foreach wants the weights' dtype
+        if self.found_inf is not None or wants_few_launches(weights[0]):  # one launch needs the weights' dtype
             stack = _stack(updates, weights[0].dtype)
             updates = [*stack.unbind()]
         if self.found_inf is not None:  # the weights times 1, minus 0

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 import neobert.training.deepspeed as zero
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error
-from neobert.optim.sharding import local
+from neobert.optim.sharding import local, wants_few_launches
 from neobert.ranks import Ranks, launched_ranks
 from neobert.training.choices import (
     choose_attention,
@@ -284,19 +284,26 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
 @torch.no_grad()
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask. Norms
-    of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.
+    of rows, which most engines do not split, are summed in float64 on the CPU: there it does not depend on how rows are split.
     """
     whole, split = list[Tensor](), list[Tensor]()
     for tensor in tensors:
         is_scattered = zero.is_scattered(tensor)
         part = zero.local_piece(tensor) if is_scattered else local(tensor)
-        rows = torch.linalg.vector_norm(part, dim=-1) if part.ndim > 1 else part
-        is_split = all_split or is_scattered or isinstance(tensor, DTensor)
-        (split if is_split else whole).append(rows.double().square().sum())
-    total = torch.stack(split).sum() if split else torch.zeros((), dtype=torch.float64, device=whole[0].device)
+        (split if all_split or is_scattered or isinstance(tensor, DTensor) else whole).append(part)
+    total = torch.zeros((), dtype=torch.float64, device=(split or whole)[0].device)
     if split:
+        total = torch.stack(squares(split)).sum()
         dist.all_reduce(total)
-    return (total + sum(whole)).sqrt().float()
+    return (total + sum(squares(whole))).sqrt().float()
+
+
+def squares(tensors: list[Tensor]) -> list[Tensor]:
+    """Sums of squares in float64: of each tensor, or of all together in one launch, whose norms are float32."""
+    if tensors and wants_few_launches(tensors[0]):
+        return [torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).double().square().sum()]
+    rows = (torch.linalg.vector_norm(x, dim=-1) if x.ndim > 1 else x for x in tensors)
+    return [row.double().square().sum() for row in rows]
 
 
 def whole_weights(model: nn.Module) -> Tensors:
