@@ -230,9 +230,11 @@ def plain_muon_step(optimizer, group):
         p.add_(update, alpha=-group["lr"] * SCALE * math.sqrt(max(p.shape[0] // parts, p.shape[1])))
 
 
+@pytest.mark.parametrize("few_launches", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_batched_equals_the_loop(bfloat16, nesterov):
+def test_batched_equals_the_loop(bfloat16, nesterov, few_launches, monkeypatch):
+    monkeypatch.setattr("neobert.optim.muon.wants_few_launches", lambda tensor: few_launches)
     models, (batched, loop) = pair(bfloat16, nesterov)
     for seed in range(3):
         set_gradients(models, seed)
@@ -274,8 +276,9 @@ def test_a_first_step_that_is_skipped():
 
 
 @pytest.mark.parametrize("flag", [None, 0.0])
-def test_launches_of_a_step(flag):
+def test_launches_of_a_step(flag, monkeypatch):
     """12 layers take fewer than 150, as many as 4 do (15 products for each of 3 stacks), and the device is asked nothing."""
+    monkeypatch.setattr("neobert.optim.muon.wants_few_launches", lambda tensor: True)
     found = []
     for num_layers in (4, 12):
         model = build_model(num_hidden_layers=num_layers)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from helpers.checkpoints import content
 from helpers.commands import spawn
+from helpers.host_reads import HostReads
 from helpers.models import VOCABULARY, build
 from helpers.runs import TOKENIZER
 from neobert import files
@@ -33,7 +34,7 @@ from neobert.errors import CheckpointError, UserError
 from neobert.optim.build import OptimizerSettings, build_optimizer
 from neobert.training.loop import Interrupt, Setup, TrainState, Window, train, train_step
 from neobert.training.resume import Saver
-from neobert.training.runtime import Runtime
+from neobert.training.runtime import Runtime, total_norm
 
 RUNTIME = Runtime(device=torch.device("cpu"))
 
@@ -86,6 +87,24 @@ def test_clipping_bounds_the_gradient():
     moved = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
     assert result.grad_norm > 1e-3
     assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_norm_in_one_launch(monkeypatch):
+    """The same norm off the CPU, by as many launches for many tensors as for few; a bad element shows in it."""
+    tensors = [torch.randn(40, 3), torch.randn(7), torch.tensor(2.0), torch.empty(0, 4)]
+    exact = torch.cat([x.double().flatten() for x in tensors]).norm().float()
+    torch.testing.assert_close(total_norm(tensors), exact)
+    monkeypatch.setattr("neobert.training.runtime.wants_few_launches", lambda tensor: True)
+    torch.testing.assert_close(total_norm(tensors), exact)
+    launches = []
+    for many in (tensors, 30 * tensors):
+        with HostReads() as reads:
+            total_norm(many)
+        assert not reads.found
+        launches.append(reads.launches.total())
+    assert launches[0] == launches[1] < 15
+    tensors[1][3] = torch.nan
+    assert total_norm(tensors).isnan()
 
 
 def test_a_bad_loss_stops_before_the_update():

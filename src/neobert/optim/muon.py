@@ -11,7 +11,7 @@ call. Parameters may be DTensors; see sharding.py. Shapes: B matrices of R rows 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from neobert.errors import UserError
-from neobert.optim.sharding import Placement, distribute, local, placement
+from neobert.optim.sharding import Placement, distribute, local, placement, wants_few_launches
 
 Group = dict[str, Any]
 Quintic = tuple[float, float, float]  # a x + b x^3 + c x^5
@@ -62,12 +62,12 @@ class Muon(torch.optim.Optimizer):
 
     Keys of a group: lr, weight_decay, param_names, parts (per parameter: how many matrices lie in it, one below the other);
     for adamw: betas, eps. `defaults` are those of all groups. Raises ValueError for groups and settings that cannot work.
-
-    A step asks the device for nothing, and takes as many launches for many layers as for few. While `found_inf`, a scalar on
-    the device, is 1, it changes nothing, to the bit, as with torch's fused AdamW.
+    A step asks the device for nothing, and takes as many launches for many layers as for few.
     """
 
-    found_inf: Tensor | None = None
+    found_inf: Tensor | None = (
+        None  # a scalar on the device; while it is 1, a step changes nothing (as torch's fused AdamW)
+    )
 
     def __init__(self, groups: Iterable[Group], settings: MuonSettings | None = None, **defaults: Any):
         self.settings = settings or MuonSettings()
@@ -109,46 +109,42 @@ class Muon(torch.optim.Optimizer):
         for _, parameter, parts in _members(group):
             by_placement.setdefault(placement(parameter), []).append((parameter, parts))
         for where, members in by_placement.items():
-            alike: dict[tuple[torch.Size, int], list[int]] = {}
-            for index, (parameter, parts) in enumerate(members):
-                alike.setdefault((parameter.shape, parts), []).append(index)
-            directions = [parameter for parameter, _ in members]
-            for indices in alike.values():
-                found = self._directions([directions[index] for index in indices])
-                if where.group is not None and found[0].dtype != self.settings.dtype:
-                    found = _stack(found, self.settings.dtype).unbind()
-                for index, direction in zip(indices, found, strict=True):
-                    directions[index] = direction
+            directions = self._directions([parameter for parameter, _ in members])
+            if where.group is not None and directions[0].dtype != self.settings.dtype:
+                _, directions = _copies(directions, self.settings.dtype)
             solve = partial(self._solve, [parts for _, parts in members])
             updates = distribute(where, directions, [parameter.shape[0] for parameter, _ in members], solve)
-            for ((rows, columns), parts), indices in alike.items():
-                scale = SCALE * math.sqrt(max(rows // parts, columns))
-                self._add(group, [local(members[i][0]) for i in indices], [updates[i] for i in indices], scale)
+            alike: dict[float, list[tuple[Tensor, Tensor]]] = {}
+            for (parameter, parts), update in zip(members, updates, strict=True):
+                scale = SCALE * math.sqrt(max(parameter.shape[0] // parts, parameter.shape[1]))
+                alike.setdefault(group["lr"] * scale, []).append((local(parameter), update))
+            for size, pairs in alike.items():
+                self._add(group["lr"] * group["weight_decay"], size, *map(list, zip(*pairs, strict=True)))
 
-    def _directions(self, members: list[Tensor]) -> Sequence[Tensor]:
-        """Momenta of this rank's parts of matrices of one shape, brought up to date; with Nesterov, looked ahead."""
+    def _directions(self, members: list[Tensor]) -> list[Tensor]:
+        """Momenta of this rank's parts of matrices, brought up to date; with Nesterov, looked ahead."""
         beta, grads = self.settings.momentum, [local(p.grad) for p in members if p.grad is not None]
         for parameter in members:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [local(self.state[p]["momentum_buffer"]) for p in members]
         if self.found_inf is not None:  # towards themselves: they stay as they are
-            grads = [*torch.where(self.found_inf.bool(), torch.stack(momenta), torch.stack(grads)).unbind()]
+            flat, grads = _copies(grads, grads[0].dtype)
+            torch.where(self.found_inf.bool(), _copies(momenta, flat.dtype)[0], flat, out=flat)
         torch._foreach_lerp_(momenta, grads, 1 - beta)
-        return torch._foreach_lerp(grads, momenta, beta) if self.settings.nesterov else momenta
+        return list(torch._foreach_lerp(grads, momenta, beta)) if self.settings.nesterov else momenta
 
-    def _add(self, group: Group, weights: list[Tensor], updates: list[Tensor], scale: float) -> None:
-        """W <- (1 - lr decay) W - lr scale update, of matrices of one shape."""
-        keep: float | Tensor = 1 - group["lr"] * group["weight_decay"]
-        if self.found_inf is not None or weights[0].device.type != "cpu":  # where foreach wants the weights' dtype
-            stack = _stack(updates, weights[0].dtype)
-            updates = [*stack.unbind()]
+    def _add(self, decay: float, size: float, weights: list[Tensor], updates: list[Tensor]) -> None:
+        """W <- (1 - decay) W - size update, of many matrices."""
+        keep: float | Tensor = 1 - decay
+        if self.found_inf is not None or wants_few_launches(weights[0]):  # one launch needs the weights' dtype
+            flat, updates = _copies(updates, weights[0].dtype)
         if self.found_inf is not None:  # the weights times 1, minus 0
-            keep = stack.new_full((), keep).masked_fill_(self.found_inf.bool(), 1)
-            stack.masked_fill_(self.found_inf.bool(), 0)
-        if group["weight_decay"]:
+            keep = flat.new_full((), keep).masked_fill_(self.found_inf.bool(), 1)
+            flat.masked_fill_(self.found_inf.bool(), 0)
+        if decay:
             torch._foreach_mul_(weights, keep)
-        torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
+        torch._foreach_add_(weights, updates, alpha=-size)
 
     def _solve(self, parts: list[int], numbers: list[int], matrices: list[Tensor]) -> list[Tensor]:
         """Orthogonalise whole matrices in stacks of one shape; results in the settings' dtype, shaped as `matrices`. The
@@ -182,8 +178,8 @@ class Muon(torch.optim.Optimizer):
         moments = [[local(self.state[p][kind]) for p in members] for kind in ("exp_avg", "exp_avg_sq")]
         steps, (beta1, beta2) = [self.state[p]["step"] for p in members], group["betas"]
         numbers = {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in ("lr", "weight_decay", "eps")}}
-        flags = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": self.found_inf}
-        adamw(weights, gradients, *moments, [], steps, **flags, **numbers)
+        numbers |= {"fused": True, "amsgrad": False, "maximize": False, "found_inf": self.found_inf}
+        adamw(weights, gradients, *moments, [], steps, **numbers)
 
 
 def _members(group: Group) -> Iterator[tuple[str, Any, int]]:
@@ -193,11 +189,12 @@ def _members(group: Group) -> Iterator[tuple[str, Any, int]]:
             yield name, parameter, parts
 
 
-def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Copies of tensors of one shape, one below the other in a dtype: one launch."""
-    stack = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype)
-    torch._foreach_copy_(stack.unbind(), tensors)
-    return stack
+def _copies(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Copies in a dtype, by one launch: the buffer in which they lie one after the other, and each."""
+    flat = tensors[0].new_empty(sum(x.numel() for x in tensors), dtype=dtype)
+    copies = [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
+    torch._foreach_copy_(copies, tensors)
+    return flat, copies
 
 
 def _check_matrix(name: str, parameter: Tensor, parts: int) -> None:

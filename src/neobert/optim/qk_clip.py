@@ -62,9 +62,7 @@ class QKClipSettings:
 
 @dataclass(frozen=True)
 class ClipReport:
-    """What a clip saw and did. `maxima` and `factors` are L x H, on the device, so that nobody has to wait for them; a factor
-    below 1 is what a head's logits shrink by.
-    """
+    """What a clip saw and did, L x H on the device; a factor below 1 is what a head's logits shrink by."""
 
     maxima: Tensor
     factors: Tensor
@@ -134,12 +132,8 @@ def largest_logits(q_NHK: Tensor, k_NGK: Tensor, groups_nT: Sequence[Tensor], ch
     return largest_H * width**-0.5
 
 
-def clip_factors(
-    maxima_LH: Tensor, threshold: float, alpha: float, num_key_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(factor of the logits: L x H, of q: L x H, of k: L x G), float64; 1 where the maximum is within the threshold or not
-    finite.
-    """
+def clip_factors(maxima_LH: Tensor, threshold: float, alpha: float, num_key_heads: int) -> tuple[Tensor, ...]:
+    """(factor of the logits: L x H, of q: L x H, of k: L x G), float64; 1 where a maximum is in bounds or not finite."""
     maxima = maxima_LH.double()
     is_over = (maxima > threshold) & maxima.isfinite()
     logits_LH = torch.where(is_over, threshold / maxima, 1.0)
@@ -192,11 +186,11 @@ class Heads:
         for projection, start, factors in ((self.q, 0, q_H), (self.k, self.k_start, k_G)):
             for weight in projection.parameters(recurse=False):
                 held, stop = local_rows(weight), start + len(factors) * self.width
-                first, last = max(held.start, start), min(held.stop, stop)
-                if first < last:
-                    scale = factors.repeat_interleave(self.width)[first - start : last - start]
-                    rows = local(weight)[first - held.start : last - held.start]
-                    rows.mul_(scale.to(rows.device, rows.dtype).view(-1, *[1] * (rows.ndim - 1)))
+                first = max(held.start, start)
+                last = max(first, min(held.stop, stop))
+                scale = factors.repeat_interleave(self.width)[first - start : last - start]
+                rows = local(weight)[first - held.start : last - held.start]
+                rows.mul_(scale.to(rows.device, rows.dtype).view(-1, *[1] * (rows.ndim - 1)))
 
 
 def find_separate(model: nn.Module, names: Mapping[str, str], required: bool) -> list[nn.Module]:
@@ -217,11 +211,9 @@ def _bad_mapping(message: str) -> ConfigError:
 
 
 def _real_documents(ids_BT: Tensor, inputs: dict[str, Any], pad_id: int | None) -> tuple[Tensor | None, Sequence[int]]:
-    """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`; where the
-    host has laid documents out, all are real, and padding at the end belongs to none: nothing is asked of the device.
-    """
+    """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`."""
     mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
-    if (lengths := getattr(packed, "lengths", None)) is not None:
+    if (lengths := getattr(packed, "lengths", None)) is not None:  # laid out by the host: padding belongs to none
         return None, lengths
     if packed is not None:
         lengths = host_lengths(packed)
@@ -269,9 +261,7 @@ class QKClip:
 
     @torch.no_grad()
     def apply(self, update: int, found_inf: Tensor | None = None) -> ClipReport | None:
-        """Clip after update number `update`; None where it is not due. All ranks have to call it together. Nothing waits for
-        the device: heads within the threshold, and all while `found_inf` is 1, are multiplied by 1.
-        """
+        """Clip after update number `update`, by 1 where `found_inf` is 1; None where it is not due. All ranks call it."""
         self._is_armed = False
         if not self.settings.is_due(update):
             return None

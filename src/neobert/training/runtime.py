@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 import neobert.training.deepspeed as zero
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error, first_line
-from neobert.optim.sharding import local
+from neobert.optim.sharding import local, wants_few_launches
 from neobert.ranks import Ranks, launched_ranks
 from neobert.training.choices import (
     choose_attention,
@@ -309,25 +309,26 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
 @torch.no_grad()
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask. Norms
-    of rows, which most engines do not split, are summed in float64: the result does not depend on how rows are split.
+    of rows, which most engines do not split, are summed in float64 on the CPU: there it does not depend on how rows are split.
     """
     whole, split = list[Tensor](), list[Tensor]()
     for tensor in tensors:
         is_scattered = zero.is_scattered(tensor)
         part = zero.local_piece(tensor) if is_scattered else local(tensor)
         (split if all_split or is_scattered or isinstance(tensor, DTensor) else whole).append(part)
-    total = sum_of_squares(split or whole)
+    total = torch.zeros((), dtype=torch.float64, device=(split or whole)[0].device)
     if split:
+        total = torch.stack(squares(split)).sum()
         dist.all_reduce(total)
-    return (total + sum_of_squares(whole) if split and whole else total).sqrt().float()
+    return (total + sum(squares(whole))).sqrt().float()
 
 
-def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Of all elements of all tensors, in float64. Off the CPU one launch for all tensors, whose norms are float32."""
-    if tensors[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+def squares(tensors: list[Tensor]) -> list[Tensor]:
+    """Sums of squares in float64: of each tensor, or of all together in one launch, whose norms are float32."""
+    if tensors and wants_few_launches(tensors[0]):
+        return [torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).double().square().sum()]
     rows = (torch.linalg.vector_norm(x, dim=-1) if x.ndim > 1 else x for x in tensors)
-    return torch.stack([row.double().square().sum() for row in rows]).sum()
+    return [row.double().square().sum() for row in rows]
 
 
 def whole_weights(model: nn.Module) -> Tensors:
