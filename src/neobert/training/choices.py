@@ -185,6 +185,12 @@ def keep_memory() -> None:
                 library.mallopt(option, value)
 
 
+def allocator_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What lets CUDA's allocator grow its segments, so that sizes that change leave no holes; the user's own settings win."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    return {} if any(name in environment for name in names) else {names[0]: "expandable_segments:True"}
+
+
 def gpu_capability(device: torch.device) -> Capability:
     """CUDA's compute capability; (0, 0) for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -74,6 +74,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.has_started = False  # before, there is nothing to save; then a signal is acted on after the step
         self.signal = 0  # number of the signal that this process, and after `act` some process, received
+        self.is_updating = False  # an update has begun: weights are those of no step
         self.failure: Callable[[], UserError | None] = lambda: None  # of this process
 
     @property
@@ -187,10 +188,12 @@ def train_step(setup: Setup, window: Window, step: int) -> StepResult:
         lr = setup.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        setup.interrupt.is_updating = True
         optimizer.step()
         setup.after_update()
         optimizer.zero_grad(set_to_none=True)
         report = None if setup.clip is None else setup.clip.apply(step + 1)
+        setup.interrupt.is_updating = False
     counts = num_targets, int(num_tokens), int(num_correct)
     return StepResult(loss_sum / num_targets, *counts, lr, norm, report, num_interrupted > 0)
 

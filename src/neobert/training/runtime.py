@@ -27,6 +27,7 @@ from neobert.errors import UserError, disk_error
 from neobert.optim.sharding import local, placement
 from neobert.ranks import Ranks, launched_ranks
 from neobert.training.choices import (
+    allocator_settings,
     choose_attention,
     choose_copies,
     choose_device,
@@ -281,6 +282,7 @@ def build_runtime(
     if kind == "cpu":
         keep_memory()
     else:
+        os.environ.update(allocator_settings(os.environ))  # read when CUDA starts
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     has_amx, capability = torch.cpu._is_amx_tile_supported(), gpu_capability(device)
