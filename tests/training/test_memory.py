@@ -26,6 +26,7 @@ STEPS = {
     "in bfloat16": Step(**SMALL, world_size=1024, engine="fsdp2", in_bfloat16=True),
     "recomputed": Step(**SMALL, world_size=1024, engine="fsdp2", gradient_checkpointing=True),
     "every second block recomputed": Step(**SMALL, gradient_checkpointing=True, checkpointing_interval=2),
+    "not resharded": Step(**{**SMALL, "num_layers": 6}, world_size=1024, engine="fsdp2", reshard=False),
     "8 processes": Step(**SMALL, world_size=8, engine="fsdp2"),
     "copies": Step(**SMALL, engine="ddp"),
     "a large vocabulary": Step(**{**SMALL, "vocab_size": 32768, "num_targets": 1000}, world_size=1024, engine="fsdp2"),
@@ -39,7 +40,9 @@ STEPS = {
 def allocated(step):
     """The most bytes that are allocated at a time during the second step, weights and optimizer included."""
     dtype = torch.bfloat16 if step.in_bfloat16 else None
-    runtime = Runtime(device=torch.device("cpu"), dtype=dtype, world_size=step.world_size, engine=step.engine)
+    runtime = Runtime(
+        device=torch.device("cpu"), dtype=dtype, world_size=step.world_size, engine=step.engine, reshard=step.reshard
+    )
     config = NeoBERTConfig(
         hidden_size=step.width, num_hidden_layers=step.num_layers, num_attention_heads=step.num_heads,
         intermediate_size=step.intermediate_size, vocab_size=step.vocab_size, max_position_embeddings=512,

@@ -42,6 +42,7 @@ class Step:
     in_bfloat16: bool = False
     gradient_checkpointing: bool = False
     checkpointing_interval: int = 1
+    reshard: bool = True  # FSDP2 frees what it gathered of a block for the forward pass
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ def memory_per_process(step: Step) -> Memory:
     block = local((3 * D, D), (D, D), (2 * F, D), (D, F), (D, 1), (D, 1))
     root = local((V, D), (V, D), (D, 1))  # embeddings, decoder, last norm
     weights = step.num_layers * block + root
-    # Embeddings and decoder until the end, the block that is computed and the next one; every process sends as many rows.
-    gathered = ranks * (root + 2 * block) * c // FLOAT if step.engine == "fsdp2" else 0
+    # Embeddings and decoder until the end, the block that is computed and the next one, or all that are kept; every process
+    # sends as many rows.
+    num_blocks = 2 if step.reshard else step.num_layers
+    gathered = ranks * (root + num_blocks * block) * c // FLOAT if step.engine == "fsdp2" else 0
     # Every gradient is a view of DDP's buffers, which are kept; else that of the decoder is the first to exist.
     gradients = weights if step.engine == "ddp" else c * V * D
 
@@ -154,7 +157,7 @@ def planned_step(config: Config, model: Any, runtime: Runtime) -> Step | None:
         num_tokens, round(num_tokens * config.datacollator.mlm_probability), config.row_length,
         world_size=runtime.world_size // runtime.num_copies, engine=runtime.engine, in_bfloat16=runtime.dtype is not None,
         gradient_checkpointing=trainer.gradient_checkpointing,
-        checkpointing_interval=trainer.gradient_checkpointing_interval,
+        checkpointing_interval=trainer.gradient_checkpointing_interval, reshard=runtime.reshard,
     )  # fmt: skip
 
 
