@@ -51,6 +51,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or does not fit what is asked of it; or one that could not be written."""
 
 
+class OutOfMemory(UserError):
+    """A step that did not fit into the memory of this process; others of the run may know nothing of it."""
+
+
 def disk_error(error: OSError, name: object = None) -> UserError | None:
     """A write that failed, in one line, with the file's name where the error has it; None for an error of another kind."""
     if error.errno not in DISK_ERRORS:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 from helpers.contrastive_keys import CONTRASTIVE_ROWS
 from helpers.glue_keys import GLUE_ROWS
@@ -23,12 +24,13 @@ from neobert.config.load import load_config
 from neobert.config.schema import known_keys
 from neobert.data.tokenizer import load_tokenizer, text_tokenizer
 from neobert.errors import UserError
+from neobert.model import modeling_neobert
 from neobert.model.modeling_neobert import NeoBERTForMaskedLM
 from neobert.ranks import Ranks
 from neobert.tasks import encoder
 from neobert.tasks.encoder import build_model
 from neobert.tasks.pretraining.data import build_data
-from neobert.training import resume, runtime
+from neobert.training import processes, resume, runtime
 from neobert.training.choices import (
     choose_attention,
     choose_device,
@@ -356,6 +358,22 @@ def recomputes(train, small):
     return [model.model.gradient_checkpointing for model in models] == [True, False]
 
 
+def recomputes_some(train, small):
+    """Every second one of two blocks is half as many."""
+    counts = []
+    for interval in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = []
+            patch.setattr(
+                modeling_neobert,
+                "checkpoint",
+                lambda *given, _calls=calls, **named: _calls.append(given[0]) or checkpoint(*given, **named),
+            )
+            train(*small, "trainer.gradient_checkpointing=true", f"trainer.gradient_checkpointing_interval={interval}")
+            counts.append(len(calls))
+    return counts[0] == 2 * counts[1] > 0
+
+
 def best_accuracies(train, small):
     """The best accuracy is the largest, or with `greater_is_better: false` the smallest."""
     found = []
@@ -610,6 +628,7 @@ ROWS = {
     ),
     "trainer.mixed_precision": computes_in_bfloat16,
     "trainer.gradient_checkpointing": recomputes,
+    "trainer.gradient_checkpointing_interval": recomputes_some,
     "trainer.gradient_clipping": losses("trainer.gradient_clipping=0.001"),
     "trainer.enforce_full_packed_batches": losses("trainer.enforce_full_packed_batches=false"),
     "trainer.eval_max_batches": evaluates_more,
@@ -634,6 +653,29 @@ ROWS = {
     ),
     "trainer.torch_compile_backend": refused(
         "no backend 'nonsense'", "trainer.torch_compile_backend=nonsense", "trainer.torch_compile=true"
+    ),
+    "trainer.torch_compile_mode": refused(
+        "is for torch_compile_backend: inductor",
+        "trainer.torch_compile_mode=default",
+        "trainer.torch_compile=true",
+        COMPILE_EAGER,
+    ),
+    "trainer.fsdp_reshard_after_forward": called(
+        processes,
+        "build_runtime",
+        lambda *, fsdp_reshard_after_forward, **rest: fsdp_reshard_after_forward,
+        False,
+        "trainer.fsdp_reshard_after_forward=false",
+    ),
+    "trainer.fsdp_hybrid": called(
+        processes, "build_runtime", lambda *, fsdp_hybrid, **rest: fsdp_hybrid, True, "trainer.fsdp_hybrid=true"
+    ),
+    "trainer.ddp_bf16_gradients": called(
+        processes,
+        "build_runtime",
+        lambda *, ddp_bf16_gradients, **rest: ddp_bf16_gradients,
+        True,
+        "trainer.ddp_bf16_gradients=true",
     ),
     "trainer.tf32": lambda train, small: (
         [runtime.Runtime(device=torch.device("cuda"), tf32=on).arithmetic for on in (True, False)]

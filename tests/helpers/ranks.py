@@ -2,6 +2,8 @@
 
 import shutil
 
+import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
@@ -29,18 +31,25 @@ MUON = [
 NGPT = ["model.ngpt=true", "trainer.gradient_checkpointing=true"]
 
 
+BF16 = ["trainer.mixed_precision=bf16"]
+
+
 TWO = {
     "ddp": ["trainer.engine=ddp"],
     "fsdp2": ["trainer.engine=fsdp2"],
     "fsdp2 muon": ["trainer.engine=fsdp2", *MUON],
     "fsdp2 ngpt": ["trainer.engine=fsdp2", *NGPT],
+    "fsdp2 bf16": ["trainer.engine=fsdp2", "trainer.fsdp_reshard_after_forward=false", *BF16],
+    "ddp hook": ["trainer.engine=ddp", "trainer.ddp_bf16_gradients=true"],
 }
 
 
 def run(folder, *words):
     """A run in this process, or in this one of two."""
     loaded = load_config([], [*BASE, f"trainer.output_dir={folder}", *words])
-    return pretraining.run(loaded)
+    with pytest.MonkeyPatch.context() as patch:  # bfloat16, where it is asked for, on any machine
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        return pretraining.run(loaded)
 
 
 def resume(root, name, source, *words):

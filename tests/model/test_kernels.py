@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.models import assert_same, build, gradients, packed_batch
+from neobert.config.load import load_config
 from neobert.errors import ConfigError
 from neobert.model import kernels
 from neobert.model.unpadding import cumulative
@@ -23,6 +24,7 @@ from neobert.training.choices import (
     choose_precision,
     compile_blocks,
     find_kernels,
+    unused_device,
 )
 from neobert.training.runtime import Runtime
 
@@ -276,6 +278,38 @@ def test_every_shape_anew(most, counter, monkeypatch):
         inputs = {"input_ids": ids, "labels": ids}
         assert_same(gradients(eager, **inputs), gradients(model, **inputs))
     assert counter.frame_count == 2 * min(most, 12)
+
+
+def test_the_mode_of_compilation(monkeypatch):
+    """Where CUDA graphs are recorded, evaluation says where a batch begins; in training gradients do."""
+    asked, marks = [], []
+    monkeypatch.setattr(torch, "compile", lambda method, *, mode, **rest: asked.append(mode) or method)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append("batch"))
+    monkeypatch.setattr("neobert.training.choices.check_compile", lambda *_: None)
+    for mode, number in {"default": 0, "reduce-overhead": 1}.items():
+        model = build(num_hidden_layers=2)
+        compile_blocks(model.model, "cpu", "inductor", None, mode)
+        for is_training in (True, False):
+            model.train(is_training)(**batch_of((40, 24), (64,)))
+        assert asked[-4:] == [mode] * 4
+        assert len(marks) == number
+
+
+def test_cuda_graphs_are_for_one_shape():
+    words = ["trainer.torch_compile=true", "trainer.torch_compile_mode=reduce-overhead"]
+    load_config([], [*words, "datacollator.pack_sequences=true"])
+    for more in ([], ["datacollator.pack_sequences=true", "trainer.enforce_full_packed_batches=false"]):
+        with pytest.raises(ConfigError, match="reduce-overhead records CUDA graphs, which need batches of one shape"):
+            load_config([], [*words, *more])
+    load_config([], [words[0], "trainer.torch_compile_mode=max-autotune-no-cudagraphs"])
+
+
+def test_devices_that_are_not_used():
+    assert "MPS" in unused_device(False, "cpu", ["mps"])
+    assert "XPU" in unused_device(False, "cpu", ["xpu"])
+    assert not any(
+        unused_device(*some) for some in [(True, "cpu", ["mps"]), (False, "cuda", ["xpu"]), (False, "cpu", [])]
+    )
 
 
 def test_compile_backends_are_checked():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
 from helpers.commands import spawn, start_neobert
-from helpers.ranks import MUON, NGPT, STEPS, TWO, differences, resume, run
+from helpers.ranks import BF16, MUON, NGPT, STEPS, TWO, differences, resume, run
 from helpers.runs import ROOT, TINY
 from neobert.checkpoints.format import list_steps, verify_checkpoint
 from neobert.checkpoints.locate import find_checkpoint
@@ -66,7 +66,7 @@ def root(tmp_path_factory):
     """Folders of all runs, by name."""
     root = tmp_path_factory.mktemp("runs")
     alone = "trainer.gradient_accumulation_steps=2"
-    for name, words in {"one": [], "one muon": MUON, "one ngpt": NGPT}.items():
+    for name, words in {"one": [], "one muon": MUON, "one ngpt": NGPT, "one bf16": BF16}.items():
         run(root / name, alone, *words)
     spawn(worker, (root,), 2)
     for source in ("ddp", "fsdp2", "fsdp2 muon"):
@@ -87,6 +87,15 @@ def test_two_processes_equal_one(root, one, two):
     assert weight <= 1e-5
     if "muon" in one:
         assert sum(row.get("qk_clipped_heads", 0) for row in read_metrics(root / two / "metrics.jsonl")) > 4
+
+
+@pytest.mark.parametrize(("one", "two"), [("one bf16", "fsdp2 bf16"), ("one", "ddp hook")])
+def test_bfloat16_between_processes(root, one, two):
+    """Weights gathered in it, gradients summed in float32 (FSDP2); gradients summed in it (DDP): equal up to its rounding."""
+    loss, weight = differences(root, one, two)
+    print(f"{two}: losses {loss:.1e}, weights {weight:.1e}")
+    assert 0 < loss <= 2e-3
+    assert weight <= 1e-2
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 muon"])

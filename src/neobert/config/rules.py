@@ -158,6 +158,23 @@ def zero_updates_copies(config: Config) -> Found:
         yield Problem("trainer.torch_compile", message)
 
 
+def graphs_need_static_shapes(config: Config) -> Found:
+    """CUDA graphs, which two of the modes record, replay one shape: that of packed rows in full microbatches. All modes are
+    inductor's.
+    """
+    trainer, key = config.trainer, "trainer.torch_compile_mode"
+    if not trainer.torch_compile or trainer.torch_compile_mode is None:
+        return
+    if trainer.torch_compile_backend != "inductor":
+        yield Problem(key, f"is for torch_compile_backend: inductor, not {trainer.torch_compile_backend}")
+    is_full = config.datacollator.pack_sequences and trainer.enforce_full_packed_batches
+    if trainer.torch_compile_mode in ("reduce-overhead", "max-autotune") and not (
+        is_full and config.task == "pretraining"
+    ):
+        why = "records CUDA graphs, which need batches of one shape: full packed rows of pretraining"
+        yield Problem(key, f"{trainer.torch_compile_mode} {why}; or use default, max-autotune-no-cudagraphs")
+
+
 def packed_sdpa_is_slower(config: Config) -> Found:
     """Packed rows with SDPA work; on CUDA the variable-length kernel is faster."""
     is_asked = config.is_set("model.attn_backend") and config.model.attn_backend == "sdpa"
@@ -234,6 +251,7 @@ RULES = (
     Rule("ERROR", ("trainer.resume_from_checkpoint", "dataset.streaming"), resume_needs_a_position),
     Rule("ERROR", ("optimizer.name", *ZERO_KEYS), muonclip_needs_whole_matrices),
     Rule("ERROR", ("model.ngpt", "trainer.torch_compile", *ZERO_KEYS), zero_updates_copies),
+    Rule("ERROR", ("trainer.torch_compile_mode", "datacollator.pack_sequences"), graphs_need_static_shapes),
     Rule("ERROR", ("trainer.engine",), "deepspeed, but use_deepspeed is false; set one of them to the other's",
         lambda c: c.trainer.engine == "deepspeed" and not c.use_deepspeed,
         "`use_deepspeed: false` switches DeepSpeed off.", ("use_deepspeed",)),
@@ -266,7 +284,15 @@ RULES = (
     Rule("WARNING", ("scheduler.wsd_decay_percent",), "has no effect with scheduler.name: {c.scheduler.name}",
         lambda c: c.scheduler.name != "wsd", "`wsd_decay_percent` is for `wsd`.", ("scheduler.name",)),
     Rule("WARNING", ("scheduler.warmup_steps", "scheduler.total_steps", "trainer.max_steps"), warmup_fits_run),
-    Rule("WARNING", ("trainer.torch_compile_backend", "trainer.torch_compile_dynamic"),
+    Rule("WARNING", ("trainer.gradient_checkpointing_interval",), "has no effect without trainer.gradient_checkpointing: true",
+        lambda c: not c.trainer.gradient_checkpointing, "It says how many blocks `gradient_checkpointing` recomputes.",
+        ("trainer.gradient_checkpointing",)),
+    Rule("WARNING", ("trainer.fsdp_reshard_after_forward", "trainer.fsdp_hybrid"),
+        "has no effect with trainer.engine: {c.trainer.engine}", lambda c: c.trainer.engine in ("ddp", "deepspeed"),
+        "They say how FSDP2 splits.", ("trainer.engine",)),
+    Rule("WARNING", ("trainer.ddp_bf16_gradients",), "has no effect with trainer.engine: {c.trainer.engine}",
+        lambda c: c.trainer.engine in ("fsdp2", "deepspeed"), "It says how DDP sums gradients.", ("trainer.engine",)),
+    Rule("WARNING", ("trainer.torch_compile_backend", "trainer.torch_compile_dynamic", "trainer.torch_compile_mode"),
         "has no effect without trainer.torch_compile: true", lambda c: not c.trainer.torch_compile,
         "They say how to compile, `torch_compile` whether.", ("trainer.torch_compile",)),
     Rule("PRECEDENCE", ("model.rms_norm", "model.norm_eps", "optimizer.weight_decay"),

@@ -228,11 +228,17 @@ class TrainerConfig(Section):
         "speed; rounding", tasks=TASKS)
     gradient_checkpointing: bool = key(False,
         "Recompute activations in the backward pass instead of keeping them.", "memory; speed")
+    gradient_checkpointing_interval: int = key(1,
+        "With `gradient_checkpointing`, recompute one block in this many: 1 all of them, 2 every second one.",
+        "memory; speed", ge=1, le=1024, beyond=True)
     gradient_clipping: float | None = key(None, "Largest norm of the gradient; `null`: no clipping.", "updates", gt=0)
     torch_compile: bool = key(False,
         "Compile the encoder's blocks, without attention, with `torch.compile`.", "speed; start-up time")
     torch_compile_dynamic: bool | None = key(None, "Compile for changing shapes (`null`: torch decides).", "recompilations")
     torch_compile_backend: str = key("inductor", "Backend of `torch.compile`.", "speed", min_length=1)
+    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = key(None,
+        "Mode of `torch.compile` with inductor; `reduce-overhead` and `max-autotune` record CUDA graphs, for rows packed full.",
+        "speed; start-up time", beyond=True)
     enforce_full_packed_batches: bool = key(True,
         "Packing yields full microbatches only; `false` packs each `per_device_train_batch_size` pieces of documents by "
         "themselves.", "share of padding", tasks=PRETRAINING)
@@ -262,6 +268,13 @@ class TrainerConfig(Section):
     engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = key("auto",
         "What several processes run on: `ddp` (each holds the whole model), `fsdp2` (each holds a part), `deepspeed` (ZeRO), "
         "or as they were launched (`auto`: DDP unless the launcher says otherwise).", "memory; communication", beyond=True)
+    fsdp_reshard_after_forward: bool = key(True,
+        "FSDP2 frees a block's gathered weights after its forward pass and gathers them again; `false` keeps them.",
+        "memory; communication", beyond=True)
+    fsdp_hybrid: bool = key(False,
+        "FSDP2 splits the model over the processes of a node, and every node has a copy.", "memory; communication", beyond=True)
+    ddp_bf16_gradients: bool = key(False,
+        "DDP sums gradients over the processes in bfloat16: half of the traffic.", "communication; rounding", beyond=True)
     deepspeed_config_file: str | None = key(None,
         "DeepSpeed's own JSON file (default: ZeRO stage 2, or what the launcher says).", "memory; communication", beyond=True)
     save_in_background: bool = key(True,

@@ -29,11 +29,14 @@ def liger(module: str, name: str) -> Any:
     return getattr(import_module(f"liger_kernel.transformers.{module}"), name)
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of `x` would be computed in: autocast's type where it is on."""
-    kind = x.device.type
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if is_on else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x.device.type) else x.dtype
 
 
 def round_up(rows: int) -> int:

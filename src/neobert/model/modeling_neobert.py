@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from .attention import FINE_GRANULARITY, Kernel, Layout, Rotary
-from .kernels import IGNORED, compute_dtype, full_cross_entropy, linear_cross_entropy, round_up_tokens
+from .kernels import IGNORED, compute_dtype, full_cross_entropy, is_autocast, linear_cross_entropy, round_up_tokens
 from .layers import Block, LayerNorm, LearnedScale, NormalizedBlock, RMSNorm, build_norm, unit
 from .unpadding import Documents, Lengths, Pooling, UnpaddedBatch, cumulative, host_lengths
 
@@ -174,6 +174,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         self.layers = nn.ModuleList([block(config) for _ in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.gradient_checkpointing = self.is_compiled = False
+        self.checkpointing_interval = 1  # with gradient_checkpointing: one block in so many is recomputed
         self.attention_kernel: Kernel = "sdpa"
         self.post_init()
 
@@ -225,6 +226,8 @@ class NeoBERT(NeoBERTPreTrainedModel):
             chosen = F.pad(rows_M, (0, size - end))
         config, layout, rotary = self.config, unpadded.layout, None
         x_ND = self.embed_tokens(unpadded.ids_N)
+        if is_autocast(x_ND.device.type):  # FSDP2 gathers embeddings in bfloat16; what blocks add to stays float32
+            x_ND = x_ND.float()
         if config.rope:
             longest = unpadded.shape[1] if layout.lengths is None else max(layout.max_seqlen, *layout.lengths, 0)
             width = config.hidden_size // config.num_attention_heads
@@ -232,11 +235,11 @@ class NeoBERT(NeoBERTPreTrainedModel):
         else:
             x_ND = x_ND + self.embed_positions(unpadded.positions_N + 1)
         x_ND = self.dropout(unit(x_ND).to(x_ND.dtype) if config.ngpt else x_ND)
-        for block in self.layers:
+        for number, block in enumerate(self.layers):
             if states is not None:
                 states.append(unpadded.restore(x_ND[:end]))
             wanted = chosen if block is self.layers[-1] else None
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and number % self.checkpointing_interval == 0:
                 x_ND = checkpoint(block, x_ND, rotary, layout, wanted, use_reentrant=False)
             else:
                 x_ND = block(x_ND, rotary, layout, wanted)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from neobert.optim.muon import Muon, MuonSettings
-from neobert.optim.sharding import local, local_rows, part_of
+from neobert.optim.sharding import is_first_copy, local, local_rows, part_of
 
 Named = Iterable[tuple[str, nn.Parameter]]
 Tensors = dict[str, Tensor]
@@ -120,10 +120,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
 
 def local_parts(state: Tensors, is_main: bool) -> tuple[Tensors, dict[str, int]]:
     """What this process has to save of optimizer state, copied to the CPU, and the first row of each shard. What all have is
-    saved by the main one.
+    saved by the main one, and of copies of shards the first.
     """
-    first_rows = {path: local_rows(tensor).start for path, tensor in state.items() if isinstance(tensor, DTensor)}
-    own = {path: local(tensor).detach() for path, tensor in state.items() if is_main or path in first_rows}
+    split = {path: tensor for path, tensor in state.items() if isinstance(tensor, DTensor) and is_first_copy(tensor)}
+    first_rows = {path: local_rows(tensor).start for path, tensor in split.items()}
+    own = {path: local(tensor).detach() for path, tensor in state.items() if is_main or path in split}
     return {path: tensor.to("cpu", copy=True) for path, tensor in own.items()}, first_rows
 
 

@@ -36,8 +36,15 @@ def split_rows(num_rows: int, rank: int, num_ranks: int) -> slice:
 def local_rows(tensor: Tensor) -> slice:
     """The rows of a tensor that are in this process."""
     if isinstance(tensor, DTensor) and tensor.ndim:
-        return split_rows(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+        mesh, dim = tensor.device_mesh, next(dim for dim, where in enumerate(tensor.placements) if where.is_shard())
+        return split_rows(tensor.shape[0], mesh.get_local_rank(dim), mesh.size(dim))
     return slice(0, tensor.shape[0] if tensor.ndim else 0)
+
+
+def is_first_copy(tensor: DTensor) -> bool:
+    """Whether this process has its rows in the first of the copies that there are of them (hybrid sharding)."""
+    coordinates = tensor.device_mesh.get_coordinate() or []
+    return all(at == 0 for at, where in zip(coordinates, tensor.placements, strict=True) if where.is_replicate())
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runti
     if isinstance(model, load.HFEncoderModel):
         packs = config.datacollator.pack_sequences and isinstance(model, HFEncoderForSequenceClassification)
         asked = {"trainer.torch_compile": config.trainer.torch_compile, "datacollator.pack_sequences": packs}
+        asked["trainer.gradient_checkpointing_interval"] = config.trainer.gradient_checkpointing_interval > 1
         for dotted in (dotted for dotted, is_asked in asked.items() if is_asked):
             raise ConfigError(Problem(dotted, "is for our own encoder; leave it out with model.from_hub"))
         return {"attention": f"transformers' {model.config._attn_implementation}", "kernels": "transformers'"}
@@ -65,15 +66,19 @@ def prepare_model(config: Config, model: load.Model | load.HFEncoderModel, runti
     liger = find_kernels().get("liger") if kind == "cuda" else None
     kernels, why = choose_kernels(config.model.kernel_backend, kind, liger, trainer.torch_compile)
     model.choose_kernels(kernels)
+    model.model.checkpointing_interval = trainer.gradient_checkpointing_interval
     compiled = "no"
     if trainer.torch_compile:
-        dynamic = trainer.torch_compile_dynamic
+        backend, mode, dynamic = (
+            trainer.torch_compile_backend,
+            trainer.torch_compile_mode,
+            trainer.torch_compile_dynamic,
+        )
         if model.model.attention_kernel != "sdpa":
             dynamic = dynamic_shapes(dynamic, config.datacollator.pack_sequences)
-        compile_blocks(model.model, kind, trainer.torch_compile_backend, dynamic)
-        shapes = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}
-        which = shapes[dynamic]
-        compiled = f"{trainer.torch_compile_backend}, {which}; the first steps take longer"
+        compile_blocks(model.model, kind, backend, dynamic, mode)
+        which = {None: "shapes as torch decides", True: "any shape", False: "every shape anew"}[dynamic]
+        compiled = f"{backend}{f' ({mode})' if mode else ''}, {which}; the first steps take longer"
     return {"attention": f"{attention}: {attention_why}", "kernels": f"{kernels}: {why}", "compiled": compiled}
 
 

@@ -20,6 +20,11 @@ from neobert.model.attention import Kernel
 Capability = tuple[int, int]  # of a CUDA device
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest CUDA devices that multiply bfloat16 and run flash attention
 PRECISION_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}  # values of trainer.mixed_precision
+UNUSED = {
+    "mps": "the Apple GPU (MPS) is not used: it has no float64, in which sums and norms are computed",
+    "xpu": "the Intel GPU (XPU) is not used: nothing here has been tried on one",
+}
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the modes of torch.compile that record them
 MOST_SHAPES = 64  # versions of a block that are compiled: shapes, arithmetic, with gradients or without
 KERNELS = {
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
@@ -31,6 +36,27 @@ KERNELS = {
 def choose_device(use_cpu: bool, has_cuda: bool) -> str:
     """The device type of a run."""
     return "cuda" if has_cuda and not use_cpu else "cpu"
+
+
+def unused_device(use_cpu: bool, device_type: str, found: Collection[str]) -> str:
+    """Why a run on the CPU does not use an accelerator that is `found` ("mps", "xpu"), "" where there is nothing to say."""
+    for name in UNUSED if device_type == "cpu" and not use_cpu else ():
+        if name in found:
+            return UNUSED[name]
+    return ""
+
+
+def choose_copies(is_hybrid: bool, world_size: int, environment: Mapping[str, str]) -> int:
+    """How many copies of the model FSDP2 keeps: one, or with hybrid sharding one on each node, whose number of processes the
+    launcher has put into LOCAL_WORLD_SIZE. Raises ConfigError.
+    """
+    if not is_hybrid:
+        return 1
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", "0"))
+    if not local_size or world_size % local_size:
+        found = f"{local_size} of {world_size} processes on this node" if local_size else "LOCAL_WORLD_SIZE is not set"
+        raise ConfigError(Problem("trainer.fsdp_hybrid", f"needs as many processes on every node, but {found}"))
+    return world_size // local_size
 
 
 def choose_engine(
@@ -171,6 +197,12 @@ def keep_memory() -> None:
                 library.mallopt(option, value)
 
 
+def allocator_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What lets CUDA's allocator grow its segments, so that sizes that change leave no holes; the user's own settings win."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    return {} if any(name in environment for name in names) else {names[0]: "expandable_segments:True"}
+
+
 def gpu_capability(device: torch.device) -> Capability:
     """CUDA's compute capability; (0, 0) for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -199,7 +231,7 @@ def dynamic_shapes(requested: bool | None, is_packed: bool) -> bool | None:
     return True if requested is None and not is_packed else requested
 
 
-def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None) -> None:
+def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None, mode: str | None = None) -> None:
     """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
 
     Attention itself depends on the lengths of documents, which change with every batch, and stays as it is. Shapes beyond
@@ -211,5 +243,14 @@ def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool |
     encoder.is_compiled = True
     for block in encoder.layers:
         for name in ("project", "finish"):
-            method = torch.compile(getattr(block, name), backend=backend, dynamic=dynamic)
+            method = torch.compile(getattr(block, name), backend=backend, dynamic=dynamic, mode=mode)
             setattr(block, name, method)
+    if (
+        mode in CUDA_GRAPHS
+    ):  # without gradients torch cannot see where a batch begins, and graphs may reuse their memory
+        encoder.layers[0].register_forward_pre_hook(_mark_evaluation)
+
+
+def _mark_evaluation(block: torch.nn.Module, inputs: Any) -> None:
+    if not block.training:
+        torch.compiler.cudagraph_mark_step_begin()

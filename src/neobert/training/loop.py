@@ -85,6 +85,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.has_started = False  # before, there is nothing to save; then a signal is acted on after the step
         self.signal = 0  # number of the signal that this process, and after `act` some process, received
+        self.is_updating = False  # an update has begun: weights are those of no step
         self.failure: Callable[[], UserError | None] = lambda: None  # of this process
 
     @property
@@ -260,10 +261,12 @@ def train_step(setup: Setup, window: Window, step: int) -> StepResult:
                 refuse(setup, result)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        setup.interrupt.is_updating = True
         optimizer.step()
         setup.after_update()
         optimizer.zero_grad(set_to_none=True)
         result.clip = None if setup.clip is None else setup.clip.apply(step + 1, getattr(optimizer, "found_inf", None))
+        setup.interrupt.is_updating = False
     return result
 
 

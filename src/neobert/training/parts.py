@@ -12,8 +12,9 @@ from neobert.config.explain import show_config
 from neobert.config.load import Loaded
 from neobert.config.schema import Config
 from neobert.data.batch import Batch, Loader
-from neobert.errors import ConfigError, Problem
+from neobert.errors import ConfigError, OutOfMemory, Problem
 from neobert.training.loop import Interrupt, TrainState
+from neobert.training.memory import out_of_memory
 from neobert.training.run_folder import OpenRun
 from neobert.training.runtime import Runtime
 
@@ -126,3 +127,7 @@ class Parts:
     end_messages: Callable[[], list[str]] = list
     on_finish: Callable[[Finished], None] | None = None  # in the main process, after the end, with values
     next_command: str = ""
+
+    def shortage(self, error: BaseException, number: int, runtime: Runtime) -> OutOfMemory | None:
+        """What to tell where step `number` ended in `error` for want of memory; None for another error."""
+        return out_of_memory(error, number, self.config, self.model, runtime)

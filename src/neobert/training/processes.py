@@ -196,6 +196,7 @@ def _end_when_deaf(arrived: int, heard: threading.Event, interrupt: Interrupt) -
 def started(config: Config) -> Iterator[Runtime]:
     """The runtime of this process, as configuration and launcher have it; only the main one prints. Raises ConfigError."""
     zero, names = read_zero(config, os.environ), {"use_cpu", "mixed_precision", "tf32", "engine"}
+    names |= {"fsdp_hybrid", "fsdp_reshard_after_forward", "ddp_bf16_gradients"}
     runtime = build_runtime(
         **config.trainer.model_dump(include=names), zero_options=None if zero is None else zero.options
     )

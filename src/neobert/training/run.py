@@ -17,7 +17,7 @@ from neobert.checkpoints.format import Content, list_steps, prune, verify_checkp
 from neobert.config.load import Loaded, dump_config
 from neobert.config.ready import check_ready
 from neobert.config.sections import TrainerConfig
-from neobert.errors import CheckpointError, ConfigError, Problem, UserError, first_line, print_notes
+from neobert.errors import CheckpointError, ConfigError, OutOfMemory, Problem, UserError, first_line, print_notes
 from neobert.optim.build import local_parts, optimizer_state
 from neobert.training.loop import Hook, Interrupt, Setup, StepResult, TrainState, prepare_batches, read, train
 from neobert.training.optimizer import build_clip, build_run_optimizer, plan_learning_rate
@@ -122,8 +122,12 @@ class Run:
             try:
                 train(self.setup, fetch, state, None if parts.ends_with_data else max_steps, hooks)
                 read(self.setup, state)
-            except (RuntimeError, OSError) as error:
-                self.end_broken_step(error)
+            except (RuntimeError, OSError, MemoryError) as error:
+                shortage = self.end_broken_step(error)
+            else:
+                shortage = None
+            if shortage is not None:  # raised here, where nothing holds the tensors of the step any more
+                raise shortage
             is_stopped = runtime.all_max(interrupt.signal)[0] > 0
             if trainer.save_model or is_stopped:
                 self.save()
@@ -242,27 +246,36 @@ class Run:
 
     # --- the end -----------
 
-    def end_broken_step(self, error: RuntimeError | OSError) -> None:
+    def end_broken_step(self, error: RuntimeError | OSError | MemoryError) -> OutOfMemory | None:
         """A signal to all processes of a job also ends the compiler that a step waits for: that is no error of the run. Returns
-        where the last whole step is to be saved; raises `error` where no signal had come, and SystemExit.
+        where the last whole step is to be saved, with the error to raise if memory ran out; else raises `error` where no signal
+        had come, and SystemExit.
         """
         number, step = self.context.interrupt.signal, self.state.step
         if not number:
-            raise error
+            if (shortage := self.parts.shortage(error, step + 1, self.context.runtime)) is None:
+                raise error
+            self.setup.optimizer.zero_grad(set_to_none=True)
+            return shortage
         if step and self.context.runtime.world_size == 1:
             self.out.line(f"note: step {step + 1:,} was broken off by the signal: {first_line(error)}")
-            return
+            return None
         what = "the last checkpoint stays" if step else "nothing had to be saved"
         self.out.line(f"stopped by {signal.Signals(number).name} in step {step + 1:,}; {what}")
         sys.exit(128 + number)
 
     def save_whole_step(self, error: UserError) -> None:
-        """Before a failure that all processes share ends the run: save the last whole step, and let the message say so."""
+        """Before a failure that all processes share ends the run: save the last whole step, and let the message say so. Memory
+        runs out in one process, while others wait for it in the step; and during an update there is no whole step any more.
+        """
+        has_step, interrupt, runtime = self.state.step > 0, self.context.interrupt, self.context.runtime
+        if isinstance(error, OutOfMemory):
+            has_step = has_step and runtime.world_size == 1 and not interrupt.is_updating
         try:
             if not isinstance(error, CheckpointError):  # that is what saving says
                 with suppress(UserError):  # of a step since then, which was not made either
                     read(self.setup, self.state)
-                if self.state.step:
+                if has_step and self.state.step:
                     self.save()
                 self.saver.wait()
         except CheckpointError as failure:

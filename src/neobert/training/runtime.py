@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.attention
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,10 +26,12 @@ from torch.optim import Optimizer
 import neobert.training.deepspeed as zero
 from neobert.checkpoints.format import ALONE, ProcessGroup, Tensors
 from neobert.errors import UserError, disk_error, first_line
-from neobert.optim.sharding import local, wants_few_launches
+from neobert.optim.sharding import local, placement, wants_few_launches
 from neobert.ranks import Ranks, launched_ranks
 from neobert.training.choices import (
+    allocator_settings,
     choose_attention,
+    choose_copies,
     choose_device,
     choose_engine,
     choose_flash_version,
@@ -36,6 +39,7 @@ from neobert.training.choices import (
     find_kernels,
     gpu_capability,
     keep_memory,
+    unused_device,
 )
 
 ENGINES = {
@@ -66,6 +70,9 @@ class Runtime(Ranks):
     owns_group: bool = False
     zero_options: Mapping[str, Any] = field(default_factory=dict)
     reads_late: bool = False  # the host reads what a step computed when it is needed, and does not wait for every step
+    num_copies: int = 1  # that FSDP2 keeps of the model, each split over as many processes
+    reshard: bool = True  # whether FSDP2 frees what it gathered for a forward pass
+    bf16_gradients: bool = False  # whether DDP sums them in bfloat16
 
     @property
     def zero_stage(self) -> int:
@@ -93,6 +100,8 @@ class Runtime(Ranks):
         count, stage, why = "one", self.zero_stage, f"; {self.why}" if self.why else ""
         if self.world_size > 1:
             count = f"{self.world_size}, {ENGINES[self.engine].format(stage=stage, split=SPLIT_BY_STAGE[stage])}"
+            count += f", {self.num_copies} copies" if self.num_copies > 1 else ""
+            count += ", gradients summed in bfloat16" if self.bf16_gradients and self.engine == "ddp" else ""
         return f"{count}{why}"
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -121,12 +130,22 @@ class Runtime(Ranks):
         """The model as it is to be called. FSDP2 replaces parameters by shards, so the optimizer is built afterwards."""
         if self.engine == "ddp":
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            copy = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            if self.bf16_gradients:
+                copy.register_comm_hook(None, compress_gradients)
+            return copy
         if self.engine == "fsdp2":
-            mesh = init_device_mesh(self.device.type, (self.world_size,))
+            shape, names = (self.num_copies, self.world_size // self.num_copies), ("copies", "shards")
+            first = 0 if self.num_copies > 1 else 1
+            mesh = init_device_mesh(self.device.type, shape[first:], mesh_dim_names=names[first:])
+            policy = MixedPrecisionPolicy()
+            if self.dtype is not None:  # weights are gathered in what products take; gradients are summed in float32
+                policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             for block in blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
+            fully_shard(
+                model, mesh=mesh, mp_policy=policy, reshard_after_forward=False
+            )  # the backward pass begins with it
             assert isinstance(model, FSDPModule)
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         return model
@@ -270,30 +289,38 @@ def build_runtime(
     engine: str = "auto",
     zero_options: Mapping[str, Any] | None = None,
     trains: bool = True,
+    fsdp_hybrid: bool = False,
+    fsdp_reshard_after_forward: bool = True,
+    ddp_bf16_gradients: bool = False,
 ) -> Runtime:
     """The runtime of this process, from what the machine has and what started it. `zero_options` are DeepSpeed's, where it is
-    asked for; `trains`: gradients are computed. Raises ConfigError.
+    asked for; `trains`: gradients are computed; the rest as the keys of `trainer`. Raises ConfigError.
     """
     ranks = launched_ranks()
     engine, why = choose_engine(engine, ranks.world_size, zero_options is not None, os.environ)
     if engine == "deepspeed":
         zero.check_installed()
+    num_copies = choose_copies(fsdp_hybrid and engine == "fsdp2", ranks.world_size, os.environ)
     kind = choose_device(use_cpu, torch.cuda.is_available())
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cpu":
         keep_memory()
     else:
+        os.environ.update(allocator_settings(os.environ))  # read when CUDA starts
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     has_amx, capability = torch.cpu._is_amx_tile_supported(), gpu_capability(device)
     dtype, note = choose_precision(mixed_precision, kind, has_amx=has_amx, capability=capability, trains=trains)
+    accelerators = [name for name in ("mps", "xpu") if getattr(torch, name).is_available()]
+    note = "; ".join(filter(None, (note, unused_device(use_cpu, kind, accelerators))))
     owns_group = ranks.world_size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     cpu_group = connect("long waits", dist.group.WORLD) if ranks.world_size > 1 else None
     return Runtime(
         ranks.rank, ranks.world_size, device=device, dtype=dtype, note=note, tf32=tf32, engine=engine, why=why,
-        cpu_group=cpu_group, owns_group=owns_group, zero_options=zero_options or {},
+        cpu_group=cpu_group, owns_group=owns_group, zero_options=zero_options or {}, num_copies=num_copies,
+        reshard=fsdp_reshard_after_forward, bf16_gradients=ddp_bf16_gradients,
         reads_late=kind == "cuda" and engine != "deepspeed",
     )  # fmt: skip
 
@@ -306,12 +333,17 @@ def connect(purpose: str, world: Any) -> dist.ProcessGroup:
     return group
 
 
+def compress_gradients(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """torch's bf16_compress_hook, which torch refuses under its own name where NCCL is not there; gloo runs it as well."""
+    return bf16_compress_hook(group, bucket)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     """Euclidean norm of all together, whole tensors or shards (`all_split`: all are shards); every process has to ask. Norms
     of rows, which most engines do not split, are summed in float64 on the CPU: there it does not depend on how rows are split.
     """
-    whole, split = list[Tensor](), list[Tensor]()
+    tensors, whole, split = list(tensors), list[Tensor](), list[Tensor]()
     for tensor in tensors:
         is_scattered = zero.is_scattered(tensor)
         part = zero.local_piece(tensor) if is_scattered else local(tensor)
@@ -319,7 +351,7 @@ def total_norm(tensors: Iterable[Tensor], all_split: bool = False) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=(split or whole)[0].device)
     if split:
         total = torch.stack(squares(split)).sum()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=next((placement(x).group for x in tensors if isinstance(x, DTensor)), None))
     return (total + sum(squares(whole))).sqrt().float()
 
 
