@@ -557,8 +557,10 @@ ROWS = {
     "model.attn_backend": called(
         runtime,
         "choose_attention",
-        lambda requested, *_, **__: choose_attention(requested, "cuda", packages={"torch_varlen": ""})[0],
-        "torch_varlen",
+        lambda requested, *_, **__: choose_attention(
+            requested, "cuda", packages={"torch_varlen": "", "flash_attn": ""}
+        )[0],
+        "flash_attn",
         "model.attn_backend=flash_attn_varlen",
     ),
     "model.kernel_backend": called(
