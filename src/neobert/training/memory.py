@@ -141,7 +141,7 @@ def memory_asked(error: BaseException) -> str | None:
 def out_of_memory(
     error: BaseException, number: int, config: Config, model: Any, runtime: Runtime
 ) -> OutOfMemory | None:
-    """What to tell of step `number`, which ended in `error`: what takes the memory, where the formula fits model and engine, and
+    """What to tell of step `number`, which ended in `error`: what takes the memory, where the formula fits the run, and
     which keys to lower; None for an error of another kind.
     """
     if (asked := memory_asked(error)) is None:
