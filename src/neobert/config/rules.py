@@ -158,21 +158,16 @@ def zero_updates_copies(config: Config) -> Found:
         yield Problem("trainer.torch_compile", message)
 
 
-def graphs_need_static_shapes(config: Config) -> Found:
-    """CUDA graphs, which two of the modes record, replay one shape: that of packed rows in full microbatches. All modes are
-    inductor's.
-    """
+def graphs_need_one_shape(config: Config) -> Found:
+    """CUDA graphs, which two modes of inductor record, replay one shape: that of packed rows in full microbatches."""
     trainer, key = config.trainer, "trainer.torch_compile_mode"
-    if not trainer.torch_compile or trainer.torch_compile_mode is None:
-        return
-    if trainer.torch_compile_backend != "inductor":
-        yield Problem(key, f"is for torch_compile_backend: inductor, not {trainer.torch_compile_backend}")
-    is_full = config.datacollator.pack_sequences and trainer.enforce_full_packed_batches
-    if trainer.torch_compile_mode in ("reduce-overhead", "max-autotune") and not (
-        is_full and config.task == "pretraining"
-    ):
+    mode, backend = trainer.torch_compile_mode if trainer.torch_compile else None, trainer.torch_compile_backend
+    has_one_shape = config.datacollator.pack_sequences and trainer.enforce_full_packed_batches
+    if mode is not None and backend != "inductor":
+        yield Problem(key, f"is for torch_compile_backend: inductor, not {backend}")
+    if mode in ("reduce-overhead", "max-autotune") and not (has_one_shape and config.task == "pretraining"):
         why = "records CUDA graphs, which need batches of one shape: full packed rows of pretraining"
-        yield Problem(key, f"{trainer.torch_compile_mode} {why}; or use default, max-autotune-no-cudagraphs")
+        yield Problem(key, f"{mode} {why}; or use default, max-autotune-no-cudagraphs")
 
 
 def packed_sdpa_is_slower(config: Config) -> Found:
@@ -251,7 +246,7 @@ RULES = (
     Rule("ERROR", ("trainer.resume_from_checkpoint", "dataset.streaming"), resume_needs_a_position),
     Rule("ERROR", ("optimizer.name", *ZERO_KEYS), muonclip_needs_whole_matrices),
     Rule("ERROR", ("model.ngpt", "trainer.torch_compile", *ZERO_KEYS), zero_updates_copies),
-    Rule("ERROR", ("trainer.torch_compile_mode", "datacollator.pack_sequences"), graphs_need_static_shapes),
+    Rule("ERROR", ("trainer.torch_compile_mode", "datacollator.pack_sequences"), graphs_need_one_shape),
     Rule("ERROR", ("trainer.engine",), "deepspeed, but use_deepspeed is false; set one of them to the other's",
         lambda c: c.trainer.engine == "deepspeed" and not c.use_deepspeed,
         "`use_deepspeed: false` switches DeepSpeed off.", ("use_deepspeed",)),

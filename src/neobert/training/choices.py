@@ -24,7 +24,6 @@ UNUSED = {
     "mps": "the Apple GPU (MPS) is not used: it has no float64, in which sums and norms are computed",
     "xpu": "the Intel GPU (XPU) is not used: nothing here has been tried on one",
 }
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the modes of torch.compile that record them
 MOST_SHAPES = 64  # versions of a block that are compiled: shapes, arithmetic, with gradients or without
 KERNELS = {
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
@@ -39,24 +38,19 @@ def choose_device(use_cpu: bool, has_cuda: bool) -> str:
 
 
 def unused_device(use_cpu: bool, device_type: str, found: Collection[str]) -> str:
-    """Why a run on the CPU does not use an accelerator that is `found` ("mps", "xpu"), "" where there is nothing to say."""
-    for name in UNUSED if device_type == "cpu" and not use_cpu else ():
-        if name in found:
-            return UNUSED[name]
-    return ""
+    """Why a run on the CPU that did not ask for it does not use the accelerators that are `found` ("mps", "xpu")."""
+    return "; ".join(UNUSED[name] for name in found if device_type == "cpu" and not use_cpu)
 
 
 def choose_copies(is_hybrid: bool, world_size: int, environment: Mapping[str, str]) -> int:
     """How many copies of the model FSDP2 keeps: one, or with hybrid sharding one on each node, whose number of processes the
     launcher has put into LOCAL_WORLD_SIZE. Raises ConfigError.
     """
-    if not is_hybrid:
-        return 1
-    local_size = int(environment.get("LOCAL_WORLD_SIZE", "0"))
-    if not local_size or world_size % local_size:
-        found = f"{local_size} of {world_size} processes on this node" if local_size else "LOCAL_WORLD_SIZE is not set"
+    size = int(environment.get("LOCAL_WORLD_SIZE", "0")) if is_hybrid else world_size
+    if not size or world_size % size:
+        found = f"{size} of {world_size} processes on this node" if size else "LOCAL_WORLD_SIZE is not set"
         raise ConfigError(Problem("trainer.fsdp_hybrid", f"needs as many processes on every node, but {found}"))
-    return world_size // local_size
+    return world_size // size
 
 
 def choose_engine(
@@ -245,12 +239,11 @@ def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool |
         for name in ("project", "finish"):
             method = torch.compile(getattr(block, name), backend=backend, dynamic=dynamic, mode=mode)
             setattr(block, name, method)
-    if (
-        mode in CUDA_GRAPHS
-    ):  # without gradients torch cannot see where a batch begins, and graphs may reuse their memory
-        encoder.layers[0].register_forward_pre_hook(_mark_evaluation)
+    if mode in ("reduce-overhead", "max-autotune"):  # which record CUDA graphs
+        encoder.layers[0].register_forward_pre_hook(mark_batch)
 
 
-def _mark_evaluation(block: torch.nn.Module, inputs: Any) -> None:
+def mark_batch(block: torch.nn.Module, inputs: Any) -> None:
+    """An evaluation's next batch begins: what CUDA graphs gave for the one before may be overwritten."""
     if not block.training:
         torch.compiler.cudagraph_mark_step_begin()

@@ -96,9 +96,7 @@ def memory_per_process(step: Step) -> Memory:
     is_cast = step.in_bfloat16 and step.engine != "fsdp2"  # which gathers them in it
     copies, decoder = (c * (4 * D * D + 3 * F * D), c * V * D) if is_cast else (0, 0)
     kept = N * (2 * D * FLOAT + c * (6 * D + 4 * F + scores)) + copies
-    after_attention = D * FLOAT + c * (
-        D + 4 * F
-    )  # of a token: a residual stream, a norm's result, the feed-forward part
+    after_attention = D * FLOAT + c * (D + 4 * F)  # a token's residual stream, norm's result, feed-forward part
     activations = of_blocks(step, N * D * FLOAT, kept, kept - (N - M) * after_attention)
     activations += N * D * FLOAT + decoder + c * M * D
 
@@ -122,9 +120,7 @@ def of_blocks(step: Step, stream: int, kept: int, kept_by_last: int) -> int:
     """
     most = below = 0
     for number in range(step.num_layers):
-        whole = (
-            kept if number < step.num_layers - 1 else kept_by_last
-        )  # after its attention the last one has targets alone
+        whole = kept if number < step.num_layers - 1 else kept_by_last  # which after its attention has targets alone
         is_recomputed = step.gradient_checkpointing and number % step.checkpointing_interval == 0
         most = max(most, below + whole + stream * is_recomputed)
         below += stream if is_recomputed else whole
@@ -139,52 +135,36 @@ def memory_asked(error: BaseException) -> str | None:
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
         return None
     amount, unit = found.groups() if (found := ASKED.search(str(error))) else ("", "")
-    return gibibytes(float(amount)) if unit == "bytes" else f"{amount} {unit}" if unit else "more"
-
-
-def gibibytes(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB"
-
-
-def planned_step(config: Config, model: Any, runtime: Runtime) -> Step | None:
-    """A microbatch of a run; None where the formula is not about its model or engine."""
-    if not isinstance(model, NeoBERTForMaskedLM) or runtime.engine not in ("plain", "ddp", "fsdp2"):
-        return None
-    trainer, shape = config.trainer, model.config
-    num_tokens = trainer.per_device_train_batch_size * config.row_length
-    return Step(
-        shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads, shape.intermediate_size, shape.vocab_size,
-        num_tokens, round(num_tokens * config.datacollator.mlm_probability), config.row_length,
-        world_size=runtime.world_size // runtime.num_copies, engine=runtime.engine, in_bfloat16=runtime.dtype is not None,
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        checkpointing_interval=trainer.gradient_checkpointing_interval, reshard=runtime.reshard,
-    )  # fmt: skip
+    return f"{float(amount) / 2**30:,.2f} GiB" if unit == "bytes" else f"{amount} {unit}" if unit else "more"
 
 
 def out_of_memory(
     error: BaseException, number: int, config: Config, model: Any, runtime: Runtime
 ) -> OutOfMemory | None:
-    """What to tell of step `number`, which ended in `error`: what takes the memory and which keys to lower; None for an error
-    of another kind.
+    """What to tell of step `number`, which ended in `error`: what takes the memory, where the formula fits the run, and
+    which keys to lower; None for an error of another kind.
     """
     if (asked := memory_asked(error)) is None:
         return None
-    needs, trainer = "", config.trainer
-    if (step := planned_step(config, model, runtime)) is not None:
-        memory = memory_per_process(step)
+    trainer, needs = config.trainer, ""
+    if isinstance(model, NeoBERTForMaskedLM) and runtime.engine in ("plain", "ddp", "fsdp2"):
+        shape, num_tokens = model.config, trainer.per_device_train_batch_size * config.row_length
+        memory = memory_per_process(Step(
+            shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads, shape.intermediate_size, shape.vocab_size,
+            num_tokens, round(num_tokens * config.datacollator.mlm_probability), config.row_length,
+            runtime.world_size // runtime.num_copies, runtime.engine, runtime.dtype is not None,
+            trainer.gradient_checkpointing, trainer.gradient_checkpointing_interval, runtime.reshard,
+        ))  # fmt: skip
         sizes = {
             "weights": memory.states // 3 + memory.gathered, "moments": memory.states * 2 // 3, "gradients": memory.update,
             "activations": memory.activations, "logits": memory.logits,
         }  # fmt: skip
-        parts = ", ".join(f"{name} {gibibytes(size)}" for name, size in sizes.items())
-        needs = f"; a process of this run needs about {gibibytes(memory.peak)} ({parts})"
+        parts = ", ".join(f"{name} {size / 2**30:,.2f}" for name, size in sizes.items())
+        needs = f"; a process of this run needs about {memory.peak / 2**30:,.2f} GiB ({parts})"
+    is_whole = trainer.gradient_checkpointing and trainer.gradient_checkpointing_interval == 1
     length = "glue.max_seq_length" if config.task == "glue" else "dataset.max_seq_length"
-    ways = (
-        f"lower trainer.per_device_train_batch_size ({trainer.per_device_train_batch_size}), with gradient_accumulation_steps "
-        f"raised, or {length}"
+    recompute = "" if is_whole else ", or set trainer.gradient_checkpointing: true (gradient_checkpointing_interval: 1)"
+    return OutOfMemory(
+        f"out of memory in step {number:,}: {asked} could not be had{needs}; lower trainer.per_device_train_batch_size "
+        f"({trainer.per_device_train_batch_size}) and raise gradient_accumulation_steps, or lower {length}{recompute}"
     )
-    if not trainer.gradient_checkpointing:
-        ways += ", or set trainer.gradient_checkpointing: true"
-    elif trainer.gradient_checkpointing_interval > 1:
-        ways += ", or trainer.gradient_checkpointing_interval"
-    return OutOfMemory(f"out of memory in step {number:,}: {asked} could not be had{needs}; {ways}")

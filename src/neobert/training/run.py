@@ -119,13 +119,12 @@ class Run:
                 self.evaluate(self.evaluation)  # a signal had broken it off
                 if not state.is_evaluation_open:
                     self.save(again=True)  # with its result
+            shortage = None
             try:
                 train(self.setup, fetch, state, None if parts.ends_with_data else max_steps, hooks)
                 read(self.setup, state)
             except (RuntimeError, OSError, MemoryError) as error:
                 shortage = self.end_broken_step(error)
-            else:
-                shortage = None
             if shortage is not None:  # raised here, where nothing holds the tensors of the step any more
                 raise shortage
             is_stopped = runtime.all_max(interrupt.signal)[0] > 0
@@ -268,14 +267,12 @@ class Run:
         """Before a failure that all processes share ends the run: save the last whole step, and let the message say so. Memory
         runs out in one process, while others wait for it in the step; and during an update there is no whole step any more.
         """
-        has_step, interrupt, runtime = self.state.step > 0, self.context.interrupt, self.context.runtime
-        if isinstance(error, OutOfMemory):
-            has_step = has_step and runtime.world_size == 1 and not interrupt.is_updating
+        is_split = self.context.runtime.world_size > 1 or self.context.interrupt.is_updating
         try:
             if not isinstance(error, CheckpointError):  # that is what saving says
-                with suppress(UserError):  # of a step since then, which was not made either
-                    read(self.setup, self.state)
-                if has_step and self.state.step:
+                if self.state.step and not (is_split and isinstance(error, OutOfMemory)):
+                    with suppress(UserError):  # of a step since then, which was not made either
+                        read(self.setup, self.state)
                     self.save()
                 self.saver.wait()
         except CheckpointError as failure:
