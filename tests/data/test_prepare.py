@@ -158,6 +158,14 @@ def write_config(path, tmp_path):
     return tmp_path / "config.yaml"
 
 
+def test_a_full_disk_for_a_tokenizer(tmp_path):
+    command = ["tokenizer", "train", TEXT, "-o", tmp_path / "out", "--vocab-size", "2048"]
+    result = run_neobert(*command, max_file_bytes=10 << 10)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: ")
+    assert "Traceback" not in result.stderr
+
+
 def test_a_full_disk_while_tokenising(tmp_path):
     result = run_neobert(*tokenize_command(TEXT, tmp_path / "out"), max_file_bytes=100 << 10)
     reason = "cannot write the tokenised corpus: File too large; run it again, it goes on"

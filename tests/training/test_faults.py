@@ -93,6 +93,36 @@ def test_a_signal_to_all_processes_of_a_run(phase, tmp_path):
         assert "nothing had to be saved" in output
 
 
+def compile_with(compiler, folder):
+    """A block's library, compiled by the only g++ on the way."""
+    os.environ.update(PATH=f"{compiler}:{os.environ['PATH']}", TORCHINDUCTOR_CACHE_DIR=str(folder))
+    run = pretraining.run(load_config([], [*TINY, "trainer.torch_compile=true", "trainer.max_steps=1",
+                                           f"trainer.output_dir={folder / 'out'}"]))  # fmt: skip
+    assert run.state.step == 1
+
+
+def test_a_compiler_that_was_killed_leaves_no_library(tmp_path):
+    """Inductor takes a library that is there for whole, in every later run. The first compiler is killed as it writes."""
+    compiler = tmp_path / "bin/g++"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        "#!/bin/bash\nwhile [ $# -gt 0 ]; do case $1 in -o) out=$2;; *main.cpp) source=$1;; esac; shift; done\n"
+        f'if [ "$source" ] && mkdir {tmp_path}/killed 2>/dev/null; then : > "$out"; kill -KILL $$; fi\n'
+    )
+    real = shutil.which("g++")
+    text = compiler.read_text().replace("#!/bin/bash\n", '#!/bin/bash\nall=("$@")\n') + f'exec {real} "${{all[@]}}"\n'
+    compiler.write_text(text)
+    compiler.chmod(0o755)
+    first = start_function(compile_with, compiler.parent, tmp_path / "cache")
+    first.communicate(timeout=240)
+    assert (tmp_path / "killed").exists()
+    assert first.returncode
+    assert not [path for path in (tmp_path / "cache").rglob("*.so") if not path.stat().st_size]
+    second = start_function(compile_with, compiler.parent, tmp_path / "cache")
+    second.communicate(timeout=240)
+    assert second.returncode == 0, second.errors()
+
+
 def take_signals():
     interrupt = Interrupt()
     interrupt.has_started = True

@@ -248,3 +248,6 @@ def main() -> None:
         if (failed := disk_error(error)) is None:
             raise
         _fail(str(failed))
+    finally:  # handlers of Python would interrupt what runs when the interpreter ends
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)

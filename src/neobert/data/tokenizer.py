@@ -1,8 +1,10 @@
 """Tokenizers: load one, train one, fit its size to the model, and turn batches of text into token ids."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -212,7 +214,9 @@ def save_tokenizer(tokenizer: Any, folder: str | Path, has_token_types: bool = T
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise OSError(str(error)) from None  # tokenizers has no class of its own for a file that cannot be written
+        # tokenizers has no class of its own for a file that cannot be written
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from None
     path, private = Path(folder) / "tokenizer_config.json", ("name_or_path", "is_local", "local_files_only")
     settings = {name: value for name, value in json.loads(path.read_text()).items() if name not in private}
     if not has_token_types:

@@ -6,9 +6,11 @@ Decisions are pure functions, and each answer comes with its reason.
 import ctypes
 import importlib
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -225,6 +227,33 @@ def dynamic_shapes(requested: bool | None, is_packed: bool) -> bool | None:
     return True if requested is None and not is_packed else requested
 
 
+def _write_libraries_whole() -> None:
+    """From now on what inductor's C++ compiler writes gets its name when it is whole. Inductor takes a file that is there for
+    compiled, in a cache that all runs share: a compiler that was killed left an empty library, and runs failed ever after.
+    """
+    from torch._inductor import cpp_builder
+
+    compile_to = cpp_builder.run_compile_cmd
+    if getattr(compile_to, "is_whole", False):
+        return
+
+    def compile_whole(command: str, cwd: str) -> None:
+        words = shlex.split(command)
+        if "-o" not in words:
+            return compile_to(command, cwd)
+        at = words.index("-o") + 1
+        target, words[at] = words[at], f"{words[at]}.{os.getpid()}.tmp"
+        try:
+            compile_to(shlex.join(words), cwd)
+            os.replace(os.path.join(cwd, words[at]), os.path.join(cwd, target))
+        except BaseException:
+            Path(cwd, words[at]).unlink(missing_ok=True)
+            raise
+
+    compile_whole.is_whole = True  # type: ignore[attr-defined]
+    cpp_builder.run_compile_cmd = compile_whole
+
+
 def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool | None, mode: str | None = None) -> None:
     """torch.compile what lies before and after the attention of every block; the blocks share the compiled code.
 
@@ -233,6 +262,8 @@ def compile_blocks(encoder: Any, device_type: str, backend: str, dynamic: bool |
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     check_compile(backend, torch._dynamo.list_backends(None), device_type, compiler is not None)
+    if backend == "inductor":
+        _write_libraries_whole()
     torch._dynamo.config.recompile_limit = MOST_SHAPES
     encoder.is_compiled = True
     for block in encoder.layers:

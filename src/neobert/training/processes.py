@@ -148,23 +148,25 @@ def stop_signals(interrupt: Interrupt) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 end a run with exit code 128 + their number.
 
     Before the first step there is nothing to save: the process ends at once, also where it waits for others outside of Python,
-    which calls no handler. Then they are noted, and the loop ends after the step in progress, with a checkpoint; a second one,
-    after `ONE_STOP_SECONDS`, ends the process at once.
+    which calls no handler. Then they are noted, and the loop ends after the step in progress, with a checkpoint. A second one
+    does not disturb what the first one has begun; after `ONE_STOP_SECONDS` it ends the process at once.
     """
-    first, heard = 0.0, threading.Event()
+    first, heard = 0.0, threading.Event()  # when the first one came
 
     def stop(number: int, frame: Any) -> None:
         nonlocal first
         heard.set()
+        if first:
+            if time.monotonic() - first > ONE_STOP_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        first = time.monotonic()
         if not interrupt.has_started:
             name = signal.Signals(number).name
             print(f"stopped by {name} before the first step; nothing had to be saved", flush=True)
             sys.exit(128 + number)
-        if not interrupt.signal:
-            interrupt.signal, first = number, time.monotonic()
-        elif time.monotonic() - first > ONE_STOP_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        interrupt.signal = number
 
     arrived, writer = os.pipe()
     os.set_blocking(writer, False)
