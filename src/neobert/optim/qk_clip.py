@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from neobert.errors import ConfigError, Problem
 from neobert.model.attention import GRANULARITY, Layout, Rotary
 from neobert.model.layers import Attention
-from neobert.model.unpadding import host_lengths
+from neobert.model.unpadding import Documents, host_lengths
 from neobert.optim.sharding import local, local_rows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
