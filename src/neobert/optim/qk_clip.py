@@ -31,9 +31,7 @@ from neobert.model.unpadding import Documents, host_lengths
 from neobert.optim.sharding import local, local_rows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-Documents = tuple[
-    Tensor | None, list[Tensor]
-]  # positions in B*T of tokens that are no padding (None: all), their groups
+RealTokens = tuple[Tensor | None, list[Tensor]]  # positions in B*T of what is no padding (None: all), their groups
 
 
 @dataclass(frozen=True)
@@ -213,8 +211,8 @@ def _bad_mapping(message: str) -> ConfigError:
 def _real_documents(ids_BT: Tensor, inputs: dict[str, Any], pad_id: int | None) -> tuple[Tensor | None, Sequence[int]]:
     """Positions (None: all) and lengths of what is not padding, by an `attention_mask` or packed `document_lengths`."""
     mask, packed = inputs.get("attention_mask"), inputs.get("document_lengths")
-    if (lengths := getattr(packed, "lengths", None)) is not None:  # laid out by the host: padding belongs to none
-        return None, lengths
+    if isinstance(packed, Documents):  # laid out by the host: padding belongs to none
+        return None, packed.lengths
     if packed is not None:
         lengths = host_lengths(packed)
         if pad_id is None:
@@ -251,7 +249,7 @@ class QKClip:
         if not self._blocks:
             raise _bad_mapping("the model has no attention block that is known; name its projections")
         self._is_armed = False  # the next forward pass is to be looked at
-        self._documents: Documents | None = None  # of this forward pass, where it is looked at
+        self._documents: RealTokens | None = None  # of this forward pass, where it is looked at
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
 
