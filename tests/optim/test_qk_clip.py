@@ -1,6 +1,6 @@
 """QK-clip against a naive float64 reference over the whole batch: same heads, same factors, same weights."""
 
-from collections import Counter, namedtuple
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from neobert.data.batch import Batch
 from neobert.errors import ConfigError
 from neobert.model.attention import Layout
 from neobert.model.layers import Attention
+from neobert.model.unpadding import Documents
 from neobert.optim.qk_clip import (
     QKClip,
     QKClipSettings,
@@ -219,8 +220,6 @@ def test_rows_with_a_mask_are_seen_as_documents():
 
 
 # --- a clip that never waits -----------
-
-Documents = namedtuple("Documents", "lengths cu_seqlens max_seqlen")
 
 
 def test_a_step_that_clips_asks_the_device_for_nothing():
