@@ -5,6 +5,7 @@ A runtime that reads late runs here on the CPU, on the path of a GPU (helpers/re
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from helpers import reference_kernels
 from helpers.host_reads import HostReads
 from helpers.models import VOCABULARY, build
+from neobert.config.load import load_config
 from neobert.data.batch import Batch
 from neobert.errors import UserError
 from neobert.model.embedding import ContrastiveSettings, NeoBERTForEmbedding
@@ -21,6 +23,7 @@ from neobert.optim.build import OptimizerSettings, build_optimizer
 from neobert.optim.muon import MuonSettings
 from neobert.optim.qk_clip import QKClip, QKClipSettings
 from neobert.training.loop import Setup, TrainState, read, train
+from neobert.training.reporting import Log
 from neobert.training.runtime import Runtime
 
 LATE = Runtime(device=torch.device("cpu"), reads_late=True)
@@ -176,3 +179,38 @@ def test_a_bad_step_changes_nothing(name, where):
         assert torch.equal(a, b)
     for a, b in zip(whole.optimizer.state.values(), late.optimizer.state.values(), strict=True):
         assert all(torch.equal(a[kind], b[kind]) for kind in a)
+
+
+class Lines:
+    """What a log writes, with the number of steps that had been started by then."""
+
+    has_bar, failure = True, None
+
+    def __init__(self):
+        self.rows, self.started = [], 0
+
+    def write(self, row):
+        self.rows.append((self.started, row["step"], row["loss"]))
+
+    def step(self, loss, rate):
+        pass
+
+
+def test_a_line_is_written_when_the_next_step_has_been_started():
+    """Late by one step, and with the same numbers; the last line at once."""
+    found = {}
+    for late in (True, False):
+        setup, state, out = setup_of("adamw", runtime=replace(LATE, reads_late=late)), TrainState(), Lines()
+        config = load_config([], ["trainer.logging_steps=2"], "pretraining").config
+        log = Log(SimpleNamespace(config=config, log_metrics=dict, model=setup.model), setup, out, 5)
+        windows = [[batch(n)] for n in range(5)]
+
+        def fetch(windows=windows, out=out):
+            out.started += 1
+            return windows.pop(0)
+
+        train(setup, fetch, state, 5, [log])
+        found[late] = out.rows
+    assert [(started, step) for started, step, _ in found[True]] == [(3, 2), (5, 4), (5, 5)]
+    assert [(started, step) for started, step, _ in found[False]] == [(2, 2), (4, 4), (5, 5)]
+    assert [loss for *_, loss in found[True]] == [loss for *_, loss in found[False]]

@@ -155,20 +155,23 @@ def train(
             hook(state, result)
 
 
-def read(setup: Setup, state: TrainState, *more: Tensor) -> list[list[float]]:
-    """Bring what the steps since the last call computed from the device to their results and to `state.logged`, and the values
-    of `more` tensors: in one copy, the one wait for the device. All processes call it at the same step.
+def read(setup: Setup, state: TrainState, *more: Tensor, until: int | None = None) -> list[list[float]]:
+    """Bring what the steps since the last call (`until`: up to that step) computed from the device to their results and to
+    `state.logged`, and the values of `more` tensors: in one copy, the one wait for the device. All processes call it at the
+    same step.
 
     Raises UserError for a step whose loss or gradient is not finite, which was not made, nor any after it; `state` is then
     that before it.
     """
-    unread, state.unread = state.unread, []
+    unread = [one for one in state.unread if until is None or one[0].step <= until]
+    state.unread = state.unread[len(unread) :]
     with setup.stopwatch.phase("compute"):  # where the device is faster than the host, it is waited for here
         found = to_host([*(result.values for result, _ in unread), *more])
     for (result, before), values in zip(unread, found[: len(unread)], strict=True):
         result.fill_in(values)
         if not all(map(math.isfinite, values)):
             state.__dict__.update(before)
+            state.unread = []
             refuse(setup, result)
         one = {"loss": values[0], "targets": result.num_targets, "correct": result.num_correct}
         state.logged = {name: state.logged.get(name, 0) + value for name, value in one.items()}

@@ -8,11 +8,14 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from neobert.config.explain import plain_json
 from neobert.config.schema import Config, known_keys
@@ -50,24 +53,49 @@ class Log:
     max_steps: int
     window: list[StepResult] = field(default_factory=list)  # of this process
     last_rate: float | None = None
+    open_line: Callable[[], None] | None = None  # of a step whose numbers may still be computed
 
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
+        """Write the line of this step where one is due; where the runtime reads late, when the next step has been started, so
+        that the device never has nothing to do.
+        """
+        self.flush()
         if result is not None:
             self.window.append(result)
-        trainer = self.parts.config.trainer
-        is_due = result is None or state.step % trainer.logging_steps == 0 or state.step == self.max_steps
-        if self.window and (is_due or self.parts.config.debug):
-            self._write(state)
+        trainer, is_last = self.parts.config.trainer, result is None or state.step == self.max_steps
+        if self.window and (is_last or state.step % trainer.logging_steps == 0 or self.parts.config.debug):
+            self._begin(state)
+            if is_last or not self.setup.runtime.reads_late:
+                self.flush()
         if result is not None:
             self.out.step(result.loss, self.last_rate)
 
-    def _write(self, state: TrainState) -> None:
-        window, self.window, trainer = self.window, [], self.parts.config.trainer
+    def flush(self) -> None:
+        """Write the line that is open."""
+        write, self.open_line = self.open_line, None
+        if write is not None:
+            write()
+
+    def _begin(self, state: TrainState) -> None:
+        """Take down what a line says of this moment."""
+        window, self.window = self.window, []
         metrics = self.parts.log_metrics()
-        if trainer.log_weight_norms:
+        if self.parts.config.trainer.log_weight_norms:
             metrics = {"weight_norm": total_norm(self.parts.model.parameters()), **metrics}
         clips = stack_reports([one.clip for one in window if one.clip is not None])
-        found = read(self.setup, state, *metrics.values(), *([clips] if len(clips) else []))
+        now = {"step": state.step, "epoch": state.epoch, "num_tokens": state.num_tokens}
+        self.open_line = partial(self._write, state, window, metrics, clips, now)
+
+    def _write(
+        self,
+        state: TrainState,
+        window: list[StepResult],
+        metrics: dict[str, Tensor],
+        clips: Tensor,
+        now: dict[str, int],
+    ) -> None:
+        more = [*metrics.values(), *([clips] if len(clips) else [])]
+        found, trainer = read(self.setup, state, *more, until=now["step"]), self.parts.config.trainer
         values = {name: value for name, (value,) in zip(metrics, found, strict=False) if math.isfinite(value)}
         sums, state.logged, seconds = state.logged, {}, self.setup.stopwatch.lap()
         step_seconds = seconds["data"] + seconds["compute"] + seconds["optimizer"]
@@ -75,11 +103,9 @@ class Log:
         self.last_rate = sum(one.num_tokens for one in window) / max(step_seconds, 1e-9)
         row: dict[str, Any] = {
             "kind": "train",
-            "step": state.step,
-            "epoch": state.epoch,
+            **now,
             "loss": loss,
             "lr": window[-1].lr,
-            "num_tokens": state.num_tokens,
             "tokens_per_second": self.last_rate,
             "step_seconds": step_seconds / len(window),
             **{f"{name}_seconds": value for name, value in seconds.items()},
@@ -93,12 +119,12 @@ class Log:
             row |= clip_metrics(torch.tensor(found[-1], dtype=torch.float64).view(clips.shape))
         self.out.write(row)
         if not self.out.has_bar or self.parts.config.debug:
-            left = (self.max_steps - state.step) * step_seconds / len(window)
+            left = (self.max_steps - now["step"]) * step_seconds / len(window)
             extras = "".join(f"  {name} {row[name]:.3f}" for name in LOGGED if name in row)
             if row.get("qk_clipped_heads"):
                 extras += f"  largest logit {row['qk_max_logit']:.1f}, {row['qk_clipped_heads']} heads clipped"
             self.out.line(
-                f"step {state.step:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
+                f"step {now['step']:,}/{self.max_steps:,}  loss {loss:.4f}  lr {row['lr']:.2e}{extras}  "
                 f"{self.last_rate:,.0f} tokens/s  {duration(left)} left"
             )
 

@@ -122,7 +122,7 @@ class Run:
             shortage = None
             try:
                 train(self.setup, fetch, state, None if parts.ends_with_data else max_steps, hooks)
-                read(self.setup, state)
+                self.read()
             except (RuntimeError, OSError, MemoryError) as error:
                 shortage = self.end_broken_step(error)
             if shortage is not None:  # raised here, where nothing holds the tensors of the step any more
@@ -151,6 +151,11 @@ class Run:
 
     # --- between steps -----------
 
+    def read(self) -> None:
+        """Bring all that steps have computed, with the line of the log that waits for it. Raises UserError as `loop.read`."""
+        self.log.flush()
+        read(self.setup, self.state)
+
     def evaluate_and_save(self, state: TrainState, result: StepResult | None) -> None:
         """The last hook: what is due. What is saved from now on comes after this step."""
         trainer, state.position = self.trainer, self.parts.batches.position
@@ -174,7 +179,7 @@ class Run:
         step, which has been compared and has its row. Returns whether this is the best.
         """
         state, is_best = self.state, False
-        read(self.setup, state)
+        self.read()
         self.last_evaluated = step = state.step if loaded is None else loaded
         with self.setup.stopwatch.phase("evaluate"):
             values = evaluation.run()
@@ -193,7 +198,7 @@ class Run:
 
     def save(self, again: bool = False) -> None:
         """Write a checkpoint of the last whole step, unless there is one; when it is whole, point at the best one."""
-        read(self.setup, self.state)
+        self.read()
         root, step, best = self.root, self.state.step, self.state.best_step
         if self.last_saved == step and not again:
             return
@@ -272,7 +277,7 @@ class Run:
             if not isinstance(error, CheckpointError):  # that is what saving says
                 if self.state.step and not (is_split and isinstance(error, OutOfMemory)):
                     with suppress(UserError):  # of a step since then, which was not made either
-                        read(self.setup, self.state)
+                        self.read()
                     self.save()
                 self.saver.wait()
         except CheckpointError as failure:
